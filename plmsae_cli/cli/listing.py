@@ -1,0 +1,129 @@
+"""`ls` and `status`: what there is, and how far it got."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from plmsae_cli.cli.exits import DONE, exit_code
+from plmsae_cli.cli.show import size, table
+
+
+def list_root(root: Path, as_json: bool) -> int:
+    """Runs under a root (trials of sweeps included) and data folders, with who uses which."""
+
+    def work() -> int:
+        from plmsae_cli.config.errors import UserError
+
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder", "name the root of your runs: `plmsae ls my-root`")
+        runs = [_run(path.parent, root) for path in sorted(root.rglob("status.json")) if "logs" not in path.parts]
+        users: dict[str, list[str]] = {}
+        for found in runs:
+            for pointer in found["artifacts"].values():
+                users.setdefault(os.path.normpath(pointer["folder"]), []).append(found["name"])
+        data = [_data(path.parent, users) for path in sorted(root.rglob("MANIFEST.json"))]
+        if as_json:
+            print(json.dumps({"schema": 1, "runs": runs, "data": data}))
+            return DONE
+        if not runs and not data:
+            print(f"no runs in {root} yet; `plmsae run experiments/` makes some")
+            return DONE
+        rows = [
+            [r["name"], r["state"], *(_figure(r["figures"], k) for k in ("fvu", "l0_mean", "dead_share", "recovered_zero"))]
+            for r in runs
+        ]
+        print(table(rows, ["run", "state", "FVU", "L0", "dead", "loss recovered"]))
+        if data:
+            print()
+            cells = [[d["folder"], f"{d['rows']:,}", size(d["bytes"]), d["dtype"], ", ".join(d["used_by"]) or "-"] for d in data]
+            print(table(cells, ["data", "rows", "size", "type", "used by"]))
+        return DONE
+
+    return exit_code(work)
+
+
+def _run(folder: Path, root: Path) -> dict[str, Any]:
+    from plmsae_cli.runtime.results import headline
+    from plmsae_cli.runtime.run_folder import read_json
+
+    status = read_json(folder / "status.json") or {}
+    return {
+        "name": str(folder.relative_to(root)),
+        "folder": str(folder),
+        "state": live_state(status),
+        "stage": status.get("stage"),
+        "seconds": status.get("stage_seconds", {}),
+        "figures": headline(folder),
+        "artifacts": read_json(folder / "artifacts.json") or {},
+    }
+
+
+def live_state(status: dict[str, Any]) -> str:
+    """The recorded state; a `running` whose process is gone was killed."""
+    state = str(status.get("state", "unknown"))
+    if state == "running" and "pid" in status:
+        try:
+            os.kill(int(status["pid"]), 0)
+        except ProcessLookupError:
+            return "killed"
+        except PermissionError:
+            return state
+    return state
+
+
+def _data(folder: Path, users: dict[str, list[str]]) -> dict[str, Any]:
+    from plmsae_cli.runtime.run_folder import read_json
+
+    manifest = read_json(folder / "MANIFEST.json")
+    return {
+        "folder": str(folder),
+        "stage": manifest["stage"],
+        "key": manifest["key"],
+        "rows": manifest.get("rows", manifest.get("tokens", 0)),
+        "bytes": sum(file["size"] for file in manifest["files"]),
+        "dtype": manifest.get("dtype") or "-",
+        "layer": manifest.get("layer"),
+        "used_by": users.get(os.path.normpath(folder), []),
+    }
+
+
+def _figure(figures: dict[str, float], name: str) -> str:
+    return f"{figures[name]:.4g}" if name in figures else "-"
+
+
+def show_status(run: Path, as_json: bool) -> int:
+    """One run: state, stage, times, last metrics, figures."""
+
+    def work() -> int:
+        from plmsae_cli.config.errors import UserError
+        from plmsae_cli.report.table import summary
+        from plmsae_cli.runtime.run_folder import read_json
+
+        folder = run if (run / "status.json").exists() else Path("runs") / run
+        status = read_json(folder / "status.json")
+        if status is None:
+            raise UserError(f"{run} is not a run (no status.json)", "`plmsae ls` lists the runs")
+        last = _last_line(folder / "metrics.jsonl")
+        if as_json:
+            print(json.dumps({"schema": 1, "run": str(folder), **status, "state": live_state(status), "last": last}))
+            return DONE
+        print(f"{folder}: {live_state(status)}" + (f", in {status['stage']}" if status.get("stage") else ""))
+        if status.get("error"):
+            print(f"  error: {status['error']}")
+        if last:
+            print("  last: " + ", ".join(f"{k} {v:.5g}" for k, v in last.items() if isinstance(v, (int, float))))
+        for name, value in summary(folder):
+            print(f"  {name}: {value}")
+        return DONE
+
+    return exit_code(work)
+
+
+def _last_line(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[-1]) if lines else None

@@ -1,0 +1,65 @@
+"""Plans and results as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plmsae_cli.runtime.task import Plan
+
+
+def size(count: float) -> str:
+    """Bytes as people say them: 1.5 GB."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def value(name: str, found: Any) -> str:
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        return str(found)
+    if name.startswith(("bytes", "memory")) or name.endswith("bytes"):
+        return size(found)
+    return f"{found:,}"
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """A plan for the terminal."""
+    lines = [f"{plan.stage}: {'done already' if plan.done else f'{len(plan.tasks)} task(s) to do'}"]
+    for role, made in plan.artifacts.items():
+        lines.append(f"  {role}: {made.folder}{' (exists)' if made.done else ''}")
+    lines += _figures(plan.figures, "  ")
+    return lines
+
+
+def _figures(figures: Mapping[str, Any], indent: str) -> list[str]:
+    lines = []
+    for name, found in figures.items():
+        if isinstance(found, Mapping):
+            lines.append(f"{indent}{name}:")
+            lines += _figures(found, indent + "  ")
+        else:
+            lines.append(f"{indent}{name}: {value(name, found)}")
+    return lines
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """A plan for scripts."""
+    return {
+        "stage": plan.stage,
+        "done": plan.done,
+        "tasks": [{"id": t.id, "cost": t.cost, "needs": list(t.needs)} for t in plan.tasks],
+        "artifacts": {
+            role: {"folder": a.folder, "key": a.key, "done": a.done, "rows": a.rows, "bytes": a.bytes}
+            for role, a in plan.artifacts.items()
+        },
+        "figures": dict(plan.figures),
+    }
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """Columns, left-aligned, readable without colour."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+    return "\n".join(lines)

@@ -1,0 +1,156 @@
+"""All that is wrong with an experiment's data at once, cross-field rules and sweep values included."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Iterator, Set
+from typing import Any
+
+from pydantic import ValidationError
+
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.nodes import KeyPath
+from plmsae_cli.config.overrides import points, trial, unknown
+from plmsae_cli.config.problems import dotted
+from plmsae_cli.config.tree import entries, field_of, locate, plain
+from plmsae_cli.config.wording import TOP, Finding, explain
+
+MAX_TRIALS = 1000
+_NOT_SWEPT = ("name", "root", "sweep")
+
+
+def check(
+    data: Any, refused: Set[KeyPath] = frozenset(), empty: Set[KeyPath] = frozenset()
+) -> tuple[Experiment | None, list[Finding]]:
+    """Validate raw data: the experiment, or every finding.
+
+    `refused` are paths whose value was already reported, `empty` keys with nothing behind the colon.
+    """
+    if data is None:
+        return None, [Finding((), "the file is empty", TOP)]
+    blanks = [Finding(path, *_blank(path)) for path in sorted(empty) if _is_blank_section(data, path)]
+    try:
+        experiment = Experiment.model_validate(data)
+    except ValidationError as error:
+        findings = explain(error.errors(include_url=False))
+        guessed = {f.meant for f in findings}
+        blamed = {f.path for f in blanks}
+        certain = [
+            f
+            for f in findings
+            if not f.rule
+            and f.path not in blamed
+            and not _below(f.path, refused)
+            # `layer` written for `layers` is one mistake, not a missing and an unknown key.
+            and not (f.at_key and f.meant is None and ".".join(map(str, f.path)) in guessed)
+        ]
+        rules = [f for f in findings if f.rule and not _names_any(f, {*refused, *blamed})]
+        wrong = {*refused, *blamed, *(f.path for f in certain)}
+        rules += [f for f in _hidden_rules(data, findings) if f not in rules and not _names_any(f, wrong)]
+        return None, blanks + certain + rules
+    if blanks:
+        return None, blanks
+    findings = list(_grid(experiment)) if experiment.sweep is not None else []
+    return (None, findings) if findings else (experiment, [])
+
+
+def _is_blank_section(data: Any, path: KeyPath) -> bool:
+    entry = entries().get(".".join(map(str, path)))
+    for key in path:
+        data = data.get(key) if isinstance(data, dict) else None
+    # A value given by --set fills the blank.
+    return entry is not None and entry.section is not None and data is None
+
+
+def _blank(path: KeyPath) -> tuple[str, str]:
+    name = path[-1]
+    entry = entries()[".".join(map(str, path))]
+    assert entry.section is not None
+    required = [key for key, info in entry.section.model_fields.items() if info.is_required()]
+    if required:
+        return "is empty", f"give it {' and '.join(required)}, or remove the line"
+    return "is empty", f"write `{name}: {{}}` for its defaults, or remove the line"
+
+
+def _hidden_rules(data: Any, findings: list[Finding]) -> list[Finding]:
+    """Rules of sections that pydantic skipped because of a wrong field in them: try again without it."""
+    mended = copy.deepcopy(data)
+    for finding in findings:
+        if finding.rule:
+            continue
+        field = finding.path if finding.at_key else field_of(finding.path)
+        at: Any = mended
+        for key in field[:-1]:
+            at = at.get(key) if isinstance(at, dict) else None
+        if not isinstance(at, dict) or not field or field[-1] not in at:
+            return []
+        value = at.pop(field[-1])
+        if finding.meant is not None and finding.meant.rpartition(".")[0] == ".".join(map(str, field[:-1])):
+            at.setdefault(finding.meant.rpartition(".")[2], value)
+    try:
+        Experiment.model_validate(mended)
+    except ValidationError as error:
+        return [f for f in explain(error.errors(include_url=False)) if f.rule]
+    return []
+
+
+def _names_any(rule: Finding, wrong: Iterable[KeyPath]) -> bool:
+    """Whether a rule may be broken only by a value that is wrong anyway. Rules name the fields they read."""
+    named = set(re.findall(r"\w+", f"{dotted(rule.path)} {rule.message} {rule.hint}"))
+    return any(str(path[-1]) in named for path in map(_owner, wrong) if path)
+
+
+def _owner(path: KeyPath) -> KeyPath:
+    """The field that a list item or a free key belongs to; an unknown key is its own."""
+    return path[:-1] if path and isinstance(path[-1], int) else path
+
+
+def _below(path: KeyPath, tops: Iterable[KeyPath]) -> bool:
+    return any(path[: len(top)] == top for top in tops)
+
+
+def _grid(experiment: Experiment) -> Iterator[Finding]:
+    assert experiment.sweep is not None
+    grid = experiment.sweep.grid
+    top: KeyPath = ("sweep", "grid")
+    wrong = False
+    for name, values in grid.items():
+        if locate(name) is None:
+            wrong = True
+            yield Finding((*top, name), "unknown path", unknown(name), at_key=True)
+        elif name.split(".")[0] in _NOT_SWEPT:
+            wrong = True
+            yield Finding((*top, name), f"{name} cannot be swept", "sweep a field of train", at_key=True)
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                yield Finding((*top, name, index), f"{plain(value)} is listed twice", "list each value once")
+    if (count := math.prod(map(len, grid.values()))) > MAX_TRIALS:
+        wrong = True
+        yield Finding(top, f"makes {count:,} trials, more than {MAX_TRIALS:,}", "list fewer values")
+    if wrong:
+        return
+    seen: set[KeyPath] = set()
+    for point in points(experiment):
+        try:
+            trial(experiment, point)
+        except ValidationError as error:
+            for finding in explain(error.errors(include_url=False)):
+                placed = _at_axis(finding, grid, point)
+                if placed.path not in seen:
+                    seen.add(placed.path)
+                    yield placed
+
+
+def _at_axis(finding: Finding, grid: dict[str, list[Any]], point: dict[str, Any]) -> Finding:
+    """A trial's finding, at the value of the axis that it names, else at the grid."""
+    text = f"in the trial {', '.join(f'{name}={plain(value)}' for name, value in point.items())}"
+    for name, value in point.items():
+        route = locate(name)
+        if route is not None and finding.path[: len(route)] == route:
+            path: KeyPath = ("sweep", "grid", name, grid[name].index(value))
+            if not finding.rule:
+                return Finding(path, finding.message, finding.hint)
+            return Finding(path, f"{finding.message} ({text})", finding.hint)
+    return Finding(("sweep", "grid"), f"{finding.message} ({text})", finding.hint)

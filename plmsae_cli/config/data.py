@@ -1,0 +1,101 @@
+"""The sections that make data: where it lives, who makes it, from which proteins, in which form."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Fraction, Section, rule
+
+
+class Storage(Section):
+    """How to reach `s3://` paths. Credentials come from the environment or the AWS files, never from here."""
+
+    endpoint_url: str | None = None
+    """Address of an S3-speaking server other than AWS, such as `https://minio.lab:9000`."""
+    profile: str | None = None
+    """Profile in `~/.aws/credentials`; default: the usual AWS search order."""
+    region: str | None = None
+    """Region of the bucket; default: from the environment, else `us-east-1`."""
+    anonymous: bool = False
+    """Read public buckets without credentials."""
+    allow_http: bool = False
+    """Permit a plain-http endpoint: faster on a trusted network, readable by everyone on it."""
+
+
+class Launch(Section):
+    """Where the work runs: the only section that changes between a laptop, a box and a cluster."""
+
+    executor: Literal["local"] = "local"
+    """`local`: processes on this machine."""
+    gpus: Auto | Annotated[int, Field(ge=0)] = "auto"
+    """GPUs to use; `auto` takes all that are visible, 0 computes on the CPU."""
+    ranks: Auto | Count = "auto"
+    """Processes of one training run (torchrun); `auto` is one a GPU, one on a CPU."""
+    workers: Auto | Count = "auto"
+    """Processes that share the tasks of the other stages; `auto` is one a GPU, one on a CPU."""
+
+
+class Model(Section):
+    """The protein language model whose activations are explained."""
+
+    weights: str = "bundled"
+    """`bundled` (a small demo model), a published name such as `esm2_t33_650M_UR50D`, a fair-esm `.pt`, a
+    Hugging Face ESM-2 folder, or the `plm/` folder of one of our runs. Identified by its content's sha256."""
+
+
+class Embed(Section):
+    """FASTA to activations: one row a residue, one artifact a layer."""
+
+    fasta: str
+    """Proteins, plain or gzip, local or `s3://`. Identified by content, so a renamed file is the same input."""
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    """Layers to store, all in one pass: 0 is the scaled embedding, k the residual stream after block k, the last
+    one includes the final LayerNorm. The forward stops after the deepest."""
+    max_length: Annotated[Count, SCIENCE] = 1022
+    """Longest protein in residues; `long` says what happens beyond."""
+    long: Annotated[Literal["truncate", "skip", "error"], SCIENCE] = "truncate"
+    """Proteins longer than `max_length`: keep the first `max_length` residues, leave out, or stop."""
+    unknown: Annotated[Literal["X", "skip", "error"], SCIENCE] = "X"
+    """Letters outside ESM's alphabet: read as X, leave the protein out, or stop."""
+    duplicates: Annotated[Literal["error", "first"], SCIENCE] = "error"
+    """Two proteins with one id: stop, or keep the first."""
+    empty: Annotated[Literal["error", "skip"], SCIENCE] = "error"
+    """Proteins without a residue: stop, or leave out."""
+    holdout: Annotated[Fraction, SCIENCE] = 0.01
+    """Share of the proteins held out of training for `eval`, chosen by a hash of the sequence; at least 32
+    proteins, at most half."""
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], SCIENCE] = "bfloat16"
+    """Stored type: 2, 2 or 4 bytes a number."""
+    compute: Auto | Literal["bfloat16", "float16", "float32"] = "auto"
+    """Arithmetic of the forward pass; `auto` is bfloat16 on GPUs that have it, float16 on older ones, float32 on
+    a CPU."""
+    batch_tokens: Auto | Count = "auto"
+    """Tokens packed into one forward pass; halved, with a message, when memory runs out."""
+    shard: Bytes = Field(default="1GB", validate_default=True)
+    """Bytes of one shard of one layer, the unit of work and of resuming. Fixed by the first start."""
+
+
+class Shuffle(Section):
+    """A uniform, seeded, invertible order over all training rows."""
+
+    seed: Annotated[int, SCIENCE] = 0
+    """Seed of the order: the same seed gives the same bytes on any number of workers."""
+    memory: Bytes = Field(default="4GB", validate_default=True)
+    """Peak memory of one task; about half of it holds rows. Fixed by the first start."""
+
+
+class Optimize(Section):
+    """Buckets to a streamable dataset: LitData chunks that unmodified `litdata` reads too."""
+
+    chunk: Annotated[Bytes, SCIENCE] = Field(default="512MB", validate_default=True, json_schema_extra={"x-science": True})
+    """Bytes of one chunk file, rounded to whole blocks."""
+    block_rows: Annotated[Count, SCIENCE] = 8192
+    """Rows every chunk but the last is a multiple of: any training batch that divides it reads within one file."""
+
+    @model_validator(mode="after")
+    def _chunk_fits_litdata(self) -> Optimize:
+        if self.chunk > 2**32 - 1:
+            raise rule("chunk", f"a LitData chunk holds at most 4 GiB, chunk is {self.chunk:,} bytes", "use chunk: 1GB or less")
+        return self

@@ -1,0 +1,132 @@
+"""The one typed tree of an experiment. Every default lives here; every docstring is the field's help."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from plmsae_cli.config.base import SCIENCE, Auto, Count, Name, Section, rule
+from plmsae_cli.config.data import Embed, Launch, Model, Optimize, Shuffle, Storage
+from plmsae_cli.config.training import PLM, SAE, Sweep, Train
+
+__all__ = [
+    "PLM", "SAE", "Embed", "Eval", "Experiment", "Fidelity", "Launch", "Model", "Optimize", "Shuffle", "Storage",
+    "Sweep", "Train", "Wandb",
+]  # fmt: skip
+
+STAGES = ("embed", "shuffle", "optimize", "train", "sweep", "eval")
+
+
+class Fidelity(Section):
+    """How faithful the reconstruction is: FVU, cosine, L0, dead and density on held-out residues, and how much of
+    the language model's loss survives the splice."""
+
+    loss_recovered: Annotated[bool, SCIENCE] = True
+    """Also run the language model with the reconstruction spliced in (needs `model` and the held-out sequences)."""
+    mask_rate: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.15
+    """Share of the residues masked, by a hash of the sequence and position: the same masks for every SAE."""
+    proteins: Annotated[Count | None, SCIENCE] = 1000
+    """Held-out proteins whose loss is measured; null takes all."""
+    batch_tokens: Auto | Count = "auto"
+    """Tokens of one forward pass."""
+
+
+class Eval(Section):
+    """Evidence about the trained dictionary; ends in Parquet, JSON and an HTML report."""
+
+    fidelity: Annotated[Fidelity, SCIENCE] = Fidelity()
+    """Reconstruction and loss recovered."""
+
+
+class Wandb(Section):
+    """Weights & Biases mirrors metrics.jsonl. The key comes from the environment or `wandb login`."""
+
+    mode: Literal["off", "offline", "online"] = "off"
+    """`off`, `offline` (files to `wandb sync` later) or `online`."""
+    project: str = "plmsae"
+    """Project name."""
+    entity: str | None = None
+    """Team or user; default: the account's own."""
+    group: str | None = None
+    """Group of runs; the trials of a sweep use the sweep's name."""
+
+
+class Experiment(Section):
+    """One YAML: proteins to features. A stage whose section is absent is not run."""
+
+    name: Name | None = None
+    """Name of the run and of its folder under `root`; default: the file's stem."""
+    root: str = "runs"
+    """Local folder of runs: logs, metrics, checkpoints, reports."""
+    data_root: str | None = None
+    """Where data lives, by key, shared by all experiments; local or `s3://`; default `<root>/data`."""
+    launch: Launch = Launch()
+    """Where the work runs."""
+    storage: Storage = Storage()
+    """How to reach `s3://` paths."""
+    model: Model = Model()
+    """The protein language model."""
+    embed: Embed | None = None
+    """FASTA to activations."""
+    shuffle: Shuffle | None = None
+    """Activations to a global random order."""
+    optimize: Optimize | None = None
+    """Shuffled buckets to a streamable dataset."""
+    train: Train | None = None
+    """Dataset to a trained model."""
+    sweep: Sweep | None = None
+    """Many trainings on one dataset, instead of one."""
+    eval: Eval | None = None
+    """Evidence of what was learnt."""
+    wandb: Wandb = Wandb()
+    """Weights & Biases."""
+
+    @model_validator(mode="after")
+    def _stages_have_their_inputs(self) -> Experiment:
+        needs = {"shuffle": ("embed",), "optimize": ("shuffle",), "sweep": ("train",), "eval": ("train",)}
+        for stage, inputs in needs.items():
+            for upstream in inputs:
+                if getattr(self, stage) is not None and getattr(self, upstream) is None:
+                    raise rule(stage, f"{stage} needs a {upstream} section", f"add `{upstream}:` or remove `{stage}:`")
+        if self.train is not None and self.train.kind == "sae" and self.train.data is None and self.optimize is None:
+            raise rule("train", "train needs data", "add embed, shuffle and optimize sections, or train.data: a dataset folder")
+        if self.eval is not None and self.train is not None and self.train.kind == "plm":
+            raise rule("eval", "eval scores sparse autoencoders; a pLM run validates itself", "remove eval")
+        if all(getattr(self, stage) is None for stage in STAGES):
+            raise rule("", "no stage in this experiment", f"add one of: {', '.join(STAGES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _layer_is_embedded(self) -> Experiment:
+        if self.train is None or self.embed is None or self.train.kind != "sae" or self.train.data is not None:
+            return self
+        layers = self.embed.layers
+        if len(set(layers)) != len(layers):
+            raise rule("embed.layers", f"embed.layers names a layer twice: {layers}", "list each layer once")
+        if self.train.layer is None and len(layers) > 1:
+            raise rule("train", f"embed.layers has {len(layers)} layers: train.layer must name one", f"add layer: {layers[-1]}")
+        if self.train.layer is not None and self.train.layer not in layers:
+            raise rule("train.layer", f"train.layer {self.train.layer} is not in embed.layers {layers}", "embed it or train on another")
+        return self
+
+    def training_layer(self) -> int:
+        """The layer `train` reads (asserts that this experiment embeds)."""
+        assert self.train is not None
+        if self.train.layer is not None:
+            return self.train.layer
+        assert self.embed is not None
+        return self.embed.layers[0]
+
+    def data_folder(self) -> str:
+        """`data_root`, or `<root>/data`."""
+        return (self.data_root or f"{self.root}/data").rstrip("/")
+
+    def stages(self) -> list[str]:
+        """The stages this YAML contains, in pipeline order; with `sweep` the base is not trained."""
+        present = [stage for stage in STAGES if getattr(self, stage) is not None]
+        return [s for s in present if not (s == "train" and self.sweep is not None)]
+
+    def dump(self) -> dict[str, Any]:
+        """Every field with its value, as plain JSON."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,173 @@
+"""The sections that train: the sparse autoencoder, the protein language model, the loop, the sweep."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from plmsae_cli.config.base import SCIENCE, Auto, Count, Fraction, Section, rule
+
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class SAE(Section):
+    """The dictionary: what kind, how wide, how sparse."""
+
+    architecture: Annotated[Literal["topk", "matryoshka_topk"], SCIENCE] = "topk"
+    """`topk`: the k largest latents of each token (Gao et al. 2024). `matryoshka_topk`: the same with nested prefixes
+    that each reconstruct alone."""
+    expansion: Annotated[Positive | None, SCIENCE] = None
+    """Latents per dimension of the activations; 8 when neither this nor `num_latents` is given."""
+    num_latents: Annotated[Count | None, SCIENCE] = None
+    """Number of latents, instead of `expansion`."""
+    k: Annotated[Count, SCIENCE] = 64
+    """Active latents a token (L0)."""
+    k_aux: Annotated[Count | None, SCIENCE] = None
+    """Dead latents that AuxK revives at once; default: half the activations' dimension."""
+    aux_coefficient: Annotated[float, Field(ge=0.0), SCIENCE] = 1 / 32
+    """Weight of the AuxK loss; 0 switches it off."""
+    fractions: Annotated[list[Positive] | None, SCIENCE] = None
+    """Matryoshka only: each group's share of the latents, summing to 1; default 1/16, 1/16, 1/8, 1/4, 1/2."""
+
+    @model_validator(mode="after")
+    def _one_width(self) -> SAE:
+        if self.expansion is not None and self.num_latents is not None:
+            raise rule("num_latents", "expansion and num_latents both set the dictionary's width", "keep one of the two")
+        if self.num_latents is not None and self.k > self.num_latents:
+            raise rule("k", f"k ({self.k}) is larger than num_latents ({self.num_latents})", "lower k or raise num_latents")
+        return self
+
+    @model_validator(mode="after")
+    def _fractions_are_shares(self) -> SAE:
+        if self.fractions is None:
+            return self
+        if self.architecture != "matryoshka_topk":
+            raise rule("fractions", f"fractions has no effect with architecture: {self.architecture}", "remove it or use architecture: matryoshka_topk")
+        if abs(sum(self.fractions) - 1.0) > 1e-3:
+            raise rule("fractions", f"fractions sum to {sum(self.fractions):.4f}, not 1", "each is one group's share of the latents")
+        return self
+
+    def width(self, d: int) -> int:
+        """Number of latents for activations of dimension `d`."""
+        return self.num_latents if self.num_latents is not None else round((self.expansion or 8.0) * d)
+
+
+class PLM(Section):
+    """A protein language model trained from scratch (`train.kind: plm`)."""
+
+    architecture: Annotated[Literal["esm2"], SCIENCE] = "esm2"
+    """`esm2`: the ESM-2 encoder, so that `embed` reads the result."""
+    fasta: str
+    """Proteins to train on; split by the hash that `embed` uses."""
+    valid: dict[str, str] = Field(default_factory=dict)
+    """Further validation sets by name (such as held-out clusters): FASTA files that are never trained on."""
+    num_layers: Annotated[Count, SCIENCE] = 6
+    """Transformer blocks."""
+    hidden_size: Annotated[Count, SCIENCE] = 192
+    """Dimension of the residual stream."""
+    num_attention_heads: Annotated[Count, SCIENCE] = 6
+    """Heads a block; must divide `hidden_size` into even parts."""
+    max_length: Annotated[Count, SCIENCE] = 1022
+    """Longest protein in residues; longer ones are truncated."""
+    holdout: Annotated[Fraction, SCIENCE] = 0.01
+    """Share of the proteins kept for validation, by the hash of the sequence."""
+    mask_rate: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.15
+    """Share of the residues to predict."""
+    corruption: Annotated[Literal["bert", "mask"], SCIENCE] = "bert"
+    """Chosen residues become: `bert` 80 % <mask>, 10 % random, 10 % kept; `mask` 100 % <mask>."""
+    weight_decay: Annotated[float, Field(ge=0.0), SCIENCE] = 0.01
+    """Decoupled weight decay of the matrices."""
+    pack_tokens: Annotated[Count, SCIENCE] = 16_384
+    """Tokens of one pack (micro-batch); `train.batch_tokens` is a multiple of it."""
+    eval_every: Count = 1000
+    """Steps between validations."""
+    eval_tokens: Count = 1_000_000
+    """Tokens of each validation set that are scored, with masks that never change."""
+
+    @model_validator(mode="after")
+    def _shapes(self) -> PLM:
+        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
+            raise rule(
+                "num_attention_heads",
+                f"hidden_size ({self.hidden_size}) does not split into {self.num_attention_heads} heads of even width",
+                "rotary embeddings need hidden_size / num_attention_heads to be an even number",
+            )
+        if self.pack_tokens < self.max_length + 2:
+            raise rule(
+                "pack_tokens",
+                f"pack_tokens ({self.pack_tokens}) cannot hold one protein of max_length ({self.max_length}) + 2",
+                "raise pack_tokens or lower max_length",
+            )
+        return self
+
+
+class Train(Section):
+    """One training run."""
+
+    kind: Annotated[Literal["sae", "plm"], SCIENCE] = "sae"
+    """`sae`: a sparse autoencoder on the optimized dataset. `plm`: a protein language model on a FASTA."""
+    data: str | None = None
+    """A finished dataset folder, local or `s3://`, instead of this experiment's own `optimize`."""
+    layer: Annotated[int, Field(ge=0)] | None = None
+    """Which embedded layer to train on; optional where `embed.layers` has one."""
+    seed: Annotated[int, SCIENCE] = 0
+    """Seed of the initialisation and of later epochs' block order; touches no data."""
+    sae: Annotated[SAE | None, SCIENCE] = None
+    """Options of `kind: sae`."""
+    plm: Annotated[PLM | None, SCIENCE] = None
+    """Options of `kind: plm`."""
+    tokens: Annotated[Count | None, SCIENCE] = None
+    """Tokens (residues) to train on; default one epoch. More than the dataset holds means several epochs."""
+    batch_tokens: Annotated[Count, SCIENCE] = 8192
+    """Tokens of one step over ALL ranks."""
+    lr: Annotated[Auto | Positive, SCIENCE] = "auto"
+    """Peak learning rate; `auto` is 2e-4 / sqrt(num_latents / 2^14) for an SAE, 1e-3 for a pLM."""
+    lr_warmup_steps: Annotated[Auto | Annotated[int, Field(ge=0)], SCIENCE] = "auto"
+    """Steps of linear warm-up; `auto` is the smaller of 1,000 and a twentieth of the run."""
+    lr_decay: Annotated[Annotated[float, Field(ge=0.0, le=1.0)], SCIENCE] = 0.2
+    """Last share of the run over which the rate falls linearly to zero."""
+    betas: Annotated[Annotated[list[Fraction], Field(min_length=2, max_length=2)], SCIENCE] = [0.9, 0.999]
+    """Adam's decay rates."""
+    eps: Annotated[Positive, SCIENCE] = 6.25e-10
+    """Adam's epsilon."""
+    grad_clip: Annotated[Positive | None, SCIENCE] = 1.0
+    """Largest global gradient norm; null leaves gradients alone."""
+    dead_tokens: Annotated[Auto | Count, SCIENCE] = "auto"
+    """Tokens without firing after which a latent counts as dead; `auto` is min(10 M, a tenth of the run)."""
+    compute: Annotated[Auto | Literal["float32", "bfloat16"], SCIENCE] = "auto"
+    """Arithmetic of the forward and backward; masters are float32. `auto` is bfloat16 on GPUs that have it."""
+    log_every: Count = 50
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: Count = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept; at least two, so that a damaged one costs little."""
+
+    @model_validator(mode="after")
+    def _kind_has_its_options(self) -> Train:
+        if self.kind == "plm":
+            if self.plm is None:
+                raise rule("plm", "kind: plm needs a plm section", "add `plm: {fasta: proteins.fasta.gz}`")
+            if self.sae is not None:
+                raise rule("sae", "an sae section has no effect with kind: plm", "remove one of the two")
+            if self.batch_tokens % self.plm.pack_tokens:
+                raise rule(
+                    "batch_tokens",
+                    f"batch_tokens ({self.batch_tokens}) is not a multiple of plm.pack_tokens ({self.plm.pack_tokens})",
+                    f"nearest: {max(1, round(self.batch_tokens / self.plm.pack_tokens)) * self.plm.pack_tokens}",
+                )
+        elif self.plm is not None:
+            raise rule("plm", "a plm section has no effect with kind: sae", "set kind: plm or remove it")
+        return self
+
+    def autoencoder(self) -> SAE:
+        """The SAE's options, defaults where the section is absent."""
+        return self.sae or SAE()
+
+
+class Sweep(Section):
+    """Many runs over one dataset: every combination of the listed values."""
+
+    grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
+    """Dotted field -> values, such as `train.sae.k: [16, 32, 64]`; any field of the experiment."""

@@ -1,0 +1,223 @@
+"""How faithful a dictionary is: on held-out activations, and to the language model that reads them.
+
+Loss recovered (Bricken et al. 2023, Templeton et al. 2024): the reconstruction replaces layer k at residue positions, the later
+layers are computed anew, and (CE_ablated - CE_sae) / (CE_ablated - CE) says how much of the loss survives; the ablation is zero
+or the dataset's mean. Scored on masked residues with fixed masks, and on unmasked inputs for comparison with InterPLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from plmsae_cli.plm.alphabet import MASK, Packed, encode, pack
+from plmsae_cli.plm.esm2 import ESM2
+from plmsae_cli.runtime.device import pick_device
+from plmsae_cli.sae.dictionary import Dictionary
+from plmsae_cli.sae.fidelity import Fidelity
+from plmsae_cli.store.activations import ActivationShards
+from plmsae_cli.store.permutation import counter_hash
+from plmsae_cli.store.split import split_hash
+
+MASK_SEED = 0
+BOOTSTRAPS = 1000
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a pass over held-out rows tells."""
+
+    figures: Fidelity
+    activation_N: torch.Tensor
+    """Each latent's summed activation."""
+    top_row_N: torch.Tensor
+    """The first row at which each latent is largest; -1 where it never fired."""
+
+
+@torch.inference_mode()
+def reconstruction(
+    model: Dictionary, shards: ActivationShards, rows: int, mean_D: torch.Tensor, batch: int = 4096
+) -> Reconstruction:
+    """Stream held-out rows of raw activations through the dictionary."""
+    device = pick_device()
+    model = model.to(device)
+    figures = Fidelity(model.num_latents, device)
+    activation_N = torch.zeros(model.num_latents, dtype=torch.float64, device=device)
+    top_row_N = torch.full((model.num_latents,), -1, dtype=torch.int64, device=device)
+    for start in range(0, rows, batch):
+        raw_BD = torch.empty(min(batch, rows - start), shards.d, dtype=shards.dtype)
+        shards.read_into(start, raw_BD)
+        x_BD = raw_BD.to(device).float()
+        latents = model.encode(x_BD)
+        before_N = figures.maximum_N.clone()
+        figures.update(x_BD, model.decode(latents), latents, mean_D.to(device))
+        activation_N.scatter_add_(0, latents.indices_BK.flatten(), latents.acts_BK.flatten().double())
+        grown_BK = (latents.acts_BK == figures.maximum_N[latents.indices_BK]) & (
+            latents.acts_BK > before_N[latents.indices_BK]
+        )
+        row_B1 = torch.arange(start, start + len(x_BD), device=device)[:, None]
+        place_BK = torch.where(grown_BK, row_B1, rows)
+        first_N = torch.full_like(top_row_N, rows)
+        first_N.scatter_reduce_(0, latents.indices_BK.flatten(), place_BK.flatten(), "amin")
+        top_row_N = torch.where(first_N < rows, first_N, top_row_N)
+    return Reconstruction(figures, activation_N.cpu(), top_row_N.cpu())
+
+
+def masks(sequence: str, rate: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which residues are masked: a function of the sequence and the position, the same for every SAE and machine."""
+    position = np.arange(len(sequence), dtype=np.uint64)
+    word = np.full(len(sequence), split_hash(sequence), dtype=np.uint64)
+    chosen = counter_hash(MASK_SEED, word, position) < np.uint64(int(rate * 2**64))
+    if not chosen.any() and len(sequence):
+        chosen[int(counter_hash(MASK_SEED, word[:1])[0] % np.uint64(len(sequence)))] = True
+    return chosen
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Per protein: scored residues, and summed cross-entropy (nats) by variant, and KL(original || spliced)."""
+
+    residues: torch.Tensor
+    """[P]"""
+    ce: dict[str, torch.Tensor]
+    """`original`, `sae`, `zero`, `mean` -> [P]"""
+    kl: torch.Tensor
+    """[P]"""
+
+
+@torch.inference_mode()
+def loss_recovered(
+    plm: ESM2,
+    sae: Dictionary,
+    layer: int,
+    mean_D: torch.Tensor,
+    sequences: Sequence[str],
+    mask_rate: float,
+    batch_tokens: int,
+    progress: Callable[..., None],
+    check_stop: Callable[[], None],
+) -> dict[str, Any]:
+    """Cross-entropies with the original, the reconstruction and both ablations spliced in at `layer`.
+
+    Returns:
+        `masked` and `unmasked`: CE by variant in nats a residue, recovered_zero, recovered_mean with 95 % bootstrap
+        intervals over proteins, KL; `spliced_identity`: `exact` if splicing the identity changed no bit of the logits.
+    """
+    device = pick_device()
+    plm, sae, mean_D = plm.to(device), sae.to(device), mean_D.to(device)
+    batches = _batches(sequences, batch_tokens)
+    found: dict[str, list[Sums]] = {"masked": [], "unmasked": []}
+    identity = True
+    for done, chosen in enumerate(batches):
+        check_stop()
+        packed = pack([encode(sequences[i]) for i in chosen]).to(device)
+        masked = torch.zeros_like(packed.residue_mask_T)
+        flags = np.concatenate([masks(sequences[i], mask_rate) for i in chosen])
+        masked[packed.residue_mask_T] = torch.from_numpy(flags).to(device)
+        splices = _splices(sae, mean_D, packed)
+        found["masked"].append(_score(plm, layer, splices, packed, packed.tokens_T.long().masked_fill(masked, MASK), masked))
+        found["unmasked"].append(_score(plm, layer, splices, packed, packed.tokens_T.long(), packed.residue_mask_T))
+        if done == 0:
+            plain = plm(packed.tokens_T, packed.documents, logits=True).logits
+            same = plm(packed.tokens_T, packed.documents, logits=True, splice={layer: lambda x: x.clone()}).logits
+            identity = torch.equal(plain, same)
+        progress(done + 1, len(batches), unit="batches")
+    result: dict[str, Any] = {side: _summary(sums) for side, sums in found.items()}
+    return {"proteins": len(sequences), "spliced_identity": "exact" if identity else "differs", **result}
+
+
+def _batches(sequences: Sequence[str], budget: int) -> list[list[int]]:
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    batches: list[list[int]] = [[]]
+    used = 0
+    for i in order:
+        size = len(sequences[i]) + 2
+        if batches[-1] and used + size > budget:
+            batches.append([])
+            used = 0
+        batches[-1].append(i)
+        used += size
+    return batches
+
+
+def _splices(
+    sae: Dictionary, mean_D: torch.Tensor, packed: Packed
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """What each variant puts at residue positions; <cls> and <eos> are left as they are."""
+    residues_T1 = packed.residue_mask_T[:, None]
+
+    def at_residues(value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x_TD: torch.where(residues_T1, value(x_TD).to(x_TD.dtype), x_TD)
+
+    return {
+        "original": None,
+        "sae": at_residues(lambda x_TD: sae(x_TD.float())),
+        "zero": at_residues(torch.zeros_like),
+        "mean": at_residues(lambda x_TD: mean_D.expand_as(x_TD)),
+    }
+
+
+def _score(
+    plm: ESM2,
+    layer: int,
+    splices: dict[str, Callable[[torch.Tensor], torch.Tensor] | None],
+    packed: Packed,
+    inputs_T: torch.Tensor,
+    scored_T: torch.Tensor,
+) -> Sums:
+    targets = packed.tokens_T.long()[scored_T]
+    document_T, _ = packed.documents.locate(packed.tokens_T.shape[0])
+    owner = document_T[scored_T]
+    count = len(packed.lengths)
+
+    def per_protein(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.float64, device=values.device).index_add_(0, owner, values.double())
+
+    log_p: dict[str, torch.Tensor] = {}
+    ce = {}
+    for name, splice in splices.items():
+        logits = plm(
+            inputs_T, packed.documents, logits=True, splice=None if splice is None else {layer: splice}
+        ).logits
+        chosen = F.log_softmax(logits[scored_T].float(), dim=-1)
+        if name in ("original", "sae"):
+            log_p[name] = chosen
+        ce[name] = per_protein(F.nll_loss(chosen, targets, reduction="none")).cpu()
+    kl = (log_p["original"].exp() * (log_p["original"] - log_p["sae"])).sum(-1)
+    return Sums(per_protein(torch.ones_like(kl)).cpu(), ce, per_protein(kl).cpu())
+
+
+def recovered(ce: float, ce_sae: float, ce_ablated: float) -> float:
+    """Share of the ablation's damage that the reconstruction avoids: 1 is perfect, 0 no better than the ablation."""
+    return 1.0 - (ce_sae - ce) / (ce_ablated - ce) if ce_ablated != ce else float("nan")
+
+
+def _summary(parts: Sequence[Sums]) -> dict[str, Any]:
+    residues_P = torch.cat([p.residues for p in parts])
+    ce_P = {name: torch.cat([p.ce[name] for p in parts]) for name in parts[0].ce}
+    kl_P = torch.cat([p.kl for p in parts])
+    total = float(residues_P.sum())
+    ce = {name: float(values.sum()) / total for name, values in ce_P.items()}
+    # Bootstrap over proteins: residues of one protein are not independent.
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(residues_P), (BOOTSTRAPS, len(residues_P)), generator=generator)
+    drawn = {name: values[draws].sum(1) / residues_P[draws].sum(1) for name, values in ce_P.items()}
+    result = {
+        "residues": int(total),
+        "ce": ce["original"],
+        "ce_sae": ce["sae"],
+        "ce_zero": ce["zero"],
+        "ce_mean": ce["mean"],
+        "kl": float(kl_P.sum()) / total,
+    }
+    for ablation in ("zero", "mean"):
+        result[f"recovered_{ablation}"] = recovered(ce["original"], ce["sae"], ce[ablation])
+        spread = 1.0 - (drawn["sae"] - drawn["original"]) / (drawn[ablation] - drawn["original"])
+        low, high = torch.quantile(spread, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        result[f"interval_recovered_{ablation}"] = [low, high]
+    return result

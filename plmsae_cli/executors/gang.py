@@ -1,0 +1,147 @@
+"""Starting one task on several ranks with torchrun, and being such a rank.
+
+torchrun turns every exit code into 1, so the truth is status.json, which rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.pool import TaskFailed
+from plmsae_cli.executors.worker import LocalContext, run_task
+from plmsae_cli.runtime.run_folder import RunFolder, read_json, write_json
+from plmsae_cli.runtime.stop import FORCED, STOP
+from plmsae_cli.runtime.task import Interrupted, Task
+
+PARENT = "PLMSAE_PARENT_PID"
+
+
+def launch_gang(task: Task, experiment: Experiment, report: Callable[..., None]) -> None:
+    """Run a task on `task.resources.gang` ranks and wait.
+
+    Raises:
+        Interrupted: the ranks stopped at a checkpoint.
+        TaskFailed, UserError: a rank failed; the message is its first error.
+    """
+    run = RunFolder(task.folders[0])
+    (run.path / "logs").mkdir(parents=True, exist_ok=True)
+    order = run.path / "logs" / "gang.json"
+    write_json(order, {"task": task.to_json(), "experiment": experiment.dump()})
+    gang_status = run.path / "logs" / "gang-status.json"
+    gang_status.unlink(missing_ok=True)
+    for old in (run.path / "logs").glob("error-rank-*.json"):
+        old.unlink()
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={task.resources.gang}", "--no-python",
+        sys.executable, "-m", "plmsae_cli.executors.gang", str(order),
+    ]  # fmt: skip
+    environment = {**os.environ, PARENT: str(os.getpid())}
+    # Ranks that share a CPU must not each take all of its cores.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // task.resources.gang)))
+    with (run.path / "logs" / "torchrun.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        asked = False
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                state = read_json(gang_status)
+                if state is not None and "done" in state:
+                    report(state["done"], state["total"], **state["figures"])
+                if STOP.requested() and not asked:
+                    asked = True
+                    run.stop_file.touch()  # torchrun would kill ranks 30 s after a SIGTERM; a file has no such haste
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    run.stop_file.unlink(missing_ok=True)
+    if process.returncode == 0:
+        return
+    if (read_json(gang_status) or {}).get("state") == "interrupted":
+        raise Interrupted
+    raise _first_error(task, run, process.returncode)
+
+
+def _first_error(task: Task, run: RunFolder, code: int) -> Exception:
+    """The earliest error a rank left behind."""
+    errors = [body for path in (run.path / "logs").glob("error-rank-*.json") if (body := read_json(path)) is not None]
+    if not errors:
+        return TaskFailed(task.id, f"a rank was killed (torchrun exit {code}); see {run.path / 'logs' / 'torchrun.log'}")
+    first = min(errors, key=lambda body: body["time"])
+    if first["user"]:
+        return UserError(first["message"], first["hint"])
+    return TaskFailed(task.id, f"rank {first['rank']}: {first['message']}", first["trace"])
+
+
+def _watch_parent() -> None:
+    """Leave when the launcher is gone: a killed launcher leaves no orphan behind."""
+    parent = int(os.environ.get(PARENT, "0"))
+
+    def watch() -> None:
+        while True:
+            time.sleep(2)
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                os._exit(FORCED)
+            except PermissionError:
+                continue
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    """One rank."""
+    order: Mapping[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    task = Task.from_json(order["task"])
+    rank = int(os.environ.get("RANK", "0"))
+    run = RunFolder(task.folders[0])
+    logs = run.path / "logs"
+    STOP.install(quiet=True)
+    STOP.watch(run.stop_file)
+    _watch_parent()
+    last = 0.0
+
+    def report(done: float, total: float, **figures: Any) -> None:
+        nonlocal last
+        if rank == 0 and time.monotonic() - last > 0.5:
+            last = time.monotonic()
+            write_json(logs / "gang-status.json", {"done": done, "total": total, "figures": figures})
+
+    context = LocalContext(Experiment.model_validate(order["experiment"]), report)
+    try:
+        run_task(task, context, commit=rank == 0)
+    except Interrupted:
+        if rank == 0:
+            write_json(logs / "gang-status.json", {"state": "interrupted"})
+        sys.exit(75)
+    except Exception as error:
+        body = {
+            "rank": rank,
+            "time": time.time(),
+            "user": isinstance(error, UserError),
+            "message": error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
+            "hint": error.hint if isinstance(error, UserError) else None,
+            "trace": traceback.format_exc(),
+        }
+        write_json(logs / f"error-rank-{rank}.json", body)
+        print(body["trace"], file=sys.stderr)
+        os._exit(1)  # the others wait in a collective; leaving at once lets torchrun end them
+
+
+if __name__ == "__main__":
+    main()

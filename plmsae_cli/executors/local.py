@@ -1,0 +1,83 @@
+"""The local executor: this machine's GPUs or cores.
+
+One slot works in this very process, several in a pool of warm ones; a task with a gang goes to torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.gang import launch_gang
+from plmsae_cli.executors.pool import Pool
+from plmsae_cli.executors.worker import LocalContext, run_task
+from plmsae_cli.runtime.device import count_gpus
+from plmsae_cli.runtime.dist import in_gang
+from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import Interrupted, Plan
+from plmsae_cli.store.fs import Store, join
+
+
+class PlanChanged(Exception):
+    """Another process fixed the artifact's plan first: plan again and follow it."""
+
+
+class LocalExecutor:
+    """Runs a stage's plan on this machine."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        gpus = count_gpus(experiment.launch)
+        wanted = experiment.launch.workers
+        self.slots = max(1, gpus) if wanted == "auto" else wanted
+        self._gpus = gpus
+        self._pool: Pool | None = None
+
+    def run(self, plan: Plan, report: Callable[..., None]) -> None:
+        """All tasks of the plan.
+
+        Raises:
+            PlanChanged: see there.
+            Interrupted, UserError, TaskFailed: as the tasks do.
+        """
+        self._fix_plans(plan)
+        alone = [t for t in plan.tasks if t.resources.gang == 1]
+        if self.slots > 1 and len(alone) > 1:
+            if self._pool is None:
+                self._pool = Pool(self.experiment, self.slots, gpus=self._gpus > 0)
+            self._pool.run(alone, report)
+            left = [t for t in plan.tasks if t.resources.gang > 1]
+        else:
+            left = list(plan.tasks)
+        total = sum(t.cost for t in plan.tasks)
+        spent = total - sum(t.cost for t in left)
+        for task in left:
+            if STOP.requested():
+                raise Interrupted
+
+            def within(done: float, of: float, *, _base: float = spent, _cost: float = task.cost, **figures: Any) -> None:
+                report(_base + _cost * done / max(of, 1e-9), total, **figures)
+
+            if task.resources.gang > 1 and not in_gang():
+                launch_gang(task, self.experiment, within)
+            else:
+                run_task(task, LocalContext(self.experiment, within))
+            spent += task.cost
+            report(spent, total)
+
+    def _fix_plans(self, plan: Plan) -> None:
+        """Store each artifact's first choices, which later starts obey."""
+        store = Store(self.experiment.storage)
+        for artifact in plan.artifacts.values():
+            if artifact.done or artifact.plan is None:
+                continue
+            body = json.dumps(dict(artifact.plan), sort_keys=True).encode()
+            path = join(artifact.folder, "plan.json")
+            if not store.write_once(path, body) and json.loads(store.read(path)) != json.loads(body):
+                raise PlanChanged
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()

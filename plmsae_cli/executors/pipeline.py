@@ -1,0 +1,213 @@
+"""One experiment through its stages: plan, run, record. Make semantics: what exists and fits is never made again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+
+from filelock import FileLock, Timeout
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import STAGES, Experiment
+from plmsae_cli.executors.local import LocalExecutor, PlanChanged
+from plmsae_cli.executors.worker import STAGE_MODULES
+from plmsae_cli.runtime.progress import Reporter, clock
+from plmsae_cli.runtime.run_folder import RunFolder, write_json
+from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import Interrupted, Plan
+from plmsae_cli.store.fs import Store
+from plmsae_cli.store.lineage import Lineage
+from plmsae_cli.store.manifest import read_manifest
+
+DATA_STAGES = ("embed", "shuffle", "optimize")
+
+
+class Locked(UserError):
+    """Another process works on this run."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a pass over an experiment did."""
+
+    run: RunFolder
+    stages: dict[str, float]
+    """Stage -> seconds, of the stages that had something to do."""
+
+
+def plan_stage(stage: str, experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
+    """The plan of one stage; `layers` narrows the data stages."""
+    module = import_module(STAGE_MODULES[stage])
+    plan: Plan = module.plan(experiment, store, layers) if stage in DATA_STAGES else module.plan(experiment, store)
+    return plan
+
+
+def wanted_layers(stage: str, experiment: Experiment, store: Store) -> list[int]:
+    """Layers for which a data stage must run: those whose wanted artifact further down does not exist yet."""
+    assert experiment.embed is not None
+    lineage = Lineage(experiment, store)
+    later = [s for s in DATA_STAGES[DATA_STAGES.index(stage) + 1 :] if getattr(experiment, s) is not None]
+    return [
+        layer
+        for layer in experiment.embed.layers
+        if not any(read_manifest(store, getattr(lineage, s)(layer).folder) for s in later)
+    ]
+
+
+def missing_inputs(stage: str, experiment: Experiment, store: Store) -> list[str]:
+    """What a stage alone would lack: the folders that the stage before it has yet to finish."""
+    lineage = Lineage(experiment, store)
+    if stage in ("embed",) or (stage == "train" and experiment.train is not None and experiment.train.kind == "plm"):
+        return []
+    if stage in ("shuffle", "optimize"):
+        assert experiment.embed is not None
+        upstream = {"shuffle": "embed", "optimize": "shuffle"}[stage]
+        refs = [getattr(lineage, upstream)(layer) for layer in wanted_layers(upstream, experiment, store)]
+        unmade = [r.folder for r in refs if read_manifest(store, r.folder) is None]
+        return [f"{folder} ({upstream})" for folder in unmade]
+    if stage in ("train", "sweep"):
+        if experiment.train is not None and experiment.train.data is not None:
+            return []
+        dataset = lineage.dataset()
+        return [] if read_manifest(store, dataset.folder) else [f"{dataset.folder} (optimize)"]
+    export = f"{lineage.run_folder()}/sae/sae.json"
+    return [] if store.exists(export) else [f"{export} (train)"]
+
+
+def run_experiment(
+    experiment: Experiment,
+    stages: Sequence[str],
+    reporter: Reporter,
+    text: str | None = None,
+    restart: bool = False,
+) -> Done:
+    """Run the given stages in order, skipping what is done.
+
+    Raises:
+        Locked, UserError, TaskFailed, Interrupted.
+    """
+    store = Store(experiment.storage)
+    run = RunFolder(Lineage(experiment, store).run_folder())
+    seconds: dict[str, float] = {}
+    with _locked(run):
+        if restart and (old := run.archive()) is not None:
+            reporter.say(f"archived the old run as {old}")
+        run.begin(experiment, text)
+        executor = LocalExecutor(experiment)
+        try:
+            for stage in stages:
+                run.status(state="running", stage=stage)
+                begun = time.monotonic()
+                if stage == "sweep":
+                    worked = _sweep(experiment, run, reporter)
+                else:
+                    worked = _stage(stage, experiment, store, run, executor, reporter)
+                if worked:
+                    seconds[stage] = round(time.monotonic() - begun, 2)
+                    run.status(stage_seconds={stage: seconds[stage]})
+            run.status(state="done", stage=None, error=None)
+        except Interrupted:
+            run.status(state="interrupted")
+            raise
+        except Exception as error:
+            run.status(state="failed", error=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise
+        finally:
+            executor.close()
+        _report(stages, run, bool(seconds), reporter)
+    return Done(run, seconds)
+
+
+def _stage(
+    stage: str, experiment: Experiment, store: Store, run: RunFolder, executor: LocalExecutor, reporter: Reporter
+) -> bool:
+    """Run one stage; false if it had nothing to do."""
+    layers = wanted_layers(stage, experiment, store) if stage in DATA_STAGES else None
+    if stage in ("train", "eval"):
+        run.claim_identity(Lineage(experiment, store).run_identity())
+    plan = plan_stage(stage, experiment, store, layers)
+    pointers = {
+        (stage if len(plan.artifacts) == 1 else f"{stage}-{role}"): {"folder": a.folder, "key": a.key, "rows": a.rows}
+        for role, a in plan.artifacts.items()
+    }
+    if plan.done:
+        reporter.say(f"{stage}: nothing to do, {_where(plan) or 'a later artifact exists'}")
+        run.point({k: v for k, v in pointers.items() if v["folder"] != str(run.path)})
+        return False
+    begun = time.monotonic()
+    reporter.begin(stage)
+    for attempt in range(3):
+        try:
+            executor.run(plan, reporter.update)
+            break
+        except PlanChanged:
+            assert attempt < 2, "plan.json keeps changing"
+            plan = plan_stage(stage, experiment, store, layers)
+        except BaseException as error:
+            reporter.end("stopped" if isinstance(error, Interrupted) else "failed")
+            raise
+    run.point({k: v for k, v in pointers.items() if v["folder"] != str(run.path)})
+    reporter.end(f"{clock(time.monotonic() - begun)}, {_where(plan)}")
+    return True
+
+
+def _where(plan: Plan) -> str:
+    return ", ".join(a.folder for a in plan.artifacts.values())
+
+
+def _sweep(experiment: Experiment, run: RunFolder, reporter: Reporter) -> bool:
+    """Every trial as a run of its own; one that fails does not stop the next."""
+    from plmsae_cli.stages.sweep import table, trials
+
+    states: dict[str, str] = {}
+    worked = False
+    points = trials(experiment)
+    for number, trial in enumerate(points, 1):
+        if STOP.requested():
+            raise Interrupted
+        shown = ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.values.items())
+        reporter.say(f"trial {number}/{len(points)}: {shown} ({trial.hash})")
+        try:
+            worked |= bool(run_experiment(trial.experiment, trial.experiment.stages(), reporter).stages)
+            states[trial.hash] = "done"
+        except Interrupted:
+            raise
+        except Exception as error:
+            states[trial.hash] = "failed"
+            reporter.say(f"trial {trial.hash} failed: {error}")
+        write_json(run.path / "sweep.json", table(experiment, states))
+    if "failed" in states.values():
+        failed = sum(state == "failed" for state in states.values())
+        raise UserError(f"{failed} of {len(points)} trials failed", f"see {run.path}/trials/*/status.json")
+    return worked
+
+
+def _report(stages: Sequence[str], run: RunFolder, worked: bool, reporter: Reporter) -> None:
+    """The HTML page, made anew when something changed."""
+    shows = [s for s in stages if s in ("train", "sweep", "eval")]
+    if not shows or not (worked or not run.report.exists()):
+        return
+    from plmsae_cli.report.build import build_report
+    from plmsae_cli.report.sweep import build_sweep_report
+
+    path = build_sweep_report(run.path) if "sweep" in stages else build_report(run.path)
+    reporter.say(f"report: {path}")
+
+
+@contextmanager
+def _locked(run: RunFolder) -> Iterator[None]:
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.path.parent / f".{run.path.name}.lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout as error:
+        raise Locked(f"another plmsae process is working on {run.path}", "wait for it, or stop it") from error
+
+
+def ordered(stages: Sequence[str]) -> list[str]:
+    """Stages in pipeline order."""
+    return [stage for stage in STAGES if stage in stages]

@@ -1,0 +1,176 @@
+"""Warm worker processes for tasks that one process does alone: one a GPU, or as many as asked on a CPU."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.worker import LocalContext, run_task
+from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import Interrupted, Task
+
+ATTEMPTS = 2
+
+
+class TaskFailed(RuntimeError):
+    """A task raised; `trace` is the worker's traceback."""
+
+    def __init__(self, task: str, message: str, trace: str = "") -> None:
+        super().__init__(f"{task}: {message}")
+        self.task, self.message, self.trace = task, message, trace
+
+    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, str, str]]:
+        return type(self), (self.task, self.message, self.trace)
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    task: Task | None = None
+
+
+class Pool:
+    """Slots that take the next task whose needs are met. A lost worker loses one task, which is tried again."""
+
+    def __init__(self, experiment: Experiment, slots: int, gpus: bool) -> None:
+        self._experiment = experiment
+        self._spawn = mp.get_context("spawn")  # threads, CUDA and S3 clients do not survive a fork
+        self._gpus = gpus
+        self._workers = [self._start(slot) for slot in range(slots)]
+
+    def _start(self, slot: int) -> _Worker:
+        ours, theirs = self._spawn.Pipe()
+        process = self._spawn.Process(
+            target=_serve, args=(theirs, self._experiment.dump(), slot if self._gpus else None), daemon=True
+        )
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def run(self, tasks: Sequence[Task], report: Callable[..., None]) -> None:
+        """All tasks, in the order of their needs, dearest first.
+
+        Raises:
+            TaskFailed: a task raised, or lost its worker twice; running tasks end first.
+            Interrupted: the user asked to stop.
+        """
+        waiting = sorted(tasks, key=lambda t: -t.cost)
+        attempts = dict.fromkeys((t.id for t in tasks), 0)
+        done: set[str] = set()
+        failure: Exception | None = None
+        total, spent = sum(t.cost for t in tasks), 0.0
+        while True:
+            if failure is None and not STOP.requested():
+                for slot, worker in enumerate(self._workers):
+                    ready = next((t for t in waiting if done.issuperset(t.needs)), None)
+                    if worker.task is not None or ready is None:
+                        continue
+                    if not worker.process.is_alive():
+                        worker = self._workers[slot] = self._start(slot)
+                    waiting.remove(ready)
+                    worker.task = ready
+                    attempts[ready.id] += 1
+                    worker.pipe.send(ready.to_json())
+            busy = {w.pipe: w for w in self._workers if w.task is not None}
+            if not busy:
+                break
+            for pipe in wait(list(busy), timeout=0.5):
+                worker = busy[pipe]  # type: ignore[index]
+                task = worker.task
+                assert task is not None
+                try:
+                    kind, body = worker.pipe.recv()
+                except (EOFError, OSError):
+                    worker.process.join()
+                    worker.task = None
+                    if attempts[task.id] < ATTEMPTS:
+                        report(None, None, note=f"{task.id}: its worker died ({worker.process.exitcode}); trying again")
+                        waiting.insert(0, task)
+                    else:
+                        failure = TaskFailed(task.id, f"its worker died twice (exit {worker.process.exitcode})")
+                    continue
+                if kind == "progress":
+                    report(spent + task.cost * body["share"], total, **body["figures"])
+                    continue
+                worker.task = None
+                if kind == "done":
+                    done.add(task.id)
+                    spent += task.cost
+                    report(spent, total)
+                elif kind == "interrupted":
+                    STOP.request()
+                elif failure is None:
+                    failure = body
+            if STOP.requested():
+                self._ask_to_stop()
+        if failure is not None:
+            raise failure
+        if STOP.requested():
+            raise Interrupted
+
+    def _ask_to_stop(self) -> None:
+        for worker in self._workers:
+            if worker.task is not None and worker.process.is_alive() and worker.process.pid is not None:
+                worker.pipe.send(None)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.pipe.close()
+        for worker in self._workers:
+            worker.process.join(10)
+            if worker.process.is_alive():
+                worker.process.kill()
+
+
+def _serve(pipe: Connection, experiment: dict[str, Any], gpu: int | None) -> None:
+    """A worker process: tasks in, progress and outcomes out, gone with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the group; the parent decides
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible != [""] else str(gpu)
+    inbox: list[dict[str, Any]] = []
+    arrived = threading.Condition()
+
+    def listen() -> None:
+        while True:
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):
+                os._exit(0)
+            if message is None:
+                STOP.request()
+                continue
+            with arrived:
+                inbox.append(message)
+                arrived.notify()
+
+    threading.Thread(target=listen, daemon=True).start()
+
+    def report(done: float, total: float, **figures: Any) -> None:
+        pipe.send(("progress", {"share": done / max(total, 1e-9), "figures": figures}))
+
+    context = LocalContext(Experiment.model_validate(experiment), report)
+    while True:
+        with arrived:
+            arrived.wait_for(lambda: bool(inbox))
+            task = Task.from_json(inbox.pop(0))
+        try:
+            run_task(task, context)
+            pipe.send(("done", None))
+        except Interrupted:
+            pipe.send(("interrupted", None))
+        except UserError as error:
+            pipe.send(("failed", error))
+        except Exception as error:
+            pipe.send(("failed", TaskFailed(task.id, f"{type(error).__name__}: {error}", traceback.format_exc())))

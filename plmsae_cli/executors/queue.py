@@ -1,0 +1,93 @@
+"""The queue: experiment files in name order, one after the other; files dropped in while it runs are picked up."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.executors.pipeline import Locked
+
+
+@dataclass
+class Entry:
+    """One experiment of the queue and what became of it."""
+
+    path: Path
+    state: str = "pending"
+    """pending, done, skipped (nothing was left to do), failed, interrupted"""
+    seconds: float = 0.0
+    note: str = ""
+
+
+def find(targets: Sequence[Path]) -> list[Path]:
+    """Files as given; of a folder, the YAMLs at its top, in name order.
+
+    Raises:
+        UserError: a target does not exist, or there is nothing to run.
+    """
+    found: list[Path] = []
+    for target in targets:
+        if target.is_dir():
+            found += sorted(p for p in target.iterdir() if p.suffix in (".yaml", ".yml") and not p.name.startswith("."))
+        elif target.exists():
+            found.append(target)
+        else:
+            raise UserError(f"{target} does not exist", "name YAML files, or folders of them")
+    if not found:
+        raise UserError(
+            f"no experiments in {', '.join(map(str, targets))}",
+            "drop YAML files there; `plmsae init my.yaml` writes one to begin with",
+        )
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One queue at a time on a folder. The lock dies with its process; the file says who holds it.
+
+    Raises:
+        Locked: names the holder.
+    """
+    lock = FileLock(folder / ".queue.lock")
+    card = folder / ".queue.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        holder = json.loads(card.read_text()) if card.exists() else {}
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("started", time.time())))
+        raise Locked(
+            f"a queue runs on {folder} already: pid {holder.get('pid', '?')} on {holder.get('host', '?')} since {since}",
+            "YAMLs dropped into the folder now are picked up by it",
+        ) from error
+    try:
+        card.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}))
+        yield
+    finally:
+        card.unlink(missing_ok=True)
+        lock.release()
+
+
+def run_queue(targets: Sequence[Path], run_one: Callable[[Entry], None]) -> list[Entry]:
+    """Run every experiment; `run_one` sets its entry's state. After `interrupted`, the rest stay pending."""
+    entries = [Entry(path) for path in find(targets)]
+    number = 0
+    while number < len(entries):
+        entry = entries[number]
+        begun = time.monotonic()
+        run_one(entry)
+        entry.seconds = time.monotonic() - begun
+        if entry.state == "interrupted":
+            break
+        number += 1
+        known = {e.path for e in entries}
+        entries += [Entry(path) for path in find(targets) if path not in known]
+    return entries

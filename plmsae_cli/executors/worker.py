@@ -1,0 +1,67 @@
+"""Running one task: find its stage's work, run it, commit what it wrote."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.faults import fault
+from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import Interrupted, Task, Work
+from plmsae_cli.stages.common import FINISH
+from plmsae_cli.store.fs import Store
+from plmsae_cli.store.manifest import read_parts, write_manifest, write_part
+
+# Imported when first needed: a queue of embeddings never loads what evaluation needs.
+STAGE_MODULES = {
+    "embed": "plmsae_cli.stages.embed",
+    "shuffle": "plmsae_cli.stages.shuffle",
+    "optimize": "plmsae_cli.stages.optimize",
+    "train": "plmsae_cli.stages.train",
+    "eval": "plmsae_cli.stages.evaluate",
+}
+
+
+class LocalContext:
+    """What a work sees in whatever process runs it."""
+
+    def __init__(self, experiment: Experiment, report: Callable[..., None]) -> None:
+        self.experiment = experiment
+        self.store = Store(experiment.storage)
+        self._report = report
+
+    def progress(self, done: float, total: float, **figures: Any) -> None:
+        self._report(done, total, **figures)
+
+    def check_stop(self) -> None:
+        if STOP.requested():
+            raise Interrupted
+
+
+def run_task(task: Task, context: LocalContext, commit: bool = True) -> None:
+    """Work, then publish: the part record in each folder, and the manifest after a finish.
+
+    Args:
+        commit: false on all ranks of a gang but the first.
+    """
+    work: Work = import_module(STAGE_MODULES[task.stage]).work
+    fault(f"{task.stage}.{task.id}.begin")
+    results = work(task, context)
+    if not commit:
+        return
+    fault(f"{task.stage}.{task.id}.written")
+    for folder in task.folders:
+        result = results[folder]
+        write_part(context.store, folder, task.id, result.files, {} if task.id == FINISH else result.facts)
+        if task.id == FINISH:
+            fault(f"{task.stage}.manifest")
+            parts = read_parts(context.store, folder)
+            files = [
+                {"name": f.name, "size": f.size, "xxh3": f.xxh3} for name in sorted(parts) for f in parts[name].files
+            ]
+            body = {**result.facts, "parts": sorted(parts), "files": files, "created": time.time()}
+            write_manifest(context.store, folder, body)
+    fault(f"{task.stage}.{task.id}.done")

@@ -1,0 +1,92 @@
+"""Attention within each document of a packed stream: one seam, two kernels.
+
+Shape letters: T tokens of the pack, S documents, H heads, Dh width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+
+Backend = Literal["varlen", "sdpa"]
+
+
+class Documents(NamedTuple):
+    """Where the documents of a packed stream lie. Made once a pack and used by every layer."""
+
+    cu_seqlens: Tensor
+    """int32 [S + 1], on the stream's device; begins with 0, ends with T; a repeated value is an empty
+    document."""
+    max_len: int
+    """No document is longer. A compiled model wants it constant from pack to pack."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each document on the host, so that the loop need not ask the device. A compiled model on the
+    variable-length kernel leaves it out: it is not read there, and would be a new constant in each pack."""
+
+    def locate(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """(document of each token [T], position of each token in its document [T]), int64, on the device."""
+        places_T = torch.arange(num_tokens, device=self.cu_seqlens.device)
+        # right=True steps over empty documents to the one that holds the token.
+        document_T = torch.searchsorted(self.cu_seqlens, places_T, right=True) - 1
+        return document_T, places_T - self.cu_seqlens[document_T]
+
+    def per_document(self, flags_T: Tensor) -> Tensor:
+        """How many tokens of each document are true: [T] to int64 [S], exact, without waiting for the
+        device."""
+        before = torch.nn.functional.pad(flags_T.cumsum(0), (1, 0))
+        return before[self.cu_seqlens.long()].diff()
+
+
+@cache
+def _varlen_capable(device_index: int | None) -> bool:
+    return torch.cuda.get_device_capability(device_index) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _backend_name(device_type: str, device_index: int | None, half: bool, head_dim: int) -> str:
+    if device_type != "cuda" or not half or head_dim % 8 or head_dim > 256:
+        return "sdpa"
+    return "varlen" if _varlen_capable(device_index) else "sdpa"
+
+
+def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> Backend:
+    """The kernel that `attention` uses: `varlen` on CUDA from sm80 in fp16 or bf16, `sdpa` everywhere else.
+
+    The flash kernel behind `varlen` also needs a head width that is a multiple of 8 and at most 256.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    return cast(Backend, _backend_name(device.type, device.index, half, head_dim))
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, lengths: Sequence[int] | None = None
+) -> Tensor:
+    """softmax(q kᵀ / sqrt(Dh)) v within each document; q, k, v and the result are [T, H, Dh].
+
+    Call it as `attention(q, k, v, *documents)`. Differentiable; the softmax is computed in fp32 by either
+    kernel. Without `lengths` the loop reads `cu_seqlens` back from the device, which waits for it.
+    """
+    if attention_backend(q.device, q.dtype, q.shape[-1]) == "varlen":
+        # Positional: the keywords changed in torch 2.11, 2.12 and 2.13.
+        return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len))
+    if lengths is None:
+        lengths = cast("list[int]", cu_seqlens.diff().tolist())
+    return _attention_by_document(q, k, v, lengths)
+
+
+def _attention_by_document(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    # Neighbours of equal length share a call: a sorted pack is then a few batches without any padding.
+    runs = [(length, len(list(same))) for length, same in groupby(lengths) if length]
+    sizes = [length * count for length, count in runs]
+    outputs = []
+    for (length, count), *qkv in zip(runs, *(torch.split(x, sizes) for x in (q, k, v)), strict=True):
+        batched = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
+        outputs.append(scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs) if outputs else torch.empty_like(v)

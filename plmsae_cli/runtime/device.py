@@ -1,0 +1,79 @@
+"""Which device and arithmetic this process uses."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+from plmsae_cli.config.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from plmsae_cli.config.data import Launch
+
+
+def visible_gpus() -> int:
+    """GPUs that torch can use in this process's environment."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def installed_gpus() -> int:
+    """GPUs that the driver shows, whether or not torch can use them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return 0
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    answer = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
+    return len(re.findall(r"^GPU \d+", answer.stdout, re.MULTILINE)) if answer.returncode == 0 else 0
+
+
+def count_gpus(launch: Launch) -> int:
+    """GPUs this launch uses.
+
+    Raises:
+        UserError: more were asked for than torch sees, or the machine has GPUs that this torch cannot use.
+    """
+    if launch.gpus == 0:
+        return 0
+    seen = visible_gpus()
+    if seen == 0 and installed_gpus() > 0:
+        import torch
+
+        raise UserError(
+            f"this machine has {installed_gpus()} GPU(s), but torch {torch.__version__} cannot use them",
+            "install the wheel that fits the driver (./setup.sh --torch cu126), or set launch.gpus: 0 to compute on the CPU",
+        )
+    if launch.gpus == "auto":
+        return seen
+    if launch.gpus > seen:
+        raise UserError(f"launch.gpus asks for {launch.gpus} GPUs, {seen} are visible", "lower launch.gpus or use auto")
+    return launch.gpus
+
+
+def pick_device(local_rank: int = 0) -> torch.device:
+    """`cuda:<local_rank>` where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda", local_rank) if visible_gpus() > local_rank else torch.device("cpu")
+
+
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The arithmetic for `auto` on this device: bfloat16 from sm80 on, float16 below, float32 on a CPU."""
+    import torch
+
+    if wanted != "auto":
+        dtype = getattr(torch, wanted)
+        assert isinstance(dtype, torch.dtype)
+        if device.type == "cuda" and dtype is torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8:
+            raise UserError(f"{torch.cuda.get_device_name(device)} has no bfloat16", "use compute: float16 or auto")
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16

@@ -1,0 +1,141 @@
+"""metrics.jsonl is the truth; Weights & Biases is a mirror that may fail without anybody losing anything."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from plmsae_cli.config.experiment import Experiment
+
+
+class Sink(Protocol):
+    """Where a line of metrics goes."""
+
+    def add(self, line: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class NoSink:
+    """Nowhere: ranks other than the first, W&B switched off."""
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class MetricsFile:
+    """Appends JSON lines; on resume, lines after the checkpoint's step are cut, so that no step appears twice."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in _lines(path) if line["step"] <= step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        # JSON has no NaN; a reader must not choke on the line that says what went wrong.
+        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines only: a crash may have cut the last one short."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+class WandbSink:
+    """Mirrors lines to W&B; the first failure is told once, and ends the mirroring, never the run."""
+
+    def __init__(self, experiment: Experiment, folder: Path) -> None:
+        self._run: Any = None
+        options = experiment.wandb
+        try:
+            import wandb
+
+            os.environ.setdefault("WANDB_SILENT", "true")
+            self._run = wandb.init(
+                project=options.project,
+                entity=options.entity,
+                group=options.group,
+                name=experiment.name,
+                id=_run_id(folder),
+                resume="allow",
+                mode=options.mode if options.mode != "off" else "disabled",
+                dir=str(folder),
+                config=experiment.dump(),
+                settings=wandb.Settings(save_code=False, disable_git=True, init_timeout=30),
+            )
+        except Exception as error:
+            self._give_up(error)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log(_flat(line), step=int(line["step"]))
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        if self._run is None:
+            return
+        try:
+            folder, offline = self._run.dir, self._run.settings._offline
+            self._run.finish(quiet=True)
+            if offline:
+                print(f"W&B files are on disk; upload them with: wandb sync {Path(folder).parent}", file=sys.stderr)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        print(f"W&B stopped ({type(error).__name__}: {error}); metrics.jsonl goes on", file=sys.stderr, flush=True)
+
+
+def _run_id(folder: Path) -> str:
+    """The same W&B run after a resume."""
+    path = folder / "wandb-id"
+    if not path.exists():
+        path.write_text(os.urandom(6).hex())
+    return path.read_text().strip()
+
+
+def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def open_sinks(experiment: Experiment, folder: Path, step: int, first_rank: bool) -> list[Sink]:
+    """metrics.jsonl, and W&B if wanted, on the first rank; nothing elsewhere."""
+    if not first_rank:
+        return [NoSink()]
+    sinks: list[Sink] = [MetricsFile(folder / "metrics.jsonl", step)]
+    if experiment.wandb.mode != "off":
+        sinks.append(WandbSink(experiment, folder))
+    return sinks

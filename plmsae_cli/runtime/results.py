@@ -1,0 +1,19 @@
+"""The headline figures of runs, for tables and sweeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def headline(run: Path) -> dict[str, float]:
+    """The headline figures of an evaluated run, for tables of many runs; empty where there are none."""
+    path = run / "eval" / "metrics.json"
+    if not path.exists():
+        return {}
+    fidelity = json.loads(path.read_text())["fidelity"]
+    found = {name: fidelity[name] for name in ("fvu", "cosine", "l0_mean", "dead_share")}
+    if "loss" in fidelity:
+        found["recovered_zero"] = fidelity["loss"]["masked"]["recovered_zero"]
+        found["recovered_mean"] = fidelity["loss"]["masked"]["recovered_mean"]
+    return found

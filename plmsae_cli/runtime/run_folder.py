@@ -1,0 +1,165 @@
+"""The folder of one run: what was asked, with what, where the data is, how far it got."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small local file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, body: Any) -> None:
+    write_text(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The file's JSON, or None where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+class RunFolder:
+    """`<root>/<name>`. Local, because logs append and locks lock."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.report = self.path / "report" / "index.html"
+        self.stop_file = self.path / "STOP"
+
+    def begin(self, experiment: Experiment, text: str | None) -> None:
+        """Record what was asked and with what; called at every start, so the newest environment is the one shown."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.stop_file.unlink(missing_ok=True)
+        if text is not None:
+            write_text(self.path / "experiment.yaml", text)
+        yaml = YAML()
+        temporary = self.path / ".resolved.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            yaml.dump(experiment.dump(), file)
+        os.replace(temporary, self.path / "resolved.yaml")
+        write_json(self.path / "environment.json", environment())
+
+    def point(self, artifacts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add pointers to data folders (artifacts.json)."""
+        path = self.path / "artifacts.json"
+        write_json(path, {**(read_json(path) or {}), **artifacts})
+
+    def status(self, **changes: Any) -> None:
+        """Merge into status.json; `stage_seconds` accumulates by stage."""
+        path = self.path / "status.json"
+        body = read_json(path) or {"schema": 1, "state": "new", "stage_seconds": {}}
+        seconds = changes.pop("stage_seconds", {})
+        body["stage_seconds"] = {**body.get("stage_seconds", {}), **seconds}
+        body.update(changes, updated=time.time(), pid=os.getpid())
+        write_json(path, body)
+
+    def claim_identity(self, identity: Mapping[str, Any]) -> None:
+        """Continue the run of this name, or refuse when its science differs.
+
+        Raises:
+            UserError: lists each field that differs, old and new.
+        """
+        path = self.path / "identity.json"
+        known = read_json(path)
+        if known is None:
+            write_json(path, identity)
+            return
+        changes = differences(known, json.loads(json.dumps(identity)))
+        if changes:
+            lines = "\n".join(f"  {where}: {old!r} -> {new!r}" for where, old, new in changes)
+            raise UserError(
+                f"{self.path} holds a run that differs in:\n{lines}",
+                "give the experiment another name, or pass --restart to archive the old run",
+            )
+
+    def archive(self) -> Path | None:
+        """Move the run aside (`--restart` never deletes)."""
+        if not self.path.exists():
+            return None
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        target = self.path.with_name(f"{self.path.name}.archived-{stamp}")
+        number = 1
+        while target.exists():
+            number += 1
+            target = self.path.with_name(f"{self.path.name}.archived-{stamp}-{number}")
+        os.replace(self.path, target)
+        return target
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves at which two JSON values differ, as (dotted path, old, new)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        return found
+    return [] if old == new else [(where, old, new)]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit, for the record. No environment variables: they hold secrets."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("plmsae", "torch", "numpy", "pyarrow", "litdata", "pydantic"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": device_name(),
+        "versions": versions,
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+    }
+
+
+def device_name() -> str:
+    """The first GPU's name, or the processor's."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name(0))
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    """The answer of git about the folder this package was installed from, if it is a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,0 +1,60 @@
+"""Opening what runs leave behind: trained dictionaries and datasets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.sae.dictionary import Dictionary
+from plmsae_cli.sae.export import from_state
+from plmsae_cli.store.blocks import Blocks
+from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.tensorfile import TensorFile
+
+
+@dataclass(frozen=True)
+class SavedSAE:
+    """A trained dictionary that eats raw activations, and where it comes from."""
+
+    model: Dictionary
+    facts: dict[str, Any]
+    """`layer`, `weights` (name, sha256), `tokens`, `dataset`, ...: the contents of sae.json."""
+
+
+def load_sae_with_facts(run: str | Path, store: Store | None = None) -> SavedSAE:
+    """The SAE of a run folder, or of its `sae/` folder.
+
+    Raises:
+        UserError: there is no exported SAE, or it was written by something else.
+    """
+    store = store or Store()
+    folder = str(run)
+    if store.exists(join(folder, "sae", "sae.json")):
+        folder = join(folder, "sae")
+    path = join(folder, "sae.json")
+    if not store.exists(path):
+        raise UserError(f"{run} holds no trained SAE (no sae.json)", "name a run folder whose training has finished")
+    facts = json.loads(store.read(path))
+    if facts.get("format") != "plmsae.sae/1":
+        raise UserError(f"{path}: format {facts.get('format')!r} is not plmsae.sae/1", "was it written by a newer plmsae?")
+    file = TensorFile(store, join(folder, "sae.safetensors"))
+    return SavedSAE(from_state({name: file.read(name) for name in file.names()}, facts["config"]).eval(), facts)
+
+
+def load_sae(run: str | Path, device: str | torch.device = "cpu") -> Dictionary:
+    """The trained SAE of a run: `encode` raw activations [B, d] to latents, `decode` them back.
+
+    Args:
+        run: a run folder such as `runs/quickstart`, or the `sae/` folder inside it; local or `s3://`.
+    """
+    return load_sae_with_facts(run).model.to(device)
+
+
+def open_blocks(folder: str | Path, store: Store | None = None) -> Blocks:
+    """A shuffled dataset (`optimize-<key>`): `num_rows`, `d`, `dtype`, and `read_into(start, out_RD)`."""
+    return Blocks(store or Store(), str(folder))

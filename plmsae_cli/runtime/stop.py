@@ -1,0 +1,55 @@
+"""Stopping: the first Ctrl-C, SIGTERM or a STOP file asks; the second insists.
+
+`request` may be called from a signal handler. Loops call `requested()` between steps; it costs one attribute read, plus a
+stat of the STOP file at most every second.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+FORCED = 130
+
+
+class Stop:
+    """A process's wish to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._file: Path | None = None
+        self._looked = 0.0
+
+    def watch(self, file: Path) -> None:
+        """Also stop when this file appears; it works under any launcher."""
+        self._file = file
+
+    def request(self) -> None:
+        self.asked = True
+
+    def requested(self) -> bool:
+        if not self.asked and self._file is not None and time.monotonic() - self._looked > 1.0:
+            self._looked = time.monotonic()
+            self.asked = self._file.exists()
+        return self.asked
+
+    def install(self, quiet: bool = False) -> None:
+        """Handle SIGINT and SIGTERM in this process: ask first, leave at once on the second."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.asked:
+                os._exit(FORCED)
+            self.asked = True
+            if not quiet:
+                # Only async-signal-safe work here: one write, no locks.
+                os.write(sys.stderr.fileno(), b"\nstopping at the next safe point, press again to abort\n")
+
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
+
+
+STOP = Stop()

@@ -1,0 +1,91 @@
+"""The k largest latents of each token, exactly, with ties to the lowest index.
+
+`torch.topk` leaves ties open and walks all N scores. Here scores are first reduced to the maxima of small
+groups of neighbouring latents: the k groups with the largest maxima contain the k largest scores, so two
+short searches replace one long one. Each search ranks 64-bit keys, the score's bits above the inverted index,
+which makes the order total: equal scores choose the same latents on every device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from plmsae_cli.sae.interface import Latents
+
+# Pre-activations held at once. A tile that fits a CPU's cache is read back for free; on a GPU only memory
+# counts.
+TILE_SCORES_CPU = 2**21
+TILE_SCORES_CUDA = 2**28
+_INDEX_MASK = 2**32 - 1
+
+
+def top_k(scores_BN: Tensor, k: int) -> Latents:
+    """ReLU of the k largest scores of each row, in decreasing order, ties to the lowest index.
+
+    Scores at or below 0 all tie at 0; NaN is above all. float32 or narrower, k <= N. Not differentiable.
+    """
+    rows, num_latents = scores_BN.shape
+    members = _members(num_latents, k)
+    return _select(scores_BN.view(rows, num_latents // members, members).transpose(1, 2), k)
+
+
+@torch.no_grad()
+def encode_top_k(x_BD: Tensor, w_enc_ND: Tensor, b_enc_N: Tensor, k: int) -> Latents:
+    """`top_k(x W_enc^T + b_enc, k)`, holding no more than a tile of the pre-activations."""
+    num_latents, d = w_enc_ND.shape
+    members = _members(num_latents, k)
+    groups = num_latents // members
+    # The encoder's rows are reordered so that a group's scores lie `groups` apart: the maximum over a group
+    # then is one over whole vectors, five times as fast on a CPU as over neighbouring scores.
+    w_ND = w_enc_ND.view(groups, members, d).transpose(0, 1).reshape(num_latents, d)
+    b_N = b_enc_N.view(groups, members).t().reshape(num_latents)
+
+    rows = x_BD.shape[0]
+    tile = max(1, (TILE_SCORES_CUDA if x_BD.is_cuda else TILE_SCORES_CPU) // num_latents)
+    # On a CPU, one buffer for all tiles: touching fresh pages costs half as much as the product itself.
+    buffer_TN = None if x_BD.is_cuda else x_BD.new_empty(min(tile, rows), num_latents)
+    acts_BK = x_BD.new_empty(rows, k)
+    indices_BK = torch.empty(rows, k, dtype=torch.int64, device=x_BD.device)
+    for start in range(0, rows, tile):
+        stop = min(start + tile, rows)
+        if buffer_TN is None:
+            scores_TN = F.linear(x_BD[start:stop], w_ND, b_N)
+        else:
+            scores_TN = torch.addmm(b_N, x_BD[start:stop], w_ND.t(), out=buffer_TN[: stop - start])
+        selected = _select(scores_TN.view(-1, members, groups), k)
+        acts_BK[start:stop], indices_BK[start:stop] = selected
+    return Latents(acts_BK, indices_BK)
+
+
+def _members(num_latents: int, k: int) -> int:
+    """Latents a group: a power of two near sqrt(N / k), so that both searches are as long, that divides N."""
+    return math.gcd(1 << int(math.log2(math.sqrt(num_latents / k))), num_latents)
+
+
+def _select(scores_BMG: Tensor, k: int) -> Latents:
+    """Scores of M members in each of G groups; latent i is member i % M of group i // M."""
+    rows, members, groups = scores_BMG.shape
+    group_G = torch.arange(groups, device=scores_BMG.device)
+    keys_BK = _largest_keys(scores_BMG.amax(1), group_G, k)
+    if members > 1:
+        groups_B1K = _index(keys_BK).unsqueeze(1)
+        candidates_BMK = scores_BMG.gather(2, groups_B1K.expand(-1, members, -1))
+        latents_BMK = groups_B1K * members + torch.arange(members, device=scores_BMG.device).unsqueeze(1)
+        keys_BK = _largest_keys(candidates_BMK.view(rows, -1), latents_BMK.view(rows, -1), k)
+    acts_BK = (keys_BK >> 32).to(torch.int32).view(torch.float32)
+    return Latents(acts_BK, _index(keys_BK))
+
+
+def _largest_keys(scores: Tensor, index: Tensor, k: int) -> Tensor:
+    """The k largest of bits(ReLU(score)) << 32 | inverted index; floats >= 0 rank as their bits do."""
+    bits = scores.relu().float().view(torch.int32).bitwise_and(0x7FFFFFFF)  # drops the sign of -0 and of NaN
+    keys = (bits.to(torch.int64) << 32) | (_INDEX_MASK - index)
+    return keys.topk(k, dim=1).values
+
+
+def _index(keys: Tensor) -> Tensor:
+    return _INDEX_MASK - (keys & _INDEX_MASK)

@@ -1,0 +1,147 @@
+"""Linear maps over the active pairs (token, latent) instead of over all B x N products.
+
+With k of N latents active, decoding, its gradients and the encoder's weight gradient touch P = B k pairs.
+All are sums of weighted rows, which `embedding_bag` computes in a fixed order: no float atomics, so results
+repeat bit for bit. Letters: P pairs, R bags (sums) of the output; the others as in `interface`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_SUM = 0  # embedding_bag's mode
+
+
+class Pairs:
+    """The active pairs, bag by bag: pair p adds latent `indices_P[p]` to bag `bags_P[p]`.
+
+    A bag's pairs are neighbours, `offsets_R1[r]` to `offsets_R1[r + 1]`. The order by latent, which both
+    weight gradients need, is sorted once, when it is first asked for.
+    """
+
+    def __init__(self, indices_P: Tensor, bags_P: Tensor, offsets_R1: Tensor, num_latents: int) -> None:
+        self.indices_P = indices_P
+        self.bags_P = bags_P
+        self.offsets_R1 = offsets_R1
+        self.num_latents = num_latents
+
+    @classmethod
+    def of_rows(cls, indices_BK: Tensor, num_latents: int) -> Pairs:
+        """One bag a token."""
+        count, k = indices_BK.numel(), indices_BK.shape[1]
+        positions = torch.arange(count + k, device=indices_BK.device)
+        return cls(indices_BK.flatten(), positions[:count] // k, positions[::k].contiguous(), num_latents)
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor]:
+        """The pairs in order of latent [P], and where each latent's pairs begin [N + 1]."""
+        # Half the radix passes of int64.
+        sorted_P, order_P = self.indices_P.to(torch.int32).sort(stable=True)
+        bounds = torch.arange(self.num_latents + 1, dtype=torch.int32, device=sorted_P.device)
+        return order_P, torch.searchsorted(sorted_P, bounds)
+
+    @cached_property
+    def bags_by_latent(self) -> Tensor:
+        """`bags_P` in order of latent."""
+        return self.bags_P[self.by_latent[0]]
+
+    def sum_by_bag(self, weights_P: Tensor, rows_ND: Tensor) -> Tensor:
+        """out[r] = sum over pairs p of bag r: weights[p] * rows[indices[p]]."""
+        return _sums(self.indices_P, rows_ND, self.offsets_R1, weights_P)
+
+    def sum_by_latent(self, weights_P: Tensor, rows_RD: Tensor) -> Tensor:
+        """out[i] = sum over pairs p of latent i: weights[p] * rows[bags[p]]: `sum_by_bag` transposed."""
+        order_P, bounds_N1 = self.by_latent
+        return _sums(self.bags_by_latent, rows_RD, bounds_N1, weights_P[order_P])
+
+    def count_by_latent(self, weights_P: Tensor) -> Tensor:
+        """out[i] = sum over pairs p of latent i: weights[p]."""
+        order_P, bounds_N1 = self.by_latent
+        return _sums(order_P, weights_P.unsqueeze(1), bounds_N1, None).squeeze(1)
+
+    def products(self, rows_RD: Tensor, rows_ND: Tensor) -> Tensor:
+        """out[p] = <rows_RD[bags[p]], rows_ND[indices[p]]>."""
+        out: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            rows_RD, rows_ND, self.indices_P, self.offsets_R1, self.bags_P, _SUM
+        )
+        return out
+
+
+def sparse_decode(acts_P: Tensor, w_dec_ND: Tensor, pairs: Pairs) -> Tensor:
+    """xhat[r] = sum over the pairs of bag r: act * W_dec[latent]; differentiable in both tensors."""
+    out: Tensor = _Decode.apply(acts_P, w_dec_ND, pairs)  # type: ignore[no-untyped-call]
+    return out
+
+
+def attach_encoder(
+    acts_P: Tensor, x_BD: Tensor, w_enc_ND: Tensor, b_enc_N: Tensor, b_dec_D: Tensor, pairs: Pairs
+) -> Tensor:
+    """`acts_P` themselves, differentiable as ReLU(W_enc (x - b_dec) + b_enc) at the pairs; a bag a token."""
+    out: Tensor = _Encode.apply(  # type: ignore[no-untyped-call]
+        acts_P, x_BD, w_enc_ND, b_enc_N, b_dec_D, pairs
+    )
+    return out
+
+
+def _sums(index: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    return F.embedding_bag(
+        index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, acts_P: Tensor, w_dec_ND: Tensor, pairs: Pairs) -> Tensor:
+        ctx.save_for_backward(acts_P, w_dec_ND)
+        ctx.pairs = pairs
+        return pairs.sum_by_bag(acts_P, w_dec_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        acts_P, w_dec_ND = ctx.saved_tensors
+        needs_acts, needs_w, _ = ctx.needs_input_grad
+        grad_RD = grad_RD.contiguous()
+        return (
+            ctx.pairs.products(grad_RD, w_dec_ND) if needs_acts else None,
+            ctx.pairs.sum_by_latent(acts_P, grad_RD) if needs_w else None,
+            None,
+        )
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        acts_P: Tensor,
+        x_BD: Tensor,
+        w_enc_ND: Tensor,
+        b_enc_N: Tensor,
+        b_dec_D: Tensor,
+        pairs: Pairs,
+    ) -> Tensor:
+        ctx.save_for_backward(acts_P, x_BD, w_enc_ND, b_dec_D)
+        ctx.pairs = pairs
+        return acts_P.view_as(acts_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
+        acts_P, x_BD, w_enc_ND, b_dec_D = ctx.saved_tensors
+        pairs: Pairs = ctx.pairs
+        grad_P = torch.where(acts_P > 0, grad_P, 0.0)
+        grad_b_N = pairs.count_by_latent(grad_P)
+        return (
+            None,
+            pairs.sum_by_bag(grad_P, w_enc_ND) if ctx.needs_input_grad[1] else None,
+            pairs.sum_by_latent(grad_P, x_BD - b_dec_D),
+            grad_b_N,
+            -(grad_b_N @ w_enc_ND),
+            None,
+        )

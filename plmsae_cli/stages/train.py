@@ -1,0 +1,235 @@
+"""Dataset to a trained model. One task on as many ranks as asked; a pLM first writes its token shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment, Train
+from plmsae_cli.runtime.device import count_gpus
+from plmsae_cli.runtime.task import Artifact, Context, Plan, Resources, Result, Task
+from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, remaining, require_manifest
+from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.lineage import Lineage, Ref
+from plmsae_cli.store.manifest import read_manifest, read_parts
+
+TRAIN = "train"
+
+
+def plan(experiment: Experiment, store: Store) -> Plan:
+    train = experiment.train
+    assert train is not None
+    lineage = Lineage(experiment, store)
+    return _plan_sae(lineage, train) if train.kind == "sae" else _plan_plm(lineage, train)
+
+
+def ranks(experiment: Experiment) -> int:
+    """Processes of the gang: as asked, else one a GPU, else one."""
+    wanted = experiment.launch.ranks
+    gpus = count_gpus(experiment.launch)
+    if wanted == "auto":
+        return max(1, gpus)
+    if gpus and wanted > gpus:
+        raise UserError(f"launch.ranks asks for {wanted} ranks on {gpus} GPU(s)", "lower launch.ranks or use auto")
+    return wanted
+
+
+def _run_task(lineage: Lineage, needs: tuple[str, ...], steps: int) -> Task:
+    gang = ranks(lineage.experiment)
+    gpus = gang if count_gpus(lineage.experiment.launch) else 0
+    return Task(TRAIN, "train", (lineage.run_folder(),), needs, Resources(gpus=gpus, gang=gang), cost=float(steps))
+
+
+def _run_artifact(lineage: Lineage, tasks: list[Task], tokens: int) -> Artifact:
+    from plmsae_cli.config.base import digest
+
+    folder = lineage.run_folder()
+    return Artifact(folder, digest(lineage.run_identity()), all(folder not in t.folders for t in tasks), tokens)
+
+
+def _plan_sae(lineage: Lineage, train: Train) -> Plan:
+    from plmsae_cli.training.stream import steps_per_epoch
+
+    experiment, store = lineage.experiment, lineage.store
+    dataset = lineage.dataset()
+    manifest = read_manifest(store, dataset.folder)
+    rows, d = (manifest["rows"], manifest["d"]) if manifest else (lineage.scan.num_rows, lineage.d)
+    per_epoch = steps_per_epoch(rows, train.batch_tokens, ranks(experiment))
+    steps = sae_steps(train, per_epoch)
+    width = train.autoencoder().width(d)
+    if train.autoencoder().k > width:
+        raise UserError(
+            f"train.sae.k ({train.autoencoder().k}) is larger than the dictionary ({width} latents)",
+            "lower k or raise expansion",
+        )
+    tasks = remaining(store, [_run_task(lineage, (), steps)])
+    parameters = 2 * width * d + width + d
+    figures = {
+        "dataset": dataset.folder,
+        "rows": rows,
+        "steps": steps,
+        "tokens": steps * train.batch_tokens,
+        "epochs": round(steps / per_epoch, 3),
+        "unseen_rows_per_epoch": rows % train.batch_tokens,
+        "batch_tokens": train.batch_tokens,
+        "batch_tokens_per_rank": train.batch_tokens // ranks(experiment),
+        "ranks": ranks(experiment),
+        "architecture": train.autoencoder().architecture,
+        "latents": width,
+        "parameters": parameters,
+        "memory_per_rank": parameters * 16 + 3 * train.batch_tokens // ranks(experiment) * width * 4,
+    }
+    return Plan("train", tasks, {"run": _run_artifact(lineage, tasks, steps * train.batch_tokens)}, figures)
+
+
+def sae_steps(train: Train, per_epoch: int) -> int:
+    """Steps of the run: `tokens` whole batches, or one epoch."""
+    return per_epoch if train.tokens is None else max(1, train.tokens // train.batch_tokens)
+
+
+def _plan_plm(lineage: Lineage, train: Train) -> Plan:
+    from plmsae_cli.plm.esm2 import ESM2Config
+    from plmsae_cli.stages.tokens import scanned
+
+    plm = train.plm
+    assert plm is not None
+    gang = ranks(lineage.experiment)
+    if (train.batch_tokens // plm.pack_tokens) % gang:
+        raise UserError(
+            f"train.batch_tokens is {train.batch_tokens // plm.pack_tokens} packs, which {gang} ranks cannot share",
+            f"make it a multiple of {gang * plm.pack_tokens} (plm.pack_tokens x ranks)",
+        )
+    ref = lineage.tokens()
+    scan = scanned(lineage, plm.fasta)
+    tokens = int((scan.lengths_P[~scan.heldout_P] + 2).sum())
+    steps = max(1, (train.tokens or tokens) // train.batch_tokens)
+    make = Task("tokens", "train", (ref.folder,), cost=float(scan.num_proteins) / 1e3)
+    finish = finish_task("train", [ref], [make], {"tokens": tokens, "proteins": scan.num_proteins})
+    tasks = remaining(lineage.store, [make, finish, _run_task(lineage, (FINISH,), steps)])
+    config = ESM2Config(plm.num_layers, plm.hidden_size, plm.num_attention_heads)
+    figures = {
+        "proteins": scan.num_proteins,
+        "heldout_proteins": int(scan.heldout_P.sum()),
+        "tokens_per_epoch": tokens,
+        "steps": steps,
+        "tokens": steps * train.batch_tokens,
+        "epochs": round(steps * train.batch_tokens / tokens, 3),
+        "ranks": gang,
+        "packs_per_step": train.batch_tokens // plm.pack_tokens,
+        "parameters": config.num_parameters,
+    }
+    artifacts = {
+        "tokens": artifact(lineage.store, ref, tokens, tokens, {}),
+        "run": _run_artifact(lineage, tasks, steps * train.batch_tokens),
+    }
+    return Plan("train", tasks, artifacts, figures)
+
+
+def work(task: Task, context: Context) -> Mapping[str, Result]:
+    from plmsae_cli.stages import tokens
+
+    if task.id == "tokens":
+        return tokens.write(task, context)
+    if task.id == FINISH:
+        (folder,) = task.folders
+        counts = read_parts(context.store, folder)["tokens"].facts["residue_counts"]
+        facts = {k: task.args[k] for k in ("tokens", "proteins")}
+        return {folder: manifest_facts(task, folder, {**facts, "residue_counts": counts})}
+    train = context.experiment.train
+    assert train is not None
+    return _train_sae(task, context, train) if train.kind == "sae" else _train_plm(task, context, train)
+
+
+def _train_sae(task: Task, context: Context, train: Train) -> Mapping[str, Result]:
+    import torch
+
+    from plmsae_cli.runtime.device import compute_dtype, pick_device
+    from plmsae_cli.runtime.dist import gang
+    from plmsae_cli.runtime.run_folder import RunFolder
+    from plmsae_cli.store.activations import Statistics
+    from plmsae_cli.store.blocks import Blocks
+    from plmsae_cli.training.export import export_sae
+    from plmsae_cli.training.loop import fit
+    from plmsae_cli.training.sae_objective import MEDIAN_ROWS, SAEObjective
+    from plmsae_cli.training.stream import BlockStream
+
+    lineage = Lineage(context.experiment, context.store)
+    dataset: Ref = lineage.dataset()
+    manifest = require_manifest(context.store, dataset.folder)
+    statistics = Statistics.read(context.store, join(dataset.folder, "stats.safetensors"))
+    mean_D, scale = statistics.normalisation()
+    run = RunFolder(task.folders[0])
+    with gang() as ranks_:
+        device = pick_device(ranks_.local_rank)
+        blocks = Blocks(context.store, dataset.folder)
+        with BlockStream(blocks, train.batch_tokens, train.seed, ranks_.rank, ranks_.world, device=device) as stream:
+            steps = sae_steps(train, stream.steps_per_epoch)
+            compute = compute_dtype(train.compute, device)
+            if compute is torch.float16:
+                compute = torch.float32  # without bfloat16, exactness is worth more than half precision's loss scaling
+            objective = SAEObjective(train, stream, mean_D, scale, steps, ranks_, device, compute)
+            sample_RD = torch.empty(min(MEDIAN_ROWS, blocks.num_rows), blocks.d, dtype=blocks.dtype)
+            blocks.read_into(0, sample_RD)
+            objective.start(sample_RD)
+            fit(objective, steps, context.experiment, run, ranks_, context.progress)
+            files = []
+            if ranks_.first:
+                facts = {
+                    "layer": manifest["layer"],
+                    "num_layers": manifest["num_layers"],
+                    "weights": manifest["weights"],
+                    "dataset": dataset.key,
+                    "dataset_rows": manifest["rows"],
+                    "tokens": steps * train.batch_tokens,
+                    "steps": steps,
+                    "gamma": statistics.gamma,
+                    "train": train.science(),
+                }
+                files = export_sae(objective, blocks, mean_D, scale, facts, run.path / "sae", context.store)
+    return {task.folders[0]: Result(files, {"steps": steps, "tokens": steps * train.batch_tokens})}
+
+
+def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Result]:
+    import torch
+
+    from plmsae_cli.runtime.device import compute_dtype, pick_device
+    from plmsae_cli.runtime.dist import gang
+    from plmsae_cli.runtime.run_folder import RunFolder
+    from plmsae_cli.stages import tokens
+    from plmsae_cli.store.weights import save_model
+    from plmsae_cli.training.loop import fit
+    from plmsae_cli.training.packs import Packs
+    from plmsae_cli.training.plm_objective import PLMObjective
+
+    plm = train.plm
+    assert plm is not None
+    lineage = Lineage(context.experiment, context.store)
+    manifest = require_manifest(context.store, lineage.tokens().folder)
+    shards = tokens.read(context.store, lineage.tokens().folder, manifest)
+    longest = plm.max_length + 2
+    packs = Packs(shards.pop("train"), plm.pack_tokens, longest, train.seed)
+    valid = {name: Packs(arrays, plm.pack_tokens, longest, None) for name, arrays in shards.items() if len(arrays[0])}
+    steps = max(1, (train.tokens or packs.num_tokens) // train.batch_tokens)
+    run = RunFolder(task.folders[0])
+    with gang() as ranks_:
+        device = pick_device(ranks_.local_rank)
+        compute = compute_dtype(train.compute, device)
+        compute = torch.float32 if compute is torch.float16 else compute
+        objective = PLMObjective(train, packs, valid, steps, ranks_, device, compute)
+        fit(objective, steps, context.experiment, run, ranks_, context.progress)
+        valid_figures = objective.validate(steps)
+        files = []
+        if ranks_.first:
+            facts: dict[str, Any] = {
+                "tokens": steps * train.batch_tokens,
+                "steps": steps,
+                "data": lineage.tokens().key,
+                "train": train.science(),
+                "valid": valid_figures,
+                "unigram_entropy": tokens.unigram_entropy(manifest["residue_counts"]),
+            }
+            state = {k: v.detach().cpu() for k, v in objective.model.state_dict().items()}
+            files = save_model(context.store, str(run.path / "plm"), state, asdict(objective.config), facts)
+    return {task.folders[0]: Result(files, {"steps": steps, "valid": valid_figures})}

@@ -1,0 +1,146 @@
+"""Names of artifacts: what a folder holds decides what it is called.
+
+key = digest of the section's science fields, the format version and the inputs' keys. FASTA files and weights enter by the
+hash of their content, so renamed inputs are the same inputs and two experiments share an embedding without being told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from plmsae_cli.config.base import digest
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.manifest import read_manifest
+from plmsae_cli.store.proteins import Scan, scan
+from plmsae_cli.store.weights import WeightsInfo, resolve_weights
+
+FORMATS = {
+    "embed": "plmsae.activations/1",
+    "shuffle": "plmsae.shuffled/1",
+    "optimize": "plmsae.blocks/1",
+    "tokens": "plmsae.tokens/1",
+}
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An artifact's name, and what went into it."""
+
+    stage: str
+    key: str
+    folder: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    def provenance(self) -> dict[str, Any]:
+        """The manifest's first fields."""
+        return {
+            "format": FORMATS[self.stage],
+            "stage": self.stage,
+            "key": self.key,
+            "config": dict(self.config),
+            "inputs": dict(self.inputs),
+        }
+
+
+class Lineage:
+    """The artifacts of one experiment. Reads inputs only as far as their names need it."""
+
+    def __init__(self, experiment: Experiment, store: Store) -> None:
+        self.experiment = experiment
+        self.store = store
+
+    def _ref(self, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Ref:
+        key = digest({"format": FORMATS[stage], "config": dict(config), "inputs": dict(inputs)})
+        return Ref(stage, key, join(self.experiment.data_folder(), f"{stage}-{key}"), config, inputs)
+
+    @cached_property
+    def weights(self) -> WeightsInfo:
+        return resolve_weights(self.experiment.model.weights, self.store)
+
+    @property
+    def d(self) -> int:
+        """Dimension of the residual stream."""
+        return int(self.weights.config["d"])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.weights.config["num_layers"])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row of one layer."""
+        assert self.experiment.embed is not None
+        return self.d * {"bfloat16": 2, "float16": 2, "float32": 4}[self.experiment.embed.dtype]
+
+    @cached_property
+    def fasta(self) -> Path:
+        assert self.experiment.embed is not None
+        return self.store.local(self.experiment.embed.fasta)
+
+    @cached_property
+    def scan(self) -> Scan:
+        """Lengths, split and hash of the proteins (one pass over the FASTA, cached)."""
+        assert self.experiment.embed is not None
+        return scan(self.fasta, self.experiment.embed)
+
+    def embed(self, layer: int) -> Ref:
+        embed = self.experiment.embed
+        assert embed is not None
+        if layer > self.num_layers:
+            raise UserError(
+                f"embed.layers: {self.weights.name} has layers 0 to {self.num_layers}, {layer} is not one of them",
+                f"the last layer is {self.num_layers}",
+            )
+        config = {**embed.science(), "layer": layer}
+        return self._ref("embed", config, {"fasta": self.scan.sha256, "weights": self.weights.sha256})
+
+    def shuffle(self, layer: int) -> Ref:
+        assert self.experiment.shuffle is not None
+        return self._ref("shuffle", self.experiment.shuffle.science(), {"embed": self.embed(layer).key})
+
+    def optimize(self, layer: int) -> Ref:
+        assert self.experiment.optimize is not None
+        return self._ref("optimize", self.experiment.optimize.science(), {"shuffle": self.shuffle(layer).key})
+
+    def tokens(self) -> Ref:
+        """The token shards a pLM trains on."""
+        train = self.experiment.train
+        assert train is not None
+        assert train.plm is not None
+        sources = {"train": train.plm.fasta, **{f"valid-{k}": v for k, v in sorted(train.plm.valid.items())}}
+        config = {"max_length": train.plm.max_length, "holdout": train.plm.holdout}
+        from plmsae_cli.store.proteins import fasta_sha256
+
+        return self._ref("tokens", config, {k: fasta_sha256(self.store.local(v)) for k, v in sources.items()})
+
+    def dataset(self) -> Ref:
+        """What `train` reads: this experiment's own blocks, or the folder `train.data` names."""
+        train = self.experiment.train
+        assert train is not None
+        if train.data is None:
+            return self.optimize(self.experiment.training_layer())
+        manifest = read_manifest(self.store, train.data)
+        if manifest is None or manifest.get("format") != FORMATS["optimize"]:
+            raise UserError(
+                f"train.data: {train.data} is not a finished dataset (no MANIFEST.json of format {FORMATS['optimize']})",
+                "name an `optimize-<key>` folder; `plmsae ls` lists them",
+            )
+        return Ref("optimize", manifest["key"], train.data.rstrip("/"), manifest["config"], manifest["inputs"])
+
+    def run_folder(self) -> str:
+        assert self.experiment.name is not None
+        return join(self.experiment.root, self.experiment.name)
+
+    def run_identity(self) -> dict[str, Any]:
+        """What a run is, for `same name = continue`: the training's science and its data."""
+        train = self.experiment.train
+        assert train is not None
+        data = self.dataset().key if train.kind == "sae" else self.tokens().key
+        return {"train": train.science(), "data": data}

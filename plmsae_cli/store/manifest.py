@@ -1,0 +1,190 @@
+"""How an artifact comes to exist: task by task its parts, then one manifest.
+
+A task writes its files, then `parts/<task>.json` with their sizes and hashes; the last task writes
+`MANIFEST.json`. A folder with a manifest is an artifact, a folder without one is work in progress. Work
+resumes by names and sizes alone; `verify` reads every byte again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from plmsae_cli.store.fs import DamagedError, FileRecord, MissingError, Store, StoreError, is_remote, join
+
+MANIFEST = "MANIFEST.json"
+_PARTS = "parts"
+_REQUESTS = 16
+"""Small objects fetched from S3 at a time."""
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one task made: its files, named relative to the artifact's folder, and facts for the last task."""
+
+    task: str
+    files: list[FileRecord]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def canonical_json(body: Mapping[str, Any]) -> bytes:
+    """The one way `body` is written: sorted keys, UTF-8, no NaN; equal content is equal bytes."""
+    return (json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_part(
+    store: Store, folder: str, task_id: str, files: Sequence[FileRecord], facts: Mapping[str, Any]
+) -> None:
+    """Declare the task done. `files` are as `Store.write` returned them, with paths below `folder`.
+
+    If another attempt of the task was declared first and its files are all there, that one stands.
+    """
+    prefix = join(folder, "x")[:-1]
+    assert all(file.name.startswith(prefix) for file in files), f"files outside {folder}"
+    relative = [FileRecord(file.name.removeprefix(prefix), file.size, file.xxh3) for file in files]
+    path = join(folder, _PARTS, f"{task_id}.json")
+    data = canonical_json(asdict(Part(task_id, relative, dict(facts))))
+    if store.write_once(path, data):
+        return
+    try:
+        earlier = _parse_part(path, store.read(path))
+        complete = all(store.size(join(folder, file.name)) == file.size for file in earlier.files)
+    except (DamagedError, MissingError):
+        complete = False
+    if not complete:
+        store.write(path, [data])
+
+
+def read_parts(store: Store, folder: str) -> dict[str, Part]:
+    """Every task's part by the task's id. A damaged record is a DamagedError."""
+
+    def load(name: str) -> Part:
+        path = join(folder, _PARTS, name)
+        return _parse_part(path, store.read(path))
+
+    names = [name for name in store.list(join(folder, _PARTS)) if name.endswith(".json")]
+    return {part.task: part for part in _each(folder, load, sorted(names))}
+
+
+def done_tasks(store: Store, folder: str) -> set[str]:
+    """Tasks that are done: those whose record is sound and whose files are there, with their sizes.
+
+    One listing and the records are read, no data.
+    """
+    sizes = store.list(folder)
+
+    def load(name: str) -> Part | None:
+        path = join(folder, name)
+        try:
+            return _parse_part(path, store.read(path))
+        except DamagedError:  # the task is done again and its record replaced
+            return None
+
+    names = [name for name in sizes if name.startswith(f"{_PARTS}/") and name.endswith(".json")]
+    parts = [part for part in _each(folder, load, names) if part is not None]
+    return {part.task for part in parts if all(sizes.get(file.name) == file.size for file in part.files)}
+
+
+def write_manifest(store: Store, folder: str, body: Mapping[str, Any]) -> None:
+    """Write `MANIFEST.json`, which makes the folder an artifact: to be called last.
+
+    `body` has at least format, stage, key, config, inputs, created and files: [{name, size, xxh3}].
+    """
+    path = join(folder, MANIFEST)
+    data = canonical_json(body)
+    store.write(path, [data])
+    if store.read(path) != data:
+        store.delete(path)
+        raise StoreError(
+            f"{path} came back different from what was written; it was removed",
+            hint="the disk or the server is faulty: check it, then start again",
+        )
+
+
+def read_manifest(store: Store, folder: str) -> dict[str, Any] | None:
+    """The manifest's body; None if the folder is not an artifact (yet). A damaged one is a DamagedError."""
+    path = join(folder, MANIFEST)
+    try:
+        data = store.read(path)
+    except MissingError:
+        return None
+    body = _parse(path, data)
+    _file_records(path, body)
+    return body
+
+
+def verify(store: Store, folder: str) -> list[str]:
+    """Read every file of the artifact again; one line for each that is missing or differs, naming it.
+
+    Files the manifest does not know are no problem.
+    """
+    manifest = read_manifest(store, folder)
+    if manifest is None:
+        return [f"{join(folder, MANIFEST)}: missing"]
+    problems = []
+    for wanted in _file_records(join(folder, MANIFEST), manifest):
+        path = join(folder, wanted.name)
+        try:
+            found = store.hash(path)
+        except MissingError:
+            problems.append(f"{path}: missing")
+            continue
+        if found.size != wanted.size:
+            problems.append(f"{path}: size differs, {wanted.size} bytes recorded, {found.size} found")
+        elif found.xxh3 != wanted.xxh3:
+            problems.append(f"{path}: content differs, xxh3 {wanted.xxh3} recorded, {found.xxh3} found")
+    return problems
+
+
+def delete_artifact(store: Store, folder: str) -> None:
+    """Remove everything below `folder`, the manifest first: no half-deleted folder passes for an artifact."""
+    store.delete(join(folder, MANIFEST))
+    for name in store.list(folder):
+        store.delete(join(folder, name))
+
+
+def _each(folder: str, function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+    """`[function(item) ...]`, many at a time where each one is a request."""
+    if not is_remote(folder):
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(function, items))
+
+
+def _parse(path: str, data: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(body, dict):
+        raise _damaged(path, "it is not a JSON object")
+    return body
+
+
+def _parse_part(path: str, data: bytes) -> Part:
+    body = _parse(path, data)
+    facts = body.get("facts")
+    if not isinstance(body.get("task"), str) or not isinstance(facts, dict):
+        raise _damaged(path, "it lacks `task` or `facts`")
+    return Part(body["task"], _file_records(path, body), facts)
+
+
+def _file_records(path: str, body: Mapping[str, Any]) -> list[FileRecord]:
+    try:
+        records = [FileRecord(str(f["name"]), int(f["size"]), str(f["xxh3"])) for f in body["files"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, "its `files` are not a list of name, size, xxh3") from error
+    for record in records:
+        join("", record.name)  # others' manifests must not lead out of their folder
+    return records
+
+
+def _damaged(path: str, reason: str) -> DamagedError:
+    return DamagedError(
+        f"{path} is damaged: {reason}", hint="delete it and start again: it is then made anew"
+    )

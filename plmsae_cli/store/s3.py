@@ -1,0 +1,255 @@
+"""Objects in S3, through obstore.
+
+Everything is bounded: a request by its time-outs, its retries by their number and by a minute, memory by the
+pieces in flight. A write is one PUT, or a multipart upload that appears only when complete, and its size is
+read back. An upload that dies leaves invisible parts behind: a bucket wants a rule that expires
+incomplete multipart uploads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import obstore
+import xxhash
+from obstore.exceptions import AlreadyExistsError, BaseError
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.faults import fault
+from plmsae_cli.store.local import LocalFiles
+from plmsae_cli.store.records import (
+    Buffer,
+    DamagedError,
+    FileRecord,
+    MissingError,
+    StoreError,
+    flat,
+    is_temporary,
+)
+from plmsae_cli.store.s3_client import claim_process, connect, endpoint_of, split_url
+from plmsae_cli.store.s3_errors import VERIFY, explain
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+    from obstore.store import S3Store
+
+    from plmsae_cli.config.experiment import Storage
+
+_RANGE = 5 << 20
+"""Bytes a request when a large range is read in parallel."""
+_IN_FLIGHT = 16
+"""Such requests at a time."""
+_PART = 16 << 20
+"""Bytes of one part of an upload; anything up to this size is a single PUT."""
+_PARTS_IN_FLIGHT = 8
+
+
+@contextmanager
+def _explained(action: str, url: str, endpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (BaseError, FileNotFoundError, ValueError) as error:
+        raise explain(error, action, url, endpoint) from error
+
+
+class S3Objects:
+    """The methods of `Store` for `s3://` URLs."""
+
+    def __init__(self, storage: Storage | None) -> None:
+        self._storage = storage
+        self._endpoint = endpoint_of(storage)
+        self._clients: dict[str, S3Store] = {}
+
+    def exists(self, path: str) -> bool:
+        try:
+            self._head(path)
+        except MissingError:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        return int(self._head(path)["size"])
+
+    def read(self, path: str, start: int, length: int | None) -> bytes:
+        if length is None and start == 0:  # one request for the many small files
+            client, key = self._client(path)
+            with _explained("read", path, self._endpoint):
+                answer = obstore.get(client, key)
+                size = answer.meta["size"]
+                if size <= _RANGE:
+                    return bytes(_checked(answer.bytes(), path, 0, size))
+        if length is None:
+            length = max(self.size(path) - start, 0)
+        return b"".join(self._pieces(path, start, start + length))
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+        done = 0
+        for piece in self._pieces(path, start, start + buffer.nbytes):
+            buffer[done : done + piece.nbytes] = piece
+            done += piece.nbytes
+
+    def hash(self, path: str) -> FileRecord:
+        head = self._head(path)
+        hasher = xxhash.xxh3_128()
+        for piece in self._pieces(path, 0, head["size"], head["e_tag"]):
+            hasher.update(piece)
+        return FileRecord(path, head["size"], hasher.hexdigest())
+
+    def write(self, path: str, buffers: Iterable[Buffer], size: int | None) -> FileRecord:
+        client, key = self._client(path)
+        hasher = xxhash.xxh3_128()
+        written = 0
+
+        def parts() -> Iterator[bytearray]:
+            # Copies: the upload still holds a part when the caller fills its next buffer.
+            nonlocal written
+            part = bytearray()
+            for view in flat(buffers):
+                hasher.update(view)
+                written += view.nbytes
+                while view.nbytes:
+                    room = _PART - len(part)
+                    part += view[:room]
+                    view = view[room:]
+                    if len(part) == _PART:
+                        yield part
+                        part = bytearray()
+            if part:
+                yield part
+
+        fault("store.write.before-rename", path=path)
+        source = parts()
+        first = next(source, bytearray())
+        second = next(source, None)
+        with _explained("write", path, self._endpoint):
+            if second is None:
+                obstore.put(client, key, first, use_multipart=False)
+            else:
+                whole = chain((first, second), source)
+                obstore.put(client, key, whole, chunk_size=_PART, max_concurrency=_PARTS_IN_FLIGHT)
+        assert size is None or size == written, f"{path}: {size} bytes announced, {written} came"
+        if (stored := self.size(path)) != written:
+            self.delete(path)
+            raise StoreError(
+                f"{path} was stored short and removed: {written} bytes were sent, {stored} kept",
+                hint="start again; if it happens again, the server or a proxy in front of it is faulty",
+            )
+        fault("store.write.after-rename", path=path)
+        return FileRecord(path, written, hasher.hexdigest())
+
+    def write_once(self, path: str, data: bytes) -> bool:
+        client, key = self._client(path)
+        with _explained("write", path, self._endpoint):
+            try:
+                obstore.put(client, key, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def list(self, folder: str) -> dict[str, int]:
+        client, prefix = self._client(folder, whole_bucket=True)
+        start = len(prefix) + 1 if prefix else 0
+        with _explained("list", folder, self._endpoint):
+            found = obstore.list(client, prefix or None, chunk_size=1000)
+            sizes = {meta["path"][start:]: int(meta["size"]) for page in found for meta in page}
+        return {n: size for n, size in sizes.items() if n and not is_temporary(n.rpartition("/")[2])}
+
+    def delete(self, path: str) -> None:
+        client, key = self._client(path)
+        with _explained("delete", path, self._endpoint):
+            try:
+                obstore.delete(client, key)
+            except FileNotFoundError:  # some servers say so, AWS does not
+                return
+
+    def local(self, path: str) -> Path:
+        head = self._head(path)
+        identity = f"{self._endpoint} {path} {head['e_tag']} {head['size']}"
+        cache = Path(os.environ.get("PLMSAE_CACHE", "~/.cache/plmsae")).expanduser()
+        folder = cache / "s3" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+        target = folder / path.rpartition("/")[2]
+        if not target.exists():  # the rename in `write` lets simultaneous downloads end well
+            pieces = self._pieces(path, 0, head["size"], head["e_tag"])
+            LocalFiles().write(str(target), pieces, head["size"])
+        return target
+
+    def probe(self, folder: str, write: bool) -> None:
+        bucket, prefix = split_url(folder)
+        claim_process()
+        client = connect(bucket, self._storage, self._endpoint, hasty=True)
+        with _explained("list", folder, self._endpoint):
+            next(iter(obstore.list(client, prefix or None)), None)
+        if write:
+            key = f"{prefix}/.probe-{secrets.token_hex(4)}.tmp".lstrip("/")
+            with _explained("write to", folder, self._endpoint):
+                obstore.put(client, key, b"", use_multipart=False)
+                obstore.delete(client, key)
+
+    def _head(self, path: str) -> Any:
+        client, key = self._client(path)
+        with _explained("read", path, self._endpoint):
+            return obstore.head(client, key)
+
+    def _pieces(self, path: str, start: int, stop: int, etag: str | None = None) -> Iterator[memoryview]:
+        """Bytes [start, stop) in order, as pieces; several are fetched at a time.
+
+        With `etag`, an object replaced meanwhile is an error rather than a mixture of two.
+        """
+        client, key = self._client(path)
+
+        def fetch(first: int) -> memoryview:
+            last = min(first + _RANGE, stop)
+            options: GetOptions = {"range": (first, last)}
+            if etag is not None:
+                options["if_match"] = etag
+            with _explained("read", path, self._endpoint):
+                answer = obstore.get(client, key, options=options)
+                return _checked(answer.bytes(), path, first, last)
+
+        firsts = range(start, stop, _RANGE)
+        if len(firsts) <= 1:
+            yield from map(fetch, firsts)
+            return
+        pool = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="s3")
+        try:
+            pending: deque[Future[memoryview]] = deque()
+            for first in firsts:
+                pending.append(pool.submit(fetch, first))
+                if len(pending) == _IN_FLIGHT:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _client(self, url: str, whole_bucket: bool = False) -> tuple[S3Store, str]:
+        """The bucket's client, made on first use, and the key."""
+        bucket, key = split_url(url)
+        if not key and not whole_bucket:
+            raise StoreError(
+                f"{url} names a bucket, not an object in it", hint="write s3://bucket/folder/file"
+            )
+        claim_process()
+        if bucket not in self._clients:
+            self._clients[bucket] = connect(bucket, self._storage, self._endpoint)
+        return self._clients[bucket], key
+
+
+def _checked(data: obstore.Bytes, path: str, start: int, stop: int) -> memoryview:
+    view = memoryview(data)
+    if view.nbytes != stop - start:
+        raise DamagedError(
+            f"{path} is cut short: bytes {start} to {stop} were asked for, {view.nbytes} came", VERIFY
+        )
+    return view

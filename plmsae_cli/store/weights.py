@@ -1,0 +1,295 @@
+"""Weights of ESM-2 models: found, identified, and read into one set of names.
+
+Everything here is plain data: a model's shape is a dict with `num_layers`, `d`, `num_heads`, `token_dropout`
+and `vocab`, its state a dict of tensors under fair-esm's names. What differs from fair-esm: the rotary
+frequencies stand once, as `rotary.inv_freq`; the tied output weight and the contact head are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.store.digests import remembered_sha256
+from plmsae_cli.store.download import download as fetch
+from plmsae_cli.store.fs import FileRecord, Store, join
+from plmsae_cli.store.tensorfile import write_tensors
+from plmsae_cli.store.weight_names import State, check_state, from_fair_esm, from_hugging_face
+
+PUBLISHED = {
+    "esm2_t6_8M_UR50D": 6,
+    "esm2_t12_35M_UR50D": 12,
+    "esm2_t30_150M_UR50D": 30,
+    "esm2_t33_650M_UR50D": 33,
+    "esm2_t36_3B_UR50D": 36,
+    "esm2_t48_15B_UR50D": 48,
+}
+"""Published names, and the layers of each."""
+PUBLISHED_URL = "https://dl.fbaipublicfiles.com/fair-esm/models"
+BUNDLED = Path(__file__).parents[1] / "data" / "bundled"
+OWN_FORMAT = "plmsae.esm2/1"
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """Where weights are and what they are; `load_state` reads them."""
+
+    name: str
+    """`bundled`, a published name, `facts.name` of a folder of ours, or else the file's or folder's name."""
+    path: Path
+    """A local safetensors file; for a `.pt` the copy made of it in the cache."""
+    sha256: str
+    """Of the original file (the `.pt`, or `model.safetensors`)."""
+    format: Literal["fair-esm", "hf", "plmsae"]
+    config: dict[str, Any]
+    """`num_layers`, `d`, `num_heads`, `token_dropout`, `vocab`."""
+
+
+def cache_folder() -> Path:
+    """`$PLMSAE_CACHE`, by default `~/.cache/plmsae`."""
+    return Path(os.environ.get("PLMSAE_CACHE") or "~/.cache/plmsae").expanduser()
+
+
+def resolve_weights(
+    name_or_path: str, store: Store, cache: Path | None = None, *, download: bool = True
+) -> WeightsInfo:
+    """Find weights by what a user writes, and identify them.
+
+    `name_or_path` is `bundled`; a published fair-esm name, looked for in torch's hub folder and in `cache`
+    and otherwise downloaded; a fair-esm `.pt`; or a folder (Hugging Face's or ours) with config.json and
+    model.safetensors. A `.pt` is converted once, into `cache`; hashes of large files are remembered there.
+
+    Raises UserError where nothing is found, a file is damaged or holds objects other than data, or the
+    weights are not those of an ESM-2 model of the shape they state. With `download=False` absent weights are
+    an error at once.
+    """
+    cache = cache or cache_folder()
+    if name_or_path == "bundled":
+        return _from_folder(str(BUNDLED), "bundled", store, cache)
+    if name_or_path in PUBLISHED:
+        return _from_pt(_published_file(name_or_path, cache, download), name_or_path, cache)
+    if name_or_path.endswith(".pt"):
+        if not store.exists(name_or_path):
+            raise UserError(f"model.weights: there is no file {name_or_path}")
+        return _from_pt(store.local(name_or_path), Path(name_or_path).stem, cache)
+    if store.exists(join(name_or_path, "config.json")):
+        return _from_folder(name_or_path, Path(name_or_path).name, store, cache)
+    near = difflib.get_close_matches(name_or_path, ["bundled", *PUBLISHED], n=1)
+    raise UserError(
+        f"model.weights: {name_or_path!r} is no published name, no .pt file and no folder with a config.json",
+        hint=f"did you mean {near[0]}?" if near else f"published names: {', '.join(PUBLISHED)}; or `bundled`",
+    )
+
+
+def load_state(info: WeightsInfo) -> State:
+    """The tensors in our names, in the dtypes they are stored in, checked against the configuration.
+
+    `rotary.inv_freq` is there only if the file holds it. Raises UserError as `resolve_weights` does.
+    """
+    state = _read_tensors(info.path)
+    if info.format == "hf":
+        state = from_hugging_face(state, str(info.path))
+    check_state(state, info.config, str(info.path))
+    return state
+
+
+def save_model(
+    store: Store,
+    folder: str,
+    state: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> list[FileRecord]:
+    """Write a folder that `resolve_weights` reads: model.safetensors, then config.json with `facts` (plain
+    JSON)."""
+    check_state(dict(state), config, folder)
+    model = write_tensors(store, join(folder, "model.safetensors"), state, {"format": "pt"})
+    about = {"format": OWN_FORMAT, "config": dict(config), "facts": dict(facts)}
+    text = json.dumps(about, indent=2, sort_keys=True).encode() + b"\n"
+    return [model, store.write(join(folder, "config.json"), [text])]
+
+
+def _published_file(name: str, cache: Path, download: bool) -> Path:
+    places = [Path(torch.hub.get_dir()) / "checkpoints", cache / "weights"]
+    for place in places:
+        if (place / f"{name}.pt").is_file():
+            return place / f"{name}.pt"
+    base = os.environ.get("PLMSAE_WEIGHTS_URL") or PUBLISHED_URL
+    target = places[-1] / f"{name}.pt"
+    problem = "it was not downloaded"
+    if download:
+        try:
+            fetch(f"{base.rstrip('/')}/{name}.pt", target)
+            return target
+        except UserError as error:
+            problem = error.message
+    raise UserError(
+        f"model.weights: {name}.pt is neither in {places[0]} nor in {places[1]}, and {problem}",
+        hint=f"download {PUBLISHED_URL}/{name}.pt and put it into {places[1]}",
+    )
+
+
+def _from_pt(path: Path, name: str, cache: Path) -> WeightsInfo:
+    sha256 = remembered_sha256(path, cache)
+    converted = cache / "converted" / f"{sha256}.safetensors"
+    if not converted.exists():
+        try:
+            converted.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(converted.with_suffix(".lock")):
+                if not converted.exists():
+                    _convert(path, converted)
+        except OSError as error:
+            raise UserError(
+                f"{path} could not be converted into {converted.parent}: {error}",
+                hint="set PLMSAE_CACHE to a folder with room for a copy of the weights",
+            ) from error
+    with safe_open(converted, "pt") as file:
+        config: dict[str, Any] = json.loads(file.metadata()["config"])
+    if config["num_layers"] != PUBLISHED.get(name, config["num_layers"]):
+        raise UserError(
+            f"{path} holds a model of {config['num_layers']} layers, {name} has {PUBLISHED[name]}"
+        )
+    return WeightsInfo(name, converted, sha256, "fair-esm", config)
+
+
+def _convert(path: Path, converted: Path) -> None:
+    """A fair-esm checkpoint as safetensors, under a temporary name until it is whole.
+
+    Published files keep the settings in `cfg.model` (ESM-2) or in `args` (fairseq's older layout).
+    """
+    data = read_pickle(path, (argparse.Namespace,))
+    try:
+        settings = data["cfg"]["model"] if "cfg" in data else data["args"]
+        settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+        state = from_fair_esm(data["model"], str(path))
+        config = {
+            "num_layers": int(settings["encoder_layers"]),
+            "d": int(settings["encoder_embed_dim"]),
+            "num_heads": int(settings["encoder_attention_heads"]),
+            "token_dropout": bool(settings["token_dropout"]),
+            "vocab": len(state["embed_tokens.weight"]),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a fair-esm ESM-2 checkpoint: {type(error).__name__} {error}",
+            hint="ESM-1, ESM-1v, MSA Transformer and contact-regression files are of another kind",
+        ) from error
+    check_state(state, config, str(path))
+    part = converted.with_name(f".{converted.name}.{os.getpid()}.part")
+    try:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in state.items()},
+            part,
+            {"config": json.dumps(config)},
+        )
+        os.replace(part, converted)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _from_folder(folder: str, name: str, store: Store, cache: Path) -> WeightsInfo:
+    where = join(folder, "config.json")
+    if not store.exists(where):
+        raise UserError(f"model.weights: {where} is missing")
+    try:
+        about = json.loads(store.read(where))
+        kind: Literal["hf", "plmsae"] = "plmsae" if about.get("format") == OWN_FORMAT else "hf"
+        facts = dict(about.get("facts", {}))
+        config = dict(about["config"]) if kind == "plmsae" else _hugging_face_config(about, where)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} does not describe an ESM-2 model: {error}") from error
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        if store.exists(join(folder, file)):
+            path = store.local(join(folder, file))
+            hashes = [remembered_sha256(part, cache) for part in _files(path)]
+            sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+            return WeightsInfo(str(facts.get("name", name)), path, sha256, kind, config)
+    raise UserError(
+        f"model.weights: {folder} has a config.json but no model.safetensors",
+        hint="save the model with safe_serialization; pytorch_model.bin is a pickle and is not read",
+    )
+
+
+def _hugging_face_config(about: Mapping[str, Any], where: str) -> dict[str, Any]:
+    wanted = {
+        "model_type": "esm",
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "layer_norm_eps": 1e-5,
+        "intermediate_size": 4 * about["hidden_size"],
+        "mask_token_id": 32,
+        "pad_token_id": 1,
+    }
+    for field, value in wanted.items():
+        found = about.get(field)
+        if (found or False) != value:  # false may be written as null
+            raise UserError(f"{where}: {field} is {found!r}; ESM-2 has {value!r}")
+    return {
+        "num_layers": about["num_hidden_layers"],
+        "d": about["hidden_size"],
+        "num_heads": about["num_attention_heads"],
+        "token_dropout": about["token_dropout"],
+        "vocab": about["vocab_size"],
+    }
+
+
+def _files(path: Path) -> list[Path]:
+    """The safetensors files that `path` stands for: itself, or those of a Hugging Face index beside it."""
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        files = [path.with_name(Path(name).name) for name in names]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is not an index of safetensors files: {error}") from error
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{path} names {file.name}, which is not beside it")
+    return files
+
+
+def _read_tensors(path: Path) -> State:
+    state: State = {}
+    for file in _files(path):
+        try:
+            state |= load_file(file)
+        except Exception as error:  # safetensors raises its own kinds
+            raise UserError(f"{file} is not a sound safetensors file: {error}") from error
+    return state
+
+
+def read_pickle(path: Path, allowed: Sequence[type]) -> Any:
+    """What `torch.save` wrote, if it holds nothing but tensors, plain values and the classes `allowed`.
+
+    No code of the file runs: torch's restricted unpickler refuses every other class. Tensors are mapped from
+    the file where its layout allows. Raises UserError for a refused class (named) and for a damaged file.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # the unpickler raises many kinds for damaged files
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise UserError(
+                f"{path} holds an object of {refused[1]}, which is not data: it was not read",
+                hint="a pickle can run any code; use weights from a source you trust",
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is not a checkpoint that torch can read: {reason}", hint="delete it and fetch it again"
+        ) from error

@@ -1,0 +1,117 @@
+"""A sparse autoencoder on a stream of activation blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from plmsae_cli.config.experiment import Train
+from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.sae.architectures import ARCHITECTURES
+from plmsae_cli.sae.dead import DeadLatents, dead_window
+from plmsae_cli.sae.dictionary import Dictionary
+from plmsae_cli.sae.initialise import initialise
+from plmsae_cli.training.optimizers import Adam, Group
+from plmsae_cli.training.schedules import learning_rate, topk_learning_rate
+from plmsae_cli.training.stream import BlockStream
+
+MEDIAN_ROWS = 32_768
+"""Rows whose geometric median starts b_dec (Gao et al. 2024)."""
+
+
+def build(options: Train, d: int) -> Dictionary:
+    """The untrained dictionary of these options for activations of dimension `d`."""
+    sae = options.autoencoder()
+    settings: dict[str, Any] = {"k": sae.k, "k_aux": sae.k_aux, "aux_coefficient": sae.aux_coefficient}
+    if sae.fractions is not None:
+        settings["fractions"] = sae.fractions
+    return ARCHITECTURES[sae.architecture](d, sae.width(d), **settings)
+
+
+class SAEObjective:
+    """Step, state and figures of one SAE.
+
+    A step (Gao et al. 2024): backward, sum over ranks, remove the gradient along each decoder row, clip, Adam, renormalise
+    rows. Inputs are (x - mean) * scale with the dataset's statistics, so that E||x||^2 = d.
+    """
+
+    def __init__(
+        self,
+        options: Train,
+        stream: BlockStream,
+        mean_D: torch.Tensor,
+        scale: float,
+        total_steps: int,
+        gang: Gang,
+        device: torch.device,
+        compute: torch.dtype,
+    ) -> None:
+        self.device = device
+        self.tokens_per_step = options.batch_tokens
+        self.model = build(options, stream.blocks.d).to(device)
+        self._options, self._stream, self._gang = options, stream, gang
+        self._mean_D, self._scale, self._compute = mean_D.to(device), scale, compute
+        self._total_steps = total_steps
+        self._adam = Adam([Group("sae", dict(self.model.named_parameters()))], (options.betas[0], options.betas[1]), options.eps)
+        self._dead = DeadLatents(self.model.num_latents, device)
+        tokens = total_steps * options.batch_tokens
+        self._window = dead_window(tokens) if options.dead_tokens == "auto" else options.dead_tokens
+        self._peak = topk_learning_rate(self.model.num_latents) if options.lr == "auto" else options.lr
+        wanted = options.lr_warmup_steps
+        self._warmup = min(1000, total_steps // 20) if wanted == "auto" else wanted
+
+    def start(self, sample_RD: torch.Tensor) -> None:
+        """Initialise from a sample of raw rows (the first of the dataset, the same on every rank)."""
+        initialise(self.model, self._options.seed, self.standardise(sample_RD))
+
+    def standardise(self, rows_BD: torch.Tensor) -> torch.Tensor:
+        """Raw rows as the model sees them, float32."""
+        return (rows_BD.to(self.device).float() - self._mean_D) * self._scale
+
+    def step(self, step: int) -> Mapping[str, torch.Tensor]:
+        batch = self.tokens_per_step
+        x_BD = self.standardise(self._stream.rows(step))
+        dead_N = self._dead.mask(self._window)
+        with torch.autocast(self.device.type, self._compute, enabled=self._compute != torch.float32):
+            losses = self.model.loss(x_BD, dead_N, batch, self._gang.sum)
+        self._adam.zero_grad()
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        self._gang.sum_gradients(self.model.parameters())
+        self.model.project_gradients()
+        norm = self._adam.step(self._rate(step), self._options.grad_clip)
+        self.model.normalize_decoder()
+        self._dead.update(losses.latents, batch, self._gang.sum)
+        share = 1.0 / self._gang.world  # of figures that every rank knows whole
+        return {
+            "loss": losses.total,
+            "reconstruction": losses.reconstruction,
+            "aux": losses.aux,
+            "fvu": losses.reconstruction / self._gang.sum(x_BD.square().sum()) * (batch * self.model.d),
+            "l0": (losses.latents.acts_BK > 0).sum() / batch,
+            "dead": dead_N.float().mean() * share,
+            "grad_norm": norm * share,
+        }
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(step, self._total_steps, self._peak, self._warmup, self._options.lr_decay)
+
+    def rates(self, step: int) -> Mapping[str, float]:
+        return {"lr": self._rate(step), "loader_wait": round(self._stream.wait_seconds, 4)}
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        adam = {f"adam.{name}": t for name, t in self._adam.state_tensors().items()}
+        return {**parameters, **adam, "tokens_since_fired_N": self._dead.tokens_since_fired_N}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+        prefix = "adam."
+        self._adam.load_state_tensors({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+        self._dead.tokens_since_fired_N.copy_(tensors["tokens_since_fired_N"])
+
+    def validate(self, step: int) -> Mapping[str, Any]:
+        return {}

@@ -1,0 +1,34 @@
+"""Learning rates as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+
+def learning_rate(
+    step: int,
+    total_steps: int,
+    peak: float,
+    warmup_steps: int,
+    decay_fraction: float,
+    final: float = 0.0,
+    shape: Literal["linear", "cosine"] = "linear",
+) -> float:
+    """The rate of step `step`, from 0: warm-up to `peak`, a plateau, a fall towards `final` (a rate too).
+
+    Step s of the linear warm-up takes (s + 1) / (warmup_steps + 1) of the peak. The fall takes the last
+    `decay_fraction` of the steps, each a part of peak - final lower than the one before, the last one part
+    above `final`, so that no step is spent on a rate of 0. Where the two overlap, the smaller rate holds.
+    """
+    warm = peak * min(1.0, (step + 1) / (warmup_steps + 1))
+    decay_steps = round(decay_fraction * total_steps)
+    left = min(1.0, (total_steps - step) / (decay_steps + 1))
+    if shape == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return min(warm, final + (peak - final) * left)
+
+
+def topk_learning_rate(num_latents: int) -> float:
+    """Peak rate of a TopK dictionary, 2e-4 / sqrt(N / 2^14) (Gao et al. 2024, appendix A.3 and its code)."""
+    return 2e-4 / math.sqrt(num_latents / 2**14)

@@ -1,0 +1,67 @@
+"""Fixtures shared by all tests: a real S3 server in this process."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from plmsae_cli.config.experiment import Storage
+from plmsae_cli.store.fs import Store
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server with one empty bucket of this test's own."""
+
+    endpoint_url: str
+    bucket: str
+
+    def storage(self) -> Storage:
+        """The settings that reach the server (it speaks plain http)."""
+        return Storage(endpoint_url=self.endpoint_url, allow_http=True)
+
+    def store(self) -> Store:
+        return Store(self.storage())
+
+    def url(self, *names: str) -> str:
+        """`s3://bucket/name/...`"""
+        return "/".join([f"s3://{self.bucket}", *names])
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Address of a moto server that lives as long as the test session."""
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Credentials the server accepts in the environment, and nothing of the user's own."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-aws-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-aws-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setenv("PLMSAE_CACHE", str(tmp_path / "plmsae-cache"))
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, s3_credentials: None) -> S3Server:
+    """An S3 server with a fresh bucket; credentials are in the environment."""
+    import boto3
+
+    bucket = f"test-{secrets.token_hex(6)}"
+    boto3.client("s3", endpoint_url=s3_endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
+    return S3Server(s3_endpoint, bucket)

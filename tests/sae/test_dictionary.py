@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import torch
+
+from plmsae_cli.sae.topk import TopK
+
+
+def random_model() -> TopK:
+    torch.manual_seed(0)
+    model = TopK(5, 12, k=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def test_decoder_norms_are_of_latents() -> None:
+    model = random_model()
+    before_ND = model.w_dec_ND.detach().clone()
+    model.normalize_decoder()
+    for row_D, was_D in zip(model.w_dec_ND, before_ND, strict=True):
+        assert abs(sum(float(value) ** 2 for value in row_D) - 1) < 1e-6
+        torch.testing.assert_close(row_D * was_D.norm(), was_D)
+
+
+def test_projected_gradient_is_orthogonal_and_nothing_else_changes() -> None:
+    model = random_model()  # rows of any norm
+    gradient_ND = torch.randn(12, 5)
+    model.w_dec_ND.grad = gradient_ND.clone()
+    model.project_gradients()
+    projected_ND = model.w_dec_ND.grad
+    rows_ND = model.w_dec_ND.detach()
+    torch.testing.assert_close((projected_ND * rows_ND).sum(1), torch.zeros(12), rtol=0, atol=1e-6)
+    # What was removed is a multiple of the row: the 2 x 2 minors vanish.
+    removed_ND = gradient_ND - projected_ND
+    minors = removed_ND.unsqueeze(2) * rows_ND.unsqueeze(1) - removed_ND.unsqueeze(1) * rows_ND.unsqueeze(2)
+    torch.testing.assert_close(minors, torch.zeros_like(minors), rtol=0, atol=1e-5)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plmsae_cli.sae.initialise import geometric_median, initialise
+from plmsae_cli.sae.topk import TopK
+
+
+def summed_distance(x_MD: torch.Tensor, point_D: torch.Tensor) -> float:
+    return float((x_MD - point_D).norm(dim=1).sum())
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 5))
+def test_no_neighbour_is_nearer_to_all_rows(seed: int, rows: int, d: int) -> None:
+    """The summed distance is convex: a point is its minimum if no small step in any direction lowers it."""
+    generator = torch.Generator().manual_seed(seed)
+    x_MD = torch.randn(rows, d, dtype=torch.float64, generator=generator) ** 3  # heavy tails
+    median_D = geometric_median(x_MD, tolerance=1e-12)
+    best = summed_distance(x_MD, median_D)
+    directions = torch.randn(50, d, dtype=torch.float64, generator=generator)
+    for step_D in 1e-3 * directions / directions.norm(dim=1, keepdim=True):
+        assert summed_distance(x_MD, median_D + step_D) >= best - 1e-9
+
+
+def test_one_outlier_moves_the_mean_and_not_the_median() -> None:
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    x_MD = torch.cat([corners.repeat(5, 1), torch.tensor([[1e6, 0.0]])])
+    assert x_MD.mean(0)[0] > 1e4
+    assert geometric_median(x_MD).norm() < 0.2
+
+
+@pytest.mark.parametrize("weight", [1, 3])
+def test_a_row_can_be_the_median(weight: int) -> None:
+    """The mean is the row at the centre, where Weiszfeld's weights are undefined; with `weight` 1 it stays there."""
+    square = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    x_MD = torch.cat([square, torch.zeros(weight, 2)])
+    assert geometric_median(x_MD).tolist() == [0.0, 0.0]
+
+
+def test_a_row_met_on_the_way_is_left() -> None:
+    """The mean of these rows is one of them, and not their median: a fixed point of the plain iteration."""
+    x_MD = torch.tensor([[0.0], [-1.0], [-1.2], [-1.4], [3.6]], dtype=torch.float64)
+    assert abs(float(geometric_median(x_MD, tolerance=1e-12)) + 1.0) < 1e-6
+
+
+def test_identical_rows() -> None:
+    assert geometric_median(torch.full((4, 3), 2.0)).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_start(device: torch.device) -> None:
+    sample_MD = torch.randn(100, 8, generator=torch.Generator().manual_seed(3)) ** 3 + 5
+    model, again, other = (TopK(8, 24, k=2).to(device) for _ in range(3))
+    initialise(model, 7, sample_MD.to(device))
+    initialise(again, 7, sample_MD.to(device))
+    initialise(other, 8, sample_MD.to(device))
+    assert torch.equal(model.w_dec_ND, model.w_enc_ND)
+    assert model.w_dec_ND.data_ptr() != model.w_enc_ND.data_ptr()
+    torch.testing.assert_close(model.w_dec_ND.norm(dim=1), torch.ones(24, device=device))
+    assert not model.b_enc_N.any()
+    torch.testing.assert_close(
+        model.b_dec_D.detach().cpu(), geometric_median(sample_MD), rtol=1e-4, atol=1e-4
+    )
+    assert torch.equal(model.w_dec_ND, again.w_dec_ND)
+    assert not torch.equal(model.w_dec_ND, other.w_dec_ND)
+    # The same draw as on a CPU, bit for bit.
+    reference = TopK(8, 24, k=2)
+    initialise(reference, 7, sample_MD)
+    assert torch.equal(model.w_dec_ND.cpu(), reference.w_dec_ND)

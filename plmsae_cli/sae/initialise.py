@@ -34,12 +34,12 @@ def geometric_median(x_MD: Tensor, tolerance: float = 1e-6, iterations: int = 10
     point_D = x_MD.mean(0)
     for _ in range(iterations):
         distance_M = torch.linalg.vector_norm(x_MD - point_D, dim=1)
-        apart_M = distance_M > torch.finfo(x_MD.dtype).tiny
+        apart_M = distance_M > torch.finfo(x_MD.dtype).eps * distance_M.mean()
         weights_M = torch.where(apart_M, 1 / distance_M, 0.0)
         if not apart_M.any():
             break
         target_D = weights_M @ x_MD / weights_M.sum()
-        # Rows that coincide with the point hold it back with a force of 1 each.
+        # Rows that coincide with the point, up to rounding, hold it back with a force of 1 each.
         pull = torch.linalg.vector_norm(weights_M @ (x_MD - point_D))
         held = (~apart_M).sum()
         share = torch.where(held > 0, (held / pull).clamp(max=1.0), 0.0)

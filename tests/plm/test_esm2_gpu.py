@@ -1,4 +1,4 @@
-"""The same model on a CUDA device: the variable-length kernel against the loop in fp32, forward and backward."""
+"""The same model on CUDA: the variable-length kernel against the loop in fp32, forward and backward."""
 
 from __future__ import annotations
 

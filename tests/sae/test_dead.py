@@ -26,19 +26,28 @@ def by_hand(batches: list[Latents]) -> list[int]:
     return age
 
 
+def handed_in(latents: Latents, device: torch.device) -> torch.Tensor:
+    """What a rank gives to the reduction."""
+    seen: list[torch.Tensor] = []
+
+    def reduce(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(tensor)
+        return tensor
+
+    DeadLatents(20, device).update(latents, 8, reduce)
+    return seen[0]
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_counters_are_global_tokens_at_any_world_size(world: int, device: torch.device) -> None:
     ranks = [DeadLatents(20, device) for _ in range(world)]
     batches = steps(0)
     for acts_BK, indices_BK in batches:
         parts = [
-            Latents(a.to(device), i.to(device))
-            for a, i in zip(acts_BK.chunk(world), indices_BK.chunk(world), strict=True)
+            Latents(acts.to(device), indices.to(device))
+            for acts, indices in zip(acts_BK.chunk(world), indices_BK.chunk(world), strict=True)
         ]
-        # First what each rank hands to the reduction, then its sum to every rank.
-        fired: list[torch.Tensor] = []
-        for part in parts:
-            DeadLatents(20, device).update(part, 8, lambda tensor: fired.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        fired = [handed_in(part, device) for part in parts]
         summed = torch.stack(fired).sum(0)
         for rank, part in zip(ranks, parts, strict=True):
             rank.update(part, 8, lambda _, summed=summed: summed)

@@ -19,7 +19,7 @@ def test_decoder_norms_are_of_latents() -> None:
     before_ND = model.w_dec_ND.detach().clone()
     model.normalize_decoder()
     for row_D, was_D in zip(model.w_dec_ND, before_ND, strict=True):
-        assert abs(sum(float(value) ** 2 for value in row_D) - 1) < 1e-6
+        assert abs(sum(value**2 for value in row_D.tolist()) - 1) < 1e-6
         torch.testing.assert_close(row_D * was_D.norm(), was_D)
 
 

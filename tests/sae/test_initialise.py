@@ -35,7 +35,7 @@ def test_one_outlier_moves_the_mean_and_not_the_median() -> None:
 
 @pytest.mark.parametrize("weight", [1, 3])
 def test_a_row_can_be_the_median(weight: int) -> None:
-    """The mean is the row at the centre, where Weiszfeld's weights are undefined; with `weight` 1 it stays there."""
+    """The mean is the row at the centre, where Weiszfeld's weights are undefined."""
     square = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
     x_MD = torch.cat([square, torch.zeros(weight, 2)])
     assert geometric_median(x_MD).tolist() == [0.0, 0.0]

@@ -15,7 +15,7 @@ from plmsae_cli.sae.interface import Losses, one_process
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
-QUICK = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PARAMETERS = ("w_enc_ND", "b_enc_N", "w_dec_ND", "b_dec_D")
 
 
@@ -188,7 +188,7 @@ def test_without_dead_latents_aux_is_nothing(device: torch.device) -> None:
 
 
 def test_aux_target_has_no_decoder_bias(device: torch.device) -> None:
-    """A dead latent that points along the error explains all of it; with b_dec in the target it could not."""
+    """A dead latent along the error explains all of it; with b_dec in the target it could not."""
     model = TopK(2, 3, k=1, k_aux=1).to(device)
     with torch.no_grad():
         model.w_dec_ND.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))

@@ -22,8 +22,9 @@ def batch(features_FD: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     return (chosen * (1 + torch.rand(BATCH, FEATURES, generator=generator))) @ features_FD
 
 
-@pytest.mark.parametrize("kind", [TopK, MatryoshkaTopK])
-def test_sparse_features_are_learned(kind: type[TopK]) -> None:
+@pytest.mark.parametrize(("kind", "bound"), [(TopK, 0.1), (MatryoshkaTopK, 0.15)])
+def test_sparse_features_are_learned(kind: type[TopK], bound: float) -> None:
+    """Twice as many latents as features, twice as many active: six principal components leave an FVU of 0.6."""
     generator = torch.Generator().manual_seed(0)
     features_FD = torch.nn.functional.normalize(torch.randn(FEATURES, D, generator=generator), dim=1)
     model = kind(D, 2 * FEATURES, k=2 * ACTIVE)
@@ -48,6 +49,6 @@ def test_sparse_features_are_learned(kind: type[TopK]) -> None:
         fidelity.update(x_BD, model.decode(latents), latents, mean_D)
     result = fidelity.result()
     found_F = (features_FD @ model.w_dec_ND.T).amax(1)
-    print(kind.__name__, result, found_F.mean())
-    assert result["fvu"] < 0.1
+    assert result["fvu"] < bound
+    assert found_F.mean() > 0.8
     assert result["l0_mean"] <= 2 * ACTIVE

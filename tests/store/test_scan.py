@@ -248,7 +248,7 @@ def test_as_embedded() -> None:
 
 
 def test_numbering_in_closed_form(tmp_path: Path) -> None:
-    """Proteins of one length: a protein's first row is that length times the proteins before it on its side."""
+    """Proteins of one length: first rows are its multiples, on each side of the split."""
     rng = random.Random(0)
     proteins = [(f"p{i}", "".join(rng.choices("ACDEF", k=8))) for i in range(100_000)]
     found = scan(write(tmp_path / "a.fasta", proteins), Options())

@@ -37,7 +37,7 @@ def test_rates_rise_then_fall_and_are_never_zero(total: int, warmup: int, decay:
     top = rates.index(max(rates))
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert 0 < min(rates)
+    assert min(rates) > 0
     assert max(rates) <= 1
 
 

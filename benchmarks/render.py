@@ -4,9 +4,9 @@
     python benchmarks/render.py --check    fail if README.md is not what the results say
 
 One line of results.jsonl is one figure: name, who, value, unit, run, device, date, commit, command, note.
-Lines measured together share a run. The newest run of a name counts (by date, then by place in the file); older
-ones stay as history. `who` says whose figure it is: `plmsae` (or `plmsae` and a variant) is ours, `limit` and
-what limits is a bound from the hardware, anyone else is a peer.
+Lines measured together share a run. The newest run of a name counts (by date, then by place in the file);
+older ones stay as history. `who` says whose figure it is: `plmsae` (or `plmsae` and a variant) is ours, `limit`
+and what limits is a bound from the hardware, anyone else is a peer.
 """
 
 from __future__ import annotations
@@ -118,9 +118,7 @@ def misses(groups: dict[str, list[Result]]) -> list[str]:
         ours = reference(lines)
         for line in lines:
             if ours is not None and not line.ours and not line.limit and ratio(ours, line) < 1:
-                found.append(
-                    f"`{name}`: {_cell(line.who)} is {1 / ratio(ours, line):.2f} times as good as ours."
-                )
+                found.append(f"`{name}`: {_cell(line.who)} is {1 / ratio(ours, line):.2f} times as good as ours.")
     return found
 
 
@@ -129,8 +127,8 @@ def render(results: Sequence[Result]) -> str:
     groups = newest(results)
     parts = [
         "# Benchmarks",
-        "Rendered from `results.jsonl` by `python benchmarks/render.py`; do not edit. For each name the newest"
-        " run counts, and all lines of a table were measured in that one run. “Ours against it” says how many"
+        "Rendered from `results.jsonl` by `python benchmarks/render.py`; do not edit. For each name the"
+        " newest run counts, and all lines of a table were measured in that one run. “Ours against it” says how many"
         " times better ours is (above 1 we are ahead), and for a limit which share of it we reach.",
     ]
     if not groups:

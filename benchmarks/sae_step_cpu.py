@@ -100,9 +100,7 @@ def dense(x: Tensor, num_latents: int, k: int, dead: Tensor) -> Callable[[], Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dead", type=float, nargs="+", default=[0.0])

@@ -22,8 +22,7 @@ def _bundled_layers() -> int:
     config = files("plmsae_cli") / "data" / "bundled" / "config.json"
     if not config.is_file():
         return 6
-    body = json.loads(config.read_text(encoding="utf-8"))
-    return int(body.get("num_layers", body.get("num_hidden_layers")))
+    return int(json.loads(config.read_text(encoding="utf-8"))["config"]["num_layers"])
 
 
 BUNDLED_LAYERS = _bundled_layers()

@@ -12,7 +12,7 @@ HINT = (
     "renew a secret that was shared"
 )
 
-_WORDS = {"token", "password", "passwd", "passphrase", "secret", "credential", "credentials", "apikey"}
+_WORDS = ("token", "password", "passwd", "passphrase", "secret", "credential", "credentials", "apikey")
 _KEY_OF = {"api", "access", "secret", "private", "auth"}
 _ASSIGNMENT = re.compile(r"""([\w.-]+)["']?\s*[:=]\s*(?=\S)""")
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
@@ -23,9 +23,7 @@ Span = tuple[int, int, int, int]  # first line, first column, last line, column 
 def is_secret(key: str) -> bool:
     """Whether a key names a credential: `hf_token`, `apiKey`, `AWS_SECRET_ACCESS_KEY`; not `batch_tokens`."""
     parts = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
-    return any(part in _WORDS for part in parts) or any(
-        a in _KEY_OF and b == "key" for a, b in pairwise(parts)
-    )
+    return any(part.endswith(_WORDS) for part in parts) or any(a in _KEY_OF and b == "key" for a, b in pairwise(parts))
 
 
 def in_address(value: str) -> bool:

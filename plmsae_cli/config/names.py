@@ -62,8 +62,8 @@ RENAMED = {
     "topk": "train.sae.k",
     "wandb_project": "wandb.project",
     "warmup_steps": "train.lr_warmup_steps",
-    "weights_path": "model.weights",
     "wd": "train.plm.weight_decay",
+    "weights_path": "model.weights",
 }
 
 
@@ -76,11 +76,12 @@ def suggestions(section: str, key: str) -> list[str]:
     if renamed is not None:
         leaf = renamed.rpartition(".")[2]
         return [f"{inside}{leaf}" if leaf in siblings else renamed]
-    near = difflib.get_close_matches(word, siblings, 1, 0.7)
-    if near:
-        return [f"{inside}{near[0]}"]
     leaves = {path: path.rpartition(".")[2] for path in entries()}
     found = [path for path, leaf in leaves.items() if leaf == word]
+    # A key that another section has beats a neighbour that is only somewhat alike.
+    near = difflib.get_close_matches(word, siblings, 1, 0.8 if found else 0.6)
+    if near:
+        return [f"{inside}{near[0]}"]
     if not found:
         close = difflib.get_close_matches(word, sorted(set(leaves.values())), 1, 0.8)
         found = [path for path, leaf in leaves.items() if leaf in close]

@@ -185,6 +185,8 @@ class _Reader:
             return str(node.value)
         if kind not in {"null", "bool", "int", "float"}:
             return self._foreign(node, path)
+        if kind == "int" and not re.search(r"\d", node.value):
+            return str(node.value)  # ruamel takes `-_` for a number, then fails on it
         try:
             value = self.constructor.construct_object(node)
         except (ValueError, KeyError, YAMLError):
@@ -206,9 +208,7 @@ class _Reader:
         self.document.refused.add(path)
 
     def _report_secret(self, path: KeyPath) -> None:
-        self.document.problems.append(
-            self.document.problem(path, credentials.MESSAGE, credentials.HINT, at_key=True)
-        )
+        self.document.problems.append(self.document.problem(path, credentials.MESSAGE, credentials.HINT, at_key=True))
         self.document.refused.add(path)
 
     def _find_secrets(self, node: Node, inside: bool, seen: set[tuple[int, bool]]) -> None:

@@ -25,14 +25,14 @@ def parse(argument: str) -> tuple[str, Any]:
     """
     path, equals, text = argument.partition("=")
     path = path.strip()
+    # What is not a path may be anything, a secret too.
+    shown = f"{path}: " if re.fullmatch(r"[\w.-]+", path) else ""
     if credentials.is_secret(path):
-        raise UserError(f"{path}: {credentials.MESSAGE}", credentials.HINT)
+        raise UserError(f"{shown}{credentials.MESSAGE}", credentials.HINT)
     if not equals or not path:
-        # What is not a path may be anything, a secret too.
-        shown = f"{path}: " if re.fullmatch(r"[\w.-]+", path) else ""
         raise UserError(f"{shown}must be path=value", "as in --set train.lr=1e-4")
     if locate(path) is None:
-        raise UserError(f"{path}: unknown path", unknown(path))
+        raise UserError(f"{shown}unknown path", unknown(path))
     if not text.strip():
         raise UserError(f"{path}: no value behind the =", "null takes the default, or switches a section off")
     document = nodes.parse(text, OVERRIDE)
@@ -80,7 +80,7 @@ def unknown(path: str) -> str:
     whole = [f"{guess}.{rest}" for guess in guesses if rest and f"{guess}.{rest}" in entries()]
     if whole:
         return f"did you mean {' or '.join(whole)}?"
-    if not guesses or rest:
+    if rest or not (guesses or section):
         close = difflib.get_close_matches(path, list(entries()), 1, 0.7)
         return f"did you mean {close[0]}?" if close else hint
     return hint

@@ -207,7 +207,7 @@ def _summary(parts: Sequence[Sums]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(residues_P), (BOOTSTRAPS, len(residues_P)), generator=generator)
     drawn = {name: values[draws].sum(1) / residues_P[draws].sum(1) for name, values in ce_P.items()}
-    result = {
+    result: dict[str, Any] = {
         "residues": int(total),
         "ce": ce["original"],
         "ce_sae": ce["sae"],

@@ -158,9 +158,7 @@ def _loss_rows(fidelity: dict[str, Any]) -> list[dict[str, str]]:
         loss = recovered(fidelity, inputs)
         if loss:
             row = {"inputs": inputs, "near_zero": interval(loss, "zero"), "near_mean": interval(loss, "mean")}
-            row |= {
-                key: number(loss[key], 4) for key in ("ce", "ce_sae", "ce_mean", "ce_zero") if key in loss
-            }
+            row |= {key: number(loss[key], 4) for key in ("ce", "ce_sae", "ce_mean", "ce_zero") if key in loss}
             row |= {key: percent(loss[key]) for key in ("recovered_zero", "recovered_mean") if key in loss}
             row |= {key: number(loss[key]) for key in ("kl",) if key in loss}
             rows.append(row)

@@ -47,11 +47,7 @@ def write_page(run: Path, template: str, *, script: str | None = None, **values:
     """Render a template to `<run>/report/index.html`, atomically; the same inputs give the same bytes."""
     style = _asset("style.css")
     code = None if script is None else _asset(script)
-    html = (
-        _environment()
-        .get_template(template)
-        .render(style=style, script=code, policy=policy(style, code), **values)
-    )
+    html = _environment().get_template(template).render(style=style, script=code, policy=policy(style, code), **values)
     path = run / "report" / "index.html"
     Store().write(str(path), [html.encode("utf-8", errors="replace")])
     return path

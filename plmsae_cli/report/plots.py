@@ -81,19 +81,14 @@ def validation(name: str, label: str, lines: Sequence[Line], key: str) -> Markup
     """A protein language model's score on each validation set over steps."""
     sets = list(dict.fromkeys(each for line in lines for each in line["valid"]))
     points = {
-        each: [(line["step"], line["valid"][each][key]) for line in lines if each in line["valid"]]
-        for each in sets
+        each: [(line["step"], line["valid"][each][key]) for line in lines if each in line["valid"]] for each in sets
     }
     if not sets:
         return None
 
     def paint(axes: Axes) -> None:
-        for (each, values), colour in zip(
-            points.items(), SERIES * (1 + len(sets) // len(SERIES)), strict=False
-        ):
-            axes.plot(
-                *zip(*values, strict=True), color=colour, label=clean(each, 24), marker="o", markersize=2.5
-            )
+        for (each, values), colour in zip(points.items(), SERIES * (1 + len(sets) // len(SERIES)), strict=False):
+            axes.plot(*zip(*values, strict=True), color=colour, label=clean(each, 24), marker="o", markersize=2.5)
         axes.set_xlim(left=0)
         axes.set_xlabel("training steps")
         axes.set_ylabel(label)
@@ -171,9 +166,7 @@ def bars(
         fills = [(colours or {}).get(key, BLUE) for key in finite]
         axes.barh(places, list(finite.values()), height=0.62, color=fills)
         for place, value in zip(places, finite.values(), strict=True):
-            axes.annotate(
-                text(value), (max(value, 0.0), place), (4, 0), textcoords="offset points", va="center"
-            )
+            axes.annotate(text(value), (max(value, 0.0), place), (4, 0), textcoords="offset points", va="center")
         axes.set_yticks(places, [clean(key, 32) for key in finite])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.spines["left"].set_visible(False)
@@ -214,9 +207,7 @@ def losses(loss: Mapping[str, Any]) -> Markup | None:
     return bars("losses", label, label, values, lambda value: number(value, 4), colours=colours)
 
 
-def pareto(
-    groups: Mapping[str, Sequence[tuple[float, float, str]]], front: Sequence[tuple[float, float]]
-) -> Markup:
+def pareto(groups: Mapping[str, Sequence[tuple[float, float, str]]], front: Sequence[tuple[float, float]]) -> Markup:
     """FVU against L0, a point a trial, the frontier as a staircase.
 
     Args:
@@ -230,9 +221,7 @@ def pareto(
     def paint(axes: Axes) -> None:
         xs, ys = zip(*front, strict=True)
         axes.step(xs, ys, where="post", color=INK, linewidth=0.9, label="frontier")
-        styles = zip(
-            SERIES * (1 + len(groups) // len(SERIES)), "osD^v" * (1 + len(groups) // 5), strict=False
-        )
+        styles = zip(SERIES * (1 + len(groups) // len(SERIES)), "osD^v" * (1 + len(groups) // 5), strict=False)
         for (name, group), (colour, marker) in zip(groups.items(), styles, strict=False):
             x, y = [p[0] for p in group], [p[1] for p in group]
             axes.plot(
@@ -270,8 +259,6 @@ def pareto(
 def stage_times(times: Mapping[str, float], text: Callable[[float], str]) -> Markup | None:
     """How long each stage took."""
     longest = max(times.values(), default=0.0)
-    unit, divisor = (
-        ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
-    )
+    unit, divisor = ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
     values = {stage: value / divisor for stage, value in times.items()}
     return bars("times", "Time of each stage", unit, values, lambda value: text(value * divisor))

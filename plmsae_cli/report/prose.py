@@ -20,12 +20,10 @@ _READING = {
         "mean."
     ),
     "Median residue": (
-        "The same ratio residue by residue, and then the median: it ignores the few residues that "
-        "are hardest."
+        "The same ratio residue by residue, and then the median: it ignores the few residues that are hardest."
     ),
     "Cosine": (
-        "Mean cosine between an activation and its reconstruction: whether the direction is "
-        "right, whatever the length."
+        "Mean cosine between an activation and its reconstruction: whether the direction is right, whatever the length."
     ),
     "L0": ("Number of latents that are active on a residue; fewer are easier to read."),
     "Dead latents": (
@@ -33,8 +31,7 @@ _READING = {
         "capacity that was paid for and is not used."
     ),
     "Density": (
-        "Share of held-out residues on which a latent fires: near 1 it says little, near 0 it can "
-        "hardly be checked."
+        "Share of held-out residues on which a latent fires: near 1 it says little, near 0 it can hardly be checked."
     ),
     "Cross-entropy": (
         "Average surprise of the language model at the true amino acid, in nats: lower is better, "
@@ -55,16 +52,12 @@ _READING = {
         "Kullback–Leibler divergence: how far the predicted distribution moves when the "
         "reconstruction is put in, in nats; 0 is not at all."
     ),
-    "Brackets": (
-        "95% interval from resampling whole proteins: what another draw of proteins would plausibly give."
-    ),
+    "Brackets": ("95% interval from resampling whole proteins: what another draw of proteins would plausibly give."),
     "γ (gamma)": (
         "Length of the mean activation over the standard deviation around it; large values "
         "predict dead latents in dictionaries whose inputs are not centred (these are)."
     ),
-    "Perplexity": (
-        "The exponential of the loss: between how many amino acids, equally likely, the model hesitates."
-    ),
+    "Perplexity": ("The exponential of the loss: between how many amino acids, equally likely, the model hesitates."),
     "Splice check": (
         "Putting the unchanged activations back changed no bit of the model's output, so the "
         "differences above come from the dictionary alone."

@@ -56,9 +56,7 @@ _RC: dict[Any, Any] = {
 _HREF = "{http://www.w3.org/1999/xlink}href"
 
 
-def draw(
-    name: str, label: str, paint: Callable[[Axes], None], size: tuple[float, float] = (300, 192)
-) -> Markup:
+def draw(name: str, label: str, paint: Callable[[Axes], None], size: tuple[float, float] = (300, 192)) -> Markup:
     """Paint one pair of axes and return it as an `<svg>` element.
 
     Args:

@@ -9,18 +9,21 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: float, digits: int = 3) -> str:
-    """`value` to `digits` significant digits; no exponent between 1e-4 and 1e6; whole numbers stay whole."""
+    """`value` to `digits` significant digits, or to the unit where that says more.
+
+    Whole numbers stay whole, and between 1e-4 and 1e6 there is no exponent.
+    """
     if not math.isfinite(value):
         return "n/a"
     if value == round(value) and abs(value) < 1e6:
         return count(value).replace("-", "−")
-    # Rounding first: 999.96 has its leading digit in the thousands once it is rounded.
-    value = float(f"{value:.{digits - 1}e}")
-    exponent = math.floor(math.log10(abs(value)))
+    # Python's own rounding: 999.96 has its leading digit in the thousands once it is rounded.
+    mantissa, _, exponent_text = f"{value:.{digits - 1}e}".partition("e")
+    exponent = int(exponent_text)
     if -4 <= exponent < 6:
         return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
-    mantissa = f"{value / 10.0**exponent:.{digits - 1}f}".rstrip("0").rstrip(".")
-    return f"{mantissa} × {power(exponent)}".replace("-", "−")
+    short = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    return f"{short} × {power(exponent)}".replace("-", "−")
 
 
 def power(exponent: int) -> str:

@@ -11,9 +11,7 @@ from plmsae_cli.sae.interface import Reduce
 from plmsae_cli.sae.selection import top_k
 
 
-def auxk_loss(
-    model: Dictionary, x_BD: Tensor, error_BD: Tensor, dead_N: Tensor, k_aux: int, reduce: Reduce
-) -> Tensor:
+def auxk_loss(model: Dictionary, x_BD: Tensor, error_BD: Tensor, dead_N: Tensor, k_aux: int, reduce: Reduce) -> Tensor:
     """This rank's share of min(n_dead / k_aux, 1) * sum ||ehat - e||^2 / sum ||e||^2 over the global batch.
 
     `error_BD` is e = x - xhat, taken as a constant; ehat = ReLU(TopK_k'(a over dead latents)) W_dec with
@@ -22,9 +20,7 @@ def auxk_loss(
     w_enc_CD: Tensor = model.w_enc_ND
     b_enc_C: Tensor = model.b_enc_N
     w_dec_CD: Tensor = model.w_dec_ND
-    if (
-        not dead_N.is_cuda
-    ):  # on a GPU, picking rows would wait for their number: there a mask silences the living
+    if not dead_N.is_cuda:  # on a GPU, picking rows would wait for their number: there a mask silences the living
         dead_C = dead_N.nonzero().squeeze(1)
         if dead_C.numel() == 0:
             return x_BD.new_zeros(())
@@ -35,7 +31,7 @@ def auxk_loss(
     if dead_N.is_cuda:
         acts_BC = acts_BC * dead_N
     if k_aux < acts_BC.shape[1]:
-        chosen_BK = top_k(acts_BC.detach(), k_aux).indices_BK
+        chosen_BK = top_k(acts_BC.detach(), k_aux, ordered=False).indices_BK
         acts_BC = acts_BC * torch.zeros_like(acts_BC).scatter_(1, chosen_BK, 1.0)
     ehat_BD = acts_BC @ w_dec_CD
 

@@ -41,15 +41,10 @@ def from_state(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Dictio
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if wanted != found:
-        differing = sorted(
-            name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
-        )
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ValueError(
             f"the saved {architecture} dictionary does not fit its settings: "
-            + "; ".join(
-                f"{name} is {found.get(name, 'absent')}, not {wanted.get(name, 'known')}"
-                for name in differing
-            )
+            + "; ".join(f"{name} is {found.get(name, 'absent')}, not {wanted.get(name, 'known')}" for name in differing)
         )
     model.load_state_dict(dict(state))
     return model

@@ -47,8 +47,8 @@ class Fidelity:
         error_B = (x_BD - xhat_BD).square().sum(1)
         variance_B = (x_BD - mean_D.double()).square().sum(1)
         cosine_B = torch.cosine_similarity(x_BD, xhat_BD, dim=1)
-        count = error_B.new_tensor(float(len(error_B)))
-        self._scalars += torch.stack([count, error_B.sum(), variance_B.sum(), cosine_B.sum()])
+        figures = [torch.ones_like(error_B), error_B, variance_B, cosine_B]
+        self._scalars += torch.stack([figure_B.sum() for figure_B in figures])
 
         octave_B = torch.log2(error_B / variance_B).nan_to_num(nan=0.0)
         bin_B = ((octave_B - _LOWEST_OCTAVE) * _BINS_AN_OCTAVE).clamp(0, _RATIO_BINS - 1).long()
@@ -58,9 +58,7 @@ class Fidelity:
         self._l0 += _counts(active_BK.sum(1), self.num_latents + 1)
         place_P = torch.where(active_BK, latents.indices_BK, self.num_latents).flatten()
         self.firing_N += _counts(place_P, self.num_latents + 1)[:-1]
-        self.maximum_N.scatter_reduce_(
-            0, latents.indices_BK.flatten(), latents.acts_BK.float().flatten(), "amax"
-        )
+        self.maximum_N.scatter_reduce_(0, latents.indices_BK.flatten(), latents.acts_BK.float().flatten(), "amax")
 
     def merge(self, other: Fidelity) -> None:
         """Count all that `other` counted as well."""

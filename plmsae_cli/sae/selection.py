@@ -23,14 +23,14 @@ TILE_SCORES_CUDA = 2**28
 _INDEX_MASK = 2**32 - 1
 
 
-def top_k(scores_BN: Tensor, k: int) -> Latents:
-    """ReLU of the k largest scores of each row, in decreasing order, ties to the lowest index.
+def top_k(scores_BN: Tensor, k: int, ordered: bool = True) -> Latents:
+    """ReLU of the k largest scores of each row, in decreasing order if `ordered`, ties to the lowest index.
 
     Scores at or below 0 all tie at 0; NaN is above all. float32 or narrower, k <= N. Not differentiable.
     """
     rows, num_latents = scores_BN.shape
     members = _members(num_latents, k)
-    return _select(scores_BN.view(rows, num_latents // members, members).transpose(1, 2), k)
+    return _select(scores_BN.view(rows, num_latents // members, members).transpose(1, 2), k, ordered)
 
 
 @torch.no_grad()
@@ -62,29 +62,36 @@ def encode_top_k(x_BD: Tensor, w_enc_ND: Tensor, b_enc_N: Tensor, k: int) -> Lat
 
 
 def _members(num_latents: int, k: int) -> int:
-    """Latents a group: a power of two near sqrt(N / k), so that both searches are as long, that divides N."""
-    return math.gcd(1 << int(math.log2(math.sqrt(num_latents / k))), num_latents)
+    """Latents a group: a power of two near sqrt(N / k), so that both searches are as long, that divides N.
+
+    Groups of fewer than four save nothing.
+    """
+    wanted = 1 << int(math.log2(math.sqrt(num_latents / k)))
+    members = math.gcd(wanted, num_latents)
+    return members if members >= 4 else 1
 
 
-def _select(scores_BMG: Tensor, k: int) -> Latents:
+def _select(scores_BMG: Tensor, k: int, ordered: bool = True) -> Latents:
     """Scores of M members in each of G groups; latent i is member i % M of group i // M."""
     rows, members, groups = scores_BMG.shape
-    group_G = torch.arange(groups, device=scores_BMG.device)
-    keys_BK = _largest_keys(scores_BMG.amax(1), group_G, k)
-    if members > 1:
-        groups_B1K = _index(keys_BK).unsqueeze(1)
+    device = scores_BMG.device
+    group_G = torch.arange(groups, device=device)
+    if members == 1:
+        keys_BK = _largest_keys(scores_BMG.squeeze(1), group_G, k, ordered)
+    else:
+        groups_B1K = _index(_largest_keys(scores_BMG.amax(1), group_G, k, ordered=False)).unsqueeze(1)
         candidates_BMK = scores_BMG.gather(2, groups_B1K.expand(-1, members, -1))
-        latents_BMK = groups_B1K * members + torch.arange(members, device=scores_BMG.device).unsqueeze(1)
-        keys_BK = _largest_keys(candidates_BMK.view(rows, -1), latents_BMK.view(rows, -1), k)
+        latents_BMK = groups_B1K * members + torch.arange(members, device=device).unsqueeze(1)
+        keys_BK = _largest_keys(candidates_BMK.view(rows, -1), latents_BMK.view(rows, -1), k, ordered)
     acts_BK = (keys_BK >> 32).to(torch.int32).view(torch.float32)
     return Latents(acts_BK, _index(keys_BK))
 
 
-def _largest_keys(scores: Tensor, index: Tensor, k: int) -> Tensor:
+def _largest_keys(scores: Tensor, index: Tensor, k: int, ordered: bool) -> Tensor:
     """The k largest of bits(ReLU(score)) << 32 | inverted index; floats >= 0 rank as their bits do."""
     bits = scores.relu().float().view(torch.int32).bitwise_and(0x7FFFFFFF)  # drops the sign of -0 and of NaN
-    keys = (bits.to(torch.int64) << 32) | (_INDEX_MASK - index)
-    return keys.topk(k, dim=1).values
+    keys = bits.to(torch.int64).bitwise_left_shift_(32).bitwise_or_(_INDEX_MASK - index)
+    return keys.topk(k, dim=1, sorted=ordered).values
 
 
 def _index(keys: Tensor) -> Tensor:

@@ -90,9 +90,7 @@ def attach_encoder(
 
 
 def _sums(index: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-    return F.embedding_bag(
-        index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+    return F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 class _Decode(torch.autograd.Function):

@@ -15,7 +15,6 @@ from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task
 from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, read_plan, remaining
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage, Ref
-from plmsae_cli.store.scan import Scan
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -28,6 +27,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     row_bytes = lineage.row_bytes
     ranges = _shard_ranges(store, refs, lambda: scan.shard_ranges(max(1, int(embed.shard) // row_bytes)))
 
+    offsets = scan.rows_before([start for start, _ in ranges])
     folders = tuple(ref.folder for ref in refs.values())
     proteins = Task("proteins", "embed", folders, cost=scan.num_proteins / 1e4, args={"ranges": ranges})
     shards = [
@@ -41,8 +41,8 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             args={
                 "index": i,
                 "layers": {ref.folder: layer for layer, ref in refs.items()},
-                "row_offset": _first_row(scan, start, stop, heldout=False),
-                "heldout_offset": _first_row(scan, start, stop, heldout=True),
+                "row_offset": offsets[i][0],
+                "heldout_offset": offsets[i][1],
             },
         )
         for i, (start, stop) in enumerate(ranges)
@@ -90,12 +90,6 @@ def _shard_ranges(store: Store, refs: Mapping[int, Ref], fresh: Any) -> list[lis
                 "embed them with two experiments, each with its own layers",
             )
     return [list(r) for r in first[1]]
-
-
-def _first_row(scan: Scan, start: int, stop: int, heldout: bool) -> int:
-    """First row of a shard, in the numbering of one side of the split."""
-    side_P = scan.heldout_P[:start] == heldout
-    return int(scan.lengths_P[:start][side_P].sum(dtype="int64"))
 
 
 def work(task: Task, context: Context) -> Mapping[str, Result]:

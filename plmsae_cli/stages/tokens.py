@@ -50,7 +50,7 @@ def write(task: Task, context: Context) -> Mapping[str, Result]:
     (folder,) = task.folders
     files: list[FileRecord] = []
     counts = np.zeros(256, dtype=np.int64)
-    sources = [("train", train.plm.fasta, False), ("random", train.plm.fasta, True)]
+    sources: list[tuple[str, str, bool | None]] = [("train", train.plm.fasta, False), ("random", train.plm.fasta, True)]
     sources += [(name, fasta, None) for name, fasta in sorted(train.plm.valid.items())]
     for name, fasta, side in sources:
         documents: list[Tokens] = []

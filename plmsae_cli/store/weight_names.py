@@ -19,6 +19,9 @@ State = dict[str, torch.Tensor]
 # Applied in this order: a later rule sees what an earlier one made.
 _HUGGING_FACE = (
     (r"^esm\.", ""),
+    # transformers 5 writes these LayerNorms under the names they had in TensorFlow.
+    (r"\.LayerNorm\.gamma$", ".LayerNorm.weight"),
+    (r"\.LayerNorm\.beta$", ".LayerNorm.bias"),
     (r"^embeddings\.word_embeddings\.", "embed_tokens."),
     (r"^encoder\.emb_layer_norm_after\.", "emb_layer_norm_after."),
     (r"^encoder\.layer\.", "layers."),

@@ -126,7 +126,8 @@ class _Lines:
     def __init__(self, objective: Objective, gang: Gang) -> None:
         self._objective, self._gang = objective, gang
         self._waiting: tuple[dict[str, Any], list[str], torch.Tensor, torch.cuda.Event | None] | None = None
-        self._clock, self._step = time.monotonic(), None
+        self._clock = time.monotonic()
+        self._step: int | None = None
 
     def add(self, step: int, figures: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
         """Take this step's figures; returns the line that was waiting."""
@@ -137,7 +138,7 @@ class _Lines:
         if device_values.is_cuda:
             values = torch.empty(len(names), pin_memory=True)
             values.copy_(device_values, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         else:
             values = device_values

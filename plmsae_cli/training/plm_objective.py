@@ -117,7 +117,7 @@ class PLMObjective:
         for packed, inputs_T, targets_T in prepared:
             loss_sum, hits = self._score(packed, inputs_T, targets_T)
             loss = loss_sum / count[0]
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             correct += hits / count[0]
         self._gang.sum_gradients(self.model.parameters())

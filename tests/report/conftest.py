@@ -1,10 +1,13 @@
-"""Run folders as the pipeline leaves them, small and plausible, with closed-form curves."""
+"""Run folders as the pipeline leaves them, small and plausible, and what a browser would see in their pages."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -73,15 +76,11 @@ def sae_lines(num_lines: int = 400) -> list[dict[str, float]]:
 def plm_lines() -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for step in range(50, 3001, 50):
-        lines.append(
-            {"step": step, "tokens": 16_384 * step, "loss": 2.4 + 0.6 * math.exp(-step / 500), "lr": 1e-3}
-        )
+        lines.append({"step": step, "tokens": 16_384 * step, "loss": 2.4 + 0.6 * math.exp(-step / 500), "lr": 1e-3})
         if step % 500 == 0:
             loss = 2.42 + 0.6 * math.exp(-step / 500)
             scores = {"loss": loss, "perplexity": math.exp(loss), "accuracy": 0.24}
-            lines.append(
-                {"step": step, "valid": {"random": scores, "clusters": {**scores, "perplexity": 13.5}}}
-            )
+            lines.append({"step": step, "valid": {"random": scores, "clusters": {**scores, "perplexity": 13.5}}})
     return lines
 
 
@@ -111,15 +110,11 @@ def scores(demo: bool = False, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_latents(
-    path: Path, *, header: str = "sp|P{0:05d}|PROT{0}_ECOLI", num_latents: int = 2560
-) -> dict[str, Any]:
+def write_latents(path: Path, *, header: str = "sp|P{0:05d}|PROT{0}_ECOLI", num_latents: int = 2560) -> dict[str, Any]:
     """latents.parquet; returns its columns. Contexts are windows of random proteins of 60 residues."""
     rng = np.random.default_rng(1)
-    density = np.where(rng.random(num_latents) < 0.04, 0.0, 10 ** rng.normal(-2.3, 0.7, num_latents)).clip(
-        0, 0.9
-    )
-    proteins = ["".join(rng.choice(list(AMINO_ACIDS), 60)) for _ in range(num_latents)]
+    density = np.where(rng.random(num_latents) < 0.04, 0.0, 10 ** rng.normal(-2.3, 0.7, num_latents)).clip(0, 0.9)
+    proteins = ["".join(letters) for letters in rng.choice(list(AMINO_ACIDS), (num_latents, 60))]
     places = rng.integers(1, 61, num_latents)
     peak = np.where(density > 0, rng.gamma(3.0, 4.0, num_latents), 0.0)
     columns = {
@@ -131,12 +126,9 @@ def write_latents(
         "top_protein": [header.format(i) if density[i] > 0 else None for i in range(num_latents)],
         "top_residue": [int(p) if density[i] > 0 else None for i, p in enumerate(places)],
         "top_context": [
-            proteins[i][max(0, p - 1 - RADIUS) : p + RADIUS] if density[i] > 0 else None
-            for i, p in enumerate(places)
+            proteins[i][max(0, p - 1 - RADIUS) : p + RADIUS] if density[i] > 0 else None for i, p in enumerate(places)
         ],
-        "top_context_offset": [
-            min(int(p) - 1, RADIUS) if density[i] > 0 else None for i, p in enumerate(places)
-        ],
+        "top_context_offset": [min(int(p) - 1, RADIUS) if density[i] > 0 else None for i, p in enumerate(places)],
         "top_activation": [float(p) if p > 0 else None for p in peak],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,11 +169,23 @@ def write_run(folder: Path, *, demo: bool = False) -> Path:
     )  # fmt: skip
     seconds = {"embed": 64.2, "shuffle": 3.41, "optimize": 2.6, "train": 143.0, "eval": 21.7}
     write_json(folder / "status.json", {"schema": 1, "state": "done", "stage_seconds": seconds})
-    (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in sae_lines()), encoding="utf-8"
-    )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sae_lines()), encoding="utf-8")
     write_json(folder / "eval" / "metrics.json", scores(demo))
     write_latents(folder / "eval" / "latents.parquet")
+    return folder
+
+
+def write_bare(folder: Path, *, plm: bool = False) -> Path:
+    """A run that has begun, or one that trains a protein language model."""
+    folder.mkdir()
+    if plm:
+        train = "{kind: plm, plm: {architecture: esm2, fasta: a.fa}}"
+        text = f"name: plm-8m\nmodel: {{weights: bundled}}\ntrain: {train}\n"
+        (folder / "resolved.yaml").write_text(text, encoding="utf-8")
+        lines = "".join(json.dumps(line) + "\n" for line in plm_lines())
+        (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    else:
+        (folder / "resolved.yaml").write_text("name: nothing-yet\n", encoding="utf-8")
     return folder
 
 
@@ -215,6 +219,62 @@ def write_sweep(folder: Path) -> Path:
     return folder
 
 
+VOID = {"meta", "br", "img", "input", "hr", "link"}
+
+
+class Page(HTMLParser):
+    """A parsed page. `elements`: (tag, attributes) in order; `texts`: the text outside style and script."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.source = path.read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self.raw: dict[str, list[str]] = {"style": [], "script": []}
+        self.open: list[str] = []
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in self.raw:
+            self.raw[self.open[-1]].append(data)
+        elif data.strip():
+            self.texts.append(data.strip())
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+    def attributes(self, name: str) -> list[str]:
+        """Values of the attribute of this name, wherever it stands."""
+        return [attrs[name] for _, attrs in self.elements if name in attrs]
+
+    def ids(self) -> list[str]:
+        return self.attributes("id")
+
+
+@pytest.fixture(scope="session")
+def make() -> ModuleType:
+    """This module: the writers of run folders and the reader of pages."""
+    return sys.modules[__name__]
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "esm2-8m-l3-topk")
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    return write_sweep(tmp_path / "sweep-k")

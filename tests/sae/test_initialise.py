@@ -61,9 +61,7 @@ def test_start(device: torch.device) -> None:
     assert model.w_dec_ND.data_ptr() != model.w_enc_ND.data_ptr()
     torch.testing.assert_close(model.w_dec_ND.norm(dim=1), torch.ones(24, device=device))
     assert not model.b_enc_N.any()
-    torch.testing.assert_close(
-        model.b_dec_D.detach().cpu(), geometric_median(sample_MD), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(model.b_dec_D.detach().cpu(), geometric_median(sample_MD), rtol=1e-4, atol=1e-4)
     assert torch.equal(model.w_dec_ND, again.w_dec_ND)
     assert not torch.equal(model.w_dec_ND, other.w_dec_ND)
     # The same draw as on a CPU, bit for bit.

@@ -20,9 +20,7 @@ def data(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Latents,
     return x_BD, xhat_BD, Latents(acts_BK, indices_BK), torch.ones(D)
 
 
-def part(
-    rows: slice, x_BD: torch.Tensor, xhat_BD: torch.Tensor, latents: Latents, mean_D: torch.Tensor
-) -> Any:
+def part(rows: slice, x_BD: torch.Tensor, xhat_BD: torch.Tensor, latents: Latents, mean_D: torch.Tensor) -> Any:
     return x_BD[rows], xhat_BD[rows], Latents(latents.acts_BK[rows], latents.indices_BK[rows]), mean_D
 
 

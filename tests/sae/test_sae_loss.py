@@ -78,9 +78,7 @@ def agree(model: TopK, losses: Losses, want: Naive) -> None:
     for name in PARAMETERS:
         gradient = getattr(model, name).grad.cpu()
         scale = float(want.gradients[name].abs().max()) + 1e-30
-        torch.testing.assert_close(
-            gradient / scale, (want.gradients[name] / scale).float(), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(gradient / scale, (want.gradients[name] / scale).float(), rtol=1e-5, atol=1e-5)
 
 
 @st.composite
@@ -137,9 +135,7 @@ def test_matryoshka(
     agree(model, model.loss(x_BD, dead_N, rows), want)
 
 
-def example(
-    kind: type[TopK] = TopK, device: str | torch.device = "cpu"
-) -> tuple[TopK, torch.Tensor, torch.Tensor]:
+def example(kind: type[TopK] = TopK, device: str | torch.device = "cpu") -> tuple[TopK, torch.Tensor, torch.Tensor]:
     model = kind(6, 32, 4, k_aux=3).to(device)
     randomise(model, 0)
     generator = torch.Generator().manual_seed(1)
@@ -195,9 +191,7 @@ def test_aux_target_has_no_decoder_bias(device: torch.device) -> None:
         model.w_enc_ND.copy_(model.w_dec_ND)
         model.b_dec_D.copy_(torch.tensor([5.0, -7.0]))
         model.b_enc_N.copy_(torch.tensor([0.0, 0.0, -9.0]))
-    x_BD = torch.tensor(
-        [[8.0, -5.0]], device=device
-    )  # b_dec + (3, 2): latent 0 takes the 3, the error is (0, 2)
+    x_BD = torch.tensor([[8.0, -5.0]], device=device)  # b_dec + (3, 2): latent 0 takes the 3, the error is (0, 2)
     losses = model.loss(x_BD, torch.tensor([False, True, False], device=device), 1)
     assert losses.reconstruction.item() == 2.0
     assert losses.aux.item() == 0.0
@@ -208,9 +202,7 @@ def test_aux_of_a_perfect_reconstruction_is_zero(device: torch.device) -> None:
     with torch.no_grad():
         model.w_dec_ND.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]))
         model.w_enc_ND.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.5]]))
-    losses = model.loss(
-        torch.tensor([[3.0, 2.0]], device=device), torch.tensor([False, False, True]).to(device), 1
-    )
+    losses = model.loss(torch.tensor([[3.0, 2.0]], device=device), torch.tensor([False, False, True]).to(device), 1)
     losses.total.backward()
     assert losses.total.item() == 0.0
     assert all(bool(gradient.isfinite().all()) for gradient in gradients(model).values())

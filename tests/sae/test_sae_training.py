@@ -24,7 +24,7 @@ def batch(features_FD: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 @pytest.mark.parametrize(("kind", "bound"), [(TopK, 0.1), (MatryoshkaTopK, 0.15)])
 def test_sparse_features_are_learned(kind: type[TopK], bound: float) -> None:
-    """Twice as many latents as features, twice as many active: six principal components leave an FVU of 0.6."""
+    """Twice as many latents and twice as many active as features; six principal components leave 0.48."""
     generator = torch.Generator().manual_seed(0)
     features_FD = torch.nn.functional.normalize(torch.randn(FEATURES, D, generator=generator), dim=1)
     model = kind(D, 2 * FEATURES, k=2 * ACTIVE)

@@ -43,9 +43,7 @@ def test_decode_is_the_dense_product(rows: int, k: int, num_latents: int, d: int
 def test_encoder_gradients_are_the_dense_ones(rows: int, k: int, num_latents: int, d: int, seed: int) -> None:
     pairs, t = problem(seed, rows, k, num_latents, d)
     inputs = [t["x"], t["w"], t["b"], t["b_dec"]]
-    dense_P = (
-        ((t["x"] - t["b_dec"]) @ t["w"].T + t["b"]).relu().gather(1, pairs.indices_P.view(rows, k)).flatten()
-    )
+    dense_P = ((t["x"] - t["b_dec"]) @ t["w"].T + t["b"]).relu().gather(1, pairs.indices_P.view(rows, k)).flatten()
     sparse_P = attach_encoder(dense_P.detach(), *inputs, pairs)
     assert torch.equal(sparse_P, dense_P)
     weights_P = t["acts"].detach()

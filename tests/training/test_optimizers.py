@@ -12,8 +12,7 @@ BETAS, EPS = (0.9, 0.999), 6.25e-10
 def parameters(seed: int = 0) -> dict[str, Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: Parameter(torch.randn(shape, generator=generator))
-        for name, shape in {"w": (5, 3), "b": (3,)}.items()
+        name: Parameter(torch.randn(shape, generator=generator)) for name, shape in {"w": (5, 3), "b": (3,)}.items()
     }
 
 
@@ -37,9 +36,7 @@ def test_closed_form_of_the_first_step() -> None:
 def test_equals_torch_in_float64(weight_decay: float, max_norm: float | None) -> None:
     ours, theirs = parameters(), {name: Parameter(p.detach().double()) for name, p in parameters().items()}
     adam = Adam([Group("all", ours, weight_decay)], BETAS, EPS)
-    peer = torch.optim.AdamW(
-        theirs.values(), lr=1.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, foreach=False
-    )
+    peer = torch.optim.AdamW(theirs.values(), lr=1.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, foreach=False)
     for step in range(20):
         rate = 0.01 * (step + 1)
         feed(ours, step, scale=step + 1.0)
@@ -94,9 +91,7 @@ def test_saved_state_continues_bit_for_bit() -> None:
             state = {name: tensor.clone() for name, tensor in adam.state_tensors().items()}
         feed(straight, step)
         adam.step(0.1, 1.0)
-    assert set(state) == {
-        f"all.{name}.{key}" for name in ("w", "b") for key in ("step", "exp_avg", "exp_avg_sq")
-    }
+    assert set(state) == {f"all.{name}.{key}" for name in ("w", "b") for key in ("step", "exp_avg", "exp_avg_sq")}
     again = Adam([Group("all", resumed)], BETAS, EPS)
     for name, parameter in resumed.items():
         parameter.data.copy_(weights[name])

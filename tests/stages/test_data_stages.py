@@ -1,0 +1,163 @@
+"""embed, shuffle, optimize: every row once, in its place, whatever ran it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.pipeline import Done, plan_stage
+from plmsae_cli.plm.alphabet import encode, pack
+from plmsae_cli.runtime.models import load_plm
+from plmsae_cli.store.activations import ActivationShards, Statistics
+from plmsae_cli.store.blocks import Blocks
+from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.lineage import Lineage
+from plmsae_cli.store.manifest import read_manifest, verify
+from plmsae_cli.store.permutation import Permutation
+from plmsae_cli.store.proteins import locate_rows, read_proteins
+
+Build = Callable[..., Experiment]
+Go = Callable[..., Done]
+DATA = ["embed", "shuffle", "optimize"]
+
+
+def all_rows(shards: ActivationShards) -> torch.Tensor:
+    rows = torch.empty(shards.stop, shards.d, dtype=shards.dtype)
+    shards.read_into(0, rows)
+    return rows
+
+
+def test_embedding_is_the_model_residue_by_residue(build: Build, go: Go) -> None:
+    experiment = build(embed__layers=[1, 3], train__layer=3)
+    go(experiment, ["embed"])
+    store, lineage = Store(), Lineage(experiment, Store())
+    model = load_plm(experiment.model.weights, store)
+    for layer in (1, 3):
+        folder = lineage.embed(layer).folder
+        assert verify(store, folder) == []
+        for side in ("train", "heldout"):
+            table = read_proteins(store, join(folder, "proteins.parquet"), split=side)
+            rows = all_rows(ActivationShards(store, folder, heldout=side == "heldout"))
+            assert len(rows) == sum(table["rows"].to_pylist())
+            for protein in table.to_pylist():
+                packed = pack([encode(protein["sequence"])])
+                with torch.inference_mode():
+                    hidden = model(packed.tokens_T, packed.documents, layers=[layer]).hidden[layer]
+                ours = rows[protein["row_offset"] : protein["row_offset"] + protein["rows"]]
+                torch.testing.assert_close(ours, hidden[1:-1], rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_those_of_the_training_rows(build: Build, go: Go) -> None:
+    experiment = build()
+    go(experiment, ["embed"])
+    folder = Lineage(experiment, Store()).embed(2).folder
+    rows = all_rows(ActivationShards(Store(), folder)).double()
+    statistics = Statistics.read(Store(), join(folder, "stats.safetensors"))
+    assert statistics.count == len(rows)
+    torch.testing.assert_close(statistics.mean_D, rows.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(statistics.variance_D, rows.var(0, correction=0), rtol=1e-10, atol=1e-12)
+
+
+def test_every_row_is_where_the_bijection_says_and_can_be_traced_back(build: Build, go: Go) -> None:
+    experiment = build()
+    go(experiment, DATA)
+    store, lineage = Store(), Lineage(experiment, Store())
+    rows = all_rows(ActivationShards(store, lineage.embed(2).folder))
+    folder = lineage.optimize(2).folder
+    blocks = Blocks(store, folder)
+    placed = torch.empty_like(rows)
+    blocks.read_into(0, placed)
+    pi = Permutation(len(rows), 3, domain="shuffle")
+    places = pi(np.arange(len(rows)))
+    assert torch.equal(placed[places], rows)
+
+    # A row of a block, back to its protein and residue: embedding that residue alone gives the row.
+    model = load_plm(experiment.model.weights, store)
+    table = read_proteins(store, join(folder, "proteins.parquet"), split="train")
+    chosen = np.array([0, 63, 64, len(rows) - 1])
+    protein, residue = locate_rows(table, pi.inverse(chosen))
+    for place, p, r in zip(chosen, protein, residue, strict=True):
+        packed = pack([encode(table["sequence"][int(p)].as_py())])
+        with torch.inference_mode():
+            hidden = model(packed.tokens_T, packed.documents, layers=[2]).hidden[2]
+        torch.testing.assert_close(placed[place], hidden[1 + r], rtol=1e-4, atol=1e-5)
+
+
+def content(folder: str) -> dict[str, str]:
+    """Hashes of the data files: part records and manifests hold times and are left out."""
+    names = [p for p in Path(folder).rglob("*") if p.is_file() and p.suffix != ".json"]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(names)}
+
+
+def test_one_and_three_workers_write_the_same_bytes(build: Build, go: Go, tmp_path: Path) -> None:
+    one = build(root=str(tmp_path / "one"))
+    three = build(root=str(tmp_path / "three"), launch__workers=3)
+    for experiment in (one, three):
+        go(experiment, DATA)
+    first, second = Lineage(one, Store()), Lineage(three, Store())
+    for stage in DATA:
+        made = [content(getattr(lineage, stage)(2).folder) for lineage in (first, second)]
+        assert len(made[0]) > 1
+        assert made[0] == made[1]
+
+
+def test_memory_decides_the_tasks_and_not_the_blocks(build: Build, go: Go, tmp_path: Path) -> None:
+    small = build(root=str(tmp_path / "small"), shuffle__memory="64kB")
+    large = build(root=str(tmp_path / "large"), shuffle__memory="64MB")
+    plans = [plan_stage("shuffle", e, Store()) for e in (small, large)]
+    assert len(plans[0].tasks) > 10 > len(plans[1].tasks)
+    for experiment in (small, large):
+        go(experiment, DATA)
+    folders = [Lineage(e, Store()).optimize(2).folder for e in (small, large)]
+    assert content(folders[0]) == content(folders[1])
+
+
+def test_a_second_start_does_nothing(build: Build, go: Go) -> None:
+    experiment = build()
+    assert set(go(experiment).stages) == {"embed", "shuffle", "optimize", "train", "eval"}
+    assert go(experiment).stages == {}
+
+
+def test_experiments_that_differ_in_the_sae_share_the_data(build: Build, go: Go) -> None:
+    go(build())
+    other = build(name="other", train__sae__k=2)
+    assert set(go(other).stages) == {"train", "eval"}
+
+
+def test_a_freed_artifact_is_not_rebuilt_unless_wanted(build: Build, go: Go) -> None:
+    experiment = build()
+    go(experiment, DATA)
+    lineage = Lineage(experiment, Store())
+    (Path(lineage.embed(2).folder) / "MANIFEST.json").unlink()
+    (Path(lineage.shuffle(2).folder) / "MANIFEST.json").unlink()
+    assert set(go(experiment).stages) == {"train", "eval"}
+
+
+def test_later_starts_obey_the_first_plan(build: Build, go: Go) -> None:
+    experiment = build()
+    before = plan_stage("embed", experiment, Store())
+    folder = before.artifacts["layer-2"].folder
+    Store().write_once(join(folder, "plan.json"), b'{"ranges": [[0, 41], [41, 81]]}')
+    shards = [t.id for t in plan_stage("embed", experiment, Store()).tasks if t.id.startswith("shard")]
+    assert shards == ["shard-00000", "shard-00001"]
+    assert len(before.tasks) != 4
+    go(experiment, ["embed"])
+    manifest = read_manifest(Store(), folder)
+    assert manifest is not None
+    assert manifest["rows"] == manifest["counts"]["residues"] - manifest["heldout_rows"]
+
+
+def test_names_and_places_are_not_in_the_key_and_content_is(build: Build, tmp_path: Path, fasta: Path) -> None:
+    key = Lineage(build(), Store()).optimize(2).key
+    renamed = tmp_path / "renamed.fa"
+    renamed.write_bytes(fasta.read_bytes())
+    same = build(name="x", root=str(tmp_path / "y"), embed__fasta=str(renamed), embed__shard="1MB")
+    assert Lineage(same, Store()).optimize(2).key == key
+    renamed.write_bytes(fasta.read_bytes() + b">one more\nMKV\n")
+    assert Lineage(same, Store()).optimize(2).key != key
+    assert Lineage(build(shuffle__seed=4), Store()).optimize(2).key != key

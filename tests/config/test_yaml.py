@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plmsae_cli.config.credentials import is_secret
+from plmsae_cli.config.templates import NAMES, template
 from plmsae_cli.config.yaml import InvalidExperiment, Loaded, load
 
 BAD = Path(__file__).parent / "bad"
@@ -129,8 +131,6 @@ def test_text_is_kept_and_every_leaf_has_an_origin(tmp_path: Path) -> None:
 
 
 def test_a_dump_reads_back_as_itself(tmp_path: Path) -> None:
-    import json
-
     experiment = read(tmp_path, DATA + "train: {sae: {k: 16}}\neval: {}\n").experiment
     assert read(tmp_path, json.dumps(experiment.dump())).experiment == experiment
 
@@ -184,6 +184,20 @@ def test_error_survives_pickling(tmp_path: Path) -> None:
     assert again.problems == error.problems
 
 
+NOISE = [
+    *":-{}[]\"'\n\t #!|>%@`&*?=~",
+    "<<: ",
+    "---\n",
+    ".nan",
+    "1e-4",
+    "null",
+    "\u2028",
+    "é",
+    "- ",
+    "*a",
+    "&a ",
+    "x: ",
+]
 SECRET = "s3cr3t-Zq9"
 CARRIERS = (
     "wandb: {api_key: VALUE, mode: onlin}\n",
@@ -226,9 +240,34 @@ def test_no_secret_in_any_style(key: str, value: str, style: str, tmp_path_facto
     assert value not in str(fail(tmp_path_factory.mktemp("s"), text))
 
 
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_any_text_is_an_experiment_or_its_problems(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    text = data.draw(st.sampled_from([template(name) for name in NAMES]))
+    text = "\n".join(line.partition("#")[0].rstrip() for line in text.splitlines())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(text)))
+        lost = data.draw(st.integers(0, 8))
+        text = text[:at] + data.draw(st.sampled_from(NOISE)) + text[at + lost :]
+    path = write(tmp_path_factory.mktemp("fuzz"), text)
+    try:
+        loaded = load(path)
+    except InvalidExperiment as error:
+        assert error.problems
+        assert str(error)
+    else:
+        assert load(write(path.parent, json.dumps(loaded.experiment.dump()))).experiment == loaded.experiment
+
+
 def test_which_keys_are_secret() -> None:
-    assert all(map(is_secret, ["token", "HF_TOKEN", "wandbApiKey", "api-key", "client_secret", "session.token", "HFTOKEN"]))
-    assert not any(map(is_secret, ["tokens", "tokenizer", "batch_tokens", "key", "k", "entity", "dead_tokens", "keep_checkpoints"]))
+    assert all(
+        map(is_secret, ["token", "HF_TOKEN", "wandbApiKey", "api-key", "client_secret", "session.token", "HFTOKEN"])
+    )
+    assert not any(
+        map(is_secret, ["tokens", "tokenizer", "batch_tokens", "key", "k", "entity", "dead_tokens", "keep_checkpoints"])
+    )
 
 
 def test_the_room_is_light() -> None:

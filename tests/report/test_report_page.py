@@ -107,7 +107,8 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, make: Any) -> No
     (run / "resolved.yaml").write_text(
         make.RESOLVED.replace("cath.fasta.gz", "'<b onclick=x>.fasta'"), encoding="utf-8"
     )
-    make.write_latents(run / "eval" / "latents.parquet", header=make.HOSTILE.replace("{", "{{").replace("}", "}}"))
+    header = make.HOSTILE.replace("{", "{{").replace("}", "}}")
+    make.write_latents(run / "eval" / "latents.parquet", header=header)
     make.write_json(run / "status.json", {"stage_seconds": {"<script>x</script>$\\q$": 3.0, "embed": 2.0}})
     page = make.Page(build_report(run))
     tags = [tag for tag, _ in page.elements]

@@ -1,0 +1,189 @@
+"""train: resumed is uninterrupted, ranks agree, an export eats raw activations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.pipeline import Done, run_experiment
+from plmsae_cli.runtime.progress import PlainReporter
+from plmsae_cli.runtime.saved import load_sae, load_sae_with_facts, open_blocks
+from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import Interrupted
+from plmsae_cli.store.activations import Statistics
+from plmsae_cli.store.checkpoint import load_newest
+from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.lineage import Lineage
+from plmsae_cli.training import loop
+
+Build = Callable[..., Experiment]
+Go = Callable[..., Done]
+
+# What depends on the clock; everything else in metrics.jsonl is science.
+CLOCK = {"tokens_per_second", "loader_wait"}
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    found = load_newest(run / "checkpoints")
+    assert found is not None
+    return dict(found.tensors)
+
+
+def science_of(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask to stop as a signal would, before this step."""
+    real = loop.fault
+    count = 0
+
+    def fault(point: str, **where: object) -> None:
+        nonlocal count
+        if point == "train.step":
+            count += 1
+            if count == step:
+                STOP.request()
+        real(point, **where)
+
+    monkeypatch.setattr(loop, "fault", fault)
+
+
+@pytest.fixture(autouse=True)
+def _no_stop() -> Any:
+    STOP.asked = False
+    yield
+    STOP.asked = False
+
+
+def test_a_stopped_and_continued_run_is_bit_equal(build: Build, go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = go(build(name="whole")).run.path
+    stop_at(7, monkeypatch)
+    with pytest.raises(Interrupted):
+        go(build(name="parts"))
+    parts = Path(build().root) / "parts"
+    assert json.loads((parts / "status.json").read_text())["state"] == "interrupted"
+    assert max(line["step"] for line in science_of(parts)) == 7
+    STOP.asked = False
+    go(build(name="parts"))
+    assert science_of(whole) == science_of(parts)
+    first, second = state_of(whole), state_of(parts)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    ours, theirs = load_sae(whole), load_sae(parts)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    build: Build, go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = go(build(name="whole")).run.path
+    stop_at(12, monkeypatch)
+    with pytest.raises(Interrupted):
+        go(build(name="parts"))
+    STOP.asked = False
+    parts = Path(build().root) / "parts"
+    newest = sorted((parts / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == "step-00000012"
+    file = newest / "rank-0.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    go(build(name="parts"))
+    assert "step-00000012 is damaged" in capsys.readouterr().err
+    first, second = state_of(whole), state_of(parts)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert science_of(whole) == science_of(parts)
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_two_ranks_train_what_one_trains(build: Build, go: Go, ranks: int) -> None:
+    one = go(build(name="one"), ["embed", "shuffle", "optimize", "train"]).run.path
+    two = go(build(name="two", launch__ranks=ranks), ["embed", "shuffle", "optimize", "train"]).run.path
+    for a, b in zip(science_of(one), science_of(two), strict=True):
+        assert a["step"] == b["step"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["l0"] == pytest.approx(a["l0"], rel=1e-3)
+    first, second = state_of(one), state_of(two)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_ranks_continue_what_one_began(build: Build, go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = go(build(name="whole")).run.path
+    stop_at(9, monkeypatch)
+    with pytest.raises(Interrupted):
+        go(build(name="parts"))
+    STOP.asked = False
+    go(build(name="parts", launch__ranks=2))
+    parts = Path(build().root) / "parts"
+    for a, b in zip(science_of(whole), science_of(parts), strict=True):
+        assert (a["step"], a["tokens"]) == (b["step"], b["tokens"])
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+def test_the_export_eats_raw_activations(build: Build, go: Go) -> None:
+    experiment = build()
+    run = go(experiment).run.path
+    saved = load_sae_with_facts(run)
+    lineage = Lineage(experiment, Store())
+    folder = lineage.dataset().folder
+    blocks = open_blocks(folder)
+    raw = torch.empty(200, blocks.d, dtype=blocks.dtype)
+    blocks.read_into(0, raw)
+    mean, scale = Statistics.read(Store(), join(folder, "stats.safetensors")).normalisation()
+    tensors = state_of(run)
+    x = (raw.float() - mean) * scale
+    pre = (x - tensors["model.b_dec_D"]) @ tensors["model.w_enc_ND"].T + tensors["model.b_enc_N"]
+    kept = torch.zeros_like(pre)
+    top = pre.topk(4, dim=1)
+    kept.scatter_(1, top.indices, top.values.clamp(min=0))
+    expected = (kept @ tensors["model.w_dec_ND"] + tensors["model.b_dec_D"]) / scale + mean
+    torch.testing.assert_close(saved.model(raw.float()), expected, rtol=1e-3, atol=1e-4)
+    assert saved.facts["layer"] == 2
+    every = torch.empty(blocks.num_rows, blocks.d, dtype=blocks.dtype)
+    blocks.read_into(0, every)
+    torch.testing.assert_close(saved.model.maximum_N, saved.model.encode_dense(every.float()).amax(0))
+
+
+def test_a_run_with_other_science_is_refused_with_the_difference(build: Build, go: Go) -> None:
+    go(build())
+    with pytest.raises(UserError, match=r"train\.sae\.k: 4 -> 5") as caught:
+        go(build(train__sae__k=5))
+    assert "--restart" in str(caught.value.hint)
+    go(build(train__log_every=7))  # cosmetic: allowed
+    done = run_experiment(build(train__sae__k=5), ["train"], PlainReporter(), restart=True)
+    assert len(list(done.run.path.parent.glob("run.archived-*"))) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(build: Build, go: Go) -> None:
+    # The 33rd token batch meets poisoned rows: NaN in the dataset.
+    experiment = build()
+    go(experiment, ["embed", "shuffle", "optimize"])
+    folder = Path(Lineage(experiment, Store()).dataset().folder)
+    chunk = sorted(folder.glob("chunk-*.bin"))[0]
+    data = bytearray(chunk.read_bytes())
+    row = 32 * 4
+    start = 12 + row * (7 * 128 + 5)
+    data[start % len(data) : start % len(data) + 4] = b"\xff\xff\xff\x7f"
+    chunk.write_bytes(data)
+    with pytest.raises(loop.Diverged, match="not|nan"):
+        go(experiment, ["train"])
+    found = load_newest(Path(experiment.root) / "run" / "checkpoints")
+    assert found is None or all(t.isfinite().all() for t in found.tensors.values())
+    assert json.loads((Path(experiment.root) / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_batches_that_do_not_fit_are_refused_with_numbers(build: Build, go: Go) -> None:
+    with pytest.raises(UserError, match=r"100000.*more than the \d+ rows"):
+        go(build(train__batch_tokens=100_000, train__tokens=100_000))
+    with pytest.raises(UserError, match="larger than the dictionary"):
+        go(build(name="k", train__sae__k=65, train__sae__expansion=2))

@@ -18,7 +18,7 @@ from plmsae_cli.config.tree import entries, field_of, locate, plain
 from plmsae_cli.config.wording import TOP, Finding, explain
 
 MAX_TRIALS = 1000
-_NOT_SWEPT = ("name", "root", "sweep")
+_NOT_SWEPT = ("name", "root", "data_root", "sweep")  # the sweep itself sets them
 
 
 def check(

@@ -179,8 +179,8 @@ def _sweep(experiment: Experiment, run: RunFolder, reporter: Reporter) -> bool:
             states[trial.hash] = "failed"
             reporter.say(f"trial {trial.hash} failed: {error}")
         write_json(run.path / "sweep.json", table(experiment, states))
-    if "failed" in states.values():
-        failed = sum(state == "failed" for state in states.values())
+    if failed := sum(state == "failed" for state in states.values()):
+        _report(["sweep"], run, True, reporter)
         raise UserError(f"{failed} of {len(points)} trials failed", f"see {run.path}/trials/*/status.json")
     return worked
 

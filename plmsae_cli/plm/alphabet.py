@@ -57,9 +57,7 @@ def encode(sequence: str | bytes, unknown: Literal["X", "error"] = "X") -> Token
         place = data.translate(_TO_NO_TOKEN).find(_NO_TOKEN)
         if place >= 0:
             letter = sequence[place : place + 1]
-            raise ValueError(
-                f"position {place + 1} holds {letter!r}, which is no residue of the alphabet {LETTERS}"
-            )
+            raise ValueError(f"position {place + 1} holds {letter!r}, which is no residue of the alphabet {LETTERS}")
     return np.frombuffer(bytearray(data).translate(_TO_X), dtype=np.uint8)
 
 
@@ -100,9 +98,7 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device | str) -> Packed:
         """The same pack on another device; pinned memory is copied without waiting."""
-        moved = (
-            t.to(device, non_blocking=True) for t in (self.tokens_T, self.cu_seqlens, self.residue_mask_T)
-        )
+        moved = (t.to(device, non_blocking=True) for t in (self.tokens_T, self.cu_seqlens, self.residue_mask_T))
         tokens_T, cu_seqlens, residue_mask_T = moved
         return Packed(tokens_T, cu_seqlens, self.max_len, residue_mask_T, self.lengths)
 

@@ -25,7 +25,8 @@ def read_plan(store: Store, folder: str) -> dict[str, Any] | None:
 def remaining(store: Store, tasks: Iterable[Task]) -> list[Task]:
     """The tasks that are not done, each cut to the folders that lack its record.
 
-    A folder with a manifest lacks nothing.
+    A folder with a manifest lacks nothing; one without lacks at least its finish, even if that left a record before it was
+    killed.
     """
     known: dict[str, set[str] | None] = {}
     left = []
@@ -33,7 +34,9 @@ def remaining(store: Store, tasks: Iterable[Task]) -> list[Task]:
         for folder in task.folders:
             if folder not in known:
                 known[folder] = None if read_manifest(store, folder) is not None else done_tasks(store, folder)
-        lacking = tuple(f for f in task.folders if (done := known[f]) is not None and task.id not in done)
+        lacking = tuple(
+            f for f in task.folders if (done := known[f]) is not None and (task.id == FINISH or task.id not in done)
+        )
         if lacking:
             left.append(replace(task, folders=lacking))
     ids = {task.id for task in left}

@@ -180,6 +180,7 @@ def _train_sae(task: Task, context: Context, train: Train) -> Mapping[str, Resul
                     "layer": manifest["layer"],
                     "num_layers": manifest["num_layers"],
                     "weights": manifest["weights"],
+                    "fasta": manifest["fasta"],
                     "dataset": dataset.key,
                     "dataset_rows": manifest["rows"],
                     "tokens": steps * train.batch_tokens,

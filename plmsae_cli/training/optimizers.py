@@ -33,10 +33,7 @@ class Adam:
         self._named = {f"{group.name}.{name}": p for group in groups for name, p in group.parameters.items()}
         self._scales = [group.lr_scale for group in groups]
         self._adam: Any = torch.optim.Adam(
-            [
-                {"params": list(group.parameters.values()), "weight_decay": group.weight_decay}
-                for group in groups
-            ],
+            [{"params": list(group.parameters.values()), "weight_decay": group.weight_decay} for group in groups],
             betas=betas,
             eps=eps,
             fused=True,
@@ -88,8 +85,6 @@ class Adam:
             if name not in own or name not in tensors or own[name].shape != tensors[name].shape
         )
         if differing:
-            raise ValueError(
-                f"the saved optimiser state does not fit these parameters: {', '.join(differing)}"
-            )
+            raise ValueError(f"the saved optimiser state does not fit these parameters: {', '.join(differing)}")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

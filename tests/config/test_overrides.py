@@ -22,6 +22,9 @@ SAE = (
     "train: {sae: {architecture: matryoshka_topk}}\nsweep: {grid: {train.seed: [0, 1]}}\neval: {}\n"
 )
 PLM = "train: {kind: plm, plm: {fasta: x.fasta, pack_tokens: 2048}}\n"
+SAMPLES: dict[Any, list[Any]] = {
+    bool: [True, False], int: [2, 4096, 3, 24], float: [0.25, 3.5], str: ["some text"],
+}  # fmt: skip
 LEAVES = [path for path, entry in entries().items() if entry.section is None]
 
 
@@ -41,7 +44,7 @@ def candidates(entry: Entry) -> Iterator[Any]:
         elif kind is ByteSize:
             yield 123_000_000
         else:
-            yield from {bool: [True, False], int: [2, 4096, 3, 24], float: [0.25, 3.5], str: ["some text"]}[kind]
+            yield from SAMPLES[kind]
 
 
 def reached(experiment: Experiment, path: str) -> Any:

@@ -75,7 +75,9 @@ def test_svg_follows_the_page() -> None:
     assert not re.search(r'style=|<style|<metadata|xmlns|xlink|font-family|="#[0-9a-f]{6}"', svg)
     assert 'class="s-blue"' in svg
     assert 'class="f-muted"' in svg
-    assert not re.search(r"\d\.\d{3,} [ML]", svg)
+    paths = re.findall(r' d="([^"]*)"', svg)
+    assert paths
+    assert not [path for path in paths if re.search(r"\.\d{3}|\n", path)]
 
 
 def test_svg_ids_are_prefixed_and_stable() -> None:

@@ -84,7 +84,7 @@ class ESM2Output(NamedTuple):
 class SelfAttention(nn.Module):
     def __init__(self, d: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, d // num_heads
         self.q_proj = nn.Linear(d, d)
         self.k_proj = nn.Linear(d, d)
         self.v_proj = nn.Linear(d, d)
@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         weight = torch.cat([p.weight for p in projections])
         bias = torch.cat([p.bias for p in projections])
-        q, k, v = F.linear(x_TD, weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        q, k, v = F.linear(x_TD, weight, bias).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
         mixed_THD = attention(rotate(q, rope), rotate(k, rope), v, *documents)
         return self.out_proj(mixed_THD.flatten(1))  # type: ignore[no-any-return]
 

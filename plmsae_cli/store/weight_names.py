@@ -43,9 +43,7 @@ _UNUSED = re.compile(
 
 def from_fair_esm(state: Mapping[str, torch.Tensor], where: str) -> State:
     """A published checkpoint's `model`, or a fair-esm module's state dict."""
-    return _common(
-        {re.sub(r"^encoder\.(sentence_encoder\.)?", "", name): t for name, t in state.items()}, where
-    )
+    return _common({re.sub(r"^encoder\.(sentence_encoder\.)?", "", name): t for name, t in state.items()}, where)
 
 
 def from_hugging_face(state: Mapping[str, torch.Tensor], where: str) -> State:
@@ -70,9 +68,7 @@ def _common(state: State, where: str) -> State:
     head = own.pop("lm_head.weight", None)
     embedding = own.get("embed_tokens.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise UserError(
-            f"{where}: the output weight of the language-model head is not the embedding's, as in ESM-2"
-        )
+        raise UserError(f"{where}: the output weight of the language-model head is not the embedding's, as in ESM-2")
     return own
 
 
@@ -106,9 +102,7 @@ def check_state(state: Mapping[str, torch.Tensor], config: Mapping[str, Any], wh
     try:
         shapes = state_shapes(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{where}: the configuration {dict(config)} is not that of an ESM-2 model: {error}"
-        ) from error
+        raise UserError(f"{where}: the configuration {dict(config)} is not that of an ESM-2 model: {error}") from error
     missing = [name for name in shapes if name not in state and name != "rotary.inv_freq"]
     extra = [name for name in state if name not in shapes]
     wrong = [

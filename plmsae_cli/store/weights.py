@@ -161,9 +161,7 @@ def _from_pt(path: Path, name: str, cache: Path) -> WeightsInfo:
     with safe_open(converted, "pt") as file:
         config: dict[str, Any] = json.loads(file.metadata()["config"])
     if config["num_layers"] != PUBLISHED.get(name, config["num_layers"]):
-        raise UserError(
-            f"{path} holds a model of {config['num_layers']} layers, {name} has {PUBLISHED[name]}"
-        )
+        raise UserError(f"{path} holds a model of {config['num_layers']} layers, {name} has {PUBLISHED[name]}")
     return WeightsInfo(name, converted, sha256, "fair-esm", config)
 
 

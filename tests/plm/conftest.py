@@ -59,9 +59,7 @@ def proteins() -> list[str]:
 def make_pair(config: ESM2Config, seed: int = 0) -> Pair:
     """fair-esm's module and ours with the same weights: none zero, LayerNorms affine, frequencies as
     published."""
-    peer = esm.model.esm2.ESM2(
-        config.num_layers, config.d, config.num_heads, token_dropout=config.token_dropout
-    )
+    peer = esm.model.esm2.ESM2(config.num_layers, config.d, config.num_heads, token_dropout=config.token_dropout)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():

@@ -63,9 +63,7 @@ def ours(model: ESM2, tokens: Tensor, packed: Packed, **asked: object) -> ESM2Ou
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "gate"), [(torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)]
-)
+@pytest.mark.parametrize(("dtype", "gate"), [(torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
 def test_every_layer_and_the_logits_are_fair_esms(
     gate_pair: Pair,
     gate_config: ESM2Config,
@@ -85,9 +83,7 @@ def test_every_layer_and_the_logits_are_fair_esms(
     for k, layer in expected.items():
         assert result.hidden[k].dtype == dtype
         # Each protein by itself, so that a long one cannot hide a short one.
-        for mine, peers in zip(
-            result.hidden[k].split(packed.lengths), layer.split(packed.lengths), strict=True
-        ):
+        for mine, peers in zip(result.hidden[k].split(packed.lengths), layer.split(packed.lengths), strict=True):
             assert relative(mine, peers) <= gate, f"layer {k}, {len(mine) - 2} residues"
     assert relative(result.logits, expected_logits) <= gate
 
@@ -95,9 +91,7 @@ def test_every_layer_and_the_logits_are_fair_esms(
 @pytest.mark.parametrize(
     "config", [ESM2Config(2, 40, 2), ESM2Config(2, 48, 2, token_dropout=False), ESM2Config(1, 128, 1)]
 )
-def test_other_shapes_and_no_token_dropout(
-    pair: Callable[..., Pair], proteins: list[str], config: ESM2Config
-) -> None:
+def test_other_shapes_and_no_token_dropout(pair: Callable[..., Pair], proteins: list[str], config: ESM2Config) -> None:
     peer, model = pair(config)
     tokens = padded(proteins[:6], masked=True)
     expected, logits = theirs(peer, tokens)
@@ -201,8 +195,7 @@ def test_it_stops_after_the_last_layer_wanted_and_loses_nothing(gate_pair: Pair,
     full = model(packed.tokens_T, packed.documents, layers=range(7), logits=True)
     ran: list[int] = []
     handles = [
-        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
-        for i, layer in enumerate(model.layers, start=1)
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(model.layers, start=1)
     ]
     try:
         for k in range(7):
@@ -222,9 +215,7 @@ def test_an_identity_splice_changes_no_bit(gate_pair: Pair, proteins: list[str])
     packed = pack([encode(s) for s in proteins[:6]])
     plain = model(packed.tokens_T, packed.documents, layers=range(7), logits=True)
     for k in range(7):
-        spliced = model(
-            packed.tokens_T, packed.documents, layers=range(7), splice={k: lambda x: x}, logits=True
-        )
+        spliced = model(packed.tokens_T, packed.documents, layers=range(7), splice={k: lambda x: x}, logits=True)
         assert torch.equal(spliced.logits, plain.logits)
         assert all(torch.equal(spliced.hidden[j], plain.hidden[j]) for j in range(7))
 
@@ -247,9 +238,7 @@ def test_a_splice_changes_the_layers_above_it_alone(gate_pair: Pair, proteins: l
         assert not torch.equal(spliced.logits, plain.logits)
 
 
-def test_a_splice_at_the_last_layer_acts_after_the_final_layer_norm(
-    gate_pair: Pair, proteins: list[str]
-) -> None:
+def test_a_splice_at_the_last_layer_acts_after_the_final_layer_norm(gate_pair: Pair, proteins: list[str]) -> None:
     _, model = gate_pair
     packed = pack([encode(s) for s in proteins[:6]])
     plain = model(packed.tokens_T, packed.documents, layers=[6])

@@ -59,9 +59,7 @@ def test_every_layer_is_within_the_gate_of_the_cpu(
     assert relative(result.logits, reference.logits) <= GATES[dtype]
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs sm80"
-)
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs sm80")
 @pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_kernel_and_its_gradients_are_the_loops(dtype: torch.dtype, head_dim: int) -> None:
@@ -79,6 +77,23 @@ def test_the_kernel_and_its_gradients_are_the_loops(dtype: torch.dtype, head_dim
         assert relative(mine.detach(), exact.detach()) <= GATES[dtype]
 
 
+def test_gradients_under_autocast_are_those_of_the_cpu_in_fp32(pair: Callable[..., Pair], proteins: list[str]) -> None:
+    _, model = pair(ESM2Config(3, 128, 4))
+    packed = pack([encode(s) for s in proteins])
+    weights = torch.randn(len(packed.tokens_T), 33, generator=torch.Generator().manual_seed(1))
+    on_gpu = copy_of(model).to("cuda")
+    (model(packed.tokens_T, packed.documents, logits=True).logits * weights).sum().backward()
+    there = packed.to("cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        logits = on_gpu(there.tokens_T, there.documents, logits=True).logits
+    (logits.float() * weights.cuda()).sum().backward()
+    expected = dict(model.named_parameters())
+    for name, parameter in on_gpu.named_parameters():
+        if parameter.ndim == 2:
+            assert parameter.grad.dtype == torch.float32
+            assert relative(parameter.grad, expected[name].grad) <= 4e-2, name
+
+
 def test_nothing_waits_for_the_device(pair: Callable[..., Pair], proteins: list[str]) -> None:
     """Both kernels' paths, with the lengths known to the host."""
     _, model = pair(ESM2Config(3, 128, 4))
@@ -93,13 +108,9 @@ def test_nothing_waits_for_the_device(pair: Callable[..., Pair], proteins: list[
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs sm80"
-)
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs sm80")
 @torch.no_grad()
-def test_compiled_it_is_one_graph_for_all_packs_of_a_shape(
-    pair: Callable[..., Pair], proteins: list[str]
-) -> None:
+def test_compiled_it_is_one_graph_for_all_packs_of_a_shape(pair: Callable[..., Pair], proteins: list[str]) -> None:
     config = ESM2Config(3, 128, 4)
     _, model = pair(config)
     on_gpu = copy_of(model).to("cuda", torch.bfloat16)

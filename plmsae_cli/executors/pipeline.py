@@ -21,6 +21,7 @@ from plmsae_cli.runtime.task import Interrupted, Plan
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest
+from plmsae_cli.store.weights import resolve_weights
 
 DATA_STAGES = ("embed", "shuffle", "optimize")
 
@@ -97,6 +98,8 @@ def run_experiment(
             reporter.say(f"archived the old run as {old}")
         run.begin(experiment, text)
         executor = LocalExecutor(experiment)
+        if experiment.embed is not None:
+            resolve_weights(experiment.model.weights, store)  # downloads published weights, once
         try:
             for stage in stages:
                 run.status(state="running", stage=stage)

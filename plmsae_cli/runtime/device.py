@@ -48,7 +48,8 @@ def count_gpus(launch: Launch) -> int:
 
         raise UserError(
             f"this machine has {installed_gpus()} GPU(s), but torch {torch.__version__} cannot use them",
-            "install the wheel that fits the driver (./setup.sh --torch cu126), or set launch.gpus: 0 to compute on the CPU",
+            "./setup.sh --torch-index URL installs the wheel that fits the driver (pytorch.org/get-started lists them); "
+            "launch.gpus: 0 computes on the CPU",
         )
     if launch.gpus == "auto":
         return seen

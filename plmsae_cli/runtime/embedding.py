@@ -28,8 +28,8 @@ class Embedder:
         self.device = pick_device()
         self.dtype = compute_dtype(compute, self.device)
         self.compute = str(self.dtype).removeprefix("torch.")
-        self.attention = attention_backend(self.device, self.dtype)
         self.model = load_plm(weights, store, self.device, self.dtype)
+        self.attention = attention_backend(self.device, self.dtype, self.model.config.head_dim)
 
     @classmethod
     def shared(cls, weights: str, store: Store, compute: str) -> Embedder:

@@ -62,7 +62,8 @@ class Lineage:
 
     @cached_property
     def weights(self) -> WeightsInfo:
-        return resolve_weights(self.experiment.model.weights, self.store)
+        # Planning fetches nothing: a run downloads published weights before it plans.
+        return resolve_weights(self.experiment.model.weights, self.store, download=False)
 
     @property
     def d(self) -> int:
@@ -99,7 +100,9 @@ class Lineage:
                 f"the last layer is {self.num_layers}",
             )
         config = {**embed.science(), "layer": layer}
-        return self._ref("embed", config, {"fasta": self.scan.sha256, "weights": self.weights.sha256})
+        # The number of heads, say, is not in the tensors: the model's configuration is part of its identity.
+        model = {"weights": self.weights.sha256, "model": digest(dict(self.weights.config))}
+        return self._ref("embed", config, {"fasta": self.scan.sha256, **model})
 
     def shuffle(self, layer: int) -> Ref:
         assert self.experiment.shuffle is not None

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Makes .venv with the pinned versions. Run by run_experiments.sh and run_tests.sh; quick when there is nothing to do.
+#   ./setup.sh                      everything, with the default torch wheel
+#   ./setup.sh --torch-index URL    torch from another wheel index (the one that fits the driver: pytorch.org/get-started)
+#   PYTHON=python3.12 ./setup.sh    another interpreter
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "error: $1"; say "hint: $2"; exit 1; }
+
+torch_index=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --torch-index) [ $# -ge 2 ] || die "--torch-index needs a URL" "take it from pytorch.org/get-started"; torch_index=$2; shift 2 ;;
+    *) die "unknown option $1" "./setup.sh [--torch-index URL]" ;;
+  esac
+done
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python; do
+    command -v "$candidate" >/dev/null 2>&1 || continue
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  die "no Python 3.11 or newer found" "install one, or name it: PYTHON=/path/to/python ./setup.sh"
+}
+
+stamp=.venv/.plmsae-setup
+wanted="$(cat pyproject.toml constraints.txt | cksum) $PWD"
+if [ -z "$torch_index" ] && [ -x .venv/bin/plmsae ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+  exit 0
+fi
+
+if [ ! -x .venv/bin/python ]; then
+  python=$(find_python)
+  "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    die "$python has no venv module" "on Debian and Ubuntu: apt-get install python3-venv"
+  free_kb=$(df -Pk . | awk 'NR == 2 {print $4}')
+  [ "$free_kb" -gt 3000000 ] || die "only $((free_kb / 1000)) MB are free here, 3,000 are needed" "free some, or clone to a larger disk"
+  say "making .venv with $("$python" --version) (once, some minutes)"
+  "$python" -m venv .venv
+fi
+
+say "installing the pinned versions"
+rm -f "$stamp"
+if [ -n "$torch_index" ]; then
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps --index-url "$torch_index" torch
+fi
+# Build tools are pinned like everything else, so the editable install fetches no second copy of them.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]' ||
+  die "the installation failed (see above)" "is the package index reachable, and the disk not full?"
+
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
+  .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    die "nvidia-smi shows a GPU, but this torch cannot use it (driver older than the wheel?)" \
+      "./setup.sh --torch-index URL, with the index for your driver from pytorch.org/get-started"
+fi
+printf '%s' "$wanted" >"$stamp"
+say "ready: .venv/bin/plmsae"

@@ -43,12 +43,17 @@ class MetricsFile:
 
     def add(self, line: Mapping[str, Any]) -> None:
         # JSON has no NaN; a reader must not choke on the line that says what went wrong.
-        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in line.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -102,7 +107,7 @@ class WandbSink:
             return
         try:
             folder, offline = self._run.dir, self._run.settings._offline
-            self._run.finish(quiet=True)
+            self._run.finish()
             if offline:
                 print(f"W&B files are on disk; upload them with: wandb sync {Path(folder).parent}", file=sys.stderr)
         except Exception as error:

@@ -13,16 +13,22 @@ from plmsae_cli.store.weights import WeightsInfo, load_state, resolve_weights
 
 def load_plm(
     weights: str | WeightsInfo,
-    store: Store,
+    store: Store | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> ESM2:
     """The model in evaluation mode, its parameters in `dtype` on `device`.
 
-    `weights` is what `model.weights` may be (see `resolve_weights`), or weights already resolved. Raises
-    UserError where they cannot be found, are damaged, or do not fit their configuration.
+    Args:
+        weights: what `model.weights` may be (see `resolve_weights`), or weights already resolved.
+        store: where paths are read from; by default local files, and S3 with the environment's credentials.
+        device: where the model lives and its inputs must be, as torch names it: `cpu`, `cuda`, `cuda:1`.
+        dtype: of the parameters.
+
+    Raises:
+        UserError: the weights cannot be found, are damaged, or do not fit their configuration.
     """
-    info = resolve_weights(weights, store) if isinstance(weights, str) else weights
+    info = resolve_weights(weights, store or Store()) if isinstance(weights, str) else weights
     state = load_state(info)
     try:
         config = ESM2Config(**info.config)

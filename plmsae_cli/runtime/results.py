@@ -14,6 +14,6 @@ def headline(run: Path) -> dict[str, float]:
     fidelity = json.loads(path.read_text())["fidelity"]
     found = {name: fidelity[name] for name in ("fvu", "cosine", "l0_mean", "dead_share")}
     if "loss" in fidelity:
-        found["recovered_zero"] = fidelity["loss"]["masked"]["recovered_zero"]
-        found["recovered_mean"] = fidelity["loss"]["masked"]["recovered_mean"]
+        masked = fidelity["loss"]["masked"]
+        found |= {name: masked[name] for name in ("recovered_zero", "recovered_mean") if name in masked}
     return found

@@ -51,6 +51,7 @@ def load_sae(run: str | Path, device: str | torch.device = "cpu") -> Dictionary:
 
     Args:
         run: a run folder such as `runs/quickstart`, or the `sae/` folder inside it; local or `s3://`.
+        device: where the model lives and its inputs must be, as torch names it: `cpu`, `cuda`, `cuda:1`.
     """
     return load_sae_with_facts(run).model.to(device)
 

@@ -188,7 +188,7 @@ def _train_sae(task: Task, context: Context, train: Train) -> Mapping[str, Resul
                     "gamma": statistics.gamma,
                     "train": train.science(),
                 }
-                files = export_sae(objective, blocks, mean_D, scale, facts, run.path / "sae", context.store)
+                files = export_sae(objective, blocks, mean_D, scale, facts, join(task.folders[0], "sae"), context.store)
     return {task.folders[0]: Result(files, {"steps": steps, "tokens": steps * train.batch_tokens})}
 
 
@@ -232,5 +232,5 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
                 "unigram_entropy": tokens.unigram_entropy(manifest["residue_counts"]),
             }
             state = {k: v.detach().cpu() for k, v in objective.model.state_dict().items()}
-            files = save_model(context.store, str(run.path / "plm"), state, asdict(objective.config), facts)
+            files = save_model(context.store, join(task.folders[0], "plm"), state, asdict(objective.config), facts)
     return {task.folders[0]: Result(files, {"steps": steps, "valid": valid_figures})}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from plmsae_cli.sae.export import fold, to_state
 from plmsae_cli.store.blocks import Blocks
-from plmsae_cli.store.fs import FileRecord, Store
+from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.tensorfile import write_tensors
 from plmsae_cli.training.sae_objective import SAEObjective
 
@@ -26,7 +25,7 @@ def export_sae(
     mean_D: torch.Tensor,
     scale: float,
     facts: Mapping[str, Any],
-    folder: Path,
+    folder: str,
     store: Store,
 ) -> list[FileRecord]:
     """Fold the normalisation in, measure every latent's maximum over training rows, write both files."""
@@ -43,8 +42,8 @@ def export_sae(
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return [
-        write_tensors(store, str(folder / "sae.safetensors"), tensors, {"format": FORMAT}),
-        store.write(str(folder / "sae.json"), [json.dumps(body, indent=1, sort_keys=True).encode()]),
+        write_tensors(store, join(folder, "sae.safetensors"), tensors, {"format": FORMAT}),
+        store.write(join(folder, "sae.json"), [json.dumps(body, indent=1, sort_keys=True).encode()]),
     ]
 
 

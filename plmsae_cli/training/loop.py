@@ -98,7 +98,7 @@ def fit(
 
     try:
         for step in range(start, total_steps):
-            fault("train.step")
+            fault("train.step", rank=gang.rank, step=step)
             figures = objective.step(step)
             done = step + 1
             if done % options.log_every == 0 or done == total_steps or done == 1:
@@ -120,12 +120,31 @@ def fit(
             sink.close()
 
 
+class _Behind:
+    """A tensor on its way to the host: copied behind the computation, waited for only when it is read."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._values.tolist()
+        return values
+
+
 class _Lines:
     """Figures on their way to the host: copied asynchronously, delivered at the next call."""
 
     def __init__(self, objective: Objective, gang: Gang) -> None:
         self._objective, self._gang = objective, gang
-        self._waiting: tuple[dict[str, Any], list[str], torch.Tensor, torch.cuda.Event | None] | None = None
+        self._waiting: tuple[dict[str, Any], list[str], _Behind] | None = None
         self._clock = time.monotonic()
         self._step: int | None = None
 
@@ -133,33 +152,23 @@ class _Lines:
         """Take this step's figures; returns the line that was waiting."""
         ready = self.flush()
         names = list(figures)
-        device_values = self._gang.sum(torch.stack([figures[name].detach().float() for name in names]))
-        event = None
-        if device_values.is_cuda:
-            values = torch.empty(len(names), pin_memory=True)
-            values.copy_(device_values, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        else:
-            values = device_values
+        values = self._gang.sum(torch.stack([figures[name].detach().float() for name in names]))
         now = time.monotonic()
         tokens = self._objective.tokens_per_step
         line: dict[str, Any] = {"step": step, "tokens": step * tokens, **self._objective.rates(step - 1)}
         if self._step is not None:
             line["tokens_per_second"] = round((step - self._step) * tokens / max(now - self._clock, 1e-9))
         self._clock, self._step = now, step
-        self._waiting = (line, names, values, event)
+        self._waiting = (line, names, _Behind(values))
         # On a CPU the values are there already: no reason to make the reader wait for the next line.
-        return ready if event is not None else self.flush()
+        return ready if values.is_cuda else self.flush()
 
     def flush(self) -> dict[str, Any] | None:
         if self._waiting is None:
             return None
-        line, names, values, event = self._waiting
+        line, names, values = self._waiting
         self._waiting = None
-        if event is not None:
-            event.synchronize()
-        return {**line, **{name: float(value) for name, value in zip(names, values, strict=True)}}
+        return {**line, **dict(zip(names, values.read(), strict=True))}
 
 
 class _AgreedStop:
@@ -167,13 +176,14 @@ class _AgreedStop:
 
     def __init__(self, gang: Gang, device: torch.device) -> None:
         self._gang, self._device = gang, device
-        self._flag: torch.Tensor | None = None
+        self._flag: _Behind | None = None
 
     def asked(self, step: int) -> bool:
         if self._gang.world == 1:
             return STOP.requested()
         if step % AGREE_EVERY:
             return False
-        agreed = self._flag is not None and bool(self._flag.item())
-        self._flag = self._gang.maximum(torch.tensor(float(STOP.requested()), device=self._device))
+        agreed = self._flag is not None and self._flag.read() == [1.0]
+        # Filled on the device: a tensor made on the host would wait for the stream.
+        self._flag = _Behind(self._gang.maximum(torch.full((1,), float(STOP.requested()), device=self._device)))
         return agreed

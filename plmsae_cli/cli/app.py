@@ -3,40 +3,74 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from plmsae_cli.cli.exits import EPILOG
+from plmsae_cli import __version__
+from plmsae_cli.cli.help import Verb, Verbs
 from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, WithInputs
-
-STAGES_PANEL = "Stages, in pipeline order"
-RUN_PANEL = "Everything"
-TOOLS_PANEL = "Tools"
 
 app = typer.Typer(
     name="plmsae",
-    help="From proteins to interpretable features: one YAML an experiment.",
-    epilog=EPILOG,
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+    cls=Verbs,
+    help="""
+    From proteins to interpretable features of a protein language model.
 
-YamlFile = Annotated[Path, typer.Argument(metavar="YAML", help="The experiment.", show_default=False)]
+    One YAML file describes an experiment. `plmsae init my.yaml` writes one to begin with, `plmsae validate my.yaml`
+    checks it, `plmsae run my.yaml` does all of it. `plmsae VERB --help` explains a verb.
+    """,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    subcommand_metavar="VERB ...",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+_stage_verb = partial(app.command, cls=Verb, rich_help_panel="Stages, in pipeline order")
+_run_verb = partial(app.command, cls=Verb, rich_help_panel="All stages")
+_tool_verb = partial(app.command, cls=Verb, rich_help_panel="Tools")
+
+YamlFile = Annotated[Path, typer.Argument(metavar="YAML", help="The experiment.")]
+Targets = Annotated[
+    list[Path],
+    typer.Argument(metavar="YAML|FOLDER...", help="Experiments; of a folder, the YAML files at its top."),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"plmsae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before the verb."""
 
 
 def _stage(
-    name: str, path: Path, sets: list[str] | None, dry: bool, bugfix: bool, as_json: bool, plain: bool, inputs: bool, restart: bool
+    name: str,
+    path: Path,
+    sets: list[str] | None,
+    dry: bool,
+    bugfix: bool,
+    as_json: bool,
+    plain: bool,
+    inputs: bool,
+    restart: bool,
 ) -> None:
     from plmsae_cli.cli.stage import run_stage
 
     raise typer.Exit(run_stage(name, path, sets, dry, bugfix, as_json, plain, inputs, restart))
 
 
-@app.command(rich_help_panel=STAGES_PANEL)
+@_stage_verb()
 def embed(
     yaml: YamlFile,
     set_: Sets = None,
@@ -45,11 +79,16 @@ def embed(
     json: Json = False,
     no_progress: NoProgress = False,
 ) -> None:
-    """FASTA to language-model activations, one row a residue."""
+    """Proteins (FASTA) to the language model's activations: one row of numbers for each residue.
+
+    Each wanted layer becomes a folder embed-KEY under data_root, with the proteins, their split into training and
+    held-out ones, and statistics. KEY is a hash of the proteins, the model and the layer: what exists is not made
+    again.
+    """
     _stage("embed", yaml, set_, dry_run, bugfix, json, no_progress, False, False)
 
 
-@app.command(rich_help_panel=STAGES_PANEL)
+@_stage_verb()
 def shuffle(
     yaml: YamlFile,
     set_: Sets = None,
@@ -59,11 +98,14 @@ def shuffle(
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
 ) -> None:
-    """Activations to one global random order."""
+    """Activations to one random order over all rows.
+
+    Training wants neighbouring rows from different proteins. The order is a function of shuffle.seed alone.
+    """
     _stage("shuffle", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False)
 
 
-@app.command(rich_help_panel=STAGES_PANEL)
+@_stage_verb()
 def optimize(
     yaml: YamlFile,
     set_: Sets = None,
@@ -73,11 +115,14 @@ def optimize(
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
 ) -> None:
-    """Shuffled rows to a streamable dataset (LitData chunks)."""
+    """Shuffled rows to a dataset that training streams, from disk or S3.
+
+    The result is a folder optimize-KEY of LitData chunks. Others can train from it alone (train.data).
+    """
     _stage("optimize", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False)
 
 
-@app.command(rich_help_panel=STAGES_PANEL)
+@_stage_verb()
 def train(
     yaml: YamlFile,
     set_: Sets = None,
@@ -88,11 +133,14 @@ def train(
     with_inputs: WithInputs = False,
     restart: Restart = False,
 ) -> None:
-    """Dataset to a trained sparse autoencoder, or FASTA to a language model."""
+    """Dataset to a sparse autoencoder, or FASTA to a language model (train.kind).
+
+    Checkpoints, metrics and the model go to ROOT/NAME. Starting again continues from the newest checkpoint.
+    """
     _stage("train", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart)
 
 
-@app.command(rich_help_panel=STAGES_PANEL)
+@_stage_verb()
 def sweep(
     yaml: YamlFile,
     set_: Sets = None,
@@ -103,11 +151,14 @@ def sweep(
     with_inputs: WithInputs = False,
     restart: Restart = False,
 ) -> None:
-    """Many trainings on one dataset."""
+    """Many trainings on one dataset: every combination of sweep.grid.
+
+    Each is a run of its own in ROOT/NAME/trials, and is evaluated too if there is an eval section.
+    """
     _stage("sweep", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart)
 
 
-@app.command(rich_help_panel=STAGES_PANEL)
+@_stage_verb()
 def eval(
     yaml: YamlFile,
     set_: Sets = None,
@@ -117,15 +168,23 @@ def eval(
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
 ) -> None:
-    """Evidence of what a dictionary has learnt, ending in an HTML report."""
+    """What the dictionary has learnt: figures, a table of latents and an HTML report.
+
+    Results are in ROOT/NAME/eval, the page in ROOT/NAME/report/index.html.
+    """
     _stage("eval", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False)
 
 
-@app.command(rich_help_panel=RUN_PANEL)
+@_run_verb(
+    epilog="""
+    plmsae run my.yaml                        all stages of one experiment
+    plmsae run my.yaml --dry-run              the plan, with sizes
+    plmsae run my.yaml --set train.sae.k=32   with another value, once
+    plmsae run experiments/                   a queue
+    """
+)
 def run(
-    targets: Annotated[
-        list[Path], typer.Argument(metavar="YAML|FOLDER...", help="Experiments, or folders of them.", show_default=False)
-    ],
+    targets: Targets,
     set_: Sets = None,
     dry_run: DryRun = False,
     bugfix: Bugfix = False,
@@ -133,64 +192,69 @@ def run(
     no_progress: NoProgress = False,
     restart: Restart = False,
 ) -> None:
-    """Every stage of each experiment, in order; folders are queues."""
+    """Every stage of each experiment, in order; what is done already is skipped.
+
+    All files are checked before anything runs, then they run one after the other, by name. One that fails does not
+    stop the next. Files dropped into a FOLDER while it runs are picked up; folders below it are left alone.
+    """
     from plmsae_cli.cli.run import run_files
 
     raise typer.Exit(run_files(targets, set_, dry_run, bugfix, json, no_progress, restart))
 
 
-@app.command(rich_help_panel=TOOLS_PANEL)
+@_tool_verb()
 def init(
-    path: Annotated[Path, typer.Argument(metavar="YAML", help="File to write.", show_default=False)],
-    kind: Annotated[str, typer.Option(help="sae, plm or sweep.")] = "sae",
-    full: Annotated[bool, typer.Option("--full", help="Every field, with its help.")] = False,
+    path: Annotated[Path, typer.Argument(metavar="YAML", help="The file to write.")],
+    kind: Annotated[
+        str,
+        typer.Option(metavar="KIND", help="sae: sparse autoencoder; plm: language model; sweep: many autoencoders."),
+    ] = "sae",
+    full: Annotated[bool, typer.Option("--full", help="Every field there is, with its help.")] = False,
 ) -> None:
-    """Write a commented experiment to begin with."""
+    """Write a commented experiment to begin with; never over a file that exists."""
     from plmsae_cli.cli.tools import write_template
 
     raise typer.Exit(write_template(path, kind, full))
 
 
-@app.command(rich_help_panel=TOOLS_PANEL)
+@_tool_verb()
 def validate(
-    targets: Annotated[
-        list[Path], typer.Argument(metavar="YAML|FOLDER...", help="Experiments, or folders of them.", show_default=False)
-    ],
+    targets: Targets,
     set_: Sets = None,
     bugfix: Bugfix = False,
     json: Json = False,
 ) -> None:
-    """Everything that can be known without running: fields, inputs, shapes, disk space."""
+    """Check everything that can be known without running: fields, inputs, sizes, disk space."""
     from plmsae_cli.cli.tools import validate_files
 
     raise typer.Exit(validate_files(targets, set_, bugfix, json))
 
 
-@app.command(rich_help_panel=TOOLS_PANEL)
+@_tool_verb()
 def ls(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of runs.")] = Path("runs"),
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of runs; runs/ unless named.")] = Path("runs"),
     json: Json = False,
 ) -> None:
-    """Runs and the data they use."""
+    """List runs with their figures, and data folders with the runs that use them."""
     from plmsae_cli.cli.listing import list_root
 
     raise typer.Exit(list_root(root, json))
 
 
-@app.command(rich_help_panel=TOOLS_PANEL)
+@_tool_verb()
 def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")],
     json: Json = False,
 ) -> None:
-    """How far one run is, and what came out."""
+    """Show how far one run is, and what came out."""
     from plmsae_cli.cli.listing import show_status
 
     raise typer.Exit(show_status(run, json))
 
 
-@app.command(rich_help_panel=TOOLS_PANEL)
+@_tool_verb()
 def schema() -> None:
-    """The JSON schema of experiments, for editors."""
+    """Print the JSON schema of experiments, for editors."""
     from plmsae_cli.config.schema import text
 
     sys.stdout.write(text())

@@ -8,10 +8,15 @@ from collections.abc import Callable
 
 DONE, FAILED, USAGE, QUEUE_FAILED, LOCKED, INTERRUPTED, FORCED = 0, 1, 2, 3, 4, 75, 130
 
-EPILOG = (
-    "Exit codes: 0 done, 1 failed, 2 usage or YAML, 3 queue ended with failures, 4 locked, "
-    "75 interrupted and resumable, 130 forced quit."
-)
+MEANINGS = {
+    DONE: "done",
+    FAILED: "failed",
+    USAGE: "usage or YAML at fault, or an input missing; nothing was run",
+    QUEUE_FAILED: "queue ended with failures",
+    LOCKED: "locked: another plmsae works on the same run or folder",
+    INTERRUPTED: "interrupted and resumable: the same command continues",
+    FORCED: "forced quit, by a second Ctrl-C",
+}
 
 
 def complain(message: str, hint: str | None = None) -> None:

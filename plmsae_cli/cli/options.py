@@ -8,14 +8,25 @@ import typer
 
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Change a field, as --set train.lr=1e-4. May be repeated."),
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Change a field for this start, as --set train.lr=1e-4. May be repeated."
+    ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; touch nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show every setting and what would be done, with sizes; touch nothing.")
+]
 Bugfix = Annotated[
     bool,
-    typer.Option("--bugfix", help="The same YAML cut down to a smoke run of seconds: no network, no large input."),
+    typer.Option(
+        "--bugfix",
+        help="Smoke test: the same YAML cut down to seconds, with a tiny model and bundled proteins, in runs/bugfix.",
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="Plain lines instead of a live display.")]
-WithInputs = Annotated[bool, typer.Option("--with-inputs", help="Also run the stages whose results are missing.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Archive the run of this name and begin again.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout; messages stay on stderr.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="A plain line every 30 s instead of a live one.")]
+WithInputs = Annotated[
+    bool, typer.Option("--with-inputs", help="First run the earlier stages whose results are missing.")
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Put the run of this name aside (kept as NAME.archived-...) and begin anew.")
+]

@@ -7,6 +7,7 @@ or the dataset's mean. Scored on masked residues with fixed masks, and on unmask
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,7 @@ def loss_recovered(
 
     Returns:
         `masked` and `unmasked`: CE by variant in nats a residue, recovered_zero, recovered_mean with 95 % bootstrap
-        intervals over proteins, KL; `spliced_identity`: `exact` if splicing the identity changed no bit of the logits.
+        intervals over proteins (each left out where it is not finite), KL; `spliced_identity`: `exact` if splicing the identity changed no bit of the logits.
     """
     device = pick_device()
     plm, sae, mean_D = plm.to(device), sae.to(device), mean_D.to(device)
@@ -193,7 +194,10 @@ def _score(
 
 
 def recovered(ce: float, ce_sae: float, ce_ablated: float) -> float:
-    """Share of the ablation's damage that the reconstruction avoids: 1 is perfect, 0 no better than the ablation."""
+    """Share of the ablation's damage that the reconstruction avoids: 1 is perfect, 0 no better than the ablation.
+
+    NaN where the ablation does no damage.
+    """
     return 1.0 - (ce_sae - ce) / (ce_ablated - ce) if ce_ablated != ce else float("nan")
 
 
@@ -203,10 +207,15 @@ def _summary(parts: Sequence[Sums]) -> dict[str, Any]:
     kl_P = torch.cat([p.kl for p in parts])
     total = float(residues_P.sum())
     ce = {name: float(values.sum()) / total for name, values in ce_P.items()}
-    # Bootstrap over proteins: residues of one protein are not independent.
+    # Bootstrap over proteins: residues of one protein are not independent. One draw at a time: all would be a thousand
+    # times the proteins.
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(residues_P), (BOOTSTRAPS, len(residues_P)), generator=generator)
-    drawn = {name: values[draws].sum(1) / residues_P[draws].sum(1) for name, values in ce_P.items()}
+    count = len(residues_P)
+    table_VP = torch.stack([residues_P, *ce_P.values()])
+    sums_VR = torch.stack(
+        [table_VP[:, torch.randint(count, (count,), generator=generator)].sum(1) for _ in range(BOOTSTRAPS)], dim=1
+    )
+    drawn = {name: sums_R / sums_VR[0] for name, sums_R in zip(ce_P, sums_VR[1:], strict=True)}
     result: dict[str, Any] = {
         "residues": int(total),
         "ce": ce["original"],
@@ -216,8 +225,11 @@ def _summary(parts: Sequence[Sums]) -> dict[str, Any]:
         "kl": float(kl_P.sum()) / total,
     }
     for ablation in ("zero", "mean"):
-        result[f"recovered_{ablation}"] = recovered(ce["original"], ce["sae"], ce[ablation])
-        spread = 1.0 - (drawn["sae"] - drawn["original"]) / (drawn[ablation] - drawn["original"])
-        low, high = torch.quantile(spread, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        result[f"interval_recovered_{ablation}"] = [low, high]
+        # Where an ablation costs nothing there is no share to state, and JSON has no NaN: the figure is left out.
+        if math.isfinite(share := recovered(ce["original"], ce["sae"], ce[ablation])):
+            result[f"recovered_{ablation}"] = share
+        spread_R = 1.0 - (drawn["sae"] - drawn["original"]) / (drawn[ablation] - drawn["original"])
+        ends = torch.quantile(spread_R, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        if all(math.isfinite(end) for end in ends):
+            result[f"interval_recovered_{ablation}"] = ends
     return result

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,55 +55,71 @@ def launch_gang(task: Task, experiment: Experiment, report: Callable[..., None])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // task.resources.gang)))
     with (run.path / "logs" / "torchrun.log").open("ab") as log:
+        before = log.tell()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+        def kill() -> None:
+            # Ranks have sessions of their own; they leave when torchrun is gone.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
         asked = False
         try:
-            while process.poll() is None:
-                time.sleep(0.2)
-                state = read_json(gang_status)
-                if state is not None and "done" in state:
-                    report(state["done"], state["total"], **state["figures"])
-                if STOP.requested() and not asked:
-                    asked = True
-                    run.stop_file.touch()  # torchrun would kill ranks 30 s after a SIGTERM; a file has no such haste
+            with STOP.before_forced_exit(kill):
+                while process.poll() is None:
+                    time.sleep(0.2)
+                    state = read_json(gang_status)
+                    if state is not None and "done" in state:
+                        report(state["done"], state["total"], **state["figures"])
+                    if STOP.requested() and not asked:
+                        asked = True
+                        run.stop_file.touch()  # torchrun would kill ranks 30 s after a SIGTERM; a file is not in haste
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            kill()
     run.stop_file.unlink(missing_ok=True)
     if process.returncode == 0:
         return
     if (read_json(gang_status) or {}).get("state") == "interrupted":
         raise Interrupted
-    raise _first_error(task, run, process.returncode)
+    raise _first_error(task, run, process.returncode, before)
 
 
-def _first_error(task: Task, run: RunFolder, code: int) -> Exception:
-    """The earliest error a rank left behind."""
-    errors = [body for path in (run.path / "logs").glob("error-rank-*.json") if (body := read_json(path)) is not None]
+def _first_error(task: Task, run: RunFolder, code: int, before: int) -> Exception:
+    """Which rank was killed, else the earliest error that a rank left behind.
+
+    A killed rank leaves nothing, but the others then fail in their next collective: its death comes first.
+    """
+    path = run.path / "logs" / "torchrun.log"
+    log = path.read_bytes()[before:].decode(errors="replace")
+    for rank, number in re.findall(r"^\s*rank\s*:\s*(\d+).*\n\s*exitcode\s*:\s*-(\d+)", log, re.MULTILINE):
+        name = signal.Signals(int(number)).name
+        why = "; the system kills what exceeds its memory" if name == "SIGKILL" else ""
+        return TaskFailed(task.id, f"rank {rank} was killed ({name}){why}. Its output is in {path}")
+    errors = [body for file in (run.path / "logs").glob("error-rank-*.json") if (body := read_json(file)) is not None]
     if not errors:
-        return TaskFailed(task.id, f"a rank was killed (torchrun exit {code}); see {run.path / 'logs' / 'torchrun.log'}")
+        return TaskFailed(task.id, f"torchrun ended with code {code} and no rank said why; see {path}")
     first = min(errors, key=lambda body: body["time"])
     if first["user"]:
         return UserError(first["message"], first["hint"])
     return TaskFailed(task.id, f"rank {first['rank']}: {first['message']}", first["trace"])
 
 
-def _watch_parent() -> None:
-    """Leave when the launcher is gone: a killed launcher leaves no orphan behind."""
-    parent = int(os.environ.get(PARENT, "0"))
+def _watch_parents() -> None:
+    """Leave when torchrun or the launcher is gone: whichever is killed, no orphan is left behind."""
+    torchrun, launcher = os.getppid(), int(os.environ[PARENT])
 
     def watch() -> None:
-        while True:
-            time.sleep(2)
+        while os.getppid() == torchrun:
             try:
-                os.kill(parent, 0)
+                os.kill(launcher, 0)
             except ProcessLookupError:
-                os._exit(FORCED)
+                break
             except PermissionError:
-                continue
+                pass
+            time.sleep(1)
+        os._exit(FORCED)
 
-    if parent:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
@@ -113,7 +131,7 @@ def main() -> None:
     logs = run.path / "logs"
     STOP.install(quiet=True)
     STOP.watch(run.stop_file)
-    _watch_parent()
+    _watch_parents()
     last = 0.0
 
     def report(done: float, total: float, **figures: Any) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -15,13 +16,16 @@ from plmsae_cli.config.experiment import STAGES, Experiment
 from plmsae_cli.executors.local import LocalExecutor, PlanChanged
 from plmsae_cli.executors.worker import STAGE_MODULES
 from plmsae_cli.runtime.progress import Reporter, clock
-from plmsae_cli.runtime.run_folder import RunFolder, write_json
+from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest
 from plmsae_cli.store.weights import resolve_weights
+
+if TYPE_CHECKING:
+    from plmsae_cli.stages.sweep import Trial
 
 DATA_STAGES = ("embed", "shuffle", "optimize")
 
@@ -74,8 +78,11 @@ def missing_inputs(stage: str, experiment: Experiment, store: Store) -> list[str
             return []
         dataset = lineage.dataset()
         return [] if read_manifest(store, dataset.folder) else [f"{dataset.folder} (optimize)"]
-    export = f"{lineage.run_folder()}/sae/sae.json"
-    return [] if store.exists(export) else [f"{export} (train)"]
+    if experiment.sweep is not None:
+        exports = {f"{trial.run}/sae/sae.json": "sweep" for trial in _trials(experiment)}
+    else:
+        exports = {f"{lineage.run_folder()}/sae/sae.json": "train"}
+    return [f"{export} ({upstream})" for export, upstream in exports.items() if not store.exists(export)]
 
 
 def run_experiment(
@@ -96,32 +103,56 @@ def run_experiment(
     with _locked(run):
         if restart and (old := run.archive()) is not None:
             reporter.say(f"archived the old run as {old}")
-        run.begin(experiment, text)
-        executor = LocalExecutor(experiment)
-        if experiment.embed is not None:
-            resolve_weights(experiment.model.weights, store)  # downloads published weights, once
         try:
-            for stage in stages:
-                run.status(state="running", stage=stage)
-                begun = time.monotonic()
-                if stage == "sweep":
-                    worked = _sweep(experiment, run, reporter)
-                else:
-                    worked = _stage(stage, experiment, store, run, executor, reporter)
-                if worked:
-                    seconds[stage] = round(time.monotonic() - begun, 2)
-                    run.status(stage_seconds={stage: seconds[stage]})
-            run.status(state="done", stage=None, error=None)
+            if run.identity.exists():
+                run.claim_identity(Lineage(experiment, store).run_identity())
+            run.begin(experiment, text)
+            with STOP.before_forced_exit(lambda: run.status(state="killed")):
+                _run_stages(experiment, stages, store, run, reporter, seconds)
+        except RunDiffers:
+            raise  # the run that is there stays as it is
         except Interrupted:
             run.status(state="interrupted")
             raise
         except Exception as error:
-            run.status(state="failed", error=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            with suppress(OSError):  # what could not be written is in `error`
+                run.status(state="failed", error=str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise
-        finally:
-            executor.close()
-        _report(stages, run, bool(seconds), reporter)
     return Done(run, seconds)
+
+
+def _run_stages(
+    experiment: Experiment,
+    stages: Sequence[str],
+    store: Store,
+    run: RunFolder,
+    reporter: Reporter,
+    seconds: dict[str, float],
+) -> None:
+    """The stages and the report; `seconds` gets the time of each that had something to do."""
+    run.status(state="running", stage=None, error=None)
+    if experiment.embed is not None:
+        resolve_weights(experiment.model.weights, store)  # downloads published weights, once
+    executor = LocalExecutor(experiment)
+    try:
+        for stage in stages:
+            if STOP.requested():
+                raise Interrupted
+            run.status(stage=stage)
+            begun = time.monotonic()
+            if stage == "sweep":
+                worked = _each_trial(experiment, None, run, reporter)
+            elif stage == "eval" and experiment.sweep is not None:
+                worked = "sweep" not in stages and _each_trial(experiment, ["eval"], run, reporter)
+            else:
+                worked = _stage(stage, experiment, store, run, executor, reporter)
+            if worked:
+                seconds[stage] = round(time.monotonic() - begun, 2)
+                run.status(stage_seconds={stage: seconds[stage]})
+    finally:
+        executor.close()
+    _report(experiment, stages, run, bool(seconds), reporter)
+    run.status(state="done", stage=None)
 
 
 def _stage(
@@ -129,7 +160,7 @@ def _stage(
 ) -> bool:
     """Run one stage; false if it had nothing to do."""
     layers = wanted_layers(stage, experiment, store) if stage in DATA_STAGES else None
-    if stage in ("train", "eval"):
+    if stage == "train":
         run.claim_identity(Lineage(experiment, store).run_identity())
     plan = plan_stage(stage, experiment, store, layers)
     pointers = {
@@ -161,20 +192,27 @@ def _where(plan: Plan) -> str:
     return ", ".join(a.folder for a in plan.artifacts.values())
 
 
-def _sweep(experiment: Experiment, run: RunFolder, reporter: Reporter) -> bool:
-    """Every trial as a run of its own; one that fails does not stop the next."""
-    from plmsae_cli.stages.sweep import table, trials
+def _trials(experiment: Experiment) -> Sequence[Trial]:
+    from plmsae_cli.stages.sweep import trials
+
+    return trials(experiment)
+
+
+def _each_trial(experiment: Experiment, only: Sequence[str] | None, run: RunFolder, reporter: Reporter) -> bool:
+    """All or some stages of every trial, each a run of its own; one that fails does not stop the next."""
+    from plmsae_cli.stages.sweep import table
 
     states: dict[str, str] = {}
     worked = False
-    points = trials(experiment)
+    points = _trials(experiment)
     for number, trial in enumerate(points, 1):
         if STOP.requested():
             raise Interrupted
         shown = ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.values.items())
         reporter.say(f"trial {number}/{len(points)}: {shown} ({trial.hash})")
         try:
-            worked |= bool(run_experiment(trial.experiment, trial.experiment.stages(), reporter).stages)
+            stages = only or trial.experiment.stages()  # the grid may sweep what the data are made of
+            worked |= bool(run_experiment(trial.experiment, stages, reporter).stages)
             states[trial.hash] = "done"
         except Interrupted:
             raise
@@ -183,12 +221,12 @@ def _sweep(experiment: Experiment, run: RunFolder, reporter: Reporter) -> bool:
             reporter.say(f"trial {trial.hash} failed: {error}")
         write_json(run.path / "sweep.json", table(experiment, states))
     if failed := sum(state == "failed" for state in states.values()):
-        _report(["sweep"], run, True, reporter)
+        _report(experiment, ["sweep"], run, True, reporter)
         raise UserError(f"{failed} of {len(points)} trials failed", f"see {run.path}/trials/*/status.json")
     return worked
 
 
-def _report(stages: Sequence[str], run: RunFolder, worked: bool, reporter: Reporter) -> None:
+def _report(experiment: Experiment, stages: Sequence[str], run: RunFolder, worked: bool, reporter: Reporter) -> None:
     """The HTML page, made anew when something changed."""
     shows = [s for s in stages if s in ("train", "sweep", "eval")]
     if not shows or not (worked or not run.report.exists()):
@@ -196,7 +234,7 @@ def _report(stages: Sequence[str], run: RunFolder, worked: bool, reporter: Repor
     from plmsae_cli.report.build import build_report
     from plmsae_cli.report.sweep import build_sweep_report
 
-    path = build_sweep_report(run.path) if "sweep" in stages else build_report(run.path)
+    path = build_sweep_report(run.path) if experiment.sweep is not None else build_report(run.path)
     reporter.say(f"report: {path}")
 
 

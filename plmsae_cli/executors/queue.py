@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -15,6 +14,8 @@ from filelock import FileLock, Timeout
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.executors.pipeline import Locked
+from plmsae_cli.runtime.run_folder import read_json, write_json
+from plmsae_cli.runtime.stop import STOP
 
 
 @dataclass
@@ -37,7 +38,7 @@ def find(targets: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for target in targets:
         if target.is_dir():
-            found += sorted(p for p in target.iterdir() if p.suffix in (".yaml", ".yml") and not p.name.startswith("."))
+            found += _in_folder(target)
         elif target.exists():
             found.append(target)
         else:
@@ -48,6 +49,13 @@ def find(targets: Sequence[Path]) -> list[Path]:
             "drop YAML files there; `plmsae init my.yaml` writes one to begin with",
         )
     return list(dict.fromkeys(found))
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Its experiment files in name order; none if it was removed meanwhile."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml") and not p.name.startswith("."))
 
 
 @contextmanager
@@ -62,14 +70,14 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        holder = json.loads(card.read_text()) if card.exists() else {}
+        holder = read_json(card) or {}
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("started", time.time())))
         raise Locked(
             f"a queue runs on {folder} already: pid {holder.get('pid', '?')} on {holder.get('host', '?')} since {since}",
             "YAMLs dropped into the folder now are picked up by it",
         ) from error
     try:
-        card.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}))
+        write_json(card, {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()})
         yield
     finally:
         card.unlink(missing_ok=True)
@@ -77,17 +85,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def run_queue(targets: Sequence[Path], run_one: Callable[[Entry], None]) -> list[Entry]:
-    """Run every experiment; `run_one` sets its entry's state. After `interrupted`, the rest stay pending."""
+    """Run every experiment; `run_one` sets its entry's state. After a wish to stop, the rest stay pending."""
     entries = [Entry(path) for path in find(targets)]
-    number = 0
-    while number < len(entries):
-        entry = entries[number]
+    for entry in entries:  # which grows: files dropped into a folder meanwhile are appended
+        if STOP.requested():
+            break
         begun = time.monotonic()
         run_one(entry)
         entry.seconds = time.monotonic() - begun
         if entry.state == "interrupted":
             break
-        number += 1
         known = {e.path for e in entries}
-        entries += [Entry(path) for path in find(targets) if path not in known]
+        entries += [Entry(path) for folder in targets for path in _in_folder(folder) if path not in known]
     return entries

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.plm.alphabet import encode, pack
 from plmsae_cli.plm.attention import attention_backend
 from plmsae_cli.runtime.device import compute_dtype, pick_device
@@ -68,10 +69,13 @@ class Embedder:
             layers: which representations, by the convention of `ESM2.forward`.
             heldout: for each sequence, which of the two results its rows go to.
             dtype: stored type.
-            batch_tokens: budget of one pass, or `auto`.
+            batch_tokens: budget of one pass, or `auto`; halved where the GPU's memory runs out.
 
         Returns:
             layer -> (training rows [R, d], held-out rows [H, d]) on the CPU.
+
+        Raises:
+            UserError: memory runs out on a single protein.
         """
         lengths = np.array([len(s) for s in sequences], dtype=np.int64)
         out_of = np.array(heldout, dtype=bool)
@@ -93,12 +97,18 @@ class Embedder:
         while queue:
             check_stop()
             taken = _fill(queue, lengths, budget)
+            hidden: dict[int, torch.Tensor] | None = None
             try:
                 hidden = self._forward([sequences[i] for i in taken], layers, stored)
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            except torch.cuda.OutOfMemoryError as error:
                 if len(taken) == 1:
-                    raise
+                    raise UserError(
+                        f"the GPU's memory does not hold one protein of {lengths[taken[0]]:,} residues",
+                        "lower embed.max_length, or use a GPU with more memory",
+                    ) from error
+            if hidden is None:
+                # Only here: inside the handler the traceback still holds the pass's tensors.
+                torch.cuda.empty_cache()
                 budget //= 2
                 print(f"out of GPU memory: embed.batch_tokens halved to {budget:,}", file=sys.stderr, flush=True)
                 continue

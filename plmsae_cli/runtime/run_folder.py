@@ -38,6 +38,10 @@ def read_json(path: Path) -> Any:
         return None
 
 
+class RunDiffers(UserError):
+    """The experiment is not the one that the run of this name was started with."""
+
+
 class RunFolder:
     """`<root>/<name>`. Local, because logs append and locks lock."""
 
@@ -45,6 +49,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.identity = self.path / "identity.json"
         self.report = self.path / "report" / "index.html"
         self.stop_file = self.path / "STOP"
 
@@ -79,17 +84,16 @@ class RunFolder:
         """Continue the run of this name, or refuse when its science differs.
 
         Raises:
-            UserError: lists each field that differs, old and new.
+            RunDiffers: lists each field that differs, old and new.
         """
-        path = self.path / "identity.json"
-        known = read_json(path)
+        known = read_json(self.identity)
         if known is None:
-            write_json(path, identity)
+            write_json(self.identity, identity)
             return
         changes = differences(known, json.loads(json.dumps(identity)))
         if changes:
             lines = "\n".join(f"  {where}: {old!r} -> {new!r}" for where, old, new in changes)
-            raise UserError(
+            raise RunDiffers(
                 f"{self.path} holds a run that differs in:\n{lines}",
                 "give the experiment another name, or pass --restart to archive the old run",
             )

@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +25,7 @@ class Stop:
         self.asked = False
         self._file: Path | None = None
         self._looked = 0.0
+        self._last_acts: list[Callable[[], None]] = []
 
     def watch(self, file: Path) -> None:
         """Also stop when this file appears; it works under any launcher."""
@@ -37,11 +40,23 @@ class Stop:
             self.asked = self._file.exists()
         return self.asked
 
+    @contextmanager
+    def before_forced_exit(self, act: Callable[[], None]) -> Iterator[None]:
+        """Within, `act` is the last thing done if a second signal ends the process at once."""
+        self._last_acts.append(act)
+        try:
+            yield
+        finally:
+            self._last_acts.remove(act)
+
     def install(self, quiet: bool = False) -> None:
         """Handle SIGINT and SIGTERM in this process: ask first, leave at once on the second."""
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self.asked:
+                for act in reversed(self._last_acts):
+                    with suppress(Exception):
+                        act()
                 os._exit(FORCED)
             self.asked = True
             if not quiet:

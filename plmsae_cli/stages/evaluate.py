@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.base import digest
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment, Fidelity
 from plmsae_cli.runtime.task import Artifact, Context, Plan, Resources, Result, Task
 from plmsae_cli.stages.common import remaining, require_manifest
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.lineage import Lineage
+from plmsae_cli.store.manifest import canonical_json, read_manifest
+
+if TYPE_CHECKING:
+    from plmsae_cli.store.weights import WeightsInfo
 
 CONTEXT_RESIDUES = 10
 """Residues shown on either side of a latent's strongest one."""
@@ -25,6 +29,7 @@ def plan(experiment: Experiment, store: Store) -> Plan:
     evaluation = experiment.eval
     assert evaluation is not None
     lineage = Lineage(experiment, store)
+    _require_heldout(lineage)
     folder = lineage.run_folder()
     identity = digest({"run": lineage.run_identity(), "fidelity": evaluation.fidelity.science()})
     tasks = remaining(store, [Task(f"fidelity-{identity[:8]}", "eval", (folder,), resources=Resources(gpus=1))])
@@ -38,13 +43,24 @@ def plan(experiment: Experiment, store: Store) -> Plan:
     return Plan("eval", tasks, {"run": Artifact(folder, identity, not tasks)}, figures)
 
 
+def _require_heldout(lineage: Lineage) -> None:
+    """Raises UserError where the dataset has, or will have, no held-out residues."""
+    dataset = lineage.dataset()
+    manifest = read_manifest(lineage.store, dataset.folder)
+    if not (manifest["heldout_rows"] if manifest else lineage.scan.num_heldout_rows):
+        raise UserError(
+            f"eval scores held-out residues, of which {dataset.folder} has none",
+            "set embed.holdout above 0 (and give it at least two proteins), or remove eval",
+        )
+
+
 def work(task: Task, context: Context) -> Mapping[str, Result]:
     assert context.experiment.eval is not None
     options = context.experiment.eval.fidelity
     (folder,) = task.folders
     metrics, latents = _fidelity(folder, options, context)
     files = [
-        context.store.write(join(folder, "eval", "metrics.json"), [json.dumps(metrics, indent=1, sort_keys=True).encode()]),
+        context.store.write(join(folder, "eval", "metrics.json"), [canonical_json(metrics)]),
         _write_latents(context.store, join(folder, "eval", "latents.parquet"), latents),
     ]
     return {folder: Result(files, {"fvu": metrics["fidelity"]["fvu"]})}
@@ -56,6 +72,7 @@ def _fidelity(folder: str, options: Fidelity, context: Context) -> tuple[dict[st
     from plmsae_cli.runtime.saved import load_sae_with_facts
     from plmsae_cli.store.activations import ActivationShards, Statistics
     from plmsae_cli.store.proteins import read_proteins
+    from plmsae_cli.store.weights import resolve_weights
 
     store = context.store
     lineage = Lineage(context.experiment, store)
@@ -63,8 +80,7 @@ def _fidelity(folder: str, options: Fidelity, context: Context) -> tuple[dict[st
     manifest = require_manifest(store, dataset.folder)
     saved = load_sae_with_facts(folder, store)
     mean_D = Statistics.read(store, join(dataset.folder, "stats.safetensors")).mean_D.float()
-    names = sorted(file["name"] for file in manifest["files"] if file["name"].startswith("heldout/"))
-    shards = ActivationShards(store, dataset.folder, names)
+    shards = ActivationShards(store, dataset.folder, heldout=True)
     rows = manifest["heldout_rows"]
     seen = reconstruction(saved.model, shards, rows, mean_D)
     figures = seen.figures.result()
@@ -85,6 +101,7 @@ def _fidelity(folder: str, options: Fidelity, context: Context) -> tuple[dict[st
         "heldout_proteins": len(table),
     }
     if options.loss_recovered:
+        _require_same_model(resolve_weights(context.experiment.model.weights, store), manifest["weights"])
         embedder = Embedder.shared(context.experiment.model.weights, store, "float32")
         budget = embedder.budget(options.batch_tokens)
         sequences = table["sequence"].to_pylist()[: options.proteins]
@@ -104,6 +121,15 @@ def _fidelity(folder: str, options: Fidelity, context: Context) -> tuple[dict[st
         "fidelity": fidelity,
     }
     return metrics, _latents(seen, maximum_N, rows, table)
+
+
+def _require_same_model(weights: WeightsInfo, embedded: Mapping[str, str]) -> None:
+    """Raises UserError where `train.data` was embedded with another model than `model.weights`."""
+    if weights.sha256 != embedded["sha256"]:
+        raise UserError(
+            f"model.weights is {weights.name}, but the dataset was embedded with {embedded['name']}",
+            "name that model, or set eval.fidelity.loss_recovered: false",
+        )
 
 
 def _latents(seen: Any, maximum_N: Any, rows: int, table: Any) -> dict[str, Any]:

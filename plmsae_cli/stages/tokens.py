@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from plmsae_cli.config.data import Embed
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import PLM
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, encode, wrap
 from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.store.fs import FileRecord, Store, join
@@ -33,6 +36,22 @@ def _policies(lineage: Lineage, fasta: str, holdout: float) -> Embed:
     return Embed(fasta=fasta, layers=[0], max_length=length, duplicates="first", empty="skip", holdout=holdout)
 
 
+def sources(plm: PLM) -> list[tuple[str, str, bool | None]]:
+    """(name, FASTA, side of the split or None for all of it) of each set of shards.
+
+    Raises:
+        UserError: a validation set's name cannot be the name of a file, or is that of another set.
+    """
+    for name in plm.valid:
+        if name in ("train", "random") or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+            raise UserError(
+                f"train.plm.valid: {name!r} cannot name a validation set",
+                "use lower-case letters, digits, '.', '_' and '-'; `train` and `random` are taken",
+            )
+    own: list[tuple[str, str, bool | None]] = [("train", plm.fasta, False), ("random", plm.fasta, True)]
+    return own + [(name, fasta, None) for name, fasta in sorted(plm.valid.items())]
+
+
 def scanned(lineage: Lineage, fasta: str) -> Scan:
     """The scan of the training FASTA, with its held-out proteins marked."""
     train = lineage.experiment.train
@@ -50,9 +69,7 @@ def write(task: Task, context: Context) -> Mapping[str, Result]:
     (folder,) = task.folders
     files: list[FileRecord] = []
     counts = np.zeros(256, dtype=np.int64)
-    sources: list[tuple[str, str, bool | None]] = [("train", train.plm.fasta, False), ("random", train.plm.fasta, True)]
-    sources += [(name, fasta, None) for name, fasta in sorted(train.plm.valid.items())]
-    for name, fasta, side in sources:
+    for name, fasta, side in sources(train.plm):
         documents: list[Tokens] = []
         size = shard = 0
         for document in _documents(lineage, fasta, side):

@@ -91,10 +91,11 @@ def sae_steps(train: Train, per_epoch: int) -> int:
 
 def _plan_plm(lineage: Lineage, train: Train) -> Plan:
     from plmsae_cli.plm.esm2 import ESM2Config
-    from plmsae_cli.stages.tokens import scanned
+    from plmsae_cli.stages.tokens import scanned, sources
 
     plm = train.plm
     assert plm is not None
+    sources(plm)  # refuses names before anything runs
     gang = ranks(lineage.experiment)
     if (train.batch_tokens // plm.pack_tokens) % gang:
         raise UserError(

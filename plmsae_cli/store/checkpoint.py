@@ -1,7 +1,8 @@
 """Checkpoints: logical tensors in ranges, one safetensors file a rank, committed by one small JSON.
 
-`checkpoints/step-00001000/rank-0.safetensors` holds this rank's range of every tensor; `CHECKPOINT.json`, written last, lists
-the files with sizes and hashes, the ranges, and the plain state. Any number of ranks can read what any other number wrote.
+`checkpoints/step-00001000/rank-0.safetensors` holds this rank's range of every tensor; `CHECKPOINT.json`, written
+last, lists the files with sizes and hashes, the ranges, the plain state and its own hash. Any number of ranks can read
+what any other number wrote.
 """
 
 from __future__ import annotations
@@ -70,10 +71,14 @@ def save(
     if rank == 0:
         ranks = [json.loads((target / f"rank-{r}.json").read_text()) for r in range(world)]
         commit = {"step": checkpoint.step, "world": world, "ranks": ranks, "state": dict(checkpoint.state)}
-        store.write(str(target / COMMIT), [json.dumps(commit, sort_keys=True).encode()])
+        store.write(str(target / COMMIT), [json.dumps({"commit": commit, "xxh3": _digest(commit)}).encode()])
         fault("checkpoint.before-rotation")
         _rotate(folder, keep)
     barrier()
+
+
+def _digest(commit: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(commit, sort_keys=True).encode())
 
 
 def _rotate(folder: Path, keep: int) -> None:
@@ -112,17 +117,20 @@ def load_newest(folder: Path, say: Callable[[str], None] | None = None) -> Check
 
 
 def _load(path: Path) -> Checkpoint:
-    commit = json.loads(path.read_text())
+    body = json.loads(path.read_text())
+    commit = body["commit"]
+    if _digest(commit) != body["xxh3"]:
+        raise ValueError(f"{COMMIT} does not have its own hash")
     store = Store()
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for rank, body in enumerate(commit["ranks"]):
+    for rank, piece in enumerate(commit["ranks"]):
         name = path.parent / f"rank-{rank}.safetensors"
         data = name.read_bytes()
-        if len(data) != body["size"] or xxhash.xxh3_128_hexdigest(data) != body["xxh3"]:
+        if len(data) != piece["size"] or xxhash.xxh3_128_hexdigest(data) != piece["xxh3"]:
             raise ValueError(f"{name.name} does not have the recorded size and hash")
         file = TensorFile(store, str(name))
         for key in file.names():
-            start = body["ranges"][key][0] if key in body["ranges"] else 0
+            start = piece["ranges"][key][0] if key in piece["ranges"] else 0
             pieces.setdefault(key, []).append((start, file.read(key)))
     tensors = {}
     for key, parts in pieces.items():

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from plmsae_cli.config.errors import UserError
 from plmsae_cli.plm.alphabet import Packed, pack
 from plmsae_cli.store.permutation import Permutation
 from plmsae_cli.store.tokens import document_offsets
@@ -24,11 +23,7 @@ class Packs:
     """The training documents of token shards (each `<cls>` residues `<eos>`, uint8)."""
 
     def __init__(self, shards: Sequence[npt.NDArray[np.uint8]], pack_tokens: int, max_len: int, seed: int | None) -> None:
-        """`seed` None keeps the documents in their own order: validation.
-
-        Raises:
-            UserError: there are no documents.
-        """
+        """`seed` None keeps the documents in their own order: validation."""
         self._shards = shards
         self._pack_tokens, self._max_len, self._seed = pack_tokens, max_len, seed
         self._num_documents = max(1, pack_tokens // SHORTEST)
@@ -36,9 +31,7 @@ class Packs:
         self._shard_S = np.concatenate([np.full(len(o) - 1, i, dtype=np.int32) for i, o in enumerate(offsets)])
         self._start_S = np.concatenate([o[:-1] for o in offsets])
         self._length_S = np.concatenate([np.diff(o) for o in offsets]).astype(np.int64)
-        if not self.num_documents:
-            raise UserError("there are no proteins to train on", "is the FASTA file empty, or is all of it held out?")
-        assert self._length_S.max() <= max_len <= pack_tokens
+        assert 0 < self._length_S.max(initial=0) <= max_len <= pack_tokens
         self._epochs: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         self._first: list[int] = [0]
 

@@ -23,6 +23,8 @@ from plmsae_cli.training.schedules import learning_rate
 IGNORED = -100
 PREFETCH = 4
 VALIDATION_SEED = 0
+LARGEST_EXPONENT = 700.0
+"""exp of more than 709 is no float64: a run that diverges must not end in its validation."""
 
 
 def corrupt(
@@ -168,9 +170,11 @@ class PLMObjective:
                 loss, hits = self._score(packed, inputs_T, targets_T)
                 sums += torch.stack([loss.double(), hits.double(), (targets_T != IGNORED).sum().double()])
             loss_sum, hit_sum, chosen = self._gang.sum(sums).tolist()
+            if not chosen:
+                continue  # a few short proteins may have no residue that is masked
             figures[name] = {
                 "loss": loss_sum / chosen,
-                "perplexity": math.exp(loss_sum / chosen),
+                "perplexity": math.exp(min(loss_sum / chosen, LARGEST_EXPONENT)),
                 "accuracy": hit_sum / chosen,
                 "residues": int(chosen),
             }

@@ -6,4 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+# Tests start many processes: threads that wait must not spin on the cores that others need (the command sets this too).
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec .venv/bin/python -m pytest -q -m "not slow and not gpu" "$@"

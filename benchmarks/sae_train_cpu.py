@@ -1,18 +1,15 @@
-"""Training a TopK dictionary on a CPU: ours beside sparsify's and dictionary_learning's, one run, the same rows.
+"""Training a TopK dictionary on a CPU: ours beside sparsify's and dictionary_learning's, in one run, on the same rows.
 
 Peers go into an environment that shares this one's torch, without what their language-model tooling needs:
 
-    pip install --no-deps eai-sparsify==1.3.3 dictionary-learning==0.1.0
-    pip install einops natsort simple-parsing schedulefree
-    plmsae optimize blocks.yaml --with-inputs       # the figures are of the bundled model's layer 5, float32
-    python benchmarks/sae_train_cpu.py --data runs/data/optimize-<key> [--recipe shared | own] [--append]
+    pip install --no-deps eai-sparsify dictionary-learning einops natsort simple-parsing docstring-parser schedulefree
+    plmsae optimize blocks.yaml --with-inputs     # bundled model and proteins, layer 5, float32, holdout 0.1
+    python benchmarks/sae_train_cpu.py --data runs/data/optimize-<key> [--recipe shared | own]
 
-Every side sees the dataset's blocks in one order, standardised alike. Sides take turns of some steps each, so that other
-load on the machine disturbs all alike; tokens a second are those of the median turn. Held-out rows are scored by `Fidelity`
-on our TopK with the side's weights, which is checked to reconstruct as the side itself does.
-
-`shared`: one learning rate, schedule and clipping, and Adam, for all; the rest as each side's defaults have it.
-`own`: each side's own optimiser and schedule. Only fidelity is recorded then: the steps differ in kind.
+All see the dataset's blocks in one order, standardised alike, and take turns of some steps, so that other load on the
+machine disturbs all alike; tokens a second are those of the median turn. Held-out rows are scored by `Fidelity` on our
+TopK with the side's weights, which must reconstruct as the side itself does. `shared`: one learning rate (all three's
+default with Adam), schedule and clipping. `own`: each side's own optimiser and schedule, for fidelity alone.
 """
 
 from __future__ import annotations
@@ -21,22 +18,19 @@ import argparse
 import importlib
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distribution, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
 import torch
-from sae_step_cpu import Dense
 from torch import Tensor, nn
 
 from plmsae_cli.config.training import SAE, Train
@@ -51,165 +45,137 @@ from plmsae_cli.training.sae_objective import MEDIAN_ROWS, SAEObjective
 from plmsae_cli.training.schedules import learning_rate, topk_learning_rate
 from plmsae_cli.training.stream import BlockStream
 
-NUM_LATENTS, K, BATCH = 1536, 32, 2048
-PEAK, DECAY = topk_learning_rate(NUM_LATENTS), 0.2  # the rate is all three sides' default for Adam
-STEPS_A_TURN = 8
+NUM_LATENTS, K, BATCH, SEED, THREADS, STEPS_A_TURN = 1536, 32, 2048, 0, 2, 8
+STEPS = 1_000_000 // BATCH
+PEAK, WARMUP, DECAY = topk_learning_rate(NUM_LATENTS), min(1000, STEPS // 20), 0.2  # our defaults
 HERE = Path(__file__).parent
-
-Weights = tuple[Tensor, Tensor, Tensor, Tensor]
-"""w_enc [N, D], b_enc [N], w_dec [N, D], b_dec [D]."""
+Do = Callable[..., Any]
 
 
 class Data:
-    """The dataset, and how long and with which seed it is trained on."""
+    """An optimized dataset of float32 activations."""
 
-    def __init__(self, folder: str, tokens: int, seed: int) -> None:
+    def __init__(self, folder: str) -> None:
         store = Store()
-        self.blocks, self.heldout = Blocks(store, folder), ActivationShards(store, folder, heldout=True)
+        self.blocks, heldout = Blocks(store, folder), ActivationShards(store, folder, heldout=True)
         self.mean_D, self.scale = Statistics.read(store, f"{folder}/stats.safetensors").normalisation()
-        self.steps, self.seed = tokens // BATCH, seed
-        self.warmup = min(1000, self.steps // 20)
-        self.sample_RD = torch.empty(min(MEDIAN_ROWS, self.blocks.num_rows), self.blocks.d)
+        self.d = self.blocks.d
+        self.heldout_RD = torch.empty(heldout.stop, self.d)
+        heldout.read_into(0, self.heldout_RD)
+        self.sample_RD = torch.empty(min(MEDIAN_ROWS, self.blocks.num_rows), self.d)
         self.blocks.read_into(0, self.sample_RD)
 
     def standardise(self, rows_BD: Tensor) -> Tensor:
-        return (rows_BD.float() - self.mean_D) * self.scale
-
-    def rate(self, step: int) -> float:
-        return learning_rate(step, self.steps, PEAK, self.warmup, DECAY)
+        return (rows_BD - self.mean_D) * self.scale
 
 
 @dataclass
 class Side:
-    """One contestant."""
+    """One contestant. `step` trains on a standardised batch, given its number; `turns` are seconds a step."""
 
     who: str
     note: str
     step: Callable[[int, Tensor], Any]
-    """Train on a standardised batch, given its number."""
-    weights: Callable[[], Weights] | None = None
-    reconstruct: Callable[[Tensor], Tensor] | None = None
+    weights: Callable[[], list[Tensor]] = list
+    """w_enc [N, D], b_enc [N], w_dec [N, D], b_dec [D]; none for a limit. Called once, after training."""
+    reconstruct: Callable[[Tensor], Tensor] = torch.clone
     turns: list[float] = field(default_factory=list)
-    """Seconds a step, of each turn."""
-
-    def tokens_per_second(self) -> float:
-        return BATCH / statistics.median(self.turns)
 
 
 def plmsae(data: Data) -> Side:
     """The product's step, with its own stream."""
-    options = Train(sae=SAE(num_latents=NUM_LATENTS, k=K), batch_tokens=BATCH, seed=data.seed, lr=PEAK, lr_decay=DECAY)
-    stream, cpu = BlockStream(data.blocks, BATCH, data.seed), torch.device("cpu")
-    objective = SAEObjective(options, stream, data.mean_D, data.scale, data.steps, Gang(), cpu, torch.float32)
+    options = Train(sae=SAE(num_latents=NUM_LATENTS, k=K), batch_tokens=BATCH, seed=SEED)
+    stream, cpu = BlockStream(data.blocks, BATCH, SEED), torch.device("cpu")
+    objective = SAEObjective(options, stream, data.mean_D, data.scale, STEPS, Gang(), cpu, torch.float32)
     objective.start(data.sample_RD)
-    note = f"SAEObjective with its BlockStream; AuxK 1/32, dead after {data.steps * BATCH // 10:,} tokens"
+    note = f"SAEObjective with its BlockStream; AuxK 1/32 on, dead after {STEPS * BATCH // 10:,} tokens"
     model = objective.model
-    return Side("plmsae", note, lambda step, _: objective.step(step), lambda: _weights(model), model)
+    return Side("plmsae", note, lambda step, _: objective.step(step), lambda: list(model.parameters()), model)
 
 
 def dense(data: Data) -> Side:
-    """The plain twin: our start and schedule."""
-    start = TopK(data.blocks.d, NUM_LATENTS, K)
-    initialise(start, data.seed, data.standardise(data.sample_RD))
-    model = Dense(data.sample_RD, NUM_LATENTS, K)
-    names = ("encoder", "b_enc", "decoder", "b_dec")
-    model.load_state_dict(dict(zip(names, _weights(start), strict=True)))
-    optimizer = torch.optim.Adam(model.parameters(), eps=6.25e-10, fused=True)
-    none_dead_N = torch.zeros(NUM_LATENTS, dtype=torch.bool)
+    """The plain twin: our formulas, start and schedule in torch's dense operations."""
+    model = TopK(data.d, NUM_LATENTS, K)
+    initialise(model, SEED, data.standardise(data.sample_RD))
 
-    def step(index: int, x_BD: Tensor) -> None:
-        optimizer.zero_grad()
-        model.loss(x_BD, none_dead_N).backward()
-        grad, rows = model.decoder.grad, model.decoder.data
-        assert grad is not None
-        grad -= (grad * rows).sum(1, keepdim=True) * rows
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = data.rate(index)
-        optimizer.step()
-        rows /= rows.norm(dim=1, keepdim=True)
+    def loss(x_BD: Tensor) -> Tensor:
+        top = nn.functional.linear(x_BD - model.b_dec_D, model.w_enc_ND, model.b_enc_N).topk(K)
+        z_BN = torch.zeros(len(x_BD), NUM_LATENTS).scatter(1, top.indices, top.values.relu())
+        return (x_BD - z_BN @ model.w_dec_ND - model.b_dec_D).square().sum() / x_BD.numel()
 
-    weights = lambda: (model.encoder, model.b_enc, model.decoder, model.b_dec)  # noqa: E731
-    return Side("dense torch", "our formulas in dense PyTorch, from our start; no AuxK; batches in memory", step, weights)
+    adam = torch.optim.Adam(model.parameters(), eps=6.25e-10, fused=True)
+    step = _stepper(adam, loss, model.project_gradients, model.normalize_decoder)
+    note = "our formulas in dense PyTorch, from our start; no AuxK; batches in memory"
+    return Side("dense PyTorch", note, step, lambda: list(model.parameters()), model)
 
 
 def sparsify(data: Data, own: bool) -> Side:
     """Its SparseCoder, in the order of its Trainer."""
-    coder, config, sign_sgd = _import("sparsify", "sparse_coder", "config", "sign_sgd")
-    torch.manual_seed(data.seed)
-    sae = coder.SparseCoder(data.blocks.d, config.SparseCoderConfig(num_latents=NUM_LATENTS, k=K))
-    optimizer: Any
+    coder, config, sign_sgd = _import("eai-sparsify", "sparsify", "sparse_coder", "config", "sign_sgd")
+    torch.manual_seed(SEED)
+    sae = coder.SparseCoder(data.d, config.SparseCoderConfig(num_latents=NUM_LATENTS, k=K))
+    sae.b_dec.data = data.standardise(data.sample_RD[:BATCH]).mean(0)
+    optimizer: Any = torch.optim.Adam(sae.parameters(), fused=True)
     if own:
-        schedulefree = importlib.import_module("schedulefree")
-        rate = 5e-3 / (NUM_LATENTS / 2**14) ** 0.5
-        optimizer = schedulefree.ScheduleFreeWrapper(sign_sgd.SignSGD(sae.parameters(), lr=rate), momentum=0.95)
+        signum = sign_sgd.SignSGD(sae.parameters(), lr=5e-3 / (NUM_LATENTS / 2**14) ** 0.5)
+        optimizer = importlib.import_module("schedulefree").ScheduleFreeWrapper(signum, momentum=0.95)
         optimizer.train()
-        how = f"schedule-free signum at {rate:.1e}, no clipping"
-    else:
-        optimizer, how = torch.optim.Adam(sae.parameters(), fused=True), "fused Adam, clipping"
 
-    def step(index: int, x_BD: Tensor) -> None:
-        if index == 0:
-            sae.b_dec.data = x_BD.mean(0)
-        sae(x_BD).fvu.backward()
-        sae.remove_gradient_parallel_to_decoder_directions()
-        if not own:
-            nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = data.rate(index)
-        optimizer.step()
-        optimizer.zero_grad()
-        sae.set_decoder_norm_to_unit_norm()
-
-    def weights() -> Weights:
+    def weights() -> list[Tensor]:
         if own:
             optimizer.eval()  # to the averaged weights
-        return sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec
+        return [sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec]
 
-    note = f"{how}; AuxK off as by its default; its plain PyTorch decoder; batches in memory"
+    project, normalize = sae.remove_gradient_parallel_to_decoder_directions, sae.set_decoder_norm_to_unit_norm
+    step = _stepper(optimizer, lambda x_BD: sae(x_BD).fvu, project, normalize, shared=not own)
+    how = "schedule-free signum at its default rate, no clipping" if own else "fused Adam, clipping"
+    note = f"{how}; AuxK off, as by its default; its plain PyTorch decoder; batches in memory"
     return Side(f"sparsify {version('eai-sparsify')}", note, step, weights, lambda x_BD: sae(x_BD).sae_out)
 
 
 def dictionary_learning(data: Data, own: bool) -> Side:
-    """Its TopKTrainer, whose rate is the shared one by default."""
-    (top_k,) = _import("dictionary_learning", "trainers.top_k")
-    trainer = top_k.TopKTrainer(
-        steps=data.steps, activation_dim=data.blocks.d, dict_size=NUM_LATENTS, k=K, layer=0, lm_name="",
-        warmup_steps=data.warmup, decay_start=None if own else round((1 - DECAY) * data.steps), seed=data.seed,
-        device="cpu",
-    )  # fmt: skip
+    """Its TopKTrainer."""
+    (top_k,) = _import("dictionary-learning", "dictionary_learning", "trainers.top_k")
+    schedule = {"warmup_steps": WARMUP, "decay_start": None if own else round((1 - DECAY) * STEPS)}
+    trainer = top_k.TopKTrainer(STEPS, data.d, NUM_LATENTS, K, 0, "", **schedule, seed=SEED, device="cpu")
     ae = trainer.ae
-    how = "no decay; its warm-up of 1,000 steps, longer than the run, cut to ours" if own else "the same warm-up and decay"
-    note = f"its Adam, {how}; AuxK 1/32 as by its default, idle (dead after 10 M tokens); batches in memory"
-    weights = lambda: (ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec)  # noqa: E731
+    weights = lambda: [ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec]  # noqa: E731
+    how = "no decay; its warm-up of 1,000 steps, longer than the run, cut to ours" if own else "our warm-up and decay"
+    note = f"its Adam, {how}; AuxK 1/32 on, as by its default, but dead only after 10 M tokens; batches in memory"
     return Side(f"dictionary_learning {version('dictionary-learning')}", note, trainer.update, weights, ae)
 
 
 def limit(data: Data) -> Side:
     """What no step does without: the product with the encoder, and the optimiser's pass over its state."""
-    parameters = [nn.Parameter(torch.randn_like(weight)) for weight in _weights(TopK(data.blocks.d, NUM_LATENTS, K))]
-    for parameter in parameters:
+    model, scores_BN = TopK(data.d, NUM_LATENTS, K), torch.empty(BATCH, NUM_LATENTS)
+    for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizer = torch.optim.Adam(parameters, fused=True)
-    scores_BN = torch.empty(BATCH, NUM_LATENTS)
-
-    def step(_: int, x_BD: Tensor) -> None:
-        torch.mm(x_BD, parameters[0].detach().t(), out=scores_BN)
-        optimizer.step()
-
+    adam, w_enc_DN = torch.optim.Adam(model.parameters(), fused=True), model.w_enc_ND.detach().t()
+    step = lambda _, x_BD: (torch.mm(x_BD, w_enc_DN, out=scores_BN), adam.step())  # noqa: E731
     return Side("limit (encoder GEMM + Adam)", "float32, into a buffer made once", step)
 
 
-def _weights(model: Any) -> Weights:
-    return model.w_enc_ND, model.b_enc_N, model.w_dec_ND, model.b_dec_D
+def _stepper(optimizer: Any, loss: Do, project: Do, normalize: Do, shared: bool = True) -> Do:
+    """The order of a step, with the shared learning rate and clipping, or as the optimiser has it."""
+    (group,) = optimizer.param_groups
+
+    def step(index: int, x_BD: Tensor) -> None:
+        torch.autograd.backward(loss(x_BD))
+        project()
+        if shared:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+            group["lr"] = learning_rate(index, STEPS, PEAK, WARMUP, DECAY)
+        optimizer.step()
+        optimizer.zero_grad()
+        normalize()
+
+    return step
 
 
-def _import(package: str, *names: str) -> list[ModuleType]:
-    """Modules of a peer, passing over its `__init__`, which wants a language model's tooling, as do some modules."""
-    spec = find_spec(package)
-    if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit(f"{package} is not installed\nhint: see the top of {Path(__file__).name}")
-    bare = ModuleType(package)
-    bare.__path__ = list(spec.submodule_search_locations)
-    sys.modules.setdefault(package, bare)
+def _import(project: str, package: str, *names: str) -> list[ModuleType]:
+    """Modules of a peer, without its `__init__`: that, and some modules, import tooling for language models."""
+    sys.modules[package] = bare = ModuleType(package)
+    bare.__path__ = [str(distribution(project).locate_file(package))]
     for tooling in ("accelerate", "accelerate.utils", "transformers", "huggingface_hub"):
         sys.modules.setdefault(tooling, MagicMock())
     return [importlib.import_module(f"{package}.{name}") for name in names]
@@ -217,12 +183,11 @@ def _import(package: str, *names: str) -> list[ModuleType]:
 
 def train(sides: list[Side], data: Data) -> None:
     """All sides through all steps, a turn each; who begins rotates."""
-    with BlockStream(data.blocks, BATCH, data.seed) as stream:
-        for turn, first in enumerate(range(0, data.steps, STEPS_A_TURN)):
-            steps = range(first, min(first + STEPS_A_TURN, data.steps))
+    with BlockStream(data.blocks, BATCH, SEED) as stream:
+        for turn, first in enumerate(range(0, STEPS, STEPS_A_TURN)):
+            steps = range(first, min(first + STEPS_A_TURN, STEPS))
             batches = [data.standardise(stream.rows(step)) for step in steps]
-            for place in range(len(sides)):
-                side = sides[(turn + place) % len(sides)]
+            for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
                 begin = time.perf_counter()
                 for step, x_BD in zip(steps, batches, strict=True):
                     side.step(step, x_BD)
@@ -230,21 +195,16 @@ def train(sides: list[Side], data: Data) -> None:
 
 
 @torch.no_grad()
-def score(side: Side, data: Data) -> dict[str, Any]:
-    """Fidelity over all held-out rows; the standardised inputs' mean over the dataset is 0."""
-    assert side.weights is not None
-    model, figures = TopK(data.blocks.d, NUM_LATENTS, K), Fidelity(NUM_LATENTS)
-    for ours, theirs in zip(_weights(model), side.weights(), strict=True):
+def score(side: Side, weights: list[Tensor], data: Data) -> dict[str, Any]:
+    """Fidelity over all held-out rows; the mean of the dataset is 0 in standardised units."""
+    model, figures = TopK(data.d, NUM_LATENTS, K), Fidelity(NUM_LATENTS)
+    for ours, theirs in zip(model.parameters(), weights, strict=True):
         ours.copy_(theirs)
-    for start in range(0, data.heldout.stop, BATCH):
-        rows_BD = torch.empty(min(BATCH, data.heldout.stop - start), data.heldout.d)
-        data.heldout.read_into(start, rows_BD)
-        x_BD = data.standardise(rows_BD)
+    for x_BD in torch.split(data.standardise(data.heldout_RD), BATCH):
         latents = model.encode(x_BD)
         xhat_BD = model.decode(latents)
-        if side.reconstruct is not None:
-            torch.testing.assert_close(side.reconstruct(x_BD), xhat_BD, rtol=1e-3, atol=1e-3)
-        figures.update(x_BD, xhat_BD, latents, torch.zeros(data.blocks.d))
+        torch.testing.assert_close(side.reconstruct(x_BD), xhat_BD, rtol=1e-3, atol=1e-3)
+        figures.update(x_BD, xhat_BD, latents, torch.zeros(data.d))
     return figures.result()
 
 
@@ -252,45 +212,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of an optimized dataset of float32 activations")
     parser.add_argument("--recipe", choices=["shared", "own"], default="shared")
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--append", action="store_true", help="add the figures to results.jsonl")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="file to add the figures to")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    data, own = Data(options.data, options.tokens, options.seed), options.recipe == "own"
-    load = os.getloadavg()[0]
+    torch.set_num_threads(THREADS)
+    data, own, load = Data(options.data), options.recipe == "own", os.getloadavg()[0]
     sides = [plmsae(data), sparsify(data, own), dictionary_learning(data, own)]
-    if not own:
-        sides += [dense(data), limit(data)]
+    sides += [] if own else [dense(data), limit(data)]
     train(sides, data)
 
-    cpu = next(line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
     common = {
-        "run": f"sae-train-cpu-{options.recipe}-{time.strftime('%Y%m%dT%H%M%S')}",
-        "device": f"{cpu}, {options.threads} threads, torch {torch.__version__}",
+        "run": time.strftime(f"sae-train-cpu-{options.recipe}-%Y%m%dT%H%M%S"),
+        "device": f"{cpu}, {THREADS} threads, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip(),
-        "command": shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
-    }  # fmt: skip
-    name = f"sae-train/cpu-d{data.blocks.d}-n{NUM_LATENTS}-k{K}"
-    lines = []
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, text=True).strip(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    name, lines = f"sae-train/cpu-d{data.d}-n{NUM_LATENTS}-k{K}", ""
     for side in sides:
         if not own:
-            slow, fast = (BATCH / q for q in (max(side.turns), min(side.turns)))
-            note = f"{side.note}; median of {len(side.turns)} interleaved turns, {slow:,.0f} to {fast:,.0f}; load {load:.1f} at start"
-            value = round(side.tokens_per_second())
-            lines.append({"name": name, "who": side.who, "value": value, "unit": "tokens/s", **common, "note": note})
-        if side.weights is not None:
-            found = score(side, data)
-            note = f"dead {found['dead_share']:.1%} and L0 {found['l0_mean']:.1f} on {found['tokens']:,} held-out tokens, after {data.steps * BATCH:,} of training; {side.note}"
-            fvu = {"name": f"{name}-fvu{'-own' * own}", "who": side.who, "value": round(found["fvu"], 5), "unit": "FVU"}
-            lines.append({**fvu, **common, "note": note})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    print(text, end="")
-    if options.append:
-        with (HERE / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.write(text)
+            slow, median, fast = (round(BATCH / q) for q in reversed(statistics.quantiles(side.turns, n=4)))
+            note = f"{side.note}; quartiles of {len(side.turns)} turns {slow:,} and {fast:,}, load {load:.1f} at start"
+            line = {"name": name, "who": side.who, "value": median, "unit": "tokens/s", **common, "note": note}
+            lines += json.dumps(line) + "\n"
+        if weights := side.weights():
+            found = score(side, weights, data)
+            note = f"dead {found['dead_share']:.1%}, L0 {found['l0_mean']:.1f} on {found['tokens']:,} held-out tokens"
+            note += f" after {STEPS * BATCH:,} of training; {side.note}"
+            figure = {"name": f"{name}-fvu{'-own' * own}", "who": side.who, "value": round(found["fvu"], 4)}
+            lines += json.dumps({**figure, "unit": "FVU", **common, "note": note}) + "\n"
+    print(lines, end="")
+    with options.results.open("a", encoding="utf-8") as file:
+        file.write(lines)
 
 
 if __name__ == "__main__":

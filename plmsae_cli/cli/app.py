@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -262,4 +263,6 @@ def schema() -> None:
 
 def main() -> None:
     """Entry point of `plmsae`."""
+    # Threads that wait give their core away: on a shared machine spinning costs more than it saves. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -26,13 +26,8 @@ def complain(message: str, hint: str | None = None) -> None:
         print(f"hint: {hint}", file=sys.stderr)
 
 
-def exit_code(work: Callable[[], int], user_error: int = USAGE) -> int:
-    """Run `work`; errors meant for users are printed and become exit codes, others keep their traceback.
-
-    Args:
-        user_error: the code for a UserError: 2 before anything ran, 1 after.
-    """
-    from plmsae_cli.config.errors import UserError
+def checked(work: Callable[[], int]) -> int:
+    """The code of work that comes before any stage: an error meant for users is a matter of usage."""
     from plmsae_cli.config.problems import InvalidExperiment
 
     try:
@@ -40,37 +35,44 @@ def exit_code(work: Callable[[], int], user_error: int = USAGE) -> int:
     except InvalidExperiment as error:
         print(error, file=sys.stderr)
         return USAGE
-    except UserError as error:
-        complain(error.message, error.hint)
-        return _locked(error) or user_error
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        return failure(error)
+        code = failure(error)
+        return USAGE if code == FAILED and _words(error) else code
 
 
 def failure(error: Exception) -> int:
     """The code of an error raised while a stage ran; prints it unless it is a wish to stop."""
-    from plmsae_cli.config.errors import UserError
+    from plmsae_cli.executors.pipeline import Locked
     from plmsae_cli.executors.pool import TaskFailed
+    from plmsae_cli.runtime.run_folder import RunDiffers
     from plmsae_cli.runtime.task import Interrupted
 
     if isinstance(error, Interrupted):
         print("interrupted; the same command continues from here", file=sys.stderr)
         return INTERRUPTED
-    if isinstance(error, UserError):
-        complain(error.message, error.hint)
-        return _locked(error) or FAILED
     if isinstance(error, TaskFailed):
         print(error.trace, file=sys.stderr)
         complain(str(error))
         return FAILED
+    if words := _words(error):
+        complain(*words)
+        return LOCKED if isinstance(error, Locked) else USAGE if isinstance(error, RunDiffers) else FAILED
     traceback.print_exception(error)
-    complain(f"{type(error).__name__}: {error}", "this is not your doing if the lines above mean nothing to you: please report it")
+    complain(
+        f"{type(error).__name__}: {error}",
+        "this is not your doing if the lines above mean nothing to you: please report it",
+    )
     return FAILED
 
 
-def _locked(error: Exception) -> int:
-    from plmsae_cli.executors.pipeline import Locked
+def _words(error: Exception) -> tuple[str, str | None] | None:
+    """The message and hint of an error that a user can mend."""
+    from plmsae_cli.runtime.system_errors import as_user_error
 
-    return LOCKED if isinstance(error, Locked) else 0
+    words = as_user_error(error)
+    if words is None:
+        return None
+    where = "relative paths start at the folder in which the command runs"
+    return words.message, words.hint or (where if isinstance(error, FileNotFoundError) else None)

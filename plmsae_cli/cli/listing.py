@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from plmsae_cli.cli.exits import DONE, exit_code
+from plmsae_cli.cli.exits import DONE, checked
 from plmsae_cli.cli.show import size, table
+
+_SHOWN = ("fvu", "l0_mean", "dead_share", "recovered_zero")
 
 
 def list_root(root: Path, as_json: bool) -> int:
@@ -31,18 +33,18 @@ def list_root(root: Path, as_json: bool) -> int:
         if not runs and not data:
             print(f"no runs in {root} yet; `plmsae run experiments/` makes some")
             return DONE
-        rows = [
-            [r["name"], r["state"], *(_figure(r["figures"], k) for k in ("fvu", "l0_mean", "dead_share", "recovered_zero"))]
-            for r in runs
-        ]
+        rows = [[r["name"], r["state"], *(_figure(r["figures"], name) for name in _SHOWN)] for r in runs]
         print(table(rows, ["run", "state", "FVU", "L0", "dead", "loss recovered"]))
         if data:
             print()
-            cells = [[d["folder"], f"{d['rows']:,}", size(d["bytes"]), d["dtype"], ", ".join(d["used_by"]) or "-"] for d in data]
+            cells = [
+                [d["folder"], f"{d['rows']:,}", size(d["bytes"]), d["dtype"], ", ".join(d["used_by"]) or "-"]
+                for d in data
+            ]
             print(table(cells, ["data", "rows", "size", "type", "used by"]))
         return DONE
 
-    return exit_code(work)
+    return checked(work)
 
 
 def _run(folder: Path, root: Path) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def show_status(run: Path, as_json: bool) -> int:
             print(f"  {name}: {value}")
         return DONE
 
-    return exit_code(work)
+    return checked(work)
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

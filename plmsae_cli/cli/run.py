@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from plmsae_cli.cli.exits import DONE, INTERRUPTED, QUEUE_FAILED, USAGE, exit_code, failure
-from plmsae_cli.cli.stage import SCHEMA_VERSION, clear_smoke_runs, dry, load_for, outcome
+from plmsae_cli.cli.exits import DONE, INTERRUPTED, QUEUE_FAILED, USAGE, checked, failure
+from plmsae_cli.cli.stage import SCHEMA_VERSION, dry, listen_for_signals, load_for, outcome, preflight
 
 if TYPE_CHECKING:
     from plmsae_cli.config.yaml import Loaded
@@ -18,41 +18,48 @@ if TYPE_CHECKING:
 
 
 def run_files(
-    targets: list[Path], sets: Sequence[str] | None, dry_run: bool, bugfix: bool, as_json: bool, no_progress: bool, restart: bool
+    targets: list[Path],
+    sets: Sequence[str] | None,
+    dry_run: bool,
+    bugfix: bool,
+    as_json: bool,
+    no_progress: bool,
+    restart: bool,
 ) -> int:
     """Validate all, then run all."""
     loaded: dict[Path, Loaded] = {}
+
+    def prepare() -> int:
+        from plmsae_cli.executors.queue import find, locked, smoke_folder
+
+        paths = find(targets)
+        if code := read_all(paths, sets, bugfix, loaded):
+            return code
+        if dry_run:
+            return dry(list(loaded.values()), None, as_json)
+        for folder in sorted({t for t in targets if t.is_dir()}):
+            stack.enter_context(locked(folder))
+        if bugfix:
+            stack.enter_context(smoke_folder(Path(loaded[paths[0]].experiment.root)))
+        return DONE
+
     with ExitStack() as stack:
-
-        def prepare() -> int:
-            from plmsae_cli.executors.queue import find, locked
-
-            paths = find(targets)
-            code = validate(paths, sets, bugfix, loaded)
-            if code or dry_run:
-                for path in paths if not code else []:
-                    code = code or dry(loaded[path].experiment, loaded[path].experiment.stages(), loaded[path].origins, as_json)
-                return code
-            for folder in sorted({t for t in targets if t.is_dir()}):
-                stack.enter_context(locked(folder))
-            if bugfix:
-                clear_smoke_runs(loaded[paths[0]].experiment)
-            return DONE
-
-        code = exit_code(prepare)
+        if not dry_run:
+            listen_for_signals()
+        code = checked(prepare)
         if code or dry_run:
             return code
         return _queue(targets, loaded, sets, bugfix, as_json, no_progress, restart)
 
 
-def validate(paths: Sequence[Path], sets: Sequence[str] | None, bugfix: bool, loaded: dict[Path, Loaded]) -> int:
-    """Read and check every file before anything runs; every problem of every file is shown."""
+def read_all(paths: Sequence[Path], sets: Sequence[str] | None, bugfix: bool, loaded: dict[Path, Loaded]) -> int:
+    """Read every file before anything runs; every problem of every file is shown."""
 
-    def check(path: Path) -> int:
+    def read(path: Path) -> int:
         loaded[path] = load_for(path, sets, bugfix)
         return DONE
 
-    code = max(exit_code(lambda path=path: check(path)) for path in paths)  # type: ignore[misc]
+    code = max(checked(lambda path=path: read(path)) for path in paths)  # type: ignore[misc]
     names: dict[str, list[Path]] = {}
     for path, one in loaded.items():
         names.setdefault(f"{one.experiment.root}/{one.experiment.name}", []).append(path)
@@ -78,20 +85,27 @@ def _queue(
     from plmsae_cli.executors.pipeline import run_experiment
     from plmsae_cli.executors.queue import run_queue
     from plmsae_cli.runtime.progress import reporter
-    from plmsae_cli.runtime.stop import STOP
 
-    STOP.install()
     shown = reporter(live=not no_progress and not as_json)
     codes: list[int] = []
-    results = []
+    results: list[dict[str, Any]] = []
 
     def run_one(entry: Entry) -> None:
-        if entry.path not in loaded and exit_code(lambda: validate([entry.path], sets, bugfix, loaded)):
+        if entry.path not in loaded and (code := read_all([entry.path], sets, bugfix, loaded)):
             entry.state, entry.note = "failed", "invalid YAML"
-            codes.append(USAGE)
+            codes.append(code)
             return
         one = loaded[entry.path]
         shown.say(f"== {entry.path}")
+
+        def plan() -> int:
+            preflight(one.experiment, one.experiment.stages())
+            return DONE
+
+        if code := checked(plan):
+            entry.state, entry.note = "failed", "not started: see the error above"
+            codes.append(code)
+            return
         try:
             done = run_experiment(one.experiment, one.experiment.stages(), shown, one.text, restart)
         except Exception as error:
@@ -112,7 +126,7 @@ def _queue(
         print(json.dumps({"schema": SCHEMA_VERSION, "queue": states, "experiments": results}))
     else:
         _print_table(entries)
-    if any(e.state == "interrupted" for e in entries):
+    if any(e.state in ("interrupted", "pending") for e in entries):
         return INTERRUPTED
     if len(entries) == 1 and codes:
         return codes[0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from plmsae_cli.runtime.task import Plan
+if TYPE_CHECKING:
+    from plmsae_cli.runtime.task import Plan
 
 
 def size(count: float) -> str:
@@ -61,5 +62,27 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
     """Columns, left-aligned, readable without colour."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
     return "\n".join(lines)
+
+
+def settings(body: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+    """Every field of a resolved experiment, and where its value is from."""
+    from plmsae_cli.config.tree import plain
+
+    shown = [(f"{name}: {plain(found)}", origins[name]) for name, found in _flat(body) if name in origins]
+    width = min(max(len(text) for text, _ in shown), 72)
+    return [f"{text:<{width}}  # {origin}" for text, origin in shown]
+
+
+def _flat(body: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, item in body.items():
+        if isinstance(item, Mapping) and item:
+            found += _flat(item, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", item))
+    return found

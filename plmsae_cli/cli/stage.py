@@ -5,43 +5,40 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plmsae_cli.cli.exits import DONE, complain, exit_code, failure
+from plmsae_cli.cli.exits import DONE, INTERRUPTED, checked, failure
 
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Experiment
     from plmsae_cli.config.yaml import Loaded
+    from plmsae_cli.runtime.task import Plan
 
 SCHEMA_VERSION = 1
 
 
 def load_for(path: Path, sets: Sequence[str] | None, bugfix: bool) -> Loaded:
     """The experiment of a file, cut down for a smoke run if asked."""
-    from dataclasses import replace
-
     from plmsae_cli.config.yaml import load
 
     loaded = load(path, list(sets or []))
-    if not bugfix:
-        return loaded
-    from plmsae_cli.config.bugfix import bugfix as cut_down
-
-    return replace(loaded, experiment=cut_down(loaded.experiment, assets()))
+    return _cut_down(loaded) if bugfix else loaded
 
 
-def assets() -> Path:
-    """Files that ship with the package."""
-    return Path(__file__).resolve().parents[1] / "data"
+def _cut_down(loaded: Loaded) -> Loaded:
+    """The smoke run of an experiment, with as many ranks as this machine can give it."""
+    from dataclasses import replace
 
+    from plmsae_cli.config.bugfix import bugfix
+    from plmsae_cli.runtime.device import count_gpus
 
-def clear_smoke_runs(experiment: Experiment) -> None:
-    """A smoke run proves something only if it runs: its scratch folder is emptied first."""
-    import shutil
-
-    assert "bugfix" in Path(experiment.root).name
-    shutil.rmtree(Path(experiment.root), ignore_errors=True)
+    experiment = bugfix(loaded.experiment, Path(__file__).resolve().parents[1] / "data")
+    launch = experiment.launch
+    if (gpus := count_gpus(launch)) and launch.ranks != "auto":
+        launch = launch.model_copy(update={"ranks": min(launch.ranks, gpus)})
+    return replace(loaded, experiment=experiment.model_copy(update={"launch": launch}))
 
 
 def run_stage(
@@ -56,56 +53,68 @@ def run_stage(
     restart: bool,
 ) -> int:
     """One stage, or with `with_inputs` the stages before it as well."""
+    chosen: list[tuple[Loaded, list[str]]] = []
 
     def prepare() -> int:
         from plmsae_cli.config.errors import UserError
-        from plmsae_cli.executors.pipeline import missing_inputs, ordered
+        from plmsae_cli.executors.pipeline import missing_inputs
+        from plmsae_cli.executors.queue import smoke_folder
         from plmsae_cli.store.fs import Store
 
         loaded = load_for(path, sets, bugfix)
         experiment = loaded.experiment
-        if stage not in experiment.stages():
-            why = "its trials are trained by `plmsae sweep`" if stage == "train" and experiment.sweep else f"add a {stage}: section"
-            raise UserError(f"{path} has no {stage} stage", why)
         present = experiment.stages()
-        upstream = present[: present.index(stage) + 1] if with_inputs or bugfix else [stage]
+        if stage not in present:
+            of_sweep = stage == "train" and experiment.sweep is not None
+            why = "its trials are trained by `plmsae sweep`" if of_sweep else f"add a {stage}: section"
+            raise UserError(f"{path} has no {stage} stage", why)
+        stages = present[: present.index(stage) + 1] if with_inputs or bugfix else [stage]
         if dry_run:
-            return dry(experiment, ordered(upstream), loaded.origins, as_json)
+            return dry([loaded], stages, as_json)
         if bugfix:
-            clear_smoke_runs(experiment)
+            stack.enter_context(smoke_folder(Path(experiment.root)))
         elif not with_inputs and (missing := missing_inputs(stage, experiment, Store(experiment.storage))):
             listed = "\n".join(f"  {item}" for item in missing)
             raise UserError(
                 f"{stage} needs what does not exist yet:\n{listed}",
                 f"`plmsae run {path}` makes everything, `plmsae {stage} {path} --with-inputs` what this stage needs",
             )
-        chosen.append((loaded, ordered(upstream)))
+        preflight(experiment, stages)
+        chosen.append((loaded, stages))
         return DONE
 
-    chosen: list[tuple[Loaded, list[str]]] = []
-    code = exit_code(prepare)
-    if code or not chosen:
-        return code
-    loaded, stages = chosen[0]
-    return execute(loaded, stages, no_progress, restart, as_json)
+    with ExitStack() as stack:
+        if not dry_run:
+            listen_for_signals()
+        code = checked(prepare)
+        return code if code or not chosen else execute(*chosen[0], no_progress, restart, as_json)
 
 
-def execute(loaded: Loaded, stages: list[str], no_progress: bool, restart: bool, as_json: bool) -> int:
-    """Run stages with progress and signals; print where the results are."""
-    from plmsae_cli.executors.pipeline import run_experiment
-    from plmsae_cli.runtime.progress import reporter
+def listen_for_signals() -> None:
+    """From here on, the first Ctrl-C or SIGTERM is a wish that stages look at, the second is final."""
     from plmsae_cli.runtime.stop import STOP
 
     STOP.install()
+
+
+def execute(loaded: Loaded, stages: list[str], no_progress: bool, restart: bool, as_json: bool) -> int:
+    """Run stages with progress; print where the results are."""
+    from plmsae_cli.executors.pipeline import run_experiment
+    from plmsae_cli.runtime.progress import reporter
+
     shown = reporter(live=not no_progress and not as_json)
+    body: dict[str, Any]
     try:
         done = run_experiment(loaded.experiment, stages, shown, loaded.text, restart)
+        code = DONE
+        body = {"state": "done", "seconds": done.stages, **outcome(done.run.path)}
     except Exception as error:
-        return failure(error)
-    result = outcome(done.run.path)
+        code = failure(error)
+        run = f"{loaded.experiment.root}/{loaded.experiment.name}"
+        body = {"state": "interrupted" if code == INTERRUPTED else "failed", "run": run}
     if as_json:
-        print(json.dumps({"schema": SCHEMA_VERSION, "state": "done", "seconds": done.stages, **result}))
-    return DONE
+        print(json.dumps({"schema": SCHEMA_VERSION, **body}))
+    return code
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -122,48 +131,64 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
-def dry(experiment: Experiment, stages: Sequence[str], origins: dict[str, str], as_json: bool) -> int:
-    """Show the resolved YAML with the origin of each value, and each stage's plan."""
-    from plmsae_cli.cli.show import plan_json, plan_lines
+def dry(experiments: Sequence[Loaded], stages: Sequence[str] | None, as_json: bool) -> int:
+    """Show each resolved YAML with the origin of each value, and each stage's plan; `stages` narrows them."""
+    from plmsae_cli.cli.show import plan_json, plan_lines, settings
+
+    bodies = []
+    for loaded in experiments:
+        plans = plans_of(loaded.experiment, stages or loaded.experiment.stages())
+        bodies.append({"experiment": loaded.experiment.dump(), "plans": [plan_json(plan) for plan in plans]})
+        if not as_json:
+            print("\n".join(settings(loaded.experiment.dump(), loaded.origins)))
+            for plan in plans:
+                print()
+                print("\n".join(plan_lines(plan)))
+            print()
+    if as_json:
+        one = stages is not None
+        print(json.dumps({"schema": SCHEMA_VERSION, **(bodies[0] if one else {"experiments": bodies})}))
+    else:
+        print("nothing was touched (--dry-run)", file=sys.stderr)
+    return DONE
+
+
+def preflight(experiment: Experiment, stages: Sequence[str]) -> list[Plan]:
+    """Plan everything before anything runs: what a later stage would refuse shows before an earlier one has worked.
+
+    Raises:
+        UserError: an input is missing, settings do not fit each other, or a folder cannot be written.
+    """
+    import os
+
+    from plmsae_cli.config.errors import UserError
+    from plmsae_cli.store.fs import is_remote
+
+    for field, place in (("root", experiment.root), ("data_root", experiment.data_folder())):
+        if is_remote(place):
+            continue
+        existing = nearest(Path(place))
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            what = "cannot be written to" if existing.is_dir() else "is not a folder"
+            raise UserError(f"{field}: {place} cannot be made, {existing} {what}", f"name another folder in {field}")
+    return plans_of(experiment, stages)
+
+
+def nearest(place: Path) -> Path:
+    """The place itself, or what exists of the path to it."""
+    return next(p for p in (place, *place.absolute().parents) if p.exists())
+
+
+def plans_of(experiment: Experiment, stages: Sequence[str]) -> list[Plan]:
+    """What the stages would do; a sweep would train each of its trials."""
     from plmsae_cli.executors.pipeline import plan_stage
     from plmsae_cli.stages.sweep import trials
     from plmsae_cli.store.fs import Store
 
     store = Store(experiment.storage)
-    plans = []
-    points = trials(experiment) if "sweep" in stages else []
-    for stage in stages:
-        if stage == "sweep" or (stage == "eval" and points):
-            continue
-        plans.append(plan_stage(stage, experiment, store))
-    for trial in points:
-        plans.append(plan_stage("train", trial.experiment, store))
-    if as_json:
-        body = {"schema": SCHEMA_VERSION, "experiment": experiment.dump(), "plans": [plan_json(p) for p in plans]}
-        print(json.dumps(body))
-        return DONE
-    flat = dict(_flat(experiment.dump()))
-    width = max(len(f"{name}: {found}") for name, found in flat.items() if name in origins)
-    for name, found in flat.items():
-        if name in origins:
-            print(f"{f'{name}: {found}':<{min(width, 72)}}  # {origins[name]}")
-    for plan in plans:
-        print()
-        print("\n".join(plan_lines(plan)))
-    if points:
-        print(f"\nsweep: {len(points)} trials")
-    print("\nnothing was touched (--dry-run)", file=sys.stderr)
-    return DONE
-
-
-def _flat(body: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, item in body.items():
-        if isinstance(item, dict) and item:
-            found += _flat(item, f"{prefix}{name}.")
-        else:
-            found.append((f"{prefix}{name}", item))
-    return found
-
-
-__all__ = ["complain", "dry", "execute", "load_for", "run_stage"]
+    swept = experiment.sweep is not None
+    plans = [plan_stage(s, experiment, store) for s in stages if s != "sweep" and not (s == "eval" and swept)]
+    if swept:
+        ends = [s for s in ("train", "eval") if (s == "train" and "sweep" in stages) or (s == "eval" and s in stages)]
+        plans += [plan_stage(s, trial.experiment, store) for trial in trials(experiment) for s in ends]
+    return plans

@@ -7,11 +7,14 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from plmsae_cli.cli.exits import DONE, exit_code
+from plmsae_cli.cli.exits import DONE, checked
+from plmsae_cli.cli.show import size
+from plmsae_cli.cli.stage import SCHEMA_VERSION, nearest, preflight
 
 if TYPE_CHECKING:
+    from plmsae_cli.config.experiment import Experiment
     from plmsae_cli.config.yaml import Loaded
 
 
@@ -29,60 +32,59 @@ def write_template(path: Path, kind: str, full: bool) -> int:
         except FileExistsError:
             raise UserError(f"{path} exists already", "name another file; init never overwrites") from None
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}", "name a file in a folder that exists") from None
+            hint = "name a file in a folder that exists"
+            raise UserError(f"{path} cannot be written: {error.strerror}", hint) from None
         print(f"wrote {path}; next: edit it, then `plmsae validate {path}` and `plmsae run {path}`", file=sys.stderr)
         return DONE
 
-    return exit_code(work)
+    return checked(work)
 
 
 def validate_files(targets: list[Path], sets: Sequence[str] | None, bugfix: bool, as_json: bool) -> int:
     """Check files, their inputs and what they will need, without running anything."""
-    from plmsae_cli.cli.run import validate
+    from plmsae_cli.cli.run import read_all
 
     loaded: dict[Path, Loaded] = {}
+    found: dict[Path, dict[str, Any]] = {}
 
     def work() -> int:
         from plmsae_cli.executors.queue import find
 
         paths = find(targets)
-        code = validate(paths, sets, bugfix, loaded)
+        code = read_all(paths, sets, bugfix, loaded)
         for path in paths:
             if path in loaded:
-                code = max(code, exit_code(lambda path=path: _deep(path, loaded[path], as_json)))  # type: ignore[misc]
+                code = max(code, checked(lambda path=path: check(path)))  # type: ignore[misc]
+        if as_json:
+            bodies = [{"path": str(path), "valid": path in found, **found.get(path, {})} for path in paths]
+            print(json.dumps({"schema": SCHEMA_VERSION, "experiments": bodies}))
         return code
 
-    return exit_code(work)
+    def check(path: Path) -> int:
+        found[path] = _needs(path, loaded[path].experiment)
+        if not as_json:
+            print(f"{path}: valid; {found[path]['tasks']} task(s) to do, {size(found[path]['bytes'])} of data to write")
+        return DONE
+
+    return checked(work)
 
 
-def _deep(path: Path, loaded: Loaded, as_json: bool) -> int:
+def _needs(path: Path, experiment: Experiment) -> dict[str, Any]:
     """Plan every stage: reads FASTA, weights and manifests, so it finds what only they can tell."""
-    from plmsae_cli.cli.show import size
     from plmsae_cli.config.errors import UserError
-    from plmsae_cli.executors.pipeline import plan_stage
-    from plmsae_cli.stages.sweep import trials
     from plmsae_cli.store.fs import Store, is_remote
 
-    experiment = loaded.experiment
-    store = Store(experiment.storage)
-    chosen = trials(experiment) if experiment.sweep is not None else []
-    plans = [plan_stage(s, experiment, store) for s in experiment.stages() if s in ("embed", "shuffle", "optimize", "train")]
-    plans += [plan_stage("train", trial.experiment, store) for trial in chosen]
+    plans = preflight(experiment, experiment.stages())
     wanted = sum(a.bytes for p in plans for a in p.artifacts.values() if not a.done)
-    place = Path(experiment.data_folder())
-    if is_remote(experiment.data_folder()):
-        store.probe(experiment.data_folder())
+    place = experiment.data_folder()
+    if is_remote(place):
+        Store(experiment.storage).probe(place)
     else:
-        existing = next(p for p in (place, *place.resolve().parents) if p.exists())
+        existing = nearest(Path(place))
         free = shutil.disk_usage(existing).free
         if wanted > free:
             raise UserError(
                 f"{path}: the data will take {size(wanted)}, {existing} has {size(free)} free",
                 "point data_root at a larger disk or a bucket",
             )
-    tasks = sum(len(p.tasks) for p in plans)
-    if as_json:
-        print(json.dumps({"schema": 1, "path": str(path), "valid": True, "tasks": tasks, "bytes": wanted}))
-    else:
-        print(f"{path}: valid; {tasks} task(s) to do, {size(wanted)} of data to write")
-    return DONE
+    return {"tasks": sum(len(p.tasks) for p in plans), "bytes": wanted}

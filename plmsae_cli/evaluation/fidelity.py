@@ -185,7 +185,7 @@ def _score(
         logits = plm(
             inputs_T, packed.documents, logits=True, splice=None if splice is None else {layer: splice}
         ).logits
-        chosen = F.log_softmax(logits[scored_T].float(), dim=-1)
+        chosen = F.log_softmax(logits[scored_T].double(), dim=-1)  # in float32 a small KL is all rounding
         if name in ("original", "sae"):
             log_p[name] = chosen
         ce[name] = per_protein(F.nll_loss(chosen, targets, reduction="none")).cpu()

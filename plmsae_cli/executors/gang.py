@@ -23,8 +23,9 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.executors.worker import LocalContext, run_task
-from plmsae_cli.runtime.run_folder import RunFolder, read_json, write_json
+from plmsae_cli.runtime.run_folder import RunFolder, cpu_count, read_json, write_json
 from plmsae_cli.runtime.stop import FORCED, STOP
+from plmsae_cli.runtime.system_errors import as_user_error
 from plmsae_cli.runtime.task import Interrupted, Task
 
 PARENT = "PLMSAE_PARENT_PID"
@@ -52,8 +53,7 @@ def launch_gang(task: Task, experiment: Experiment, report: Callable[..., None])
     ]  # fmt: skip
     environment = {**os.environ, PARENT: str(os.getpid())}
     # Ranks that share a CPU must not each take all of its cores.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // task.resources.gang)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // task.resources.gang)))
     with (run.path / "logs" / "torchrun.log").open("ab") as log:
         before = log.tell()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -148,12 +148,13 @@ def main() -> None:
             write_json(logs / "gang-status.json", {"state": "interrupted"})
         sys.exit(75)
     except Exception as error:
+        words = as_user_error(error)
         body = {
             "rank": rank,
             "time": time.time(),
-            "user": isinstance(error, UserError),
-            "message": error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
-            "hint": error.hint if isinstance(error, UserError) else None,
+            "user": words is not None,
+            "message": words.message if words is not None else f"{type(error).__name__}: {error}",
+            "hint": words.hint if words is not None else None,
             "trace": traceback.format_exc(),
         }
         write_json(logs / f"error-rank-{rank}.json", body)

@@ -57,7 +57,9 @@ class LocalExecutor:
             if STOP.requested():
                 raise Interrupted
 
-            def within(done: float, of: float, *, _base: float = spent, _cost: float = task.cost, **figures: Any) -> None:
+            def within(
+                done: float, of: float, *, _base: float = spent, _cost: float = task.cost, **figures: Any
+            ) -> None:
                 report(_base + _cost * done / max(of, 1e-9), total, **figures)
 
             if task.resources.gang > 1 and not in_gang():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.config.experiment import STAGES, Experiment
+from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.local import LocalExecutor, PlanChanged
 from plmsae_cli.executors.worker import STAGE_MODULES
 from plmsae_cli.runtime.progress import Reporter, clock
@@ -243,12 +243,10 @@ def _locked(run: RunFolder) -> Iterator[None]:
     run.path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.path.parent / f".{run.path.name}.lock")
     try:
-        with lock.acquire(timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise Locked(f"another plmsae process is working on {run.path}", "wait for it, or stop it") from error
-
-
-def ordered(stages: Sequence[str]) -> list[str]:
-    """Stages in pipeline order."""
-    return [stage for stage in STAGES if stage in stages]
+    try:
+        yield
+    finally:
+        lock.release()

@@ -8,15 +8,19 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from plmsae_cli.config.errors import UserError
+import torch
+
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.worker import LocalContext, run_task
+from plmsae_cli.runtime.run_folder import cpu_count
 from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.system_errors import as_user_error
 from plmsae_cli.runtime.task import Interrupted, Task
 
 ATTEMPTS = 2
@@ -47,13 +51,14 @@ class Pool:
         self._experiment = experiment
         self._spawn = mp.get_context("spawn")  # threads, CUDA and S3 clients do not survive a fork
         self._gpus = gpus
+        self._slots = slots
         self._workers = [self._start(slot) for slot in range(slots)]
 
     def _start(self, slot: int) -> _Worker:
         ours, theirs = self._spawn.Pipe()
-        process = self._spawn.Process(
-            target=_serve, args=(theirs, self._experiment.dump(), slot if self._gpus else None), daemon=True
-        )
+        gpu = slot if self._gpus else None
+        arguments = (theirs, self._experiment.dump(), gpu, max(1, cpu_count() // self._slots))
+        process = self._spawn.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -121,8 +126,9 @@ class Pool:
 
     def _ask_to_stop(self) -> None:
         for worker in self._workers:
-            if worker.task is not None and worker.process.is_alive() and worker.process.pid is not None:
-                worker.pipe.send(None)
+            if worker.task is not None:
+                with suppress(OSError):  # it died just now
+                    worker.pipe.send(None)
 
     def close(self) -> None:
         for worker in self._workers:
@@ -133,12 +139,14 @@ class Pool:
                 worker.process.kill()
 
 
-def _serve(pipe: Connection, experiment: dict[str, Any], gpu: int | None) -> None:
+def _serve(pipe: Connection, experiment: dict[str, Any], gpu: int | None, threads: int) -> None:
     """A worker process: tasks in, progress and outcomes out, gone with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the group; the parent decides
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible != [""] else str(gpu)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # workers that share a CPU must not each take all of it
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     inbox: list[dict[str, Any]] = []
     arrived = threading.Condition()
 
@@ -170,7 +178,6 @@ def _serve(pipe: Connection, experiment: dict[str, Any], gpu: int | None) -> Non
             pipe.send(("done", None))
         except Interrupted:
             pipe.send(("interrupted", None))
-        except UserError as error:
-            pipe.send(("failed", error))
         except Exception as error:
-            pipe.send(("failed", TaskFailed(task.id, f"{type(error).__name__}: {error}", traceback.format_exc())))
+            failed = TaskFailed(task.id, f"{type(error).__name__}: {error}", traceback.format_exc())
+            pipe.send(("failed", as_user_error(error) or failed))

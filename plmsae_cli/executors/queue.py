@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,8 +73,9 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         holder = read_json(card) or {}
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("started", time.time())))
+        who = f"pid {holder.get('pid', '?')} on {holder.get('host', '?')} since {since}"
         raise Locked(
-            f"a queue runs on {folder} already: pid {holder.get('pid', '?')} on {holder.get('host', '?')} since {since}",
+            f"a queue runs on {folder} already: {who}",
             "YAMLs dropped into the folder now are picked up by it",
         ) from error
     try:
@@ -81,6 +83,27 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         card.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def smoke_folder(root: Path) -> Iterator[None]:
+    """An empty folder for a smoke run, which proves something only if it runs; one smoke run at a time.
+
+    Raises:
+        Locked: another one runs in this folder.
+    """
+    assert "bugfix" in root.name
+    root.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root.with_name(f".{root.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise Locked(f"another --bugfix runs in {root}", "wait for it, or start in another folder") from error
+    try:
+        shutil.rmtree(root, ignore_errors=True)
+        yield
+    finally:
         lock.release()
 
 

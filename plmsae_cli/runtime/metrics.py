@@ -79,6 +79,8 @@ class WandbSink:
             import wandb
 
             os.environ.setdefault("WANDB_SILENT", "true")
+            # A network that died must not hold a finished run; what was not sent stays on disk for `wandb sync`.
+            os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
             self._run = wandb.init(
                 project=options.project,
                 entity=options.entity,

@@ -41,11 +41,15 @@ class _Pace:
         self.begun = time.monotonic()
         self._first: tuple[float, float] | None = None
 
-    def line(self, done: float, total: float, figures: dict[str, Any]) -> str:
-        now = time.monotonic()
+    def see(self, done: float) -> tuple[float, float]:
+        """When the first report came, and what was done by then: what a resumed task finds done is not pace."""
         if self._first is None:
-            self._first = (now, done)
-        since, start = self._first
+            self._first = (time.monotonic(), done)
+        return self._first
+
+    def line(self, done: float, total: float, figures: dict[str, Any]) -> str:
+        since, start = self.see(done)
+        now = time.monotonic()
         left = (now - since) * (total - done) / (done - start) if done > start else None
         parts = [f"{100 * done / max(total, 1e-9):5.1f} %"]
         parts += [f"{clock(now - self.begun)} so far"] if left is None else [f"{clock(left)} left"]
@@ -70,7 +74,10 @@ class PlainReporter:
     def update(self, done: float | None, total: float | None, **figures: Any) -> None:
         if note := figures.get("note"):
             self.say(str(note))
-        if done is None or total is None or time.monotonic() - self._last < PLAIN_EVERY_S:
+        if done is None or total is None:
+            return
+        self._pace.see(done)
+        if time.monotonic() - self._last < PLAIN_EVERY_S:
             return
         self._last = time.monotonic()
         self.say(f"{self._title}: {self._pace.line(done, total, figures)}")

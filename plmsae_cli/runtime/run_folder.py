@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -19,11 +20,15 @@ from plmsae_cli.config.experiment import Experiment
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small local file atomically."""
+    """Replace a small local file atomically. Raises OSError that names it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path, body: Any) -> None:
@@ -60,10 +65,9 @@ class RunFolder:
         if text is not None:
             write_text(self.path / "experiment.yaml", text)
         yaml = YAML()
-        temporary = self.path / ".resolved.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            yaml.dump(experiment.dump(), file)
-        os.replace(temporary, self.path / "resolved.yaml")
+        resolved = io.StringIO()
+        yaml.dump(experiment.dump(), resolved)
+        write_text(self.path / "resolved.yaml", resolved.getvalue())
         write_json(self.path / "environment.json", environment())
 
     def point(self, artifacts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -135,12 +139,17 @@ def environment() -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cpu_count(),
         "device": device_name(),
         "versions": versions,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
     }
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name() -> str:
@@ -163,7 +172,8 @@ def _git(*arguments: str) -> str | None:
     if not (folder / ".git").exists():
         return None
     try:
-        answer = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        command = ["git", *arguments]
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
     except OSError:
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,7 +1,7 @@
 """Stopping: the first Ctrl-C, SIGTERM or a STOP file asks; the second insists.
 
-`request` may be called from a signal handler. Loops call `requested()` between steps; it costs one attribute read, plus a
-stat of the STOP file at most every second.
+`request` may be called from a signal handler. Loops call `requested()` between steps; it costs one attribute read, plus
+a stat of the STOP file at most every second.
 """
 
 from __future__ import annotations

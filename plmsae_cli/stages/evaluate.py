@@ -16,7 +16,7 @@ from plmsae_cli.runtime.task import Artifact, Context, Plan, Resources, Result, 
 from plmsae_cli.stages.common import remaining, require_manifest
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.manifest import canonical_json, read_manifest
+from plmsae_cli.store.manifest import canonical_json, read_manifest, read_parts
 
 if TYPE_CHECKING:
     from plmsae_cli.store.weights import WeightsInfo
@@ -59,6 +59,10 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
     options = context.experiment.eval.fidelity
     (folder,) = task.folders
     metrics, latents = _fidelity(folder, options, context)
+    # The files are about to be those of this task: the record of another's would be believed if sizes happened to agree.
+    for other in read_parts(context.store, folder):
+        if other.startswith("fidelity-") and other != task.id:
+            context.store.delete(join(folder, "parts", f"{other}.json"))
     files = [
         context.store.write(join(folder, "eval", "metrics.json"), [canonical_json(metrics)]),
         _write_latents(context.store, join(folder, "eval", "latents.parquet"), latents),

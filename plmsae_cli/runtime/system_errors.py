@@ -1,0 +1,40 @@
+"""What the system refuses (a full disk, a folder of somebody else, too little memory), put into words for users."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+from plmsae_cli.config.errors import UserError
+
+_SPACE = "free some space or name another disk in root or data_root; the same command then continues"
+_RIGHTS = "check who may write there, or name another folder in root or data_root"
+_HINTS = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: _SPACE,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a file is where a folder should be",
+    errno.EISDIR: "a folder is where a file should be",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """The error in words: a UserError is one already; None for what nobody foresaw."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in _HINTS:
+        subject = f"{error.filename}: " if error.filename is not None else ""
+        return UserError(f"{subject}{error.strerror}", _HINTS[error.errno])
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        first = (str(error).splitlines() or [""])[0]
+        return UserError(
+            f"out of memory. {first}".strip(),
+            "lower train.batch_tokens, train.sae.expansion, embed.batch_tokens or shuffle.memory, or take more GPUs",
+        )
+    return None

@@ -1,0 +1,152 @@
+"""`plmsae run` on folders: all files are checked first, one failure does not stop the next, nothing runs twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plmsae_cli.cli import run as run_verb
+from plmsae_cli.config import faults
+
+Plmsae = Callable[..., Any]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(write: Write) -> Write:
+    """Experiments without eval: only the order of things matters here."""
+    return partial(write, evaluation="")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_counts() -> None:
+    faults._passes.clear()
+
+
+def states(outcome: Any) -> dict[str, str]:
+    return {Path(e["path"]).name: e["state"] for e in json.loads(outcome.out)["queue"]}
+
+
+def test_two_of_four_invalid_shows_every_problem_and_runs_nothing(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        write(f"queue/{name}.yaml")
+    (tmp_path / "queue" / "b.yaml").write_text("train: {sae: {k: 0}, tokns: 5}\n")
+    (tmp_path / "queue" / "d.yaml").write_text("embed: [\n")
+    refused = plmsae("run", tmp_path / "queue")
+    assert refused.code == 2
+    for said in ("b.yaml:1:18: train.sae.k", "train.tokns: unknown key", "did you mean train.tokens?", "d.yaml:"):
+        assert said in refused.err
+    assert "nothing was run" in refused.err
+    assert "(4 experiments checked)" in refused.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["queue"]
+    assert sorted(p.name for p in (tmp_path / "queue").iterdir()) == [f"{n}.yaml" for n in "abcd"]
+
+
+def test_one_that_fails_does_not_stop_the_next_and_the_second_start_does_what_is_left(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        write(f"queue/{name}.yaml")
+    write("queue/examples/z.yaml")
+    monkeypatch.setenv("PLMSAE_FAULT", "raise:train.train.begin:2")
+    first = plmsae("run", tmp_path / "queue", "--json")
+    assert first.code == 3
+    assert states(first) == {"a.yaml": "done", "b.yaml": "failed", "c.yaml": "done"}
+    assert "InjectedFault" in first.err
+    status = json.loads((tmp_path / "runs" / "b" / "status.json").read_text())
+    assert (status["state"], status["stage"], status["error"]) == ("failed", "train", "injected fault at train.train.begin")
+
+    monkeypatch.delenv("PLMSAE_FAULT")
+    second = plmsae("run", tmp_path / "queue")
+    assert second.code == 0
+    table = [line.split() for line in second.out[second.out.index("experiment ") :].splitlines()]
+    assert table[0] == ["experiment", "state", "time", "see"]
+    assert [row[:2] for row in table[1:]] == [["a.yaml", "skipped"], ["b.yaml", "done"], ["c.yaml", "skipped"]]
+    assert all(Path(row[3]).is_file() for row in table[1:])
+    status = json.loads((tmp_path / "runs" / "b" / "status.json").read_text())
+    assert (status["state"], status["stage"], status["error"]) == ("done", None, None)
+    assert not (tmp_path / "runs" / "z").exists()
+    assert sorted(p.name for p in (tmp_path / "queue").iterdir() if p.suffix == ".json") == []
+
+
+def test_an_experiment_whose_inputs_are_missing_fails_before_its_first_stage(
+    plmsae: Plmsae, write: Write, tmp_path: Path
+) -> None:
+    write("queue/a.yaml", fasta=tmp_path / "nowhere.fasta")
+    write("queue/b.yaml")
+    ended = plmsae("run", tmp_path / "queue", "--json")
+    assert ended.code == 3
+    assert states(ended) == {"a.yaml": "failed", "b.yaml": "done"}
+    assert "nowhere.fasta" in ended.err
+    assert not (tmp_path / "runs" / "a").exists()
+
+
+def test_files_dropped_in_while_it_runs_are_picked_up(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("queue/b.yaml")
+    real = run_verb.preflight
+
+    def drop(experiment: Any, stages: Any) -> Any:
+        if not (tmp_path / "queue" / "a.yaml").exists():
+            write("queue/a.yaml", tokens=640)
+            (tmp_path / "queue" / "c.yaml").write_text("train: {sea: {}}\n")
+        return real(experiment, stages)
+
+    monkeypatch.setattr(run_verb, "preflight", drop)
+    ended = plmsae("run", tmp_path / "queue", "--json")
+    assert states(ended) == {"b.yaml": "done", "a.yaml": "done", "c.yaml": "failed"}
+    assert ended.code == 3
+    assert "did you mean train.sae?" in ended.err
+
+
+def test_two_files_of_one_name_are_reported_before_anything_runs(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:
+    write("queue/a.yaml")
+    write("queue/b.yaml", more="name: a\n")
+    refused = plmsae("run", tmp_path / "queue")
+    assert refused.code == 2
+    assert "a.yaml" in refused.err
+    assert "b.yaml" in refused.err
+    assert f"share the run folder {tmp_path / 'runs' / 'a'}" in refused.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wish_to_stop_leaves_the_rest_pending(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wish comes when the first has nothing left to do: it is done, and no other one is begun."""
+    from plmsae_cli.runtime.stop import STOP
+
+    for name in ("a", "b"):
+        write(f"queue/{name}.yaml")
+    real = run_verb.outcome
+
+    def stop(run: Path) -> dict[str, Any]:
+        STOP.request()
+        return real(run)
+
+    monkeypatch.setattr(run_verb, "outcome", stop)
+    ended = plmsae("run", tmp_path / "queue", "--json")
+    assert ended.code == 75
+    assert states(ended) == {"a.yaml": "done", "b.yaml": "pending"}
+    assert not (tmp_path / "runs" / "b").exists()
+
+
+def test_the_same_file_named_twice_runs_once(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:
+    path = write("queue/a.yaml")
+    body = json.loads(plmsae("run", path, tmp_path / "queue", "--dry-run", "--json").out)
+    assert len(body["experiments"]) == 1
+
+
+def test_an_empty_folder_and_a_missing_one_are_wrong_usage(plmsae: Plmsae, tmp_path: Path) -> None:
+    for target, said in ((tmp_path, "no experiments in"), (tmp_path / "nowhere", "does not exist")):
+        refused = plmsae("run", target)
+        assert refused.code == 2
+        assert said in refused.err
+
+

@@ -1,0 +1,149 @@
+"""The loop with an objective that only counts: which steps are logged, saved, stopped at, and what a NaN leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.faults import InjectedFault
+from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.runtime.run_folder import RunFolder
+from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import Interrupted
+from plmsae_cli.store.checkpoint import load_newest
+from plmsae_cli.training.loop import Diverged, fit
+
+
+class Counting:
+    """Its state is the sum of its steps; the loss of a step is a number of its own, NaN from `bad` on."""
+
+    tokens_per_step = 100
+    device = torch.device("cpu")
+
+    def __init__(self, bad: int | None = None, stop: int | None = None) -> None:
+        self.total = torch.zeros(3)
+        self.bad, self.stop = bad, stop
+        self.steps: list[int] = []
+
+    def step(self, step: int) -> Mapping[str, torch.Tensor]:
+        self.steps.append(step)
+        if step == self.stop:
+            STOP.request()
+        self.total += step + 1
+        failed = self.bad is not None and step >= self.bad
+        return {"loss": torch.tensor(math.nan if failed else 1.0 / (step + 1)), "total": self.total[0].clone()}
+
+    def rates(self, step: int) -> Mapping[str, float]:
+        return {"lr": 0.1 * step}
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return {"total": self.total}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.total.copy_(tensors["total"])
+
+    def validate(self, step: int) -> Mapping[str, Any]:
+        return {"random": {"loss": float(step)}} if step % 6 == 0 else {}
+
+
+@pytest.fixture(autouse=True)
+def _no_stop() -> Any:
+    STOP.asked = False
+    yield
+    STOP.asked = False
+
+
+def train(folder: Path, objective: Counting, steps: int = 20, **train: Any) -> list[tuple[float, float]]:
+    """Run the loop; returns the progress that was shown."""
+    body = {"kind": "plm", "plm": {"fasta": "a.fasta"}, "batch_tokens": 16_384, **train}
+    options = {"log_every": 4, "checkpoint_every": 5}
+    experiment = Experiment.model_validate({"name": "run", "root": str(folder), "train": {**options, **body}})
+    shown: list[tuple[float, float]] = []
+    run = RunFolder(folder / "run")
+    fit(objective, steps, experiment, run, Gang(), lambda done, total, **figures: shown.append((done, total)))
+    return shown
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(p.name[5:]) for p in (folder / "run" / "checkpoints").glob("step-*"))
+
+
+def test_first_last_and_every_nth_step_are_logged(tmp_path: Path) -> None:
+    objective = Counting()
+    shown = train(tmp_path, objective, steps=18)
+    assert objective.steps == list(range(18))
+    figures = [line for line in lines(tmp_path) if "loss" in line]
+    assert [line["step"] for line in figures] == [1, 4, 8, 12, 16, 18]
+    assert [step for step, _ in shown] == [1, 4, 8, 12, 16, 18]
+    for line in figures:
+        step = line["step"]
+        assert line["tokens"] == 100 * step
+        assert line["loss"] == pytest.approx(1.0 / step)
+        assert line["total"] == step * (step + 1) / 2, "a line's figures are of its own step"
+        assert line["lr"] == pytest.approx(0.1 * (step - 1))
+    valid = [line for line in lines(tmp_path) if "valid" in line]
+    assert [(line["step"], line["tokens"], line["valid"]["random"]["loss"]) for line in valid] == [
+        (6, 600, 6.0), (12, 1200, 12.0), (18, 1800, 18.0)
+    ]  # fmt: skip
+    assert [line["step"] for line in lines(tmp_path)] == sorted(line["step"] for line in lines(tmp_path))
+    assert saved(tmp_path) == [15, 18]
+
+
+def test_a_finished_run_starts_no_step(tmp_path: Path) -> None:
+    train(tmp_path, Counting(), steps=20)
+    before = lines(tmp_path)
+    again = Counting()
+    train(tmp_path, again, steps=20)
+    assert again.steps == []
+    assert again.total[0] == 210
+    assert lines(tmp_path) == before
+
+
+def test_a_stop_is_obeyed_after_its_step_and_saved(tmp_path: Path) -> None:
+    whole = Counting()
+    train(tmp_path / "whole", whole)
+    with pytest.raises(Interrupted):
+        train(tmp_path, Counting(stop=10))
+    found = load_newest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert (found.step, float(found.tensors["total"][0])) == (11, 66.0)
+    assert found.state["tokens"] == 1100
+    STOP.asked = False
+    rest = Counting()
+    train(tmp_path, rest)
+    assert rest.steps == list(range(11, 20))
+    assert torch.equal(rest.total, whole.total)
+    ours, theirs = lines(tmp_path), lines(tmp_path / "whole")
+    for line in (*ours, *theirs):
+        line.pop("tokens_per_second", None)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_a_loss_that_is_not_finite_ends_it_and_is_never_saved_over_a_good_state(tmp_path: Path, log_every: int) -> None:
+    with pytest.raises(Diverged, match=r"nan at step 10; .*train\.lr"):
+        train(tmp_path, Counting(bad=9), log_every=log_every)
+    assert saved(tmp_path) == [5]
+    assert lines(tmp_path)[-1]["step"] == 10
+    assert lines(tmp_path)[-1]["loss"] is None
+
+
+def test_a_fault_can_be_placed_by_rank_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLMSAE_FAULT", "raise:train.step:rank=0,step=7")
+    objective = Counting()
+    with pytest.raises(InjectedFault):
+        train(tmp_path, objective)
+    assert objective.steps == list(range(7))
+    monkeypatch.setenv("PLMSAE_FAULT", "raise:train.step:rank=1,step=8")
+    train(tmp_path, objective)

@@ -1,0 +1,229 @@
+"""Masked language modelling: what is masked, the loss against fair-esm's model, gradients over packs."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import esm
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from plmsae_cli.config.experiment import PLM, Train
+from plmsae_cli.plm.alphabet import AMINO_ACIDS, CLS, EOS, FIRST_LETTER, MASK, PAD, Packed, encode, pack, wrap
+from plmsae_cli.plm.attention import Documents
+from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.training.packs import Packs
+from plmsae_cli.training.plm_objective import IGNORED, VALIDATION_SEED, PLMObjective, corrupt
+
+PACK_TOKENS = 256
+PACKS_A_STEP = 3
+SEED = 5
+
+
+def proteins(count: int, seed: int, longest: int = 90) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return ["".join(rng.choice(list(AMINO_ACIDS + "X"), rng.integers(2, longest))) for _ in range(count)]
+
+
+def packs(count: int, seed: int, order: int | None = SEED, pack_tokens: int = PACK_TOKENS) -> Packs:
+    shard = np.concatenate([wrap(encode(s)) for s in proteins(count, seed)])
+    return Packs([shard], pack_tokens, 92, order)
+
+
+def objective(**changes: Any) -> PLMObjective:
+    """A small model on random proteins, three packs a step."""
+    plm = {
+        "fasta": "none.fasta", "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_length": 90,
+        "pack_tokens": PACK_TOKENS, "eval_every": 2, "eval_tokens": 4 * PACK_TOKENS, "corruption": "mask",
+    }  # fmt: skip
+    plm |= changes.pop("plm", {})
+    options = Train.model_validate(
+        {
+            "kind": "plm", "plm": PLM.model_validate(plm), "batch_tokens": PACKS_A_STEP * PACK_TOKENS, "seed": SEED,
+            "lr": 1e-3, "lr_warmup_steps": 0, "grad_clip": None, **changes,
+        }
+    )  # fmt: skip
+    valid = {"random": packs(60, 2, None)}
+    return PLMObjective(options, packs(150, 1), valid, 10, Gang(), torch.device("cpu"), torch.float32)
+
+
+# What is corrupted
+
+
+@pytest.fixture(scope="module")
+def many() -> Packed:
+    """A pack of 400,000 tokens: long documents, a tail of padding, every letter of the alphabet."""
+    letters = np.array([*encode(AMINO_ACIDS + "XBUZO")])
+    rng = np.random.default_rng(0)
+    documents = [rng.choice(letters, 1000).astype(np.uint8) for _ in range(380)]
+    return pack(documents, num_tokens=400_000, max_len=1002)
+
+
+def within(count: int, total: int, rate: float) -> None:
+    """A binomial count is within four deviations of its mean."""
+    assert abs(count - total * rate) < 4 * math.sqrt(total * rate * (1 - rate)), f"{count / total} is not {rate}"
+
+
+@pytest.mark.parametrize("corruption", ["mask", "bert"])
+@pytest.mark.parametrize("rate", [0.15, 0.4])
+def test_targets_are_the_chosen_residues_and_no_other_token(many: Packed, corruption: str, rate: float) -> None:
+    inputs_T, targets_T = corrupt(many.tokens_T, many.residue_mask_T, rate, corruption, 7, 3)
+    chosen_T = targets_T != IGNORED
+    tokens_T = many.tokens_T.long()
+    within(int(chosen_T.sum()), int(many.residue_mask_T.sum()), rate)
+    assert not (chosen_T & ~many.residue_mask_T).any()
+    assert not torch.isin(targets_T, torch.tensor([CLS, EOS, PAD, MASK])).any()
+    assert torch.equal(targets_T[chosen_T], tokens_T[chosen_T])
+    assert torch.equal(inputs_T[~chosen_T], tokens_T[~chosen_T])
+    if corruption == "mask":
+        assert (inputs_T[chosen_T] == MASK).all()
+
+
+def test_bert_masks_80_replaces_10_and_keeps_10_percent(many: Packed) -> None:
+    inputs_T, targets_T = corrupt(many.tokens_T, many.residue_mask_T, 0.15, "bert", 7, 3)
+    chosen_T = targets_T != IGNORED
+    # Where the truth is no standard residue, a random amino acid always differs from it: the fates are told apart.
+    odd_T = chosen_T & (many.tokens_T >= FIRST_LETTER + len(AMINO_ACIDS))
+    fates = inputs_T[odd_T]
+    masked, kept = fates == MASK, fates == targets_T[odd_T]
+    replaced = ~masked & ~kept
+    for share, rate in ((masked, 0.8), (replaced, 0.1), (kept, 0.1)):
+        within(int(share.sum()), len(fates), rate)
+    counts = torch.bincount(fates[replaced] - FIRST_LETTER, minlength=20)
+    assert len(counts) == 20, "replacements are the 20 amino acids"
+    for count in counts.tolist():
+        within(count, int(replaced.sum()), 1 / 20)
+    # Over all residues a replacement hits the truth once in twenty.
+    within(int((inputs_T[chosen_T] == MASK).sum()), int(chosen_T.sum()), 0.8)
+
+
+def test_masks_are_a_function_of_the_keys(many: Packed) -> None:
+    def chosen(*keys: int) -> torch.Tensor:
+        return corrupt(many.tokens_T, many.residue_mask_T, 0.15, "bert", *keys)[1] != IGNORED
+
+    first = chosen(0, 1)
+    assert torch.equal(first, chosen(0, 1))
+    residues = int(many.residue_mask_T.sum())
+    for other in (chosen(0, 2), chosen(1, 1), chosen(1, 0)):
+        within(int((first & other).sum()), residues, 0.15**2)
+
+
+# The loss
+
+
+def documents_of(tokens_T: torch.Tensor, packed: Packed) -> list[torch.Tensor]:
+    """A pack's real documents, one tensor each."""
+    edges = packed.cu_seqlens.tolist()
+    real = [(a, b) for a, b in pairwise(edges) if b > a and packed.tokens_T[a] != PAD]
+    return [tokens_T[a:b] for a, b in real]
+
+
+def peer_scores(model: torch.nn.Module, corrupted: list[tuple[Packed, torch.Tensor, torch.Tensor]]) -> list[float]:
+    """(mean cross-entropy, accuracy, number) over the targets, by fair-esm's model in float64 on a padded batch."""
+    config = model.config
+    peer = esm.model.esm2.ESM2(config.num_layers, config.d, config.num_heads)  # type: ignore[arg-type,union-attr]
+    loaded = peer.load_state_dict(model.state_dict(), strict=False)
+    assert {name.split(".")[0] for name in loaded.missing_keys} <= {"contact_head", "lm_head", "layers"}
+    peer = peer.double().eval()
+    inputs = [d for p, inputs_T, _ in corrupted for d in documents_of(inputs_T, p)]
+    targets = [d for p, _, targets_T in corrupted for d in documents_of(targets_T, p)]
+    batch_BL = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=PAD)
+    target_BL = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+    with torch.no_grad():
+        logits_BLV = peer(batch_BL)["logits"]
+    chosen = target_BL != IGNORED
+    log_p = logits_BLV[chosen] - logits_BLV[chosen].exp().sum(-1, keepdim=True).log()
+    truth = target_BL[chosen]
+    loss = -log_p.gather(1, truth[:, None]).mean()
+    return [float(loss), float((log_p.argmax(-1) == truth).double().mean()), len(truth)]
+
+
+def corrupted_packs(
+    source: Packs, numbers: range, seed: int, corruption: str
+) -> list[tuple[Packed, torch.Tensor, torch.Tensor]]:
+    made = [(n, source.pack(n)) for n in numbers]
+    return [(p, *corrupt(p.tokens_T, p.residue_mask_T, 0.15, corruption, seed, n)) for n, p in made]
+
+
+@pytest.mark.parametrize("corruption", ["mask", "bert"])
+def test_the_loss_is_fair_esms_over_the_global_batch(corruption: str) -> None:
+    one = objective(plm={"corruption": corruption})
+    for step in range(2):
+        batch = corrupted_packs(packs(150, 1), range(3 * step, 3 * step + 3), SEED, corruption)
+        loss, accuracy, _ = peer_scores(one.model, batch)
+        figures = one.step(step)
+        assert float(figures["loss"]) == pytest.approx(loss, rel=2e-6)
+        assert float(figures["accuracy"]) == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_validation_is_fair_esms_on_fixed_masks_whatever_the_step() -> None:
+    one = objective(plm={"corruption": "bert"})
+    assert one.validate(3) == {}
+    figures = one.validate(2)
+    assert one.validate(8) == figures
+    source = packs(60, 2, None)
+    assert source.epoch_packs(0) > 4, "eval_tokens must cut"
+    batch = corrupted_packs(source, range(4), VALIDATION_SEED, "mask")
+    loss, accuracy, count = peer_scores(one.model, batch)
+    found = figures["random"]
+    assert found["loss"] == pytest.approx(loss, rel=2e-6)
+    assert found["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert found["residues"] == count
+    one.step(0)
+    assert one.validate(2)["random"]["loss"] != found["loss"], "it reads the model's present weights"
+
+
+def test_a_validation_set_without_a_masked_residue_is_left_out() -> None:
+    one = objective(plm={"mask_rate": 1e-6})
+    tiny = pack([encode("M")])
+    assert (corrupt(tiny.tokens_T, tiny.residue_mask_T, 1e-6, "mask", VALIDATION_SEED, 0)[1] == IGNORED).all()
+    one._valid = {"tiny": Packs([wrap(encode("M"))], PACK_TOKENS, 92, None)}
+    assert one.validate(2) == {}
+
+
+def test_gradients_of_several_packs_are_those_of_one_large_pack() -> None:
+    one = objective()
+    model = one.model
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    one.step(0)
+    accumulated = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    parts = corrupted_packs(packs(150, 1), range(3), SEED, "mask")
+    inputs_T = torch.cat([inputs for _, inputs, _ in parts])
+    targets_T = torch.cat([targets for _, _, targets in parts])
+    lengths = tuple(length for p, _, _ in parts for length in p.lengths)
+    edges = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    model.load_state_dict(initial, strict=False)
+    model.zero_grad()
+    logits = model(inputs_T, Documents(edges, max(lengths), lengths), logits=True).logits
+    F.cross_entropy(logits, targets_T, ignore_index=IGNORED).backward()
+    assert accumulated.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(accumulated[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_saved_state_continues_bit_for_bit() -> None:
+    one, other = objective(grad_clip=1.0), objective(grad_clip=1.0)
+    for step in range(3):
+        one.step(step)
+    saved = {name: tensor.clone() for name, tensor in one.tensors().items()}
+    expected = [one.step(step) for step in range(3, 6)]
+    other.load(saved)
+    found = [other.step(step) for step in range(3, 6)]
+    for a, b in zip(expected, found, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    first, second = one.tensors(), other.tensors()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_weight_decay_is_on_matrices_alone() -> None:
+    names = objective().tensors()
+    decayed = {n.split(".", 2)[2].rpartition(".")[0] for n in names if n.startswith("adam.matrices.")}
+    model = objective().model
+    assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}

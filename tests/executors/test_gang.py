@@ -1,0 +1,81 @@
+"""Which rank failed, and why: read from what ranks and torchrun leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.executors.gang import _first_error
+from plmsae_cli.executors.pool import TaskFailed
+from plmsae_cli.runtime.run_folder import RunFolder, write_json
+from plmsae_cli.runtime.task import Task
+
+TASK = Task("train", "train", ("run",))
+KILLED = """
+[0]:
+  time      : 2026-01-01_00:00:00
+  host      : host
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 17)
+  error_file: <N/A>
+[1]:
+  time      : 2026-01-01_00:00:00
+  host      : host
+  rank      : 3 (local_rank: 1)
+  exitcode  : {code} (pid: 18)
+  error_file: <N/A>
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "torchrun.log").write_text(KILLED.format(code=-9))
+    return RunFolder(tmp_path)
+
+
+def error(run: RunFolder, rank: int, time: float, **body: Any) -> None:
+    whole = {"rank": rank, "time": time, "user": False, "message": "m", "hint": None, "trace": "t", **body}
+    write_json(run.path / "logs" / f"error-rank-{rank}.json", whole)
+
+
+def told(run: RunFolder, before: int) -> Exception:
+    return _first_error(TASK, run, 1, before)
+
+
+@pytest.mark.parametrize(("code", "name"), [(-9, "SIGKILL"), (-11, "SIGSEGV"), (-15, "SIGTERM")])
+def test_a_killed_rank_is_named_even_if_others_failed_in_its_wake(run: RunFolder, code: int, name: str) -> None:
+    log = run.path / "logs" / "torchrun.log"
+    log.write_text(KILLED.format(code=code))
+    error(run, 0, 5.0, message="RuntimeError: Connection closed by peer")
+    found = told(run, 0)
+    assert isinstance(found, TaskFailed)
+    assert f"rank 3 was killed ({name})" in str(found)
+    assert ("memory" in str(found)) == (code == -9)
+    assert str(log) in str(found)
+
+
+def test_what_an_earlier_start_left_in_the_log_does_not_count(run: RunFolder) -> None:
+    size = (run.path / "logs" / "torchrun.log").stat().st_size
+    error(run, 1, 7.0, message="RuntimeError: later")
+    error(run, 0, 6.0, message="RuntimeError: first", trace="Traceback ...")
+    found = told(run, size)
+    assert isinstance(found, TaskFailed)
+    assert str(found) == "train: rank 0: RuntimeError: first"
+    assert found.trace == "Traceback ..."
+
+
+def test_an_error_for_the_user_stays_one(run: RunFolder) -> None:
+    size = (run.path / "logs" / "torchrun.log").stat().st_size
+    error(run, 1, 1.0, user=True, message="no", hint="yes")
+    found = told(run, size)
+    assert isinstance(found, UserError)
+    assert (found.message, found.hint) == ("no", "yes")
+
+
+def test_when_nobody_said_why_the_log_is_named(run: RunFolder) -> None:
+    size = (run.path / "logs" / "torchrun.log").stat().st_size
+    assert "torchrun.log" in str(told(run, size))

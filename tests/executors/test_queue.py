@@ -1,0 +1,82 @@
+"""The queue without experiments: order, locks, files that come and go."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.executors.pipeline import Locked
+from plmsae_cli.executors.queue import Entry, find, locked, run_queue, smoke_folder
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_files_as_given_and_folders_by_name_each_once(tmp_path: Path) -> None:
+    touch(tmp_path, "b.yaml", "a.yml", "10.yaml", "9.yaml", ".hidden.yaml", "notes.txt", "examples/z.yaml")
+    found = find([tmp_path / "b.yaml", tmp_path, tmp_path / "examples"])
+    assert [p.name for p in found] == ["b.yaml", "10.yaml", "9.yaml", "a.yml", "z.yaml"]
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+        find([tmp_path / "nowhere.yaml"])
+
+
+def test_files_that_come_while_it_runs_are_appended_and_a_folder_that_goes_is_no_accident(tmp_path: Path) -> None:
+    touch(tmp_path, "q/b.yaml", "q/c.yaml")
+    order = []
+
+    def run_one(entry: Entry) -> None:
+        order.append(entry.path.name)
+        entry.state = "done"
+        if entry.path.name == "b.yaml":
+            touch(tmp_path, "q/a.yaml")
+        if entry.path.name == "c.yaml":
+            (tmp_path / "q").rename(tmp_path / "gone")
+
+    entries = run_queue([tmp_path / "q"], run_one)
+    assert order == ["b.yaml", "c.yaml", "a.yaml"]
+    assert [entry.state for entry in entries] == ["done"] * 3
+
+
+def test_after_an_interruption_the_rest_stays_pending(tmp_path: Path) -> None:
+    touch(tmp_path, "a.yaml", "b.yaml", "c.yaml")
+
+    def run_one(entry: Entry) -> None:
+        entry.state = "interrupted" if entry.path.name == "b.yaml" else "done"
+
+    assert [e.state for e in run_queue([tmp_path], run_one)] == ["done", "interrupted", "pending"]
+
+
+def test_one_queue_a_folder_and_the_lock_names_its_holder(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        card = json.loads((tmp_path / ".queue.json").read_text())
+        assert card["pid"] == os.getpid()
+        with pytest.raises(Locked, match=f"pid {os.getpid()} on .* since 20"), locked(tmp_path):
+            pass
+        assert (tmp_path / ".queue.json").exists()
+    assert not (tmp_path / ".queue.json").exists()
+
+
+def test_the_card_of_a_queue_that_died_locks_nobody_out(tmp_path: Path) -> None:
+    (tmp_path / ".queue.json").write_text('{"pid": 1, "host": "elsewhere", "started": 0}')
+    with locked(tmp_path):
+        assert json.loads((tmp_path / ".queue.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_smoke_run_has_an_empty_folder_to_itself(tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "bugfix"
+    touch(root, "old/status.json")
+    touch(tmp_path, "runs/mine/status.json")
+    with smoke_folder(root):
+        assert not root.exists()
+        touch(root, "new/status.json")
+        with pytest.raises(Locked, match="another --bugfix"), smoke_folder(root):
+            pass
+        assert (root / "new" / "status.json").exists()
+    assert (tmp_path / "runs" / "mine" / "status.json").exists()

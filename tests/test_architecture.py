@@ -88,7 +88,9 @@ def test_no_file_runs_strings_unpickles_or_needs_an_extra(name: str) -> None:
     for called, call in calls(name):
         last = called.rpartition(".")[2]
         options = {keyword.arg: keyword.value for keyword in call.keywords}
-        assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "tempfile.mktemp"), called
+        assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "tempfile.mktemp"), (
+            called
+        )
         assert not called.startswith(("os.exec", "os.spawn", "subprocess.get")), called
         assert "shell" not in options, called
         assert "allow_pickle" not in options or ast.literal_eval(options["allow_pickle"]) is False, called

@@ -29,7 +29,9 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SMOKE = Path(plmsae_cli.__file__).parent / "data" / "smoke.fasta.gz"
 
 TESTED = re.compile(r"^<!-- tested -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-EXPERIMENT = re.compile(r"^```yaml\n((?:name|embed|train|storage|data_root|shuffle|optimize|eval):.*?)^```$", re.M | re.S)
+EXPERIMENT = re.compile(
+    r"^```yaml\n((?:name|embed|train|storage|data_root|shuffle|optimize|eval):.*?)^```$", re.M | re.S
+)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?:^\$ |`)plmsae ([a-z]+[^`\n]*)", re.MULTILINE)

@@ -53,7 +53,8 @@ def failure(error: Exception) -> int:
         print("interrupted; the same command continues from here", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, TaskFailed):
-        print(error.trace, file=sys.stderr)
+        if error.trace:
+            print(error.trace, file=sys.stderr)
         complain(str(error))
         return FAILED
     if words := _words(error):

@@ -89,7 +89,9 @@ class Shuffle(Section):
 class Optimize(Section):
     """Buckets to a streamable dataset: LitData chunks that unmodified `litdata` reads too."""
 
-    chunk: Annotated[Bytes, SCIENCE] = Field(default="512MB", validate_default=True, json_schema_extra={"x-science": True})
+    chunk: Annotated[Bytes, SCIENCE] = Field(
+        default="512MB", validate_default=True, json_schema_extra={"x-science": True}
+    )
     """Bytes of one chunk file, rounded to whole blocks."""
     block_rows: Annotated[Count, SCIENCE] = 8192
     """Rows every chunk but the last is a multiple of: any training batch that divides it reads within one file."""
@@ -97,5 +99,7 @@ class Optimize(Section):
     @model_validator(mode="after")
     def _chunk_fits_litdata(self) -> Optimize:
         if self.chunk > 2**32 - 1:
-            raise rule("chunk", f"a LitData chunk holds at most 4 GiB, chunk is {self.chunk:,} bytes", "use chunk: 1GB or less")
+            raise rule(
+                "chunk", f"a LitData chunk holds at most 4 GiB, chunk is {self.chunk:,} bytes", "use chunk: 1GB or less"
+            )
         return self

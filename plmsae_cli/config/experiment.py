@@ -90,7 +90,9 @@ class Experiment(Section):
                 if getattr(self, stage) is not None and getattr(self, upstream) is None:
                     raise rule(stage, f"{stage} needs a {upstream} section", f"add `{upstream}:` or remove `{stage}:`")
         if self.train is not None and self.train.kind == "sae" and self.train.data is None and self.optimize is None:
-            raise rule("train", "train needs data", "add embed, shuffle and optimize sections, or train.data: a dataset folder")
+            raise rule(
+                "train", "train needs data", "add embed, shuffle and optimize sections, or train.data: a dataset folder"
+            )
         if self.eval is not None and self.train is not None and self.train.kind == "plm":
             raise rule("eval", "eval scores sparse autoencoders; a pLM run validates itself", "remove eval")
         if all(getattr(self, stage) is None for stage in STAGES):
@@ -105,9 +107,15 @@ class Experiment(Section):
         if len(set(layers)) != len(layers):
             raise rule("embed.layers", f"embed.layers names a layer twice: {layers}", "list each layer once")
         if self.train.layer is None and len(layers) > 1:
-            raise rule("train", f"embed.layers has {len(layers)} layers: train.layer must name one", f"add layer: {layers[-1]}")
+            raise rule(
+                "train", f"embed.layers has {len(layers)} layers: train.layer must name one", f"add layer: {layers[-1]}"
+            )
         if self.train.layer is not None and self.train.layer not in layers:
-            raise rule("train.layer", f"train.layer {self.train.layer} is not in embed.layers {layers}", "embed it or train on another")
+            raise rule(
+                "train.layer",
+                f"train.layer {self.train.layer} is not in embed.layers {layers}",
+                "embed it or train on another",
+            )
         return self
 
     def training_layer(self) -> int:

@@ -33,9 +33,13 @@ class SAE(Section):
     @model_validator(mode="after")
     def _one_width(self) -> SAE:
         if self.expansion is not None and self.num_latents is not None:
-            raise rule("num_latents", "expansion and num_latents both set the dictionary's width", "keep one of the two")
+            raise rule(
+                "num_latents", "expansion and num_latents both set the dictionary's width", "keep one of the two"
+            )
         if self.num_latents is not None and self.k > self.num_latents:
-            raise rule("k", f"k ({self.k}) is larger than num_latents ({self.num_latents})", "lower k or raise num_latents")
+            raise rule(
+                "k", f"k ({self.k}) is larger than num_latents ({self.num_latents})", "lower k or raise num_latents"
+            )
         return self
 
     @model_validator(mode="after")
@@ -43,9 +47,17 @@ class SAE(Section):
         if self.fractions is None:
             return self
         if self.architecture != "matryoshka_topk":
-            raise rule("fractions", f"fractions has no effect with architecture: {self.architecture}", "remove it or use architecture: matryoshka_topk")
+            raise rule(
+                "fractions",
+                f"fractions has no effect with architecture: {self.architecture}",
+                "remove it or use architecture: matryoshka_topk",
+            )
         if abs(sum(self.fractions) - 1.0) > 1e-3:
-            raise rule("fractions", f"fractions sum to {sum(self.fractions):.4f}, not 1", "each is one group's share of the latents")
+            raise rule(
+                "fractions",
+                f"fractions sum to {sum(self.fractions):.4f}, not 1",
+                "each is one group's share of the latents",
+            )
         return self
 
     def width(self, d: int) -> int:

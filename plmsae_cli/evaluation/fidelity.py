@@ -121,7 +121,9 @@ def loss_recovered(
         flags = np.concatenate([masks(sequences[i], mask_rate) for i in chosen])
         masked[packed.residue_mask_T] = torch.from_numpy(flags).to(device)
         splices = _splices(sae, mean_D, packed)
-        found["masked"].append(_score(plm, layer, splices, packed, packed.tokens_T.long().masked_fill(masked, MASK), masked))
+        found["masked"].append(
+            _score(plm, layer, splices, packed, packed.tokens_T.long().masked_fill(masked, MASK), masked)
+        )
         found["unmasked"].append(_score(plm, layer, splices, packed, packed.tokens_T.long(), packed.residue_mask_T))
         if done == 0:
             plain = plm(packed.tokens_T, packed.documents, logits=True).logits
@@ -182,9 +184,7 @@ def _score(
     log_p: dict[str, torch.Tensor] = {}
     ce = {}
     for name, splice in splices.items():
-        logits = plm(
-            inputs_T, packed.documents, logits=True, splice=None if splice is None else {layer: splice}
-        ).logits
+        logits = plm(inputs_T, packed.documents, logits=True, splice=None if splice is None else {layer: splice}).logits
         chosen = F.log_softmax(logits[scored_T].double(), dim=-1)  # in float32 a small KL is all rounding
         if name in ("original", "sae"):
             log_p[name] = chosen

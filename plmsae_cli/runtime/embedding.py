@@ -123,9 +123,7 @@ class Embedder:
             progress(done, int(lengths.sum()), unit="residues")
         return rows
 
-    def _forward(
-        self, sequences: Sequence[str], layers: Sequence[int], stored: torch.dtype
-    ) -> dict[int, torch.Tensor]:
+    def _forward(self, sequences: Sequence[str], layers: Sequence[int], stored: torch.dtype) -> dict[int, torch.Tensor]:
         """layer -> residue rows [R, d] of type `stored` on the CPU, in the order of the sequences."""
         packed = pack([encode(s) for s in sequences]).to(self.device)
         output = self.model(packed.tokens_T, packed.documents, layers=layers)

@@ -41,7 +41,9 @@ def load_sae_with_facts(run: str | Path, store: Store | None = None) -> SavedSAE
         raise UserError(f"{run} holds no trained SAE (no sae.json)", "name a run folder whose training has finished")
     facts = json.loads(store.read(path))
     if facts.get("format") != "plmsae.sae/1":
-        raise UserError(f"{path}: format {facts.get('format')!r} is not plmsae.sae/1", "was it written by a newer plmsae?")
+        raise UserError(
+            f"{path}: format {facts.get('format')!r} is not plmsae.sae/1", "was it written by a newer plmsae?"
+        )
     file = TensorFile(store, join(folder, "sae.safetensors"))
     return SavedSAE(from_state({name: file.read(name) for name in file.names()}, facts["config"]).eval(), facts)
 

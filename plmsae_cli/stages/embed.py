@@ -109,7 +109,11 @@ def _proteins(task: Task, context: Context) -> Mapping[str, Result]:
     ranges = [(start, stop) for start, stop in task.args["ranges"]]
     return {
         folder: Result(
-            [write_proteins(context.store, join(folder, "proteins.parquet"), lineage.fasta, lineage.scan, embed, ranges)]
+            [
+                write_proteins(
+                    context.store, join(folder, "proteins.parquet"), lineage.fasta, lineage.scan, embed, ranges
+                )
+            ]
         )
         for folder in task.folders
     }
@@ -132,7 +136,13 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
     sequences: list[str] = table["sequence"].to_pylist()
     heldout = [split == "heldout" for split in table["split"].to_pylist()]
     embedded = embedder.run(
-        sequences, sorted(set(layer_of.values())), heldout, embed.dtype, embed.batch_tokens, context.progress, context.check_stop
+        sequences,
+        sorted(set(layer_of.values())),
+        heldout,
+        embed.dtype,
+        embed.batch_tokens,
+        context.progress,
+        context.check_stop,
     )
     results = {}
     for folder, layer in layer_of.items():
@@ -154,7 +164,10 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
         results[folder] = Result(
             [
                 write_tensors(
-                    store, join(folder, name), {"acts": train_RD}, {**metadata, "row_offset": str(task.args["row_offset"])}
+                    store,
+                    join(folder, name),
+                    {"acts": train_RD},
+                    {**metadata, "row_offset": str(task.args["row_offset"])},
                 ),
                 write_tensors(
                     store,

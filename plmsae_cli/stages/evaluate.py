@@ -146,7 +146,8 @@ def _latents(seen: Any, maximum_N: Any, rows: int, table: Any) -> dict[str, Any]
     protein_N, residue_N = locate_rows(table, top_N.clip(min=0))
     ids, sequences = table["id"].to_pylist(), table["sequence"].to_pylist()
     contexts = [
-        sequences[p][max(0, r - CONTEXT_RESIDUES) : r + CONTEXT_RESIDUES + 1] for p, r in zip(protein_N, residue_N, strict=True)
+        sequences[p][max(0, r - CONTEXT_RESIDUES) : r + CONTEXT_RESIDUES + 1]
+        for p, r in zip(protein_N, residue_N, strict=True)
     ]
     return {
         "latent": list(range(len(top_N))),
@@ -158,7 +159,9 @@ def _latents(seen: Any, maximum_N: Any, rows: int, table: Any) -> dict[str, Any]
         "top_protein": [ids[p] if f else None for p, f in zip(protein_N, fired, strict=True)],
         "top_residue": [int(r) + 1 if f else None for r, f in zip(residue_N, fired, strict=True)],
         "top_context": [c if f else None for c, f in zip(contexts, fired, strict=True)],
-        "top_context_offset": [min(int(r), CONTEXT_RESIDUES) if f else None for r, f in zip(residue_N, fired, strict=True)],
+        "top_context_offset": [
+            min(int(r), CONTEXT_RESIDUES) if f else None for r, f in zip(residue_N, fired, strict=True)
+        ],
     }
 
 
@@ -169,4 +172,3 @@ def _write_latents(store: Store, path: str, columns: Mapping[str, Any]) -> FileR
     sink = io.BytesIO()
     pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
     return store.write(path, [sink.getbuffer()])
-

@@ -55,7 +55,13 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             )
             for i in range(math.ceil(num_chunks / step))
         ]
-        facts = {"layer": layer, "rows": rows, "d": d, "chunk_rows": per_chunk, "activations": lineage.embed(layer).folder}
+        facts = {
+            "layer": layer,
+            "rows": rows,
+            "d": d,
+            "chunk_rows": per_chunk,
+            "activations": lineage.embed(layer).folder,
+        }
         tasks += remaining(store, [*reduces, finish_task("optimize", [ref], reduces, facts)])
         artifacts[f"layer-{layer}"] = artifact(store, ref, rows, rows * row_bytes, chosen)
         figures[f"layer-{layer}"] = {

@@ -20,6 +20,7 @@ from plmsae_cli.store.lineage import Lineage
 PLACE_BYTES = 8
 BUCKET_ROWS = 1024
 
+
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
     embed, shuffle = experiment.embed, experiment.shuffle
     assert embed is not None
@@ -96,7 +97,9 @@ def _map(task: Task, context: Context) -> Mapping[str, Result]:
     shards.read_into(start, rows_RD)
     context.progress(1, 3)
     context.check_stop()
-    places_R = Permutation(task.args["rows"], task.args["seed"], domain="shuffle")(np.arange(start, stop, dtype=np.int64))
+    places_R = Permutation(task.args["rows"], task.args["seed"], domain="shuffle")(
+        np.arange(start, stop, dtype=np.int64)
+    )
     order_R = np.argsort(places_R)  # places are distinct: every sort gives the same order
     places_R = places_R[order_R]
     num_buckets = math.ceil(task.args["rows"] / task.args["bucket_rows"])
@@ -108,7 +111,11 @@ def _map(task: Task, context: Context) -> Mapping[str, Result]:
     record = write_tensors(
         context.store,
         join(folder, f"{task.id}.safetensors"),
-        {"offsets": torch.from_numpy(offsets.astype(np.int64)), "places": torch.from_numpy(places_R), "rows": sorted_RD},
+        {
+            "offsets": torch.from_numpy(offsets.astype(np.int64)),
+            "places": torch.from_numpy(places_R),
+            "rows": sorted_RD,
+        },
         {"start": str(start), "stop": str(stop), "bucket_rows": str(task.args["bucket_rows"])},
     )
     context.progress(3, 3)

@@ -69,13 +69,9 @@ class Statistics:
     def merge(self, other: Statistics) -> None:
         """Take in all rows that `other` has seen."""
         device = self.mean_D.device
-        self._merge(
-            other.count, other.mean_D.to(device), other._squares_D.to(device), other.max_abs_D.to(device)
-        )
+        self._merge(other.count, other.mean_D.to(device), other._squares_D.to(device), other.max_abs_D.to(device))
 
-    def _merge(
-        self, count: int, mean_D: torch.Tensor, squares_D: torch.Tensor, max_abs_D: torch.Tensor
-    ) -> None:
+    def _merge(self, count: int, mean_D: torch.Tensor, squares_D: torch.Tensor, max_abs_D: torch.Tensor) -> None:
         if count == 0:
             return
         share = count / (self.count + count)
@@ -139,9 +135,7 @@ class ActivationShards:
     Shards are opened when first needed: finding a row among many thousands opens a dozen.
     """
 
-    def __init__(
-        self, store: Store, folder: str, names: Sequence[str] | None = None, heldout: bool = False
-    ) -> None:
+    def __init__(self, store: Store, folder: str, names: Sequence[str] | None = None, heldout: bool = False) -> None:
         self._store = store
         self._folder = folder
         self._names = list(names) if names is not None else _shard_names(store, folder, heldout)
@@ -173,9 +167,7 @@ class ActivationShards:
         """
         row, row_stop = row_start, row_start + len(out_RD)
         if not self.start <= row <= row_stop <= self.stop:
-            raise ValueError(
-                f"{self._folder} has rows {self.start:,} to {self.stop:,}, not {row:,} to {row_stop:,}"
-            )
+            raise ValueError(f"{self._folder} has rows {self.start:,} to {self.stop:,}, not {row:,} to {row_stop:,}")
         while row < row_stop:
             # Of empty shards and the one after them, which all begin at one row, this finds the last.
             shard = bisect_right(range(len(self._names)), row, key=self._offset) - 1
@@ -202,9 +194,7 @@ class ActivationShards:
 
     def _any(self) -> TensorFile:
         if not self._names:
-            raise StoreError(
-                f"{self._folder} has no shards", "is this the right folder, and `holdout` above 0?"
-            )
+            raise StoreError(f"{self._folder} has no shards", "is this the right folder, and `holdout` above 0?")
         return self._file(0)
 
     def _offset(self, shard: int) -> int:

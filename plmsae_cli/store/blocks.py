@@ -127,9 +127,7 @@ class Blocks:
         try:
             text = store.read(path)
         except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} has no {INDEX_NAME}", hint="run the optimize stage that writes it"
-            ) from error
+            raise UserError(f"{folder} has no {INDEX_NAME}", hint="run the optimize stage that writes it") from error
         try:
             index = json.loads(text)
             self.dtype = _plain_dtype(index["config"], path)
@@ -164,9 +162,7 @@ class Blocks:
         assert out_RD.dtype == self.dtype, f"{out_RD.dtype} is not {self.dtype}"
         assert out_RD.shape == (num_rows, self.d), f"{tuple(out_RD.shape)} is not [R, {self.d}]"
         if not 0 <= row_start <= row_start + num_rows <= self.num_rows:
-            raise UserError(
-                f"{self.folder} has {self.num_rows} rows, not {row_start} to {row_start + num_rows}"
-            )
+            raise UserError(f"{self.folder} has {self.num_rows} rows, not {row_start} to {row_start + num_rows}")
         if num_rows == 0:
             return
         buffer = _memory(out_RD)

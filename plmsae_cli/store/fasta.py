@@ -92,9 +92,7 @@ def _entry(path: Path, record: bytes, line: int) -> Entry:
     header, _, body = record.partition(b"\n")
     words = _printable(header.decode("utf-8", "backslashreplace").strip()).split(None, 1)
     if not words:
-        raise UserError(
-            f"{path} line {line}: header without an id", "write the protein's name right after the `>`"
-        )
+        raise UserError(f"{path} line {line}: header without an id", "write the protein's name right after the `>`")
     identifier = words[0]
     if len(identifier) > LONGEST_ID:
         raise UserError(
@@ -194,9 +192,7 @@ def _inflate(path: Path, first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]
                 text = member.decompress(data, BLOCK)
             except zlib.error as error:
                 reason = str(error).partition(": ")[2] or str(error)
-                raise UserError(
-                    f"{path}: damaged gzip data before byte {position:,} ({reason})", _DAMAGED
-                ) from error
+                raise UserError(f"{path}: damaged gzip data before byte {position:,} ({reason})", _DAMAGED) from error
             data = member.unused_data if member.eof else member.unconsumed_tail
             yield text
         data = next(rest, b"")

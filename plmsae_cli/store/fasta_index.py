@@ -68,9 +68,7 @@ def fasta_index(path: Path) -> FastaIndex:
     if index is None:
         index = _build(path)
         if _identity(path) != identity:
-            raise UserError(
-                f"{path} changed while it was read", "wait until it is complete, then start again"
-            )
+            raise UserError(f"{path} changed while it was read", "wait until it is complete, then start again")
         with suppress(OSError):
             _save(remembered, index)
     return index

@@ -93,9 +93,7 @@ class Store:
         if not is_remote(path):
             scheme, found, _ = path.partition("://")
             if found:
-                raise StoreError(
-                    f"{path}: {scheme}:// is not supported", hint="use a local path or s3://bucket/..."
-                )
+                raise StoreError(f"{path}: {scheme}:// is not supported", hint="use a local path or s3://bucket/...")
             return self._local
         if self._s3 is None:
             # boto3 and obstore take 0.3 s to import; local runs need not pay.

@@ -37,9 +37,7 @@ def canonical_json(body: Mapping[str, Any]) -> bytes:
     return (json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write_part(
-    store: Store, folder: str, task_id: str, files: Sequence[FileRecord], facts: Mapping[str, Any]
-) -> None:
+def write_part(store: Store, folder: str, task_id: str, files: Sequence[FileRecord], facts: Mapping[str, Any]) -> None:
     """Declare the task done. `files` are as `Store.write` returned them, with paths below `folder`.
 
     If another attempt of the task was declared first and its files are all there, that one stands.
@@ -185,6 +183,4 @@ def _file_records(path: str, body: Mapping[str, Any]) -> list[FileRecord]:
 
 
 def _damaged(path: str, reason: str) -> DamagedError:
-    return DamagedError(
-        f"{path} is damaged: {reason}", hint="delete it and start again: it is then made anew"
-    )
+    return DamagedError(f"{path} is damaged: {reason}", hint="delete it and start again: it is then made anew")

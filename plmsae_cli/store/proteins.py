@@ -69,9 +69,7 @@ def write_proteins(
     return store.write(path, _parquet(kept_proteins(fasta, scanned, options), scanned, shard_ranges))
 
 
-def _parquet(
-    proteins: Iterator[Protein], scanned: Scan, shard_ranges: Sequence[tuple[int, int]]
-) -> Iterator[Buffer]:
+def _parquet(proteins: Iterator[Protein], scanned: Scan, shard_ranges: Sequence[tuple[int, int]]) -> Iterator[Buffer]:
     """The file's bytes, handed on after each row group."""
     sink = _Sink()
     with pq.ParquetWriter(sink, SCHEMA, compression="zstd", use_dictionary=["split"]) as writer:

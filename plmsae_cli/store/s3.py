@@ -237,9 +237,7 @@ class S3Objects:
         """The bucket's client, made on first use, and the key."""
         bucket, key = split_url(url)
         if not key and not whole_bucket:
-            raise StoreError(
-                f"{url} names a bucket, not an object in it", hint="write s3://bucket/folder/file"
-            )
+            raise StoreError(f"{url} names a bucket, not an object in it", hint="write s3://bucket/folder/file")
         claim_process()
         if bucket not in self._clients:
             self._clients[bucket] = connect(bucket, self._storage, self._endpoint)
@@ -249,7 +247,5 @@ class S3Objects:
 def _checked(data: obstore.Bytes, path: str, start: int, stop: int) -> memoryview:
     view = memoryview(data)
     if view.nbytes != stop - start:
-        raise DamagedError(
-            f"{path} is cut short: bytes {start} to {stop} were asked for, {view.nbytes} came", VERIFY
-        )
+        raise DamagedError(f"{path} is cut short: bytes {start} to {stop} were asked for, {view.nbytes} came", VERIFY)
     return view

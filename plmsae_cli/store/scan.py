@@ -149,9 +149,7 @@ def scan(path: Path, options: Policies) -> Scan:
         raise UserError("\n".join(text for text, _ in problems), "; ".join(hint for _, hint in problems))
     if not kept_R.any():
         left_out = ", ".join(f"{policy} {count:,}" for policy, count in dropped.items() if count)
-        raise UserError(
-            f"{path}: none of {len(kept_R):,} proteins is left ({left_out})", "relax these policies"
-        )
+        raise UserError(f"{path}: none of {len(kept_R):,} proteins is left ({left_out})", "relax these policies")
     return _number(index, kept_R, dropped, options)
 
 

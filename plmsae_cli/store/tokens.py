@@ -38,18 +38,14 @@ def write_tokens(store: Store, path: str, documents: Iterable[Tokens]) -> FileRe
     for number, document in enumerate(documents):
         inner = document[1:-1]
         if len(document) < 2 or document[0] != CLS or document[-1] != EOS or np.isin((CLS, EOS), inner).any():
-            raise ValueError(
-                f"document {number} for {path} is not <cls> residues <eos>: {document[:8].tolist()}"
-            )
+            raise ValueError(f"document {number} for {path} is not <cls> residues <eos>: {document[:8].tolist()}")
         pieces.append(np.ascontiguousarray(document, dtype=np.uint8))
         num_tokens += len(document)
     if num_tokens > _MOST_TOKENS:
         raise ValueError(f"{num_tokens:,} tokens are too many for {path}: write several shards")
     header = np.zeros(256, _HEADER)
     header[:3] = MAGIC, VERSION, num_tokens
-    return store.write(
-        path, [header.data, *(piece.data for piece in pieces)], size=_HEADER_BYTES + num_tokens
-    )
+    return store.write(path, [header.data, *(piece.data for piece in pieces)], size=_HEADER_BYTES + num_tokens)
 
 
 def read_tokens(store: Store, path: str) -> Tokens:
@@ -72,9 +68,7 @@ def read_tokens(store: Store, path: str) -> Tokens:
     store.read_into(path, _HEADER_BYTES, tokens.data)
     if num_tokens and tokens.max() >= NUM_TOKENS:
         first = int(np.argmax(tokens >= NUM_TOKENS))
-        raise StoreError(
-            f"{path}: token {first:,} is {tokens[first]}, ESM's alphabet ends at {NUM_TOKENS - 1}", _HINT
-        )
+        raise StoreError(f"{path}: token {first:,} is {tokens[first]}, ESM's alphabet ends at {NUM_TOKENS - 1}", _HINT)
     return tokens
 
 

@@ -22,7 +22,9 @@ SHORTEST = 32
 class Packs:
     """The training documents of token shards (each `<cls>` residues `<eos>`, uint8)."""
 
-    def __init__(self, shards: Sequence[npt.NDArray[np.uint8]], pack_tokens: int, max_len: int, seed: int | None) -> None:
+    def __init__(
+        self, shards: Sequence[npt.NDArray[np.uint8]], pack_tokens: int, max_len: int, seed: int | None
+    ) -> None:
         """`seed` None keeps the documents in their own order: validation."""
         self._shards = shards
         self._pack_tokens, self._max_len, self._seed = pack_tokens, max_len, seed

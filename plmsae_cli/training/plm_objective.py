@@ -108,7 +108,9 @@ class PLMObjective:
         for i, packed in enumerate(packs):
             number = step * self._per_rank * self._gang.world + i * self._gang.world + self._gang.rank
             seed = self._options.seed
-            masked = corrupt(packed.tokens_T, packed.residue_mask_T, self._plm.mask_rate, self._plm.corruption, seed, number)
+            masked = corrupt(
+                packed.tokens_T, packed.residue_mask_T, self._plm.mask_rate, self._plm.corruption, seed, number
+            )
             prepared.append((packed, *masked))
         targets = torch.stack([(targets_T != IGNORED).sum() for _, _, targets_T in prepared]).sum()
         # The loss is one mean over the global batch, however many ranks and packs it is spread over.
@@ -126,7 +128,9 @@ class PLMObjective:
         norm = self._adam.step(self._rate(step), self._options.grad_clip)
         return {"loss": total, "accuracy": correct, "grad_norm": norm / self._gang.world}
 
-    def _score(self, packed: Packed, inputs_T: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score(
+        self, packed: Packed, inputs_T: torch.Tensor, targets_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(summed cross-entropy in nats, number of correct predictions) over the chosen residues."""
         documents = packed.documents
         if self.device.type == "cuda":

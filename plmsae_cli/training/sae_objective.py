@@ -54,7 +54,9 @@ class SAEObjective:
         self._options, self._stream, self._gang = options, stream, gang
         self._mean_D, self._scale, self._compute = mean_D.to(device), scale, compute
         self._total_steps = total_steps
-        self._adam = Adam([Group("sae", dict(self.model.named_parameters()))], (options.betas[0], options.betas[1]), options.eps)
+        self._adam = Adam(
+            [Group("sae", dict(self.model.named_parameters()))], (options.betas[0], options.betas[1]), options.eps
+        )
         self._dead = DeadLatents(self.model.num_latents, device)
         tokens = total_steps * options.batch_tokens
         self._window = dead_window(tokens) if options.dead_tokens == "auto" else options.dead_tokens

@@ -136,7 +136,9 @@ def small_files() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(("stage", "limit"), [("embed", 50_000), ("shuffle", 60_000), ("optimize", 40_000), ("train", 9_000)])
+@pytest.mark.parametrize(
+    ("stage", "limit"), [("embed", 50_000), ("shuffle", 60_000), ("optimize", 40_000), ("train", 9_000)]
+)
 def test_a_file_that_cannot_be_written_to_its_end(
     plmsae: Plmsae, write: Write, tmp_path: Path, small_files: Callable[[int], None], stage: str, limit: int
 ) -> None:

@@ -59,7 +59,11 @@ def test_one_that_fails_does_not_stop_the_next_and_the_second_start_does_what_is
     assert states(first) == {"a.yaml": "done", "b.yaml": "failed", "c.yaml": "done"}
     assert "InjectedFault" in first.err
     status = json.loads((tmp_path / "runs" / "b" / "status.json").read_text())
-    assert (status["state"], status["stage"], status["error"]) == ("failed", "train", "injected fault at train.train.begin")
+    assert (status["state"], status["stage"], status["error"]) == (
+        "failed",
+        "train",
+        "injected fault at train.train.begin",
+    )
 
     monkeypatch.delenv("PLMSAE_FAULT")
     second = plmsae("run", tmp_path / "queue")
@@ -148,5 +152,3 @@ def test_an_empty_folder_and_a_missing_one_are_wrong_usage(plmsae: Plmsae, tmp_p
         refused = plmsae("run", target)
         assert refused.code == 2
         assert said in refused.err
-
-

@@ -33,7 +33,9 @@ def test_planted_secrets_appear_nowhere(start: Callable[..., Any], write: Callab
     assert json.loads((tmp_path / "runs" / "one" / "status.json").read_text())["state"] == "done"
 
 
-def test_a_secret_in_the_file_is_refused_without_showing_it(plmsae: Callable[..., Any], write: Callable[..., Path]) -> None:
+def test_a_secret_in_the_file_is_refused_without_showing_it(
+    plmsae: Callable[..., Any], write: Callable[..., Path]
+) -> None:
     path = write(more="wandb: {api_key: hunter2hunter2}\nstorage: {endpoint_url: 'https://me:hunter3@host'}\n")
     for arguments in (["run", path], ["train", path, "--set", "wandb.api_key=hunter2hunter2"]):
         refused = plmsae(*arguments)

@@ -31,7 +31,10 @@ def rank_of(process: Any, rank: int) -> int:
     """The process id of one rank of a gang."""
     for pid in process.family():
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in environment and b"plmsae_cli.executors.gang" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if (
+            f"RANK={rank}".encode() in environment
+            and b"plmsae_cli.executors.gang" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ):
             return pid
     raise AssertionError(process.log)
 

@@ -43,7 +43,9 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "run"])
-def test_a_dry_run_before_anything_exists_touches_nothing(plmsae: Plmsae, write: Write, tmp_path: Path, stage: str) -> None:
+def test_a_dry_run_before_anything_exists_touches_nothing(
+    plmsae: Plmsae, write: Write, tmp_path: Path, stage: str
+) -> None:
     path = write(data=tmp_path / "data")
     before = tree(tmp_path)
     shown = plmsae(stage, path, "--dry-run")

@@ -41,7 +41,13 @@ def _experiment(folder: Path, workers: int) -> Experiment:
             "root": str(folder / "runs"),
             "data_root": str(folder / f"data-{workers}"),
             "model": {"weights": str(folder / "weights")},
-            "embed": {"fasta": str(folder / "x.fasta"), "layers": [1], "holdout": 0.1, "dtype": "float32", "shard": "80kB"},
+            "embed": {
+                "fasta": str(folder / "x.fasta"),
+                "layers": [1],
+                "holdout": 0.1,
+                "dtype": "float32",
+                "shard": "80kB",
+            },
             "launch": {"gpus": 0, "workers": workers},
         }
     )

@@ -1,4 +1,4 @@
-"""Two queued experiments that differ only in k, data on S3, killed once in each stage: both end as if nothing had happened."""
+"""Two queued experiments that differ in k, data on S3, killed once in each stage: both end as if nothing had been."""
 
 from __future__ import annotations
 
@@ -111,7 +111,13 @@ def test_killed_in_every_stage_and_continued(plmsae: Run, s3: object, tmp_path: 
 @pytest.mark.parametrize("signal_name", ["sigterm"])
 def test_sigterm_checkpoints_and_leaves_with_75(plmsae: Run, tmp_path: Path, signal_name: str) -> None:
     fasta = ASSETS / "smoke.fasta.gz"
-    values = {"root": tmp_path / "runs", "data": tmp_path / "data", "endpoint": "null", "weights": "bundled", "fasta": fasta}
+    values = {
+        "root": tmp_path / "runs",
+        "data": tmp_path / "data",
+        "endpoint": "null",
+        "weights": "bundled",
+        "fasta": fasta,
+    }
     path = write(tmp_path, "one.yaml", k=4, **values)
     stopped = plmsae("run", str(path), fault=f"{signal_name}:train.step:7")
     assert stopped.returncode == 75, stopped.stderr

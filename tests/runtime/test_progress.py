@@ -9,7 +9,9 @@ import pytest
 from plmsae_cli.runtime import progress
 
 
-def test_progress_lines_come_only_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_lines_come_only_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     shown = progress.PlainReporter()

@@ -114,11 +114,7 @@ def test_tokens_are_the_proteins_split_as_embed_splits_them(plm: Plm, go: Go, fa
     manifest = json.loads((Path(folder) / "MANIFEST.json").read_text())
     sets = tokens.read(store, folder, manifest)
     texts = {
-        name: [
-            decode(shard[a:b])
-            for shard in shards
-            for a, b in pairwise(document_offsets(shard))
-        ]
+        name: [decode(shard[a:b]) for shard in shards for a, b in pairwise(document_offsets(shard))]
         for name, shards in sets.items()
     }
     assert texts["clusters-30"] == ["<cls>MKVWW<eos>", "<cls>ACDX<eos>", "<cls>MKX<eos>"]

@@ -23,9 +23,7 @@ from plmsae_cli.store.lineage import Lineage
 Build = Callable[..., Experiment]
 Go = Callable[..., Done]
 GRID = {"train.sae.k": [2, 6], "train.sae.architecture": ["topk", "matryoshka_topk"]}
-POINTS = [
-    {"train.sae.k": k, "train.sae.architecture": kind} for k in (2, 6) for kind in ("topk", "matryoshka_topk")
-]
+POINTS = [{"train.sae.k": k, "train.sae.architecture": kind} for k in (2, 6) for kind in ("topk", "matryoshka_topk")]
 
 
 def sweep(build: Build, grid: dict[str, list[Any]] = GRID, **changes: Any) -> Experiment:
@@ -55,9 +53,7 @@ def test_the_points_are_ordinary_experiments_in_the_order_of_the_file(build: Bui
     assert {trial.hash for trial in found} < {trial.hash for trial in more}
 
 
-def test_a_grid_shares_one_dataset_and_ends_in_one_table(
-    build: Build, go: Go, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_grid_shares_one_dataset_and_ends_in_one_table(build: Build, go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
     stages: list[tuple[str, str]] = []
     real = pipeline._stage
 

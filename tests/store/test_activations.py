@@ -45,9 +45,7 @@ def close(found: Statistics, x_BD: torch.Tensor, tolerance: float = 1e-12) -> No
     np.testing.assert_allclose(found.variance_D.numpy(), x.var(0), rtol=tolerance)
     assert np.array_equal(found.max_abs_D.numpy(), np.abs(x).max(0))
     np.testing.assert_allclose(found.mean_square_norm, (x**2).sum(1).mean(), rtol=tolerance)
-    np.testing.assert_allclose(
-        found.gamma, np.linalg.norm(x.mean(0)) / np.linalg.norm(deviation), rtol=tolerance
-    )
+    np.testing.assert_allclose(found.gamma, np.linalg.norm(x.mean(0)) / np.linalg.norm(deviation), rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -200,9 +198,7 @@ def finish(folder: str, records: list[FileRecord]) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=9), data=st.data())
-def test_reading_across_shards(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], data: st.DataObject
-) -> None:
+def test_reading_across_shards(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], data: st.DataObject) -> None:
     folder = str(tmp_path_factory.mktemp("shards"))
     total = sum(sizes)
     x_BD = torch.randn(total, 3).to(torch.bfloat16)
@@ -247,9 +243,7 @@ def test_beyond_the_padding_shards_stay_in_order(tmp_path: Path) -> None:
     records = []
     for i, name in enumerate(names):
         acts = torch.full((2, 1), float(i))
-        written = write_tensors(
-            Store(), join(str(tmp_path), name), {"acts": acts}, {"row_offset": str(2 * i)}
-        )
+        written = write_tensors(Store(), join(str(tmp_path), name), {"acts": acts}, {"row_offset": str(2 * i)})
         records.append(FileRecord(name, written.size, written.xxh3))
     finish(str(tmp_path), records)
     out_RD = torch.empty(4, 1)

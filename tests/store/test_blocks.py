@@ -33,25 +33,19 @@ SIZES = [16, 16, 16, 5]
 def random_rows(num_rows: int, d: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """Rows of arbitrary bytes, NaNs and infinities among them."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (num_rows, d * dtype.itemsize), dtype=torch.uint8, generator=generator).view(
-        dtype
-    )
+    return torch.randint(0, 256, (num_rows, d * dtype.itemsize), dtype=torch.uint8, generator=generator).view(dtype)
 
 
 def write_blocks(folder: str, rows_RD: torch.Tensor, sizes: list[int]) -> list[FileRecord]:
     store = Store()
     names = [chunk_name(i) for i in range(len(sizes))]
     pieces = rows_RD.split(sizes)
-    records = [
-        write_chunk(store, join(folder, name), piece) for name, piece in zip(names, pieces, strict=True)
-    ]
+    records = [write_chunk(store, join(folder, name), piece) for name, piece in zip(names, pieces, strict=True)]
     return [*records, write_index(store, folder, names, sizes, rows_RD.shape[1], rows_RD.dtype)]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-    )
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,9 +69,7 @@ def test_litdata_batches_are_our_blocks(tmp_path: Path, dtype: torch.dtype) -> N
     d, block_rows = 6, 4
     rows_RD = random_rows(sum(SIZES), d, dtype)
     write_blocks(str(tmp_path), rows_RD, SIZES)
-    dataset = StreamingDataset(
-        str(tmp_path), item_loader=TokensLoader(block_size=block_rows * d), drop_last=False
-    )
+    dataset = StreamingDataset(str(tmp_path), item_loader=TokensLoader(block_size=block_rows * d), drop_last=False)
     blocks = Blocks(Store(), str(tmp_path))
     assert len(dataset) == blocks.num_rows // block_rows == 13
     for i, item in enumerate(dataset):
@@ -104,9 +96,7 @@ def test_we_read_what_litdata_writes_into_a_chunk(tmp_path: Path) -> None:
     our_index = json.loads((ours / "index.json").read_bytes())
     assert their_index["chunks"] == our_index["chunks"]
     same = set(our_index["config"]) - {"chunk_bytes"}
-    assert {key: their_index["config"][key] for key in same} == {
-        key: our_index["config"][key] for key in same
-    }
+    assert {key: their_index["config"][key] for key in same} == {key: our_index["config"][key] for key in same}
 
 
 def test_bytes_of_a_chunk(tmp_path: Path) -> None:

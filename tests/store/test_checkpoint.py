@@ -75,9 +75,7 @@ def test_what_any_number_of_ranks_wrote_reads_whole(tmp_path: Path, world: int) 
 
 @settings(deadline=None, max_examples=15)
 @given(rows=st.integers(1, 12), world=st.integers(1, 4))
-def test_fewer_rows_than_ranks_are_no_matter(
-    tmp_path_factory: pytest.TempPathFactory, rows: int, world: int
-) -> None:
+def test_fewer_rows_than_ranks_are_no_matter(tmp_path_factory: pytest.TempPathFactory, rows: int, world: int) -> None:
     folder = tmp_path_factory.mktemp("checkpoint")
     save_by(world, folder, state(1, rows))
     assert same(load_newest(folder), state(1, rows))
@@ -185,9 +183,7 @@ def zeros(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [lambda path: flip(path, -1), truncate, empty, zeros, Path.unlink])
 @pytest.mark.parametrize("name", ["rank-0.safetensors", "rank-1.safetensors", COMMIT])
-def test_a_damaged_one_is_passed_over_and_named(
-    tmp_path: Path, name: str, harm: Callable[[Path], None]
-) -> None:
+def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, name: str, harm: Callable[[Path], None]) -> None:
     save_by(2, tmp_path, state(5))
     save_by(2, tmp_path, state(10))
     harm(tmp_path / "step-00000010" / name)

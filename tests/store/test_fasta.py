@@ -18,9 +18,7 @@ from plmsae_cli.store import fasta
 from plmsae_cli.store.fasta import entries, records
 
 IDS = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=12)
-WORDS = st.lists(
-    st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=8), max_size=4
-)
+WORDS = st.lists(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=8), max_size=4)
 SEQUENCES = st.text("ACDEFGHIKLMNPQRSTVWYXUBZOJ*.-acdwy", max_size=90)
 PROTEINS = st.lists(st.tuples(IDS, WORDS.map(" ".join), SEQUENCES), min_size=1, max_size=12)
 

@@ -48,9 +48,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         max_size=15,
     )
 )
-def test_against_the_obvious(
-    tmp_path_factory: pytest.TempPathFactory, proteins: list[tuple[str, str]]
-) -> None:
+def test_against_the_obvious(tmp_path_factory: pytest.TempPathFactory, proteins: list[tuple[str, str]]) -> None:
     path = tmp_path_factory.mktemp("index") / "a.fasta"
     path.write_text("".join(f">{i} x\n{s}\n" for i, s in proteins))
     index = fasta_index(path)
@@ -98,9 +96,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path, passes: list[Path]) -> Non
 
 
 @pytest.mark.parametrize("damage", [b"", b"no archive", b"PK\x03\x04"])
-def test_a_damaged_memory_is_made_anew(
-    tmp_path: Path, cache: Path, passes: list[Path], damage: bytes
-) -> None:
+def test_a_damaged_memory_is_made_anew(tmp_path: Path, cache: Path, passes: list[Path], damage: bytes) -> None:
     path = tmp_path / "a.fasta"
     path.write_text(">a\nMK\n")
     fasta_index(path)
@@ -150,9 +146,7 @@ def test_file_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert not cache.exists()
 
 
-def test_equal_hashes_of_unequal_ids_are_no_duplicates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_hashes_of_unequal_ids_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xxhash, "xxh3_64_intdigest", lambda data, seed=0: len(data))
     path = tmp_path / "a.fasta"
     path.write_text("".join(f">{name}\nMK\n" for name in ("a", "b", "a", "cc", "b")))

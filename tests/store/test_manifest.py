@@ -121,9 +121,7 @@ def test_manifest_round_trip_is_canonical(place: Place) -> None:
         canonical_json({"x": float("nan")})
 
 
-def test_a_manifest_that_comes_back_different_is_removed(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_manifest_that_comes_back_different_is_removed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     records = place.part("embed-0", a=b"aa")
     monkeypatch.setattr(Store, "read", lambda *_: b"{}")
     with pytest.raises(StoreError, match="came back different"):

@@ -116,9 +116,7 @@ def test_acceptance_all_orders_of_six_rows() -> None:
 def test_keys_of_the_acceptance_test_are_those_of_the_class() -> None:
     for seed in (0, 1, 299_999):
         keys = round_keys(6, seed, "")[:, :, None]
-        assert np.array_equal(
-            permute(np.arange(6, dtype=np.uint64), keys, 6), Permutation(6, seed)(np.arange(6))
-        )
+        assert np.array_equal(permute(np.arange(6, dtype=np.uint64), keys, 6), Permutation(6, seed)(np.arange(6)))
 
 
 def exact_z(num_rounds: int, num_draws: int) -> float:
@@ -127,13 +125,8 @@ def exact_z(num_rounds: int, num_draws: int) -> float:
     A row is 2 * high + low. An even round adds f(high) to low for a random f: Z_3 -> Z_2, an odd round adds
     g(low) to high for a random g: Z_2 -> Z_3; so a round is one of 8, or 9, permutations with equal chances.
     """
-    even = [
-        [2 * (x // 2) + (x + f[x // 2]) % 2 for x in range(6)] for f in itertools.product(range(2), repeat=3)
-    ]
-    odd = [
-        [2 * ((x // 2 + g[x % 2]) % 3) + x % 2 for x in range(6)]
-        for g in itertools.product(range(3), repeat=2)
-    ]
+    even = [[2 * (x // 2) + (x + f[x // 2]) % 2 for x in range(6)] for f in itertools.product(range(2), repeat=3)]
+    odd = [[2 * ((x // 2 + g[x % 2]) % 3) + x % 2 for x in range(6)] for g in itertools.product(range(3), repeat=2)]
     orders = np.array(list(itertools.permutations(range(6))))
     place = {tuple(order): i for i, order in enumerate(orders.tolist())}
     chances = (orders == np.arange(6)).all(axis=1).astype(float)

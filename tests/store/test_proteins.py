@@ -56,9 +56,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert Store().hash(target) == record
     with pq.ParquetFile(target) as file:
         assert file.schema_arrow == SCHEMA
-        assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [
-            b - a for a, b in ranges
-        ]
+        assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [b - a for a, b in ranges]
         assert file.metadata.row_group(0).column(7).compression == "ZSTD"
     rows = read_proteins(Store(), target).to_pylist()
     text = path.read_text().split(">")[1:]
@@ -97,8 +95,7 @@ def test_parts_are_slices_of_the_whole(tmp_path: Path) -> None:
 def test_bytes_are_the_same_each_time(tmp_path: Path) -> None:
     path, found = fasta(tmp_path / "a.fasta")
     records = [
-        write_proteins(Store(), str(tmp_path / name), path, found, Options(), found.shard_ranges(500))
-        for name in "ab"
+        write_proteins(Store(), str(tmp_path / name), path, found, Options(), found.shard_ranges(500)) for name in "ab"
     ]
     assert records[0].xxh3 == records[1].xxh3
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -153,9 +150,7 @@ def test_on_s3(tmp_path: Path, s3: S3Server) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(count=st.integers(1, 60), seed=st.integers(0, 99), split=st.sampled_from(["train", "heldout"]))
-def test_locate_by_brute_force(
-    tmp_path_factory: pytest.TempPathFactory, count: int, seed: int, split: str
-) -> None:
+def test_locate_by_brute_force(tmp_path_factory: pytest.TempPathFactory, count: int, seed: int, split: str) -> None:
     folder = tmp_path_factory.mktemp("locate")
     path, found = fasta(folder / "a.fasta", count, seed)
     write_proteins(Store(), str(folder / "p"), path, found, Options(), found.shard_ranges(100))

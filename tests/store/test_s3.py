@@ -183,9 +183,7 @@ def test_an_object_stored_short_is_caught_and_removed(unruly: Unruly) -> None:
         ("404", "no S3 server", "storage.endpoint_url"),
     ],
 )
-def test_refusals_are_told_at_once_and_not_retried(
-    unruly: Unruly, answer: str, words: str, hint: str
-) -> None:
+def test_refusals_are_told_at_once_and_not_retried(unruly: Unruly, answer: str, words: str, hint: str) -> None:
     unruly.always = answer
     store = store_at(unruly)
     calls: list[Callable[[], object]] = [lambda: store.probe("s3://b/folder")]

@@ -154,9 +154,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("proteins", "options", "message", "hint"), ERRORS)
-def test_errors(
-    tmp_path: Path, proteins: list[tuple[str, str]], options: Options, message: str, hint: str
-) -> None:
+def test_errors(tmp_path: Path, proteins: list[tuple[str, str]], options: Options, message: str, hint: str) -> None:
     path = write(tmp_path / "a.fasta", proteins)
     with pytest.raises(UserError) as caught:
         scan(path, options)
@@ -196,9 +194,7 @@ def scan_of(lengths: np.ndarray) -> Scan:
     lengths=st.lists(st.integers(1, 3000) | st.integers(1, 40_000), min_size=1, max_size=80),
     rows_per_shard=st.integers(1, 50_000),
 )
-def test_shard_ranges_cover_each_protein_once_at_near_equal_cost(
-    lengths: list[int], rows_per_shard: int
-) -> None:
+def test_shard_ranges_cover_each_protein_once_at_near_equal_cost(lengths: list[int], rows_per_shard: int) -> None:
     ranges = scan_of(np.array(lengths)).shard_ranges(rows_per_shard)
     assert [protein for start, stop in ranges for protein in range(start, stop)] == list(range(len(lengths)))
     assert all(start < stop for start, stop in ranges)
@@ -241,9 +237,7 @@ def test_changed_file_under_an_old_scan(tmp_path: Path) -> None:
 
 def test_as_embedded() -> None:
     every = "".join(map(chr, range(33, 97))) + "{|}~"
-    assert as_embedded(every, 1000) == "".join(
-        c if c in "LAGVSERTIDPKQNFYMHWCXBUZO.-" else "X" for c in every
-    )
+    assert as_embedded(every, 1000) == "".join(c if c in "LAGVSERTIDPKQNFYMHWCXBUZO.-" else "X" for c in every)
     assert as_embedded("MKVL", 3) == "MKV"
 
 
@@ -284,7 +278,5 @@ def test_twenty_thousand_real_proteins() -> None:
     assert np.median(found.lengths_P) == 345
     assert found.heldout_P.mean() == pytest.approx(0.01, abs=4 * np.sqrt(0.01 * 0.99 / 20_000))
     limit = 0.01 * 2**64
-    for protein, held in zip(
-        kept_proteins(SHARED, found, Options(max_length=10_000)), found.heldout_P, strict=True
-    ):
+    for protein, held in zip(kept_proteins(SHARED, found, Options(max_length=10_000)), found.heldout_P, strict=True):
         assert (split_hash(protein.sequence) < limit) == held

@@ -23,9 +23,7 @@ STORE = Store()
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     """Any bits: NaNs and infinities of floats included."""
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    bits = torch.randint(
-        0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    bits = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return (bits % 2 if dtype == torch.bool else bits).view(dtype).reshape(shape)
 
 
@@ -36,9 +34,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 tensor_sets = st.dictionaries(
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
-        lambda s: s != "__metadata__"
-    ),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda s: s != "__metadata__"),
     st.builds(random_tensor, st.sampled_from(list(_DTYPES.values())), shapes, st.integers(0, 99)),
     max_size=5,
 )

@@ -23,10 +23,7 @@ def document(residues: list[int]) -> np.ndarray:
 
 def shard(body: bytes, num_tokens: int | None = None, magic: int = 20240520, version: int = 1) -> bytes:
     """The file as the format's description has it."""
-    return (
-        struct.pack("<256i", magic, version, len(body) if num_tokens is None else num_tokens, *[0] * 253)
-        + body
-    )
+    return struct.pack("<256i", magic, version, len(body) if num_tokens is None else num_tokens, *[0] * 253) + body
 
 
 @settings(deadline=None, max_examples=80)

@@ -89,9 +89,7 @@ def test_every_row_once_an_epoch(blocks: Blocks, batch: int, seed: int, prefetch
         of_epoch = batches[epoch * num_steps : (epoch + 1) * num_steps]
         assert sorted(joined(of_epoch)) == seen
         # Later epochs move blocks, never rows between blocks.
-        assert all(
-            rows == list(range(rows[0], rows[0] + batch)) and rows[0] % batch == 0 for rows in of_epoch
-        )
+        assert all(rows == list(range(rows[0], rows[0] + batch)) and rows[0] % batch == 0 for rows in of_epoch)
 
 
 def test_epochs_and_seeds_differ(blocks: Blocks) -> None:
@@ -108,9 +106,7 @@ def test_epochs_and_seeds_differ(blocks: Blocks) -> None:
 @given(world=st.sampled_from([1, 2, 4]), start=st.integers(0, 40), prefetch=st.integers(1, 5))
 def test_ranks_share_the_global_batch(blocks: Blocks, world: int, start: int, prefetch: int) -> None:
     whole = ids_of_steps(blocks, start, 20)
-    shares = [
-        ids_of_steps(blocks, start, 20, rank=rank, world=world, prefetch=prefetch) for rank in range(world)
-    ]
+    shares = [ids_of_steps(blocks, start, 20, rank=rank, world=world, prefetch=prefetch) for rank in range(world)]
     assert [joined(parts) for parts in zip(*shares, strict=True)] == whole
 
 

@@ -34,7 +34,8 @@ EXPERIMENT = re.compile(
 )
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
-COMMAND = re.compile(r"(?:^\$ |`)plmsae ([a-z]+[^`\n]*)", re.MULTILINE)
+TYPED = re.compile(r"^\$ plmsae (.+)$", re.MULTILINE)
+NAMED = re.compile(r"`plmsae ([a-z]+[^`\n]*)`")
 
 
 def text(name: str) -> str:
@@ -170,8 +171,10 @@ def test_every_verb_has_its_page_and_every_page_its_line_in_the_index() -> None:
 
 
 def _commands() -> Iterator[tuple[str, str]]:
+    """What pages show as typed, and what their own words name; not what a program printed."""
     for page in PAGES:
-        for line in COMMAND.findall(page.read_text(encoding="utf-8")):
+        body = page.read_text(encoding="utf-8")
+        for line in [*TYPED.findall(body), *NAMED.findall(FENCED.sub("", body))]:
             yield page.name, line
 
 

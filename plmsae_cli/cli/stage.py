@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -112,7 +113,7 @@ def execute(loaded: Loaded, stages: list[str], no_progress: bool, restart: bool,
         code = failure(error)
         run = f"{loaded.experiment.root}/{loaded.experiment.name}"
         body = {"state": "interrupted" if code == INTERRUPTED else "failed", "run": run}
-    if as_json:
+    if as_json and os.environ.get("RANK", "0") == "0":
         print(json.dumps({"schema": SCHEMA_VERSION, **body}))
     return code
 
@@ -159,8 +160,6 @@ def preflight(experiment: Experiment, stages: Sequence[str]) -> list[Plan]:
     Raises:
         UserError: an input is missing, settings do not fit each other, or a folder cannot be written.
     """
-    import os
-
     from plmsae_cli.config.errors import UserError
     from plmsae_cli.store.fs import is_remote
 

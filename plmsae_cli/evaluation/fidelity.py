@@ -107,7 +107,8 @@ def loss_recovered(
 
     Returns:
         `masked` and `unmasked`: CE by variant in nats a residue, recovered_zero, recovered_mean with 95 % bootstrap
-        intervals over proteins (each left out where it is not finite), KL; `spliced_identity`: `exact` if splicing the identity changed no bit of the logits.
+        intervals over proteins (each left out where it is not finite), KL; `spliced_identity`: `exact` if splicing the
+        identity changed no bit of the logits.
     """
     device = pick_device()
     plm, sae, mean_D = plm.to(device), sae.to(device), mean_D.to(device)

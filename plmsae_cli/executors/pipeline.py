@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +15,8 @@ from filelock import FileLock, Timeout
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.local import LocalExecutor, PlanChanged
-from plmsae_cli.executors.worker import STAGE_MODULES
+from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
+from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.progress import Reporter, clock
 from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
@@ -99,6 +101,15 @@ def run_experiment(
     """
     store = Store(experiment.storage)
     run = RunFolder(Lineage(experiment, store).run_folder())
+    if in_gang():
+        if list(stages) != ["train"] or restart:
+            raise UserError(
+                "torchrun and srun may start `plmsae train` alone, and without --restart",
+                "start everything else once: it uses all GPUs of the machine by itself",
+            )
+        if int(os.environ["RANK"]) > 0:
+            _train_along(experiment, store)
+            return Done(run, {})
     seconds: dict[str, float] = {}
     with _locked(run):
         if restart and (old := run.archive()) is not None:
@@ -107,6 +118,7 @@ def run_experiment(
             if run.identity.exists():
                 run.claim_identity(Lineage(experiment, store).run_identity())
             run.begin(experiment, text)
+            STOP.watch(run.stop_file)
             with STOP.before_forced_exit(lambda: run.status(state="killed")):
                 _run_stages(experiment, stages, store, run, reporter, seconds)
         except RunDiffers:
@@ -190,6 +202,20 @@ def _stage(
 
 def _where(plan: Plan) -> str:
     return ", ".join(a.folder for a in plan.artifacts.values())
+
+
+def _train_along(experiment: Experiment, store: Store) -> None:
+    """A rank behind the first of a gang that torchrun or srun started: wait for what training needs, then train.
+
+    All else (locks, data, status, the report) is the first rank's; should it fail, the launcher ends this one.
+    """
+    while not (plan := plan_stage("train", experiment, store)).done:
+        if [task.id for task in plan.tasks] == ["train"]:
+            run_task(plan.tasks[0], LocalContext(experiment, lambda *_, **__: None), commit=False)
+            return
+        if STOP.requested():
+            raise Interrupted
+        time.sleep(1)
 
 
 def _trials(experiment: Experiment) -> Sequence[Trial]:

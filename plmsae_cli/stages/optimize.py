@@ -82,9 +82,9 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
 def _reduce(task: Task, context: Context) -> Mapping[str, Result]:
     import torch
 
+    from plmsae_cli.stages.common import require_manifest
     from plmsae_cli.store.blocks import write_chunk
     from plmsae_cli.store.buckets import Buckets
-    from plmsae_cli.stages.common import require_manifest
 
     source = task.args["source"]
     manifest = require_manifest(context.store, source)
@@ -107,8 +107,8 @@ def _reduce(task: Task, context: Context) -> Mapping[str, Result]:
 def _finish(task: Task, context: Context) -> Mapping[str, Result]:
     import torch
 
-    from plmsae_cli.store.blocks import index_json
     from plmsae_cli.stages.common import require_manifest
+    from plmsae_cli.store.blocks import index_json
 
     store = context.store
     (folder,) = task.folders

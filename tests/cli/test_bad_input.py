@@ -1,4 +1,4 @@
-"""Bad input gets one clear error: which file, what is wrong, what to do; exit 2 before anything ran, and no traceback."""
+"""Bad input gets one clear error: which file, what is wrong, what to do; exit 2 before anything ran, no traceback."""
 
 from __future__ import annotations
 

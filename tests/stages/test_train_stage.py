@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(build:
     start = 12 + row * (7 * 128 + 5)
     data[start % len(data) : start % len(data) + 4] = b"\xff\xff\xff\x7f"
     chunk.write_bytes(data)
-    with pytest.raises(loop.Diverged, match="not|nan"):
+    with pytest.raises(loop.Diverged, match="nan"):
         go(experiment, ["train"])
     found = load_newest(Path(experiment.root) / "run" / "checkpoints")
     assert found is None or all(t.isfinite().all() for t in found.tensors.values())

@@ -34,9 +34,12 @@ def main() -> None:
     last = json.loads([line for line in (options.run / "metrics.jsonl").read_text().splitlines() if "loss" in line][-1])
     assert isinstance(seconds, dict)
     assert isinstance(fidelity, dict)
-    commit = options.commit or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    commit = (
+        options.commit
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
     notes = {
         "train": f"{last['tokens']:,} tokens; held-out FVU {fidelity['fvu']:.4f} at L0 {fidelity['l0_mean']:.0f}",
         "eval": f"{fidelity['heldout_rows']:,} held-out rows, {fidelity['heldout_proteins']} proteins through the spliced model",

@@ -263,6 +263,6 @@ def schema() -> None:
 
 def main() -> None:
     """Entry point of `plmsae`."""
-    # Threads that wait give their core away: on a shared machine spinning costs more than it saves. Read when torch loads.
+    # Threads that wait give their core away: on a shared machine spinning costs more than it saves. Read as torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

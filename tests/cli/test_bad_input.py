@@ -86,6 +86,17 @@ def test_settings_that_do_not_fit_the_input(
     assert not (tmp_path / "runs").exists()
 
 
+def test_more_ranks_than_gpus(plmsae: Plmsae, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plmsae_cli.runtime.device.visible_gpus", lambda: 1)
+    refused(plmsae("run", write(), "--set", "launch.ranks=2"), "launch.ranks asks for 2 ranks on 1 GPU", "lower launch")
+
+
+def test_gpus_that_torch_cannot_use(plmsae: Plmsae, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No verb computes on the CPU in silence beside an idle GPU."""
+    monkeypatch.setattr("plmsae_cli.runtime.device.installed_gpus", lambda: 2)
+    refused(plmsae("run", write()), "this machine has 2 GPU(s), but torch", "launch.gpus: 0")
+
+
 def test_weights_that_no_torch_can_read(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(b"nonsense")
     refused(plmsae("run", write(weights=tmp_path / "w.pt")), "w.pt is not a checkpoint")

@@ -88,8 +88,7 @@ def plmsae(data: Data) -> Side:
     stream, cpu = BlockStream(data.blocks, BATCH, SEED), torch.device("cpu")
     objective = SAEObjective(options, stream, data.mean_D, data.scale, STEPS, Gang(), cpu, torch.float32)
     objective.start(data.sample_RD)
-    note = f"SAEObjective with its BlockStream; AuxK 1/32 on, dead after {STEPS * BATCH // 10:,} tokens"
-    model = objective.model
+    note, model = f"SAEObjective, BlockStream; AuxK 1/32 on, dead after {STEPS * BATCH // 10:,} tokens", objective.model
     return Side("plmsae", note, lambda step, _: objective.step(step), lambda: list(model.parameters()), model)
 
 
@@ -128,7 +127,7 @@ def sparsify(data: Data, own: bool) -> Side:
 
     project, normalize = sae.remove_gradient_parallel_to_decoder_directions, sae.set_decoder_norm_to_unit_norm
     step = _stepper(optimizer, lambda x_BD: sae(x_BD).fvu, project, normalize, shared=not own)
-    how = "schedule-free signum at its default rate, no clipping" if own else "fused Adam, clipping"
+    how = "its schedule-free signum, no clipping" if own else "fused Adam, clipping"
     note = f"{how}; AuxK off, as by its default; its plain PyTorch decoder; batches in memory"
     return Side(f"sparsify {version('eai-sparsify')}", note, step, weights, lambda x_BD: sae(x_BD).sae_out)
 
@@ -220,7 +219,7 @@ def main() -> None:
     sides += [] if own else [dense(data), limit(data)]
     train(sides, data)
 
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
+    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].splitlines()[0]
     common = {
         "run": time.strftime(f"sae-train-cpu-{options.recipe}-%Y%m%dT%H%M%S"),
         "device": f"{cpu}, {THREADS} threads, torch {torch.__version__}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -49,16 +50,17 @@ class Pool:
 
     def __init__(self, experiment: Experiment, slots: int, gpus: bool) -> None:
         self._experiment = experiment
-        self._spawn = mp.get_context("spawn")  # threads, CUDA and S3 clients do not survive a fork
+        self._context = _clean_processes()
         self._gpus = gpus
         self._slots = slots
         self._workers = [self._start(slot) for slot in range(slots)]
 
     def _start(self, slot: int) -> _Worker:
-        ours, theirs = self._spawn.Pipe()
+        ours, theirs = self._context.Pipe()
         gpu = slot if self._gpus else None
-        arguments = (theirs, self._experiment.dump(), gpu, max(1, cpu_count() // self._slots))
-        process = self._spawn.Process(target=_serve, args=arguments, daemon=True)
+        threads = max(1, cpu_count() // self._slots)
+        arguments = (theirs, self._experiment.dump(), dict(os.environ), gpu, threads)
+        process = self._context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -139,8 +141,25 @@ class Pool:
                 worker.process.kill()
 
 
-def _serve(pipe: Connection, experiment: dict[str, Any], gpu: int | None, threads: int) -> None:
+def _clean_processes() -> mp.context.ForkServerContext | mp.context.SpawnContext:
+    """Processes that share no thread, CUDA context or S3 client with this one.
+
+    On Linux they are forked from a server that has imported torch and done nothing else: the second to start is up at
+    once, in later experiments of a queue too.
+    """
+    if sys.platform != "linux":
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _serve(
+    pipe: Connection, experiment: dict[str, Any], environment: dict[str, str], gpu: int | None, threads: int
+) -> None:
     """A worker process: tasks in, progress and outcomes out, gone with its parent."""
+    os.environ.clear()  # the server's is from when it started
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the group; the parent decides
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

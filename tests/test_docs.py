@@ -79,6 +79,17 @@ def test_snippets_run_one_after_the_other(
         exec(compile(snippet, name, "exec"), namespace)  # noqa: S102 our own pages
 
 
+def test_the_readme_example_encodes_every_residue(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (snippet,) = TESTED.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    monkeypatch.chdir(finished)
+    namespace: dict[str, Any] = {}
+    exec(compile(snippet.replace("runs/quickstart", "runs/first"), "README.md", "exec"), namespace)  # noqa: S102
+    (sequence,) = re.findall(r'encode\("([A-Z]+)"\)', snippet)
+    assert namespace["activations"].shape == (len(sequence), 192)
+    assert namespace["latents"].acts_BK.shape == (len(sequence), 8)
+    assert (namespace["latents"].acts_BK > 0).any()
+
+
 def test_the_example_architecture_is_a_dictionary_that_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

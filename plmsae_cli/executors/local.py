@@ -13,7 +13,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.gang import launch_gang
 from plmsae_cli.executors.pool import Pool
 from plmsae_cli.executors.worker import LocalContext, run_task
-from plmsae_cli.runtime.device import count_gpus
+from plmsae_cli.runtime.device import allow_gpus, count_gpus
 from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan
@@ -30,6 +30,7 @@ class LocalExecutor:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         gpus = count_gpus(experiment.launch)
+        allow_gpus(gpus)
         wanted = experiment.launch.workers
         self.slots = max(1, gpus) if wanted == "auto" else wanted
         self._gpus = gpus
@@ -46,7 +47,7 @@ class LocalExecutor:
         alone = [t for t in plan.tasks if t.resources.gang == 1]
         if self.slots > 1 and len(alone) > 1:
             if self._pool is None:
-                self._pool = Pool(self.experiment, self.slots, gpus=self._gpus > 0)
+                self._pool = Pool(self.experiment, self.slots, self._gpus)
             self._pool.run(alone, report)
             left = [t for t in plan.tasks if t.resources.gang > 1]
         else:

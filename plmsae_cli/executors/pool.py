@@ -48,16 +48,16 @@ class _Worker:
 class Pool:
     """Slots that take the next task whose needs are met. A lost worker loses one task, which is tried again."""
 
-    def __init__(self, experiment: Experiment, slots: int, gpus: bool) -> None:
+    def __init__(self, experiment: Experiment, slots: int, gpus: int) -> None:
         self._experiment = experiment
-        self._context = _clean_processes()
+        self._context = _clean_processes(gpus > 0)
         self._gpus = gpus
         self._slots = slots
         self._workers = [self._start(slot) for slot in range(slots)]
 
     def _start(self, slot: int) -> _Worker:
         ours, theirs = self._context.Pipe()
-        gpu = slot if self._gpus else None
+        gpu = slot % self._gpus if self._gpus else None
         threads = max(1, cpu_count() // self._slots)
         arguments = (theirs, self._experiment.dump(), dict(os.environ), gpu, threads)
         process = self._context.Process(target=_serve, args=arguments, daemon=True)
@@ -141,13 +141,13 @@ class Pool:
                 worker.process.kill()
 
 
-def _clean_processes() -> mp.context.ForkServerContext | mp.context.SpawnContext:
+def _clean_processes(gpus: bool) -> mp.context.ForkServerContext | mp.context.SpawnContext:
     """Processes that share no thread, CUDA context or S3 client with this one.
 
     On Linux they are forked from a server that has imported torch and done nothing else: the second to start is up at
-    once, in later experiments of a queue too.
+    once, in later experiments of a queue too. With GPUs they are spawned: each must meet CUDA first in its own environment.
     """
-    if sys.platform != "linux":
+    if gpus or sys.platform != "linux":
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([__name__])

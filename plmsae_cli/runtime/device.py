@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from plmsae_cli.config.data import Launch
 
 
+ALLOWED = "PLMSAE_GPUS"
+"""Environment variable by which an executor tells its processes how many GPUs the launch wants."""
+
+
 def visible_gpus() -> int:
     """GPUs that torch can use in this process's environment."""
     import torch
@@ -58,11 +62,18 @@ def count_gpus(launch: Launch) -> int:
     return launch.gpus
 
 
+def allow_gpus(count: int) -> None:
+    """Let this process, and those it starts, use that many of the visible GPUs."""
+    os.environ[ALLOWED] = str(count)
+
+
 def pick_device(local_rank: int = 0) -> torch.device:
-    """`cuda:<local_rank>` where there is one, else the CPU."""
+    """`cuda:<local_rank>` where there is one and the launch wants it, else the CPU."""
     import torch
 
-    return torch.device("cuda", local_rank) if visible_gpus() > local_rank else torch.device("cpu")
+    if int(os.environ.get(ALLOWED, local_rank + 1)) > local_rank and visible_gpus() > local_rank:
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from plmsae_cli.runtime.device import pick_device
+
 
 @dataclass(frozen=True)
 class Gang:
@@ -64,7 +66,7 @@ def gang(timeout_s: float = 600.0) -> Iterator[Gang]:
         yield Gang()
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
+    cuda = pick_device(local_rank).type == "cuda"
     if cuda:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))

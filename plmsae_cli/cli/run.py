@@ -99,7 +99,7 @@ def _queue(
         shown.say(f"== {entry.path}")
 
         def plan() -> int:
-            preflight(one.experiment, one.experiment.stages())
+            preflight(one.experiment, one.experiment.stages(), fetch=True)
             return DONE
 
         if code := checked(plan):

@@ -80,7 +80,7 @@ def run_stage(
                 f"{stage} needs what does not exist yet:\n{listed}",
                 f"`plmsae run {path}` makes everything, `plmsae {stage} {path} --with-inputs` what this stage needs",
             )
-        preflight(experiment, stages)
+        preflight(experiment, stages, fetch=True)
         chosen.append((loaded, stages))
         return DONE
 
@@ -154,14 +154,18 @@ def dry(experiments: Sequence[Loaded], stages: Sequence[str] | None, as_json: bo
     return DONE
 
 
-def preflight(experiment: Experiment, stages: Sequence[str]) -> list[Plan]:
+def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool) -> list[Plan]:
     """Plan everything before anything runs: what a later stage would refuse shows before an earlier one has worked.
+
+    Args:
+        fetch: download published weights that are absent; otherwise their absence is an error.
 
     Raises:
         UserError: an input is missing, settings do not fit each other, or a folder cannot be written.
     """
     from plmsae_cli.config.errors import UserError
-    from plmsae_cli.store.fs import is_remote
+    from plmsae_cli.store.fs import Store, is_remote
+    from plmsae_cli.store.weights import resolve_weights
 
     for field, place in (("root", experiment.root), ("data_root", experiment.data_folder())):
         if is_remote(place):
@@ -170,6 +174,8 @@ def preflight(experiment: Experiment, stages: Sequence[str]) -> list[Plan]:
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             what = "cannot be written to" if existing.is_dir() else "is not a folder"
             raise UserError(f"{field}: {place} cannot be made, {existing} {what}", f"name another folder in {field}")
+    if fetch and experiment.embed is not None:
+        resolve_weights(experiment.model.weights, Store(experiment.storage))
     return plans_of(experiment, stages)
 
 

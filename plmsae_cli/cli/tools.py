@@ -74,7 +74,7 @@ def _needs(path: Path, experiment: Experiment) -> dict[str, Any]:
     from plmsae_cli.config.errors import UserError
     from plmsae_cli.store.fs import Store, is_remote
 
-    plans = preflight(experiment, experiment.stages())
+    plans = preflight(experiment, experiment.stages(), fetch=False)
     wanted = sum(a.bytes for p in plans for a in p.artifacts.values() if not a.done)
     place = experiment.data_folder()
     if is_remote(place):

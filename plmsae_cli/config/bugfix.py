@@ -173,7 +173,7 @@ _FIXED = (
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
     "eval.fidelity.batch_tokens",
 )  # fmt: skip
-_MOST_TRIALS = 4
+_MOST_TRIALS = 2
 
 
 def _cut_grid(

@@ -29,7 +29,10 @@ def plan(experiment: Experiment, store: Store) -> Plan:
     evaluation = experiment.eval
     assert evaluation is not None
     lineage = Lineage(experiment, store)
-    _require_heldout(lineage)
+    manifest = read_manifest(store, lineage.dataset().folder)
+    _require_heldout(lineage, manifest)
+    if manifest is not None and evaluation.fidelity.loss_recovered:
+        _require_same_model(lineage.weights, manifest["weights"])
     folder = lineage.run_folder()
     identity = digest({"run": lineage.run_identity(), "fidelity": evaluation.fidelity.science()})
     tasks = remaining(store, [Task(f"fidelity-{identity[:8]}", "eval", (folder,), resources=Resources(gpus=1))])
@@ -43,10 +46,9 @@ def plan(experiment: Experiment, store: Store) -> Plan:
     return Plan("eval", tasks, {"run": Artifact(folder, identity, not tasks)}, figures)
 
 
-def _require_heldout(lineage: Lineage) -> None:
+def _require_heldout(lineage: Lineage, manifest: Mapping[str, Any] | None) -> None:
     """Raises UserError where the dataset has, or will have, no held-out residues."""
     dataset = lineage.dataset()
-    manifest = read_manifest(lineage.store, dataset.folder)
     if not (manifest["heldout_rows"] if manifest else lineage.scan.num_heldout_rows):
         raise UserError(
             f"eval scores held-out residues, of which {dataset.folder} has none",

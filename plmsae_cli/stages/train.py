@@ -55,6 +55,11 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
     experiment, store = lineage.experiment, lineage.store
     dataset = lineage.dataset()
     manifest = read_manifest(store, dataset.folder)
+    if train.data is not None and manifest is not None and train.layer not in (None, manifest["layer"]):
+        raise UserError(
+            f"train.layer is {train.layer}, but {train.data} holds layer {manifest['layer']}",
+            "remove train.layer, or name the dataset of that layer",
+        )
     rows, d = (manifest["rows"], manifest["d"]) if manifest else (lineage.scan.num_rows, lineage.d)
     per_epoch = steps_per_epoch(rows, train.batch_tokens, ranks(experiment))
     steps = sae_steps(train, per_epoch)

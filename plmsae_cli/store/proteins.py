@@ -139,7 +139,7 @@ def read_proteins(
                 raise StoreError(f"{path} has {file.num_row_groups} shards, there is no number {row_group}")
     except pa.ArrowException as error:
         raise StoreError(
-            f"{path} is not a sound Parquet file: {error}", "`plmsae verify` checks the artifact"
+            f"{path} is not a sound Parquet file: {error}", "remove its folder and start again: it is made anew"
         ) from error
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))

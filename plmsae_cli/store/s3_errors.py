@@ -23,7 +23,9 @@ _BY_CODE = {
     "AuthorizationHeaderMalformed": ("the bucket is in another region", "set storage.region to it"),
     "SlowDown": ("the server is overloaded (SlowDown)", "start again later: what is complete is kept"),
 }
-VERIFY = "`plmsae verify` on its folder says what is damaged"
+VERIFY = (
+    "remove the MANIFEST.json of its folder and start again: files that differ in size from their record are made anew"
+)
 _NO_LEAVE = (
     "permission denied",
     "check the credentials (AWS_ACCESS_KEY_ID, storage.profile) and the bucket's policy;"

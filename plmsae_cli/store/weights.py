@@ -287,7 +287,8 @@ def read_pickle(path: Path, allowed: Sequence[type]) -> Any:
                 f"{path} holds an object of {refused[1]}, which is not data: it was not read",
                 hint="a pickle can run any code; use weights from a source you trust",
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Only the first sentence: torch goes on to advise loading without its safety.
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} is not a checkpoint that torch can read: {reason}", hint="delete it and fetch it again"
         ) from error

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.faults import fault
 from plmsae_cli.runtime.dist import Gang
@@ -46,7 +47,7 @@ class Objective(Protocol):
         """Figures of a validation due after this many steps, or nothing."""
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """The loss is no longer finite."""
 
 
@@ -82,8 +83,8 @@ def fit(
             sink.add(line)
         if not math.isfinite(line["loss"]):
             raise Diverged(
-                f"the loss was {line['loss']} at step {line['step']}; the newest checkpoint is from before. "
-                "A lower train.lr or a longer train.lr_warmup_steps usually mends it"
+                f"the loss was {line['loss']} at step {line['step']}; the newest checkpoint is from before",
+                "a lower train.lr or a longer train.lr_warmup_steps usually mends it (with --restart)",
             )
         shown = {k: line[k] for k in ("loss", "fvu", "l0", "dead", "tokens_per_second", "loader_wait") if k in line}
         progress(line["step"], total_steps, unit="steps", **shown)

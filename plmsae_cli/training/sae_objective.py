@@ -90,7 +90,8 @@ class SAEObjective:
             "loss": losses.total,
             "reconstruction": losses.reconstruction,
             "aux": losses.aux,
-            "fvu": losses.reconstruction / self._gang.sum(x_BD.square().sum()) * (batch * self.model.d),
+            # Of the whole dictionary: the loss of a Matryoshka is a mean over its prefixes.
+            "fvu": (losses.xhat_BD - x_BD).square().sum() / self._gang.sum(x_BD.square().sum()),
             "l0": (losses.latents.acts_BK > 0).sum() / batch,
             "dead": dead_N.float().mean() * share,
             "grad_norm": norm * share,

@@ -187,3 +187,11 @@ def test_batches_that_do_not_fit_are_refused_with_numbers(build: Build, go: Go) 
         go(build(train__batch_tokens=100_000, train__tokens=100_000))
     with pytest.raises(UserError, match="larger than the dictionary"):
         go(build(name="k", train__sae__k=65, train__sae__expansion=2))
+
+
+def test_a_dataset_of_another_layer_is_refused(build: Build, go: Go) -> None:
+    experiment = build()
+    go(experiment, ["embed", "shuffle", "optimize"])
+    folder = Lineage(experiment, Store()).dataset().folder
+    with pytest.raises(UserError, match="train.layer is 3, but .* holds layer 2"):
+        go(build(name="other", train__data=folder, train__layer=3), ["train"])

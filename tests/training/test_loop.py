@@ -132,7 +132,7 @@ def test_a_stop_is_obeyed_after_its_step_and_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("log_every", [1, 5])
 def test_a_loss_that_is_not_finite_ends_it_and_is_never_saved_over_a_good_state(tmp_path: Path, log_every: int) -> None:
-    with pytest.raises(Diverged, match=r"nan at step 10; .*train\.lr"):
+    with pytest.raises(Diverged, match=r"nan at step 10; the newest checkpoint is from before"):
         train(tmp_path, Counting(bad=9), log_every=log_every)
     assert saved(tmp_path) == [5]
     assert lines(tmp_path)[-1]["step"] == 10

@@ -78,7 +78,6 @@ def _fidelity(folder: str, options: Fidelity, context: Context) -> tuple[dict[st
     from plmsae_cli.runtime.saved import load_sae_with_facts
     from plmsae_cli.store.activations import ActivationShards, Statistics
     from plmsae_cli.store.proteins import read_proteins
-    from plmsae_cli.store.weights import resolve_weights
 
     store = context.store
     lineage = Lineage(context.experiment, store)
@@ -107,7 +106,6 @@ def _fidelity(folder: str, options: Fidelity, context: Context) -> tuple[dict[st
         "heldout_proteins": len(table),
     }
     if options.loss_recovered:
-        _require_same_model(resolve_weights(context.experiment.model.weights, store), manifest["weights"])
         embedder = Embedder.shared(context.experiment.model.weights, store, "float32")
         budget = embedder.budget(options.batch_tokens)
         sequences = table["sequence"].to_pylist()[: options.proteins]

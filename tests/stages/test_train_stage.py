@@ -193,5 +193,5 @@ def test_a_dataset_of_another_layer_is_refused(build: Build, go: Go) -> None:
     experiment = build()
     go(experiment, ["embed", "shuffle", "optimize"])
     folder = Lineage(experiment, Store()).dataset().folder
-    with pytest.raises(UserError, match="train.layer is 3, but .* holds layer 2"):
+    with pytest.raises(UserError, match=r"train\.layer is 3, but .* holds layer 2"):
         go(build(name="other", train__data=folder, train__layer=3), ["train"])

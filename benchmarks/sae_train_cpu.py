@@ -225,7 +225,7 @@ def main() -> None:
         "device": f"{cpu}, {THREADS} threads, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, text=True).strip(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python benchmarks/{Path(__file__).name} --data {options.data} --recipe {options.recipe}",
     }
     name, lines = f"sae-train/cpu-d{data.d}-n{NUM_LATENTS}-k{K}", ""
     for side in sides:

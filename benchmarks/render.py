@@ -26,7 +26,7 @@ NAMES = (
     "data/stream-s3", "data/stream-s3-50ms", "plm/133M", "eval/concepts", "features/collect",
 )  # fmt: skip
 """Names that will be claimed; those without a line are listed as not measured."""
-_DURATIONS = ("s", "ms", "us", "min", "h")
+_SMALLER_IS_BETTER = ("s", "ms", "us", "min", "h", "FVU", "nats")
 """Units of which less is better; of all others more is."""
 
 
@@ -107,7 +107,7 @@ def ratio(ours: Result, other: Result) -> float:
     """How many times better ours is than the other: above 1 we are ahead, whatever the unit."""
     if ours.unit != other.unit:
         raise ResultError(f"{ours.name}: {ours.who} is in {ours.unit}, {other.who} in {other.unit}")
-    less_is_better = ours.unit in _DURATIONS
+    less_is_better = ours.unit in _SMALLER_IS_BETTER
     return other.value / ours.value if less_is_better else ours.value / other.value
 
 

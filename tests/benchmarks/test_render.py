@@ -120,3 +120,8 @@ def test_check_fails_when_stale(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_the_repository_is_not_stale() -> None:
     assert render.main(["--check"]) == 0
+
+
+def test_of_errors_the_smaller_is_the_better() -> None:
+    text = render.render(render.parse("\n".join([line("plmsae", 0.2, unit="FVU"), line("peer", 0.1, unit="FVU")])))
+    assert cells(text, "peer")[3] == "0.50"

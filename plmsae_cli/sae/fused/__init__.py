@@ -1,0 +1,9 @@
+"""The training step of the TopK family on CUDA: encoder by GEMM, everything else over the active pairs, in Triton.
+
+`step.FusedStep` is what training calls; each other file holds one part: kernels first, then the function that
+launches them. All of it computes what `TopK.loss`, autograd, `project_gradients`, clipping, Adam and
+`normalize_decoder` compute, in bfloat16 with float32 sums and masters: that path is the plain twin. Sums have a
+fixed order and there are no float atomics, so steps repeat bit for bit.
+
+Letters as in `sae.interface`, and: T rows of a tile, G nested groups (1 for TopK), S splits of a sum.
+"""

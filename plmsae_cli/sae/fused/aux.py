@@ -1,0 +1,221 @@
+"""AuxK on the dead latents alone: dense products over their rows, gathered into a fixed number of places.
+
+How many places is known on the host without asking the device: a latent dead now was already nearly dead some steps
+ago, and that count has long arrived (`DeadBound`).
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plmsae_cli.sae.fused.gradients import WeightGradients
+
+LAG = 16
+"""Steps between counts of the nearly dead; a count is used from LAG to 2 LAG steps after it was taken."""
+SMALLEST = 256
+
+
+@triton.jit
+def _keep_top(values, n, k, TILE: tl.constexpr, TILES: tl.constexpr):
+    row = values + tl.program_id(0).to(tl.int64) * n
+    t = 0
+    for i in tl.static_range(15):
+        trial = t | (1 << (14 - i))
+        reached = 0
+        for tile in range(TILES):
+            o = tile * TILE + tl.arange(0, TILE)
+            keys = tl.load(row + o, mask=o < n, other=-1).to(tl.int32)
+            reached += tl.sum((keys >= trial).to(tl.int32), 0)
+        t = tl.where(reached >= k, trial, t)
+    above = 0
+    for tile in range(TILES):
+        o = tile * TILE + tl.arange(0, TILE)
+        above += tl.sum((tl.load(row + o, mask=o < n, other=-1).to(tl.int32) > t).to(tl.int32), 0)
+    ties = 0
+    for tile in range(TILES):
+        o = tile * TILE + tl.arange(0, TILE)
+        stored = tl.load(row + o, mask=o < n, other=-1)
+        keys = stored.to(tl.int32)
+        tie = ((keys == t) & (o < n)).to(tl.int32)
+        kept = (keys > t) | ((tie == 1) & (ties + tl.cumsum(tie, 0) <= k - above))
+        tl.store(row + o, tl.where(kept, stored, 0), mask=o < n)
+        ties += tl.sum(tie, 0)
+
+
+@triton.jit
+def _add_rows(
+    dead,
+    dec,
+    enc,
+    bias,
+    w_dec,
+    grad_dec,
+    grad_enc,
+    grad_b,
+    along,
+    square,
+    touched,
+    n,
+    d: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+):
+    place = tl.program_id(0)
+    latent = tl.load(dead + place)
+    if latent < n:
+        o = tl.arange(0, D)
+        mask = o < d
+        to = latent.to(tl.int64) * d + o
+        source = place.to(tl.int64) * d + o
+        before = mask & (tl.load(touched + latent) > 0)
+        extra = tl.load(dec + source, mask=mask, other=0.0).to(tl.float32)
+        row = tl.load(w_dec + to, mask=mask, other=0.0).to(tl.float32)
+        total_dec = (tl.load(grad_dec + to, mask=before, other=0.0).to(tl.float32) + extra).to(tl.bfloat16)
+        total_enc = tl.load(grad_enc + to, mask=before, other=0.0).to(tl.float32)
+        total_enc = (total_enc + tl.load(enc + source, mask=mask, other=0.0).to(tl.float32)).to(tl.bfloat16)
+        tl.store(grad_dec + to, total_dec, mask=mask)
+        tl.store(grad_enc + to, total_enc, mask=mask)
+        a = total_dec.to(tl.float32)
+        b = total_enc.to(tl.float32)
+        tl.store(square + latent, tl.sum(a * a + b * b, 0))
+        for part in tl.static_range(1, S):
+            tl.store(square + part * n + latent, 0.0)
+        tl.store(along + latent, tl.load(along + latent) + tl.sum(extra * row, 0))
+        tl.store(grad_b + latent, tl.load(grad_b + latent) + tl.load(bias + place))
+        tl.store(touched + latent, 1)
+
+
+def keep_top_(acts_BC: Tensor, k: int) -> None:
+    """Set all but the k largest of each row to 0, ties to the lowest column, in place; bfloat16, at least 0."""
+    rows, columns = acts_BC.shape
+    tile = min(4096, triton.next_power_of_2(columns))
+    _keep_top[(rows,)](acts_BC.view(torch.int16), columns, k, tile, triton.cdiv(columns, tile), num_warps=4)
+
+
+def compact(mask_N: Tensor, places: int) -> Tensor:
+    """Indices of the set entries of `mask_N` in order, int32 [places]; N fills up. At most `places` may be set."""
+    n = len(mask_N)
+    place_N = torch.where(mask_N, mask_N.cumsum(0) - 1, places)
+    out = torch.full((places + 1,), n, dtype=torch.int32, device=mask_N.device)
+    out.scatter_(0, place_N, torch.arange(n, dtype=torch.int32, device=mask_N.device))
+    out[places] = n
+    return out[:-1]
+
+
+class AuxK:
+    """Adds AuxK's gradients to those of the reconstruction; formulas in `sae.auxk`."""
+
+    def __init__(self, k_aux: int, coefficient: float) -> None:
+        self._k_aux, self._coefficient = k_aux, coefficient
+
+    def __call__(
+        self,
+        dead_N: Tensor,
+        places: int,
+        x_BD: Tensor,
+        error_BD: Tensor,
+        energy: Tensor,
+        w_enc_ND: Tensor,
+        b_enc_N: Tensor,
+        w_dec_ND: Tensor,
+        gradients: WeightGradients,
+    ) -> Tensor:
+        """This rank's share of the loss before its coefficient.
+
+        `places`: an upper bound of the number of dead; `error_BD`: the full residual, bfloat16; `energy`: its
+        squared norm over all ranks.
+        """
+        n, d = w_enc_ND.shape
+        dead_C = compact(dead_N, places)
+        row_C = dead_C.clamp(max=n - 1)
+        w_enc_CD, w_dec_CD = w_enc_ND[row_C], w_dec_ND[row_C]
+        acts_BC = torch.addmm(b_enc_N[row_C], x_BD, w_enc_CD.t()).relu_().mul_(dead_C < n)
+        if self._k_aux < places:
+            keep_top_(acts_BC, self._k_aux)
+        ramp = (dead_N.sum() / self._k_aux).clamp(max=1.0)
+        share = torch.where(energy > 0, ramp / energy, 0.0)
+        misfit_BD = (acts_BC @ w_dec_CD).sub_(error_BD)
+        aux = share * torch.linalg.vector_norm(misfit_BD, dtype=torch.float32).square()
+        slope_BD = misfit_BD.mul_(2 * self._coefficient * share)
+        dec_CD = acts_BC.t() @ slope_BD
+        slope_BC = (slope_BD @ w_dec_CD.t()).mul_(acts_BC > 0)
+        enc_CD = slope_BC.t() @ x_BD
+        D = triton.next_power_of_2(d)
+        _add_rows[(places,)](
+            dead_C,
+            dec_CD,
+            enc_CD,
+            slope_BC.sum(0, dtype=torch.float32),
+            w_dec_ND,
+            gradients.grad_dec_ND,
+            gradients.grad_enc_ND,
+            gradients.grad_b_N,
+            gradients.along_N,
+            gradients.square_SN,
+            gradients.touched_N,
+            n,
+            d,
+            len(gradients.square_SN),
+            D,
+            num_warps=max(1, min(16, D // 512)),
+        )
+        return aux
+
+
+class DeadBound:
+    """An upper bound of the number of dead latents that the host knows without waiting for the device.
+
+    The state is a function of the ages at every LAG-th step, and `state` continues it exactly.
+    """
+
+    def __init__(self, ages_N: Tensor, window: int, tokens_a_step: int) -> None:
+        self._ages_N = ages_N
+        self._nearly = window - 2 * LAG * tokens_a_step
+        self._bound: int | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def places(self, step: int) -> int:
+        """Places for the dead of `step`: 0, or a size that few steps outgrow. Called for every step, in order."""
+        if self._bound is None:
+            self._pending = self._count()
+            self._bound = self._arrived()
+        elif step % LAG == 0:
+            self._bound = self._arrived()
+            self._pending = self._count()
+        if self._bound == 0:
+            return 0
+        size = SMALLEST
+        while size < self._bound:
+            size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+        return min(size, -(-len(self._ages_N) // 16) * 16)
+
+    def state(self) -> list[int]:
+        """The bound in use and the one that follows; waits for the device."""
+        return [] if self._bound is None else [self._bound, self._arrived()]
+
+    def load(self, state: list[int]) -> None:
+        """Continue from `state`, taken with the ages that hold now."""
+        if state:
+            self._bound, pending = state
+            self._pending = (torch.tensor(pending), None)
+
+    def _count(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        count = (self._ages_N >= self._nearly).sum(dtype=torch.int32)
+        if not count.is_cuda:
+            return count, None
+        host = torch.empty((), dtype=torch.int32, pin_memory=True)
+        host.copy_(count, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return host, event
+
+    def _arrived(self) -> int:
+        assert self._pending is not None
+        count, event = self._pending
+        if event is not None:
+            event.synchronize()
+        return int(count)

@@ -1,0 +1,259 @@
+"""Weight gradients: for each latent, the sum over the tokens it fired on, in the order of the tokens.
+
+Real dictionaries have latents that fire on most tokens. One program would walk thousands of rows while the others
+wait, so a long list is cut into chunks of fixed length, summed apart and then added up in order.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plmsae_cli.sae.fused.residual import tile_of
+
+CHUNK = 256
+"""Tokens that one program adds up; longer lists are cut."""
+UNROLL = 8
+PAIRS_A_PROGRAM = 1024
+
+
+@triton.jit
+def _permute(order, acts, slope, token, act_sorted, slope_sorted, pairs, k, TILE: tl.constexpr):
+    p = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = p < pairs
+    source = tl.load(order + p, mask=mask, other=0)
+    tl.store(token + p, (source // k).to(tl.int32), mask=mask)
+    tl.store(act_sorted + p, tl.load(acts + source, mask=mask), mask=mask)
+    tl.store(slope_sorted + p, tl.load(slope + source, mask=mask), mask=mask)
+
+
+@triton.jit
+def _sums(begin, end, group, token, act, slope, x, residual, o, mask, d: tl.constexpr, G: tl.constexpr, U: tl.constexpr, D: tl.constexpr):
+    dec = tl.zeros((D,), tl.float32)
+    enc = tl.zeros((D,), tl.float32)
+    for start in range(begin, end, U):
+        p = start + tl.arange(0, U)
+        here = p < end
+        row = tl.load(token + p, mask=here, other=0).to(tl.int64)
+        a = tl.load(act + p, mask=here, other=0.0)
+        s = tl.load(slope + p, mask=here, other=0.0)
+        both = here[:, None] & mask[None, :]
+        r = tl.load(residual + (row * G + group)[:, None] * d + o[None, :], mask=both, other=0.0).to(tl.float32)
+        v = tl.load(x + row[:, None] * d + o[None, :], mask=both, other=0.0).to(tl.float32)
+        dec += tl.sum(a[:, None] * r, 0)
+        enc += tl.sum(s[:, None] * v, 0)
+    return dec, enc
+
+
+@triton.jit
+def _group_of(latent, prefixes, G: tl.constexpr):
+    group = 0
+    for g in tl.static_range(G - 1):
+        group += (latent >= tl.load(prefixes + g)).to(tl.int32)
+    return group
+
+
+@triton.jit
+def _long(
+    offsets,
+    chunk_latent,
+    chunk_ends,
+    token,
+    act,
+    slope,
+    x,
+    residual,
+    prefixes,
+    partial,
+    n,
+    d: tl.constexpr,
+    CHUNK: tl.constexpr,
+    G: tl.constexpr,
+    U: tl.constexpr,
+    D: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    latent = tl.load(chunk_latent + chunk)
+    if latent < n:
+        begin = tl.load(offsets + latent)
+        end = tl.load(offsets + latent + 1)
+        first = tl.load(chunk_ends + latent) - (end - begin + CHUNK - 1) // CHUNK
+        begin += (chunk - first) * CHUNK
+        o = tl.program_id(1) * D + tl.arange(0, D)
+        mask = o < d
+        group = _group_of(latent, prefixes, G)
+        dec, enc = _sums(
+            begin, tl.minimum(begin + CHUNK, end), group, token, act, slope, x, residual, o, mask, d, G, U, D
+        )
+        tl.store(partial + chunk.to(tl.int64) * 2 * d + o, dec, mask=mask)
+        tl.store(partial + (chunk.to(tl.int64) * 2 + 1) * d + o, enc, mask=mask)
+
+
+@triton.jit
+def _gradients(
+    offsets,
+    chunk_ends,
+    token,
+    act,
+    slope,
+    x,
+    residual,
+    prefixes,
+    partial,
+    grad_dec,
+    grad_enc,
+    grad_b,
+    along,
+    square,
+    touched,
+    n,
+    d: tl.constexpr,
+    factor,
+    WRITE_ZEROS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    G: tl.constexpr,
+    U: tl.constexpr,
+    D: tl.constexpr,
+):
+    latent = tl.program_id(0)
+    part = tl.program_id(1)
+    begin = tl.load(offsets + latent)
+    end = tl.load(offsets + latent + 1)
+    count = end - begin
+    o = part * D + tl.arange(0, D)
+    mask = o < d
+    dec = tl.zeros((D,), tl.float32)
+    enc = tl.zeros((D,), tl.float32)
+    if count > CHUNK:
+        stop = tl.load(chunk_ends + latent)
+        for chunk in range(stop - (count + CHUNK - 1) // CHUNK, stop):
+            base = partial + chunk * (2 * d) + o
+            dec += tl.load(base, mask=mask, other=0.0)
+            enc += tl.load(base + d, mask=mask, other=0.0)
+    elif count > 0:
+        group = _group_of(latent, prefixes, G)
+        dec, enc = _sums(begin, end, group, token, act, slope, x, residual, o, mask, d, G, U, D)
+    dec = (dec * factor).to(tl.bfloat16)
+    enc = (enc * factor).to(tl.bfloat16)
+    if WRITE_ZEROS or count > 0:
+        tl.store(grad_dec + latent.to(tl.int64) * d + o, dec, mask=mask)
+        tl.store(grad_enc + latent.to(tl.int64) * d + o, enc, mask=mask)
+    dec = dec.to(tl.float32)
+    enc = enc.to(tl.float32)
+    tl.store(square + part * n + latent, tl.sum(dec * dec + enc * enc, 0))
+    if part == 0:
+        bias = 0.0
+        parallel = 0.0
+        for start in range(begin, end, 128):
+            p = start + tl.arange(0, 128)
+            s = tl.load(slope + p, mask=p < end, other=0.0)
+            bias += tl.sum(s, 0)
+            parallel += tl.sum(s * tl.load(act + p, mask=p < end, other=0.0), 0)
+        tl.store(grad_b + latent, bias * factor)
+        tl.store(along + latent, parallel * factor)
+        tl.store(touched + latent, (count > 0).to(tl.int32))
+
+
+@triton.jit
+def _bias_rows(grad_b, w, partial, n, d: tl.constexpr, rows_a_split, ROWS: tl.constexpr, D: tl.constexpr):
+    split = tl.program_id(0)
+    o = tl.program_id(1) * D + tl.arange(0, D)
+    mask = o < d
+    total = tl.zeros((D,), tl.float32)
+    stop = tl.minimum((split + 1) * rows_a_split, n)
+    for start in range(split * rows_a_split, stop, ROWS):
+        row = start + tl.arange(0, ROWS)
+        g = tl.load(grad_b + row, mask=row < stop, other=0.0)
+        both = (row < stop)[:, None] & mask[None, :]
+        weights = tl.load(w + row.to(tl.int64)[:, None] * d + o[None, :], mask=both, other=0.0).to(tl.float32)
+        total += tl.sum(g[:, None] * weights, 0)
+    tl.store(partial + split * d + o, total, mask=mask)
+
+
+class WeightGradients:
+    """Gradients of W_dec, W_enc and b_enc from the active pairs, in buffers made once.
+
+    grad_dec_ND and grad_enc_ND (bfloat16; not yet without the part along the decoder row), grad_b_N; `counts_N`, on
+    how many tokens each latent fired; `square_SN`, parts of each latent's squared gradient norm; `along_N`, <gradient
+    of its decoder row, that row>; `touched_N`: whose gradient is not 0. Other rows are left as they were unless
+    `write_zeros`.
+    """
+
+    def __init__(
+        self, rows: int, num_latents: int, d: int, k: int, prefixes_G: Tensor, device: torch.device, write_zeros: bool
+    ) -> None:
+        pairs = rows * k
+        self._shape = (num_latents, d, k, pairs)
+        self.prefixes_G, self._write_zeros = prefixes_G, write_zeros
+        self._tile = tile_of(d, 512)
+        splits = triton.cdiv(d, self._tile)
+        self.grad_2ND = torch.zeros(2, num_latents, d, dtype=torch.bfloat16, device=device)
+        self.grad_dec_ND, self.grad_enc_ND = self.grad_2ND
+        self.grad_b_N = torch.zeros(num_latents, device=device)
+        self.along_N = torch.zeros(num_latents, device=device)
+        self.square_SN = torch.zeros(splits, num_latents, device=device)
+        self.counts_N = torch.zeros(num_latents, dtype=torch.int32, device=device)
+        self.touched_N = torch.zeros(num_latents, dtype=torch.int32, device=device)
+        self._token_P = torch.empty(pairs, dtype=torch.int32, device=device)
+        self._act_P = torch.empty(pairs, device=device)
+        self._slope_P = torch.empty(pairs, device=device)
+        self._latents_N1 = torch.arange(num_latents + 1, dtype=torch.int32, device=device)
+        # ceil(c / CHUNK) < 2 c / CHUNK where c > CHUNK: no batch has more chunks.
+        chunks = 2 * pairs // CHUNK
+        self._chunks_C = torch.arange(chunks, dtype=torch.int32, device=device)
+        self._partial = torch.empty(chunks, 2, d, device=device)
+        self._bias_splits = min(64, triton.cdiv(num_latents, 64))
+        self._bias_partial = torch.empty(self._bias_splits, d, device=device)
+
+    def __call__(
+        self, x_BD: Tensor, residual_BGD: Tensor, acts_BK: Tensor, indices_BK: Tensor, slope_BK: Tensor, factor: float
+    ) -> None:
+        """Gradients with dL/dr = `factor` * residual."""
+        n, d, k, pairs = self._shape
+        groups = residual_BGD.shape[1]
+        key_P = torch.where(acts_BK > 0, indices_BK, n).flatten()
+        sorted_P, order_P = key_P.sort(stable=True)
+        offsets_N1 = torch.searchsorted(sorted_P, self._latents_N1, out_int32=True)
+        _permute[(triton.cdiv(pairs, PAIRS_A_PROGRAM),)](
+            order_P, acts_BK, slope_BK, self._token_P, self._act_P, self._slope_P, pairs, k, PAIRS_A_PROGRAM
+        )
+        torch.sub(offsets_N1[1:], offsets_N1[:-1], out=self.counts_N)
+        chunks_N = torch.where(self.counts_N > CHUNK, (self.counts_N + (CHUNK - 1)) // CHUNK, 0)
+        chunk_ends_N = chunks_N.cumsum(0, dtype=torch.int32)
+        chunk_latent_C = torch.searchsorted(chunk_ends_N, self._chunks_C, right=True, out_int32=True)
+        pair_data = (self._token_P, self._act_P, self._slope_P, x_BD, residual_BGD, self.prefixes_G, self._partial)
+        tiles = self.square_SN.shape[0]
+        sizes = (CHUNK, groups, UNROLL, self._tile)
+        if len(self._chunks_C):
+            _long[(len(self._chunks_C), tiles)](
+                offsets_N1, chunk_latent_C, chunk_ends_N, *pair_data, n, d, *sizes, num_warps=4
+            )
+        _gradients[(n, tiles)](
+            offsets_N1,
+            chunk_ends_N,
+            *pair_data,
+            self.grad_dec_ND,
+            self.grad_enc_ND,
+            self.grad_b_N,
+            self.along_N,
+            self.square_SN,
+            self.touched_N,
+            n,
+            d,
+            factor,
+            self._write_zeros,
+            *sizes,
+            num_warps=4,
+        )
+
+    def through_encoder_bias(self, w_enc_ND: Tensor) -> Tensor:
+        """grad_b_N W_enc: what the encoder's bias receives from x - b_dec, [D]."""
+        n, d, _, _ = self._shape
+        tile = tile_of(d, 128)
+        _bias_rows[(self._bias_splits, triton.cdiv(d, tile))](
+            self.grad_b_N, w_enc_ND, self._bias_partial, n, d, triton.cdiv(n, self._bias_splits), 32, tile, num_warps=4
+        )
+        return self._bias_partial.sum(0)

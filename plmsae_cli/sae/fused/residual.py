@@ -1,0 +1,115 @@
+"""From raw rows to the encoder's input, and from active latents to residuals and the latents' gradients."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _centre(raw, mean, b_dec, x, square, scale, d: tl.constexpr, D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = 0.0
+    for start in range(0, d, D):
+        o = start + tl.arange(0, D)
+        mask = o < d
+        value = (tl.load(raw + row * d + o, mask=mask, other=0.0).to(tl.float32) - tl.load(mean + o, mask=mask)) * scale
+        value = tl.where(mask, value, 0.0)
+        total += tl.sum(value * value, 0)
+        value -= tl.load(b_dec + o, mask=mask, other=0.0)
+        tl.store(x + row * d + o, value.to(tl.bfloat16), mask=mask)
+    tl.store(square + row, total)
+
+
+@triton.jit
+def _residual(
+    x, w, acts, indices, prefixes, residual, slope, energy, d: tl.constexpr, k, rows, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, K)
+    act = tl.load(acts + row * k + slot, mask=slot < k, other=0.0)
+    active = act > 0
+    latent = tl.load(indices + row * k + slot, mask=slot < k, other=0)
+    group = tl.zeros((K,), tl.int32)
+    for g in tl.static_range(G - 1):
+        group += (latent >= tl.load(prefixes + g)).to(tl.int32)
+    rows_of_w = w + latent.to(tl.int64)[:, None] * d
+    slopes = tl.zeros((K,), tl.float32)
+    nested = 0.0
+    full = 0.0
+    for start in range(0, d, D):
+        o = start + tl.arange(0, D)
+        mask = o < d
+        weights = tl.load(rows_of_w + o[None, :], mask=active[:, None] & mask[None, :], other=0.0).to(tl.float32)
+        target = tl.load(x + row * d + o, mask=mask, other=0.0).to(tl.float32)
+        # Down the nested groups: what part h must answer for is the sum of the residuals of all prefixes that hold it.
+        cumulative = tl.zeros((D,), tl.float32)
+        for i in tl.static_range(G):
+            h = G - 1 - i
+            held = tl.where(group <= h, act, 0.0)
+            error = target - tl.sum(held[:, None] * weights, 0)
+            square = tl.sum(error * error, 0)
+            nested += square
+            if i == 0:
+                full += square
+            cumulative += error
+            tl.store(residual + (row * G + h) * d + o, cumulative.to(tl.bfloat16), mask=mask)
+            if G == 1:
+                slopes += tl.sum(weights * cumulative[None, :], 1)
+            else:
+                slopes += tl.where(group == h, tl.sum(weights * cumulative[None, :], 1), 0.0)
+    tl.store(slope + row * k + slot, tl.where(active, slopes, 0.0), mask=slot < k)
+    tl.store(energy + row, nested)
+    tl.store(energy + rows + row, full)
+
+
+def centre(raw_BD: Tensor, mean_D: Tensor, scale: float, b_dec_D: Tensor, x_BD: Tensor, square_B: Tensor) -> None:
+    """x = (raw - mean) * scale - b_dec in bfloat16, and ||(raw - mean) * scale||^2 of each row."""
+    rows, d = raw_BD.shape
+    _centre[(rows,)](raw_BD, mean_D, b_dec_D, x_BD, square_B, scale, d, min(1024, triton.next_power_of_2(d)))
+
+
+def residuals(
+    x_BD: Tensor,
+    w_dec_ND: Tensor,
+    acts_BK: Tensor,
+    indices_BK: Tensor,
+    prefixes_G: Tensor,
+    residual_BGD: Tensor,
+    slope_BK: Tensor,
+    energy_2B: Tensor,
+) -> None:
+    """Decode and differentiate with one read of the decoder's rows.
+
+    With r_g = x - sum_{i < m_g} z_i W_dec,i: `residual_BGD`[b, h] = sum_{g >= h} r_g; `slope_BK` = <residual of the
+    latent's group, W_dec,i>, which is dL/dz over -2, 0 where z is; `energy_2B` = sum_g ||r_g||^2 and ||r_G||^2.
+    """
+    rows, d = x_BD.shape
+    k = acts_BK.shape[1]
+    K = triton.next_power_of_2(k)
+    _residual[(rows,)](
+        x_BD,
+        w_dec_ND,
+        acts_BK,
+        indices_BK,
+        prefixes_G,
+        residual_BGD,
+        slope_BK,
+        energy_2B,
+        d,
+        k,
+        rows,
+        residual_BGD.shape[1],
+        K,
+        tile_of(d, max(64, min(512, 8192 // K))),
+        num_warps=4,
+    )
+
+
+def tile_of(d: int, largest: int) -> int:
+    """Columns a pass: the power of two up to `largest` that wastes least of `d`, the larger where two do."""
+    sizes = [largest >> i for i in range(4) if largest >> i >= 16]
+    return min(sizes, key=lambda size: (-(-d // size) * size, -size))

@@ -16,7 +16,8 @@ from plmsae_cli.sae.fused.residual import tile_of
 
 CHUNK = 256
 """Tokens that one program adds up; longer lists are cut."""
-UNROLL = 8
+UNROLL = 4
+SPLITS = 64
 PAIRS_A_PROGRAM = 1024
 
 
@@ -31,7 +32,22 @@ def _permute(order, acts, slope, token, act_sorted, slope_sorted, pairs, k, TILE
 
 
 @triton.jit
-def _sums(begin, end, group, token, act, slope, x, residual, o, mask, d: tl.constexpr, G: tl.constexpr, U: tl.constexpr, D: tl.constexpr):
+def _sums(
+    begin,
+    end,
+    group,
+    token,
+    act,
+    slope,
+    x,
+    residual,
+    o,
+    mask,
+    d: tl.constexpr,
+    G: tl.constexpr,
+    U: tl.constexpr,
+    D: tl.constexpr,
+):
     dec = tl.zeros((D,), tl.float32)
     enc = tl.zeros((D,), tl.float32)
     for start in range(begin, end, U):
@@ -59,8 +75,7 @@ def _group_of(latent, prefixes, G: tl.constexpr):
 @triton.jit
 def _long(
     offsets,
-    chunk_latent,
-    chunk_ends,
+    sort_keys,
     token,
     act,
     slope,
@@ -68,6 +83,7 @@ def _long(
     residual,
     prefixes,
     partial,
+    shift,
     n,
     d: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -76,26 +92,23 @@ def _long(
     D: tl.constexpr,
 ):
     chunk = tl.program_id(0)
-    latent = tl.load(chunk_latent + chunk)
+    begin = chunk * CHUNK
+    latent = tl.load(sort_keys + begin).to(tl.int32) + shift
     if latent < n:
-        begin = tl.load(offsets + latent)
         end = tl.load(offsets + latent + 1)
-        first = tl.load(chunk_ends + latent) - (end - begin + CHUNK - 1) // CHUNK
-        begin += (chunk - first) * CHUNK
-        o = tl.program_id(1) * D + tl.arange(0, D)
-        mask = o < d
-        group = _group_of(latent, prefixes, G)
-        dec, enc = _sums(
-            begin, tl.minimum(begin + CHUNK, end), group, token, act, slope, x, residual, o, mask, d, G, U, D
-        )
-        tl.store(partial + chunk.to(tl.int64) * 2 * d + o, dec, mask=mask)
-        tl.store(partial + (chunk.to(tl.int64) * 2 + 1) * d + o, enc, mask=mask)
+        if end - tl.load(offsets + latent) > CHUNK:
+            o = tl.program_id(1) * D + tl.arange(0, D)
+            mask = o < d
+            group = _group_of(latent, prefixes, G)
+            end = tl.minimum(begin + CHUNK, end)
+            dec, enc = _sums(begin, end, group, token, act, slope, x, residual, o, mask, d, G, U, D)
+            tl.store(partial + chunk * (2 * d) + o, dec, mask=mask)
+            tl.store(partial + chunk * (2 * d) + d + o, enc, mask=mask)
 
 
 @triton.jit
 def _gradients(
     offsets,
-    chunk_ends,
     token,
     act,
     slope,
@@ -108,6 +121,7 @@ def _gradients(
     grad_b,
     along,
     square,
+    counts,
     touched,
     n,
     d: tl.constexpr,
@@ -127,15 +141,16 @@ def _gradients(
     mask = o < d
     dec = tl.zeros((D,), tl.float32)
     enc = tl.zeros((D,), tl.float32)
-    if count > CHUNK:
-        stop = tl.load(chunk_ends + latent)
-        for chunk in range(stop - (count + CHUNK - 1) // CHUNK, stop):
+    if count > 0:
+        group = _group_of(latent, prefixes, G)
+        # A long list begins with what is left of the chunk it begins in; whole chunks were summed by `_long`.
+        whole = tl.where(count > CHUNK, (begin + CHUNK - 1) // CHUNK, (end + CHUNK - 1) // CHUNK)
+        head = tl.minimum(whole * CHUNK, end)
+        dec, enc = _sums(begin, head, group, token, act, slope, x, residual, o, mask, d, G, U, D)
+        for chunk in range(whole, (end + CHUNK - 1) // CHUNK):
             base = partial + chunk * (2 * d) + o
             dec += tl.load(base, mask=mask, other=0.0)
             enc += tl.load(base + d, mask=mask, other=0.0)
-    elif count > 0:
-        group = _group_of(latent, prefixes, G)
-        dec, enc = _sums(begin, end, group, token, act, slope, x, residual, o, mask, d, G, U, D)
     dec = (dec * factor).to(tl.bfloat16)
     enc = (enc * factor).to(tl.bfloat16)
     if WRITE_ZEROS or count > 0:
@@ -154,106 +169,136 @@ def _gradients(
             parallel += tl.sum(s * tl.load(act + p, mask=p < end, other=0.0), 0)
         tl.store(grad_b + latent, bias * factor)
         tl.store(along + latent, parallel * factor)
+        tl.store(counts + latent, count)
         tl.store(touched + latent, (count > 0).to(tl.int32))
 
 
 @triton.jit
-def _bias_rows(grad_b, w, partial, n, d: tl.constexpr, rows_a_split, ROWS: tl.constexpr, D: tl.constexpr):
+def _columns(
+    residual,
+    grad_b,
+    w,
+    partial,
+    rows,
+    n,
+    d: tl.constexpr,
+    factor,
+    rows_a_split,
+    latents_a_split,
+    G: tl.constexpr,
+    U: tl.constexpr,
+    D: tl.constexpr,
+):
     split = tl.program_id(0)
     o = tl.program_id(1) * D + tl.arange(0, D)
     mask = o < d
     total = tl.zeros((D,), tl.float32)
-    stop = tl.minimum((split + 1) * rows_a_split, n)
-    for start in range(split * rows_a_split, stop, ROWS):
-        row = start + tl.arange(0, ROWS)
-        g = tl.load(grad_b + row, mask=row < stop, other=0.0)
+    stop = tl.minimum((split + 1) * rows_a_split, rows)
+    for start in range(split * rows_a_split, stop, U):
+        row = start + tl.arange(0, U)
         both = (row < stop)[:, None] & mask[None, :]
-        weights = tl.load(w + row.to(tl.int64)[:, None] * d + o[None, :], mask=both, other=0.0).to(tl.float32)
-        total += tl.sum(g[:, None] * weights, 0)
+        total += tl.sum(
+            tl.load(residual + row.to(tl.int64)[:, None] * (G * d) + o[None, :], mask=both, other=0.0).to(tl.float32), 0
+        )
+    total = total * factor
+    stop = tl.minimum((split + 1) * latents_a_split, n)
+    for start in range(split * latents_a_split, stop, U):
+        latent = start + tl.arange(0, U)
+        g = tl.load(grad_b + latent, mask=latent < stop, other=0.0)
+        both = (latent < stop)[:, None] & mask[None, :]
+        weights = tl.load(w + latent.to(tl.int64)[:, None] * d + o[None, :], mask=both, other=0.0).to(tl.float32)
+        total -= tl.sum(g[:, None] * weights, 0)
     tl.store(partial + split * d + o, total, mask=mask)
 
 
 class WeightGradients:
-    """Gradients of W_dec, W_enc and b_enc from the active pairs, in buffers made once.
+    """Gradients of all parameters from the active pairs, in buffers made once.
 
     grad_dec_ND and grad_enc_ND (bfloat16; not yet without the part along the decoder row), grad_b_N; `counts_N`, on
     how many tokens each latent fired; `square_SN`, parts of each latent's squared gradient norm; `along_N`, <gradient
     of its decoder row, that row>; `touched_N`: whose gradient is not 0. Other rows are left as they were unless
-    `write_zeros`.
+    `write_zeros`. `grad_b_SD` sums over its splits to the gradient of b_dec.
     """
 
     def __init__(
         self, rows: int, num_latents: int, d: int, k: int, prefixes_G: Tensor, device: torch.device, write_zeros: bool
     ) -> None:
         pairs = rows * k
-        self._shape = (num_latents, d, k, pairs)
+        self._shape = (rows, num_latents, d, k)
         self.prefixes_G, self._write_zeros = prefixes_G, write_zeros
         self._tile = tile_of(d, 512)
-        splits = triton.cdiv(d, self._tile)
         self.grad_2ND = torch.zeros(2, num_latents, d, dtype=torch.bfloat16, device=device)
         self.grad_dec_ND, self.grad_enc_ND = self.grad_2ND
         self.grad_b_N = torch.zeros(num_latents, device=device)
         self.along_N = torch.zeros(num_latents, device=device)
-        self.square_SN = torch.zeros(splits, num_latents, device=device)
+        self.square_SN = torch.zeros(triton.cdiv(d, self._tile), num_latents, device=device)
         self.counts_N = torch.zeros(num_latents, dtype=torch.int32, device=device)
         self.touched_N = torch.zeros(num_latents, dtype=torch.int32, device=device)
+        self.grad_b_SD = torch.zeros(SPLITS, d, device=device)
         self._token_P = torch.empty(pairs, dtype=torch.int32, device=device)
         self._act_P = torch.empty(pairs, device=device)
         self._slope_P = torch.empty(pairs, device=device)
         self._latents_N1 = torch.arange(num_latents + 1, dtype=torch.int32, device=device)
-        # ceil(c / CHUNK) < 2 c / CHUNK where c > CHUNK: no batch has more chunks.
-        chunks = 2 * pairs // CHUNK
-        self._chunks_C = torch.arange(chunks, dtype=torch.int32, device=device)
-        self._partial = torch.empty(chunks, 2, d, device=device)
-        self._bias_splits = min(64, triton.cdiv(num_latents, 64))
-        self._bias_partial = torch.empty(self._bias_splits, d, device=device)
+        self._partial = torch.empty(triton.cdiv(pairs, CHUNK), 2, d, device=device)
 
     def __call__(
-        self, x_BD: Tensor, residual_BGD: Tensor, acts_BK: Tensor, indices_BK: Tensor, slope_BK: Tensor, factor: float
+        self,
+        x_BD: Tensor,
+        residual_BGD: Tensor,
+        acts_BK: Tensor,
+        sort_keys_BK: Tensor,
+        shift: int,
+        slope_BK: Tensor,
+        factor: float,
     ) -> None:
-        """Gradients with dL/dr = `factor` * residual."""
-        n, d, k, pairs = self._shape
-        groups = residual_BGD.shape[1]
-        key_P = torch.where(acts_BK > 0, indices_BK, n).flatten()
-        sorted_P, order_P = key_P.sort(stable=True)
-        offsets_N1 = torch.searchsorted(sorted_P, self._latents_N1, out_int32=True)
+        """All but grad_b_SD, with dL/dr = `factor` * residual; keys as in `TopKEncoder`."""
+        rows, n, d, k = self._shape
+        pairs, groups = rows * k, residual_BGD.shape[1]
+        sorted_P, order_P = sort_keys_BK.view(-1).sort(stable=True)
+        offsets_N1 = torch.searchsorted(sorted_P, (self._latents_N1 - shift).to(sorted_P.dtype), out_int32=True)
         _permute[(triton.cdiv(pairs, PAIRS_A_PROGRAM),)](
             order_P, acts_BK, slope_BK, self._token_P, self._act_P, self._slope_P, pairs, k, PAIRS_A_PROGRAM
         )
-        torch.sub(offsets_N1[1:], offsets_N1[:-1], out=self.counts_N)
-        chunks_N = torch.where(self.counts_N > CHUNK, (self.counts_N + (CHUNK - 1)) // CHUNK, 0)
-        chunk_ends_N = chunks_N.cumsum(0, dtype=torch.int32)
-        chunk_latent_C = torch.searchsorted(chunk_ends_N, self._chunks_C, right=True, out_int32=True)
         pair_data = (self._token_P, self._act_P, self._slope_P, x_BD, residual_BGD, self.prefixes_G, self._partial)
-        tiles = self.square_SN.shape[0]
+        tiles = len(self.square_SN)
         sizes = (CHUNK, groups, UNROLL, self._tile)
-        if len(self._chunks_C):
-            _long[(len(self._chunks_C), tiles)](
-                offsets_N1, chunk_latent_C, chunk_ends_N, *pair_data, n, d, *sizes, num_warps=4
-            )
+        warps = max(1, self._tile // 256)  # a warp then holds whole rows: no sum crosses warps
+        _long[(len(self._partial), tiles)](offsets_N1, sorted_P, *pair_data, shift, n, d, *sizes, num_warps=warps)
         _gradients[(n, tiles)](
             offsets_N1,
-            chunk_ends_N,
             *pair_data,
             self.grad_dec_ND,
             self.grad_enc_ND,
             self.grad_b_N,
             self.along_N,
             self.square_SN,
+            self.counts_N,
             self.touched_N,
             n,
             d,
             factor,
             self._write_zeros,
             *sizes,
-            num_warps=4,
+            num_warps=warps,
         )
 
-    def through_encoder_bias(self, w_enc_ND: Tensor) -> Tensor:
-        """grad_b_N W_enc: what the encoder's bias receives from x - b_dec, [D]."""
-        n, d, _, _ = self._shape
+    def of_decoder_bias(self, residual_BGD: Tensor, w_enc_ND: Tensor, factor: float) -> None:
+        """grad_b_SD, from the residuals and, through x - b_dec, from the encoder's bias."""
+        rows, n, d, _ = self._shape
         tile = tile_of(d, 128)
-        _bias_rows[(self._bias_splits, triton.cdiv(d, tile))](
-            self.grad_b_N, w_enc_ND, self._bias_partial, n, d, triton.cdiv(n, self._bias_splits), 32, tile, num_warps=4
+        _columns[(SPLITS, triton.cdiv(d, tile))](
+            residual_BGD,
+            self.grad_b_N,
+            w_enc_ND,
+            self.grad_b_SD,
+            rows,
+            n,
+            d,
+            factor,
+            triton.cdiv(rows, SPLITS),
+            triton.cdiv(n, SPLITS),
+            residual_BGD.shape[1],
+            64,
+            tile,
+            num_warps=2,
         )
-        return self._bias_partial.sum(0)

@@ -3,7 +3,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +25,21 @@ def _centre(raw, mean, b_dec, x, square, scale, d: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def _residual(
-    x, w, acts, indices, prefixes, residual, slope, energy, d: tl.constexpr, k, rows, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr
+    x,
+    w,
+    acts,
+    indices,
+    prefixes,
+    residual,
+    slope,
+    energy,
+    d: tl.constexpr,
+    k,
+    rows,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    PLACES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, K)
@@ -37,33 +50,31 @@ def _residual(
     for g in tl.static_range(G - 1):
         group += (latent >= tl.load(prefixes + g)).to(tl.int32)
     rows_of_w = w + latent.to(tl.int64)[:, None] * d
-    slopes = tl.zeros((K,), tl.float32)
-    nested = 0.0
-    full = 0.0
-    for start in range(0, d, D):
+    # Tensor cores want 16 rows: the nested groups, and zeros. Activations are bfloat16 already.
+    prefix = tl.arange(0, PLACES)
+    held = tl.where((group[None, :] <= prefix[:, None]) & (prefix[:, None] < G), act[None, :], 0.0).to(tl.bfloat16)
+    slopes = tl.zeros((K, PLACES), tl.float32)
+    nested = tl.zeros((D,), tl.float32)
+    full = tl.zeros((D,), tl.float32)
+    for start in tl.range(0, d, D, num_stages=3):
         o = start + tl.arange(0, D)
         mask = o < d
-        weights = tl.load(rows_of_w + o[None, :], mask=active[:, None] & mask[None, :], other=0.0).to(tl.float32)
+        weights = tl.load(rows_of_w + o[None, :], mask=active[:, None] & mask[None, :], other=0.0)
         target = tl.load(x + row * d + o, mask=mask, other=0.0).to(tl.float32)
-        # Down the nested groups: what part h must answer for is the sum of the residuals of all prefixes that hold it.
-        cumulative = tl.zeros((D,), tl.float32)
-        for i in tl.static_range(G):
-            h = G - 1 - i
-            held = tl.where(group <= h, act, 0.0)
-            error = target - tl.sum(held[:, None] * weights, 0)
-            square = tl.sum(error * error, 0)
-            nested += square
-            if i == 0:
-                full += square
-            cumulative += error
-            tl.store(residual + (row * G + h) * d + o, cumulative.to(tl.bfloat16), mask=mask)
-            if G == 1:
-                slopes += tl.sum(weights * cumulative[None, :], 1)
-            else:
-                slopes += tl.where(group == h, tl.sum(weights * cumulative[None, :], 1), 0.0)
-    tl.store(slope + row * k + slot, tl.where(active, slopes, 0.0), mask=slot < k)
-    tl.store(energy + row, nested)
-    tl.store(energy + rows + row, full)
+        error = tl.where(prefix[:, None] < G, target[None, :] - tl.dot(held, weights), 0.0)
+        nested += tl.sum(error * error, 0)
+        if G > 1:
+            full += tl.sum(tl.where(prefix[:, None] == G - 1, error * error, 0.0), 0)
+            # Part h answers for the residuals of all prefixes that hold it.
+            error = tl.cumsum(error, 0, reverse=True)
+        error = error.to(tl.bfloat16)
+        out = residual + (row * G + prefix[:, None]) * d + o[None, :]
+        tl.store(out, error, mask=mask[None, :] & (prefix[:, None] < G))
+        slopes = tl.dot(weights, tl.trans(error), slopes)
+    own = tl.sum(tl.where(prefix[None, :] == group[:, None], slopes, 0.0), 1)
+    tl.store(slope + row * k + slot, tl.where(active, own, 0.0), mask=slot < k)
+    tl.store(energy + row, tl.sum(nested, 0))
+    tl.store(energy + rows + row, tl.sum(full if G > 1 else nested, 0))
 
 
 def centre(raw_BD: Tensor, mean_D: Tensor, scale: float, b_dec_D: Tensor, x_BD: Tensor, square_B: Tensor) -> None:
@@ -88,8 +99,8 @@ def residuals(
     latent's group, W_dec,i>, which is dL/dz over -2, 0 where z is; `energy_2B` = sum_g ||r_g||^2 and ||r_G||^2.
     """
     rows, d = x_BD.shape
-    k = acts_BK.shape[1]
-    K = triton.next_power_of_2(k)
+    k, groups = acts_BK.shape[1], residual_BGD.shape[1]
+    K = max(16, triton.next_power_of_2(k))
     _residual[(rows,)](
         x_BD,
         w_dec_ND,
@@ -102,10 +113,11 @@ def residuals(
         d,
         k,
         rows,
-        residual_BGD.shape[1],
+        groups,
         K,
-        tile_of(d, max(64, min(512, 8192 // K))),
-        num_warps=4,
+        max(16, min(64, 4096 // K)),
+        max(16, triton.next_power_of_2(groups)),
+        num_warps=1,
     )
 
 

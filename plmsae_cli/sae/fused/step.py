@@ -13,15 +13,15 @@ from plmsae_cli.sae.fused.aux import AuxK, DeadBound
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.residual import centre, residuals
 from plmsae_cli.sae.fused.top_k import TopKEncoder
-from plmsae_cli.sae.fused.update import Moments, Update
+from plmsae_cli.sae.fused.update import FIGURES, AdamOptions, Update
 from plmsae_cli.sae.interface import Reduce
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
 
 @dataclass(frozen=True)
-class StepOptions:
-    """What a step needs to know besides the dictionary."""
+class Batch:
+    """The constants of every batch."""
 
     rows: int
     """Tokens of a step on this rank."""
@@ -31,9 +31,6 @@ class StepOptions:
     """The input is (raw - mean) * scale."""
     window: int
     """Global tokens without firing after which a latent is dead."""
-    betas: tuple[float, float]
-    eps: float
-    max_norm: float | None
 
 
 class FusedStep:
@@ -41,42 +38,38 @@ class FusedStep:
 
     Args:
         model: its parameters, float32, are the masters and are updated in place.
-        moments: Adam's state of each parameter by name, updated in place.
-        steps: Adam's number of steps, 0-dim float32, updated in place.
+        state: Adam's state, `<parameter>.<step | exp_avg | exp_avg_sq>`, updated in place; see `Update`.
         ages_N: global tokens since each latent fired, int64, updated in place.
-        options: see `StepOptions`.
+        batch, adam: constants.
         reduce: sums over ranks, in place.
     """
 
     def __init__(
         self,
         model: TopK,
-        moments: Mapping[str, Moments],
-        steps: Tensor,
+        state: Mapping[str, Tensor],
         ages_N: Tensor,
-        options: StepOptions,
+        batch: Batch,
+        adam: AdamOptions,
         reduce: Reduce,
     ) -> None:
-        device, n, d, rows = ages_N.device, model.num_latents, model.d, options.rows
-        self._model, self._options, self._reduce, self._ages_N = model, options, reduce, ages_N
-        self._global_rows = rows * options.world
-        last = torch.tensor([n], device=device)
-        prefixes_G = model.prefixes_G if isinstance(model, MatryoshkaTopK) else last
+        device, n, d, rows = ages_N.device, model.num_latents, model.d, batch.rows
+        self._model, self._batch, self._reduce, self._ages_N = model, batch, reduce, ages_N
+        self._global_rows = rows * batch.world
+        prefixes_G = model.prefixes_G if isinstance(model, MatryoshkaTopK) else torch.tensor([n], device=device)
         self._groups = len(prefixes_G)
-        parameters = {name: p.detach() for name, p in model.named_parameters()}
-        self._update = Update(parameters, dict(moments), steps, options.betas, options.eps, options.max_norm)
+        self._update = Update({name: p.detach() for name, p in model.named_parameters()}, state, adam)
         self._encode = TopKEncoder(rows, n, model.k, device)
-        self._gradients = WeightGradients(
-            rows, n, d, model.k, prefixes_G.to(torch.int32), device, write_zeros=options.world > 1
-        )
+        self._gradients = WeightGradients(rows, n, d, model.k, prefixes_G.int(), device, write_zeros=batch.world > 1)
         self._aux = AuxK(model.k_aux, model.aux_coefficient) if model.aux_coefficient else None
-        self.dead_bound = DeadBound(ages_N, options.window, self._global_rows)
+        self.dead_bound = DeadBound(ages_N, batch.window, self._global_rows)
         self._x_BD = torch.empty(rows, d, dtype=torch.bfloat16, device=device)
         self._residual_BGD = torch.empty(rows, self._groups, d, dtype=torch.bfloat16, device=device)
         self._slope_BK = torch.empty(rows, model.k, device=device)
         self._energy_2B = torch.empty(2, rows, device=device)
         self._square_B = torch.empty(rows, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]] | None] = {}
+        self._no_aux = torch.zeros((), device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self._pool: Any = None
 
     def copy_parameters(self) -> None:
@@ -85,92 +78,69 @@ class FusedStep:
 
     def __call__(self, raw_BD: Tensor, step: int, rate: float) -> dict[str, Tensor]:
         """Train on this rank's raw rows. Figures are shares of a sum over ranks, valid until the next call."""
-        options = self._options
-        centre(raw_BD, options.mean_D, options.scale, self._model.b_dec_D, self._x_BD, self._square_B)
+        batch = self._batch
+        centre(raw_BD, batch.mean_D, batch.scale, self._model.b_dec_D, self._x_BD, self._square_B)
         self._update.rate.fill_(rate)
-        places = self.dead_bound.places(step) if self._aux is not None else 0
-        if not raw_BD.is_cuda:
-            return self._run(places)
-        if places not in self._graphs:  # the first such step compiles kernels and lets libraries choose
-            self._graphs[places] = None
-            return self._run(places)
-        captured = self._graphs[places]
-        if captured is None:
-            graph = torch.cuda.CUDAGraph()
+        self._replay(self.dead_bound.places(step) if self._aux is not None else 0)
+        return dict(zip(FIGURES, self._update.figures.unbind(), strict=True))
+
+    def _replay(self, places: int) -> None:
+        if places not in self._graphs or not self._x_BD.is_cuda:
+            self._graphs[places] = None  # the first such step compiles kernels and lets libraries choose
+            self._run(places)
+            return
+        graph = self._graphs[places]
+        if graph is None:
+            graph = self._graphs[places] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                figures = self._run(places)
+                self._run(places)
             self._pool = self._pool or graph.pool()  # type: ignore[no-untyped-call]
-            captured = self._graphs[places] = (graph, figures)
-        graph, figures = captured
         graph.replay()
-        return figures
 
     @torch.no_grad()
-    def _run(self, places: int) -> dict[str, Tensor]:
-        options, grads, d = self._options, self._gradients, self._model.d
-        x_BD, residual_BGD, update = self._x_BD, self._residual_BGD, self._update
-        self._encode(x_BD, update.w_enc_ND, update.b_enc_N)
-        acts_BK, indices_BK = self._encode.acts_BK, self._encode.indices_BK
-        residuals(
-            x_BD,
-            update.w_dec_ND,
-            acts_BK,
-            indices_BK,
-            grads.prefixes_G,
-            residual_BGD,
-            self._slope_BK,
-            self._energy_2B,
+    def _run(self, places: int) -> None:
+        batch, grads, update, encode = self._batch, self._gradients, self._update, self._encode
+        x_BD, residual_BGD, energy_2B, square_B = self._x_BD, self._residual_BGD, self._energy_2B, self._square_B
+        encode(x_BD, update.w_enc_ND, update.b_enc_N)
+        pairs = (encode.acts_BK, encode.indices_BK, grads.prefixes_G)
+        residuals(x_BD, update.w_dec_ND, *pairs, residual_BGD, self._slope_BK, energy_2B)
+        factor = -2.0 / (self._groups * self._global_rows * self._model.d)
+        keys = (encode.sort_keys_BK, encode.shift)
+        grads(x_BD, residual_BGD, encode.acts_BK, *keys, self._slope_BK, factor)
+        if batch.world > 1:
+            sums_3 = self._reduce(torch.stack([*energy_2B.sum(1), square_B.sum()]))
+            energy_2B, square_B = sums_3[:2, None], sums_3[2:]
+        aux = self._no_aux
+        if self._aux is not None and places:
+            dead_N = self._ages_N >= batch.window
+            error_BD, weights = residual_BGD[:, -1], (update.w_enc_ND, update.b_enc_N, update.w_dec_ND)
+            aux = self._aux(dead_N, places, x_BD, error_BD, energy_2B[1].sum(), *weights, grads)
+        grads.of_decoder_bias(residual_BGD, update.w_enc_ND, factor)
+        if batch.world > 1:
+            aux = self._sum_over_ranks(aux)
+        update(
+            grads,
+            self._ages_N,
+            batch.window,
+            energy_2B,
+            square_B,
+            aux,
+            self._model.aux_coefficient,
+            self._groups,
+            self._global_rows,
+            batch.world,
         )
-        # In the order nested error, full error, ||x||^2.
-        sums = torch.cat([self._energy_2B.sum(1), self._square_B.sum(0, keepdim=True)])
-        if options.world > 1 and places:
-            self._reduce(sums)
-        factor = -2.0 / (self._groups * self._global_rows * d)
-        grads(x_BD, residual_BGD, acts_BK, indices_BK, self._slope_BK, factor)
-        dead_N = self._ages_N >= options.window
-        aux = x_BD.new_zeros((), dtype=torch.float32)
-        if places:
-            assert self._aux is not None
-            aux = self._aux(
-                dead_N,
-                places,
-                x_BD,
-                residual_BGD[:, -1],
-                sums[1],
-                update.w_enc_ND,
-                update.b_enc_N,
-                update.w_dec_ND,
-                grads,
-            )
-        grad_b_D = residual_BGD[:, 0].sum(0, dtype=torch.float32).mul_(factor)
-        grad_b_D -= grads.through_encoder_bias(update.w_enc_ND)
-        counts_N, touched_N, grad_b_N, along_N = grads.counts_N, grads.touched_N, grads.grad_b_N, grads.along_N
-        if options.world == 1:
-            squares = grads.square_SN.sum()
-        else:
-            parts = [grad_b_D, grad_b_N, along_N, counts_N.float(), aux.view(1)]
-            if not places:
-                parts.append(sums)
-            flat = self._reduce(torch.cat(parts))
-            grad_b_D, grad_b_N, along_N, count_N, aux, *rest = flat.split([len(part) for part in parts])
-            sums, aux = rest[0] if rest else sums, aux[0]
-            self._reduce(grads.grad_2ND)
-            squares = torch.linalg.vector_norm(grads.grad_2ND, dtype=torch.float32).square()
-            counts_N = touched_N = count_N.int()
-            touched_N = torch.ones_like(touched_N)
-        # Without its part along the decoder row, a gradient is that much shorter.
-        squares = squares - along_N.dot(along_N) + grad_b_N.dot(grad_b_N) + grad_b_D.dot(grad_b_D)
-        update(squares, touched_N, grads.grad_enc_ND, grads.grad_dec_ND, grad_b_N, grad_b_D)
-        self._ages_N.add_(self._global_rows).masked_fill_(counts_N > 0, 0)
-        share = 1.0 / options.world
-        reconstruction = sums[0] * (share / (self._groups * self._global_rows * d))
-        aux = aux * share
-        return {
-            "loss": reconstruction + self._model.aux_coefficient * aux,
-            "reconstruction": reconstruction,
-            "aux": aux,
-            "fvu": sums[1] / sums[2] * share,
-            "l0": counts_N.sum() * (share / self._global_rows),
-            "dead": dead_N.float().mean() * share,
-            "grad_norm": update.norm * share,
-        }
+
+    def _sum_over_ranks(self, aux: Tensor) -> Tensor:
+        grads = self._gradients
+        small = (grads.grad_b_SD, grads.grad_b_N, grads.along_N, grads.counts_N, aux)
+        flat = self._reduce(torch.cat([part.float().flatten() for part in small]))
+        *sums, aux = flat.split([part.numel() for part in small])
+        for part, total in zip(small, sums, strict=False):
+            part.copy_(total.view_as(part))
+        self._reduce(grads.grad_2ND)
+        grads.square_SN.zero_()
+        torch.linalg.vector_norm(grads.grad_2ND, dim=(0, 2), dtype=torch.float32, out=grads.square_SN[0])
+        grads.square_SN[0].square_()
+        grads.touched_N.fill_(1)
+        return aux

@@ -2,7 +2,7 @@
 
 The k groups of neighbouring latents with the largest maxima hold the k largest scores (ties to the lowest group, hence
 to the lowest latent), so a pass over all scores only takes maxima, and one program a token then finds the k-th
-largest of short lists by bisecting the 15 bits that order positive bfloat16.
+largest of short lists by bisecting the integers that order bfloat16 from 0 up.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
@@ -15,30 +15,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_SCORES = 2**27
-"""Scores held at once: 256 MiB."""
+TILE_SCORES = 2**28
+"""Scores held at once: 512 MiB."""
 MAXIMA_A_PROGRAM = 256
 
 
 @triton.jit
-def _kth_largest(keys, k, BITS: tl.constexpr):
-    """The largest t >= 0 that at least k keys reach."""
-    t = 0
-    for i in tl.static_range(BITS):
-        trial = t | (1 << (BITS - 1 - i))
-        t = tl.where(tl.sum((keys >= trial).to(tl.int32), 0) >= k, trial, t)
-    return t
+def _choose(keys, k, low):
+    """Which k keys are the largest, ties to the front; each one's place among the chosen; the k-th. Not keys below 0.
 
-
-@triton.jit
-def _choose(keys, k):
-    """Which k keys are the largest, ties to the front, and each one's place among the chosen. Keys below 0 never are."""
-    t = _kth_largest(keys, k, 15)
-    above = keys > t
-    tie = keys == t
+    At least k keys reach `low`.
+    """
+    high = tl.max(keys, 0) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        count = tl.sum((keys >= middle).to(tl.int32), 0)
+        high = tl.where(count > k, high, tl.where(count == k, middle + 1, middle))
+        low = tl.where(count >= k, middle, low)
+    above = keys > low
+    tie = keys == low
     wanted = k - tl.sum(above.to(tl.int32), 0)
     chosen = above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= wanted))
-    return chosen, tl.cumsum(chosen.to(tl.int32), 0) - 1
+    return chosen, tl.cumsum(chosen.to(tl.int32), 0) - 1, low
 
 
 @triton.jit
@@ -58,10 +56,12 @@ def _select(
     scratch,
     acts,
     indices,
+    sort_keys,
     first,
     n,
     groups,
     k,
+    shift,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
     K: tl.constexpr,
@@ -69,7 +69,10 @@ def _select(
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     keys = tl.load(maxima + row * groups + group, mask=group < groups, other=-1).to(tl.int32)
-    chosen, place = _choose(tl.where(group < groups, tl.maximum(keys, 0), -1), k)
+    keys = tl.where(group < groups, tl.maximum(keys, 0), -1)
+    # Of K disjoint sets of groups, each has a maximum at least as large as the smallest of those maxima.
+    low = tl.maximum(tl.min(tl.max(tl.reshape(keys, (GROUPS // K, K)), 0), 0), 0)
+    chosen, place, low = _choose(keys, k, low)
     tl.store(scratch + row * K + place, group, mask=chosen)
     tl.debug_barrier()  # other threads of this program read what was stored
     slot = tl.arange(0, K)
@@ -79,10 +82,11 @@ def _select(
     keys = tl.load(scores + row * n + latent, mask=valid, other=-1).to(tl.int32)
     keys = tl.reshape(tl.where(valid, tl.maximum(keys, 0), -1), (K * MEMBERS,))
     latent = tl.reshape(latent, (K * MEMBERS,))
-    chosen, place = _choose(keys, k)
+    chosen, place, low = _choose(keys, k, low)
     out = (first + row) * k + place
     tl.store(acts + out, (keys << 16).to(tl.float32, bitcast=True), mask=chosen)
     tl.store(indices + out, latent, mask=chosen)
+    tl.store(sort_keys + out, (tl.where(keys > 0, latent, n) - shift).to(sort_keys.dtype.element_ty), mask=chosen)
 
 
 def members_of_group(num_latents: int, k: int) -> int:
@@ -95,16 +99,21 @@ class TopKEncoder:
     """ReLU(TopK_k(x W^T + b)) for B rows, in buffers made once.
 
     acts_BK (float32) and indices_BK (int32) hold the result of the last call, by ascending latent within a row. The
-    scores are bfloat16; k-th places tie often among them and go to the lowest latent.
+    scores are bfloat16; k-th places tie often among them and go to the lowest latent. `sort_keys_BK` is the latent,
+    or N where its activation is 0, less `shift`: 16 bits where they suffice, as sorting takes half the passes then.
     """
 
     def __init__(self, rows: int, num_latents: int, k: int, device: torch.device) -> None:
         self.k, self.num_latents = k, num_latents
         self.members = members_of_group(num_latents, k)
         self.groups = triton.cdiv(num_latents, self.members)
-        self.tile = min(rows, max(128, TILE_SCORES // num_latents))
+        tiles = triton.cdiv(rows * num_latents, TILE_SCORES)
+        self.tile = triton.cdiv(triton.cdiv(rows, tiles), 128) * 128
         self.acts_BK = torch.empty(rows, k, device=device)
         self.indices_BK = torch.empty(rows, k, dtype=torch.int32, device=device)
+        short = num_latents < 2**16
+        self.shift = 2**15 if short else 0
+        self.sort_keys_BK = torch.empty(rows, k, dtype=torch.int16 if short else torch.int32, device=device)
         self._scores_TN = torch.empty(self.tile, num_latents, dtype=torch.bfloat16, device=device)
         self._maxima = torch.empty(self.tile, self.groups, dtype=torch.int16, device=device)
         self._K = triton.next_power_of_2(k)
@@ -125,17 +134,19 @@ class TopKEncoder:
         _maxima[(rows, triton.cdiv(self.groups, tile))](
             keys, self._maxima, self.num_latents, self.groups, self.members, tile, num_warps=4
         )
-        GROUPS = triton.next_power_of_2(self.groups)
+        GROUPS = max(triton.next_power_of_2(self.groups), self._K)
         _select[(rows,)](
             keys,
             self._maxima,
             self._scratch,
             self.acts_BK,
             self.indices_BK,
+            self.sort_keys_BK,
             first,
             self.num_latents,
             self.groups,
             self.k,
+            self.shift,
             GROUPS,
             self.members,
             self._K,

@@ -55,6 +55,11 @@ fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]' ||
   die "the installation failed (see above)" "is the package index reachable, and the disk not full?"
 
+# A CUDA build of torch brings its own triton; beside a CPU build it serves the kernels' tests, in Triton's interpreter.
+.venv/bin/python -c 'import triton' 2>/dev/null ||
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 ||
+  say "no triton for this platform: the tests of the GPU kernels are skipped"
+
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
   .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     die "nvidia-smi shows a GPU, but this torch cannot use it (driver older than the wheel?)" \

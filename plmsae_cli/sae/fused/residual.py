@@ -53,6 +53,8 @@ def _residual(
     # Tensor cores want 16 rows: the nested groups, and zeros. Activations are bfloat16 already.
     prefix = tl.arange(0, PLACES)
     held = tl.where((group[None, :] <= prefix[:, None]) & (prefix[:, None] < G), act[None, :], 0.0).to(tl.bfloat16)
+    # Part h answers for the residuals of all prefixes that hold it: h and later.
+    later = (prefix[None, :] >= prefix[:, None]).to(tl.float32).to(tl.bfloat16)
     slopes = tl.zeros((K, PLACES), tl.float32)
     nested = tl.zeros((D,), tl.float32)
     full = tl.zeros((D,), tl.float32)
@@ -65,9 +67,9 @@ def _residual(
         nested += tl.sum(error * error, 0)
         if G > 1:
             full += tl.sum(tl.where(prefix[:, None] == G - 1, error * error, 0.0), 0)
-            # Part h answers for the residuals of all prefixes that hold it.
-            error = tl.cumsum(error, 0, reverse=True)
         error = error.to(tl.bfloat16)
+        if G > 1:
+            error = tl.dot(later, error).to(tl.bfloat16)
         out = residual + (row * G + prefix[:, None]) * d + o[None, :]
         tl.store(out, error, mask=mask[None, :] & (prefix[:, None] < G))
         slopes = tl.dot(weights, tl.trans(error), slopes)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.sae.fused.aux import AuxK, DeadBound
+from plmsae_cli.sae.fused.collect import FIGURES
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.residual import centre, residuals
 from plmsae_cli.sae.fused.top_k import TopKEncoder
-from plmsae_cli.sae.fused.update import FIGURES, AdamOptions, Update
+from plmsae_cli.sae.fused.update import AdamOptions, Update
 from plmsae_cli.sae.interface import Reduce
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
@@ -94,7 +95,7 @@ class FusedStep:
             graph = self._graphs[places] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 self._run(places)
-            self._pool = self._pool or graph.pool()  # type: ignore[no-untyped-call]
+            self._pool = self._pool or graph.pool()
         graph.replay()
 
     @torch.no_grad()
@@ -135,7 +136,7 @@ class FusedStep:
         grads = self._gradients
         small = (grads.grad_b_SD, grads.grad_b_N, grads.along_N, grads.counts_N, aux)
         flat = self._reduce(torch.cat([part.float().flatten() for part in small]))
-        *sums, aux = flat.split([part.numel() for part in small])
+        *sums, aux = torch.split(flat, [part.numel() for part in small])
         for part, total in zip(small, sums, strict=False):
             part.copy_(total.view_as(part))
         self._reduce(grads.grad_2ND)

@@ -1,0 +1,67 @@
+"""Every kernel compiles for the GPUs that plmsae supports; this needs none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+capability = int(sys.argv[1])
+
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", capability, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_device_capability(self, device): return divmod(capability, 10)
+
+
+driver.set_active(Driver())
+run, names = JITFunction.run, set()
+
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    names.add(self.__name__)
+    return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+
+JITFunction.run = compile_only
+
+from plmsae_cli.sae.fused.aux import keep_top_
+from plmsae_cli.sae.fused.step import Batch, FusedStep
+from plmsae_cli.sae.fused.update import AdamOptions
+from plmsae_cli.sae.matryoshka import MatryoshkaTopK
+from plmsae_cli.sae.topk import TopK
+
+for kind, d, n, k, moments in ((TopK, 768, 4096, 32, torch.bfloat16), (MatryoshkaTopK, 80, 320, 10, torch.float32)):
+    model = kind(d, n, k)
+    state = {}
+    for name, p in model.named_parameters():
+        state |= {f"{name}.{what}": torch.zeros_like(p, dtype=moments) for what in ("exp_avg", "exp_avg_sq")}
+        state[f"{name}.step"] = torch.zeros(())
+    ages = torch.full((n,), 10**6)
+    step = FusedStep(model, state, ages, Batch(64, 1, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), id)
+    step(torch.zeros(64, d, dtype=torch.bfloat16), 0, 1e-3)
+    keep_top_(torch.zeros(64, 6000, dtype=torch.bfloat16), 40)
+print(*sorted(names))
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_all_kernels_compile(capability: int) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = "_add_rows _centre _columns _gradients _keep_top _long _maxima _permute _residual _select _update collect finish"
+    assert done.stdout.split() == expected.split()

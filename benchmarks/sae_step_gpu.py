@@ -1,0 +1,329 @@
+"""One optimiser step of a TopK dictionary on a GPU: ours beside sparsify, dictionary_learning and SAELens, in one run.
+
+    pip install --no-deps eai-sparsify dictionary-learning sae-lens einops natsort simple-parsing docstring-parser jaxtyping wadler-lindig
+    python benchmarks/sae_step_gpu.py [--shapes S1 S3] [--dead 0 5 30] [--data runs/data/optimize-<key> --latents 10240 --k 32]
+
+A step is forward, backward, projection, clipping, Adam and renormalisation, with AuxK and dead counting where a side has
+them; batches lie on the GPU. Milliseconds are medians over steps, by CUDA events. `--dead`: percent of the latents called
+dead before every step, on all sides alike. `--data`: activations of an optimized dataset instead of synthetic ones; every
+side then first trains for some hundred steps on them, so that its latents fire as they do in earnest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import distribution, version
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+from torch import Tensor
+
+from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.store.activations import Statistics
+from plmsae_cli.store.blocks import Blocks
+from plmsae_cli.store.fs import Store
+from plmsae_cli.training.sae_objective import SAEObjective
+
+DEVICE = torch.device("cuda")
+HERE = Path(__file__).parent
+WARM, TIMED, SETTLE, RATE = 6, 20, 600, 1e-4
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    rows: int
+    d: int
+    latents: int
+    k: int
+
+
+SHAPES = [
+    Shape("S1", 8192, 1280, 10_240, 32),
+    Shape("S2", 8192, 2560, 40_960, 64),
+    Shape("S3", 8192, 768, 24_576, 32),
+    Shape("S4", 2048, 2560, 20_480, 32),
+]
+
+
+class Batches:
+    """Raw rows on the GPU, and what `SAEObjective` asks of a stream."""
+
+    def __init__(self, rows_RD: Tensor, rows: int) -> None:
+        self.batches = list(rows_RD.split(rows))
+        self.mean_D = rows_RD.double().mean(0).float()
+        squares = (rows_RD.float() - self.mean_D).square().sum() / len(rows_RD)
+        self.scale = float((rows_RD.shape[1] / squares).sqrt())
+        self.blocks, self.wait_seconds = SimpleNamespace(d=rows_RD.shape[1]), 0.0
+
+    def rows(self, step: int) -> Tensor:
+        return self.batches[step % len(self.batches)]
+
+    def standardised(self, step: int) -> Tensor:
+        return (self.rows(step).float() - self.mean_D) * self.scale
+
+
+def synthetic(shape: Shape) -> Tensor:
+    """Sparse combinations of 4 d directions, and noise; bfloat16."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    random = lambda *size: torch.rand(*size, device=DEVICE, generator=generator)  # noqa: E731
+    features = torch.randn(4 * shape.d, shape.d, device=DEVICE, generator=generator) / shape.d**0.5
+    out = []
+    for _ in range(4):
+        weights = torch.where(random(shape.rows, 4 * shape.d) < 0.01, 3 * random(shape.rows, 4 * shape.d), 0.0)
+        noise = torch.randn(shape.rows, shape.d, device=DEVICE, generator=generator)
+        out.append((weights @ features + 0.05 * noise).bfloat16())
+    return torch.cat(out)
+
+
+def real(folder: str, rows: int) -> Tensor:
+    blocks = Blocks(Store(), folder)
+    rows_RD = torch.empty(min(blocks.num_rows, 100 * rows) // rows * rows, blocks.d, dtype=blocks.dtype)
+    blocks.read_into(0, rows_RD)
+    return rows_RD.to(DEVICE)
+
+
+def plmsae(shape: Shape, data: Batches, dead_N: Tensor, moments: str, kernels: str = "fused", **sae: Any) -> Callable[[int], Any]:
+    options = Train(
+        sae=SAE(num_latents=shape.latents, k=shape.k, **sae),
+        batch_tokens=shape.rows,
+        moments=moments,
+        kernels=kernels,
+        lr=RATE,
+        compute="bfloat16",
+    )
+    steps = 10**6
+    objective = SAEObjective(options, data, data.mean_D, data.scale, steps, Gang(), DEVICE, torch.bfloat16)  # type: ignore[arg-type]
+    objective.start(torch.cat(data.batches[:4]))
+    ages_N = objective.ages_N
+
+    def step(index: int) -> Any:
+        if dead_N.any_dead:
+            ages_N.masked_fill_(dead_N.mask, 10**12)
+        return objective.step(index)
+
+    return step
+
+
+@dataclass
+class Dead:
+    mask: Tensor
+    any_dead: bool
+
+
+def sparsify(shape: Shape, data: Batches, dead: Dead) -> Callable[[int], Any]:
+    coder, config = _import("eai-sparsify", "sparsify", "sparse_coder", "config")
+    sae = coder.SparseCoder(
+        shape.d, config.SparseCoderConfig(num_latents=shape.latents, k=shape.k), device=DEVICE, dtype=torch.float32
+    )
+    sae.b_dec.data = data.standardised(0).mean(0)
+    adam = torch.optim.Adam(sae.parameters(), lr=RATE, fused=True)
+
+    def step(index: int) -> Any:
+        out = sae(data.standardised(index), dead_mask=dead.mask if dead.any_dead else None)
+        (out.fvu + out.auxk_loss / 32).backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+        sae.set_decoder_norm_to_unit_norm()
+
+    return step
+
+
+def dictionary_learning(shape: Shape, data: Batches, dead: Dead, autocast: bool) -> Callable[[int], Any]:
+    (top_k,) = _import("dictionary-learning", "dictionary_learning", "trainers.top_k")
+    trainer = top_k.TopKTrainer(10**6, shape.d, shape.latents, shape.k, 0, "", lr=RATE, warmup_steps=0, device=DEVICE, seed=0)
+
+    def step(index: int) -> Any:
+        if dead.any_dead:
+            trainer.num_tokens_since_fired.masked_fill_(dead.mask, 10**8)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            trainer.update(index + 1, data.standardised(index))
+
+    return step
+
+
+def saelens(shape: Shape, data: Batches, dead: Dead) -> Callable[[int], Any]:
+    top_k, base = _import("sae-lens", "sae_lens", "saes.topk_sae", "saes.sae")
+    config = top_k.TopKTrainingSAEConfig(
+        d_in=shape.d, d_sae=shape.latents, k=shape.k, device="cuda", dtype="float32", apply_b_dec_to_input=True
+    )
+    sae = top_k.TopKTrainingSAE(config).to(DEVICE)
+    adam = torch.optim.Adam(sae.parameters(), lr=RATE)
+    wanted = {"coefficients": {}, "dead_neuron_mask": dead.mask if dead.any_dead else None, "is_logging_step": False}
+    fields = base.TrainStepInput.__dataclass_fields__
+    extra = {name: value for name, value in wanted.items() if name in fields}
+
+    def step(index: int) -> Any:
+        steps = {"n_training_steps": index} if "n_training_steps" in fields else {}
+        with torch.autocast("cuda", torch.bfloat16):
+            out = sae.training_forward_pass(base.TrainStepInput(sae_in=data.standardised(index), **extra, **steps))
+        adam.zero_grad()
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        adam.step()
+
+    return step
+
+
+def limit(shape: Shape, data: Batches, dead: Dead) -> Callable[[int], Any]:
+    """What no step does without: the product with the encoder, and Adam's pass over float32 state."""
+    x_BD = data.standardised(0).bfloat16()
+    w_ND = torch.randn(shape.latents, shape.d, device=DEVICE, dtype=torch.bfloat16)
+    parameters = [torch.randn(shape.latents, shape.d, device=DEVICE, requires_grad=True) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    adam = torch.optim.Adam(parameters, fused=True)
+
+    def step(index: int) -> Any:
+        x_BD @ w_ND.t()
+        adam.step()
+
+    return step
+
+
+class _Nothing:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+
+def _import(project: str, package: str, *names: str) -> list[ModuleType]:
+    """Modules of a peer, without its `__init__`: that, and some modules, import tooling for language models."""
+    if package not in sys.modules:
+        for bare_name in (package, *(f"{package}.{name.rpartition('.')[0]}" for name in names if "." in name)):
+            bare = sys.modules[bare_name] = ModuleType(bare_name)
+            bare.__path__ = [str(distribution(project).locate_file(bare_name.replace(".", "/")))]
+    tooling = ("accelerate", "accelerate.utils", "transformers", "huggingface_hub", "datasets", "wandb", "nnsight", "safetensors.torch")
+    for name in (*tooling, "transformer_lens", "transformer_lens.hook_points", "transformer_lens.config"):
+        try:
+            importlib.import_module(name)
+        except Exception:
+            sys.modules[name] = MagicMock()
+    hooks = sys.modules["transformer_lens.hook_points"]
+    if isinstance(hooks, MagicMock):
+        hooks.HookPoint = torch.nn.Identity
+        hooks.HookedRootModule = torch.nn.Module
+    return [importlib.import_module(f"{package}.{name}") for name in names]
+
+
+def measure(make: Callable[[], Callable[[int], Any]], settle: int) -> tuple[list[float], float]:
+    """Milliseconds of each timed step in order of size, and the peak of memory in GiB."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step = make()
+    for index in range(settle + WARM):
+        step(index)
+    torch.cuda.synchronize()
+    times = []
+    for index in range(TIMED):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step(settle + WARM + index)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    # Back to back, as in training: the host runs ahead.
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for index in range(TIMED):
+        step(settle + WARM + TIMED + index)
+    end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / TIMED, *sorted(times)], (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
+    parser.add_argument("--dead", nargs="+", type=int, default=[0])
+    parser.add_argument("--data", help="folder of an optimized dataset")
+    parser.add_argument("--latents", type=int, default=10_240)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--only-ours", action="store_true")
+    parser.add_argument("--settle", type=int, default=SETTLE, help="steps on real activations before timing")
+    parser.add_argument("--results", type=Path, help="file to add the figures to")
+    options = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    shapes = [shape for shape in SHAPES if shape.name in options.shapes]
+    if options.data:
+        d = Blocks(Store(), options.data).d
+        shapes = [Shape(f"real-d{d}-n{options.latents}-k{options.k}", options.rows, d, options.latents, options.k)]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, text=True, capture_output=True, check=False).stdout.strip()
+    common = {
+        "run": time.strftime("sae-step-gpu-%Y%m%dT%H%M%S"),
+        "device": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        "command": "python benchmarks/sae_step_gpu.py " + " ".join(sys.argv[1:]),
+    }
+    for shape in shapes:
+        data = Batches(real(options.data, shape.rows) if options.data else synthetic(shape), shape.rows)
+        for percent in options.dead:
+            mask_N = torch.zeros(shape.latents, dtype=torch.bool, device=DEVICE)
+            mask_N[: shape.latents * percent // 100] = True
+            dead = Dead(mask_N[torch.randperm(shape.latents, device=DEVICE)], percent > 0)
+            sides: list[tuple[str, str, Callable[[], Callable[[int], Any]]]] = [
+                ("plmsae", "float32 moments", lambda: plmsae(shape, data, dead, "float32")),
+                ("plmsae bf16 moments", "bfloat16 moments", lambda: plmsae(shape, data, dead, "bfloat16")),
+                (
+                    "plmsae Matryoshka",
+                    "float32 moments, 5 nested prefixes",
+                    lambda: plmsae(shape, data, dead, "float32", architecture="matryoshka_topk"),
+                ),
+                ("limit (encoder GEMM + Adam)", "bf16 product, torch's fused Adam", lambda: limit(shape, data, dead)),
+            ]
+            if not options.only_ours:
+                sides += [
+                    (
+                        "plmsae (plain twin)",
+                        "the same step by autograd, bf16 autocast",
+                        lambda: plmsae(shape, data, dead, "float32", "plain"),
+                    ),
+                    ("sparsify", "its bf16 autocast and Triton decoder, fused Adam", lambda: sparsify(shape, data, dead)),
+                    ("dictionary_learning", "bf16 autocast", lambda: dictionary_learning(shape, data, dead, True)),
+                    ("dictionary_learning TF32", "TF32", lambda: dictionary_learning(shape, data, dead, False)),
+                    ("SAELens", "bf16 autocast", lambda: saelens(shape, data, dead)),
+                ]
+            for who, note, make in sides:
+                try:
+                    times, peak = measure(make, options.settle if options.data else 0)
+                except Exception as error:
+                    print(f"{shape.name} dead {percent} % {who}: failed: {error!r:.200}", flush=True)
+                    continue
+                burst, median = times[0], times[1:][TIMED // 2]
+                print(
+                    f"{shape.name} dead {percent:2} % {who:28} {median:7.3f} ms alone {burst:7.3f} ms in a row "
+                    f"{shape.rows / burst * 1e3:12,.0f} tok/s  peak {peak:.2f} GiB",
+                    flush=True,
+                )
+                if options.results:
+                    line = {
+                        "name": f"sae-step/{shape.name}" + (f"-dead{percent}" if percent else ""),
+                        "who": who,
+                        "value": round(shape.rows / burst * 1e3),
+                        "unit": "tokens/s",
+                        **common,
+                        "note": f"{note}; B {shape.rows}, d {shape.d}, n {shape.latents}, k {shape.k}; {burst:.3f} ms a step in a "
+                        f"row, {median:.3f} ms alone; peak {peak:.2f} GiB",
+                    }
+                    with options.results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -97,15 +97,15 @@ def dense(data: Data) -> Side:
     model = TopK(data.d, NUM_LATENTS, K)
     initialise(model, SEED, data.standardise(data.sample_RD))
 
-    def loss(x_BD: Tensor) -> Tensor:
+    def loss(x_BD: Tensor) -> Tensor:  # summed over d, the unit of our clip
         top = nn.functional.linear(x_BD - model.b_dec_D, model.w_enc_ND, model.b_enc_N).topk(K)
         z_BN = torch.zeros(len(x_BD), NUM_LATENTS).scatter(1, top.indices, top.values.relu())
-        return (x_BD - z_BN @ model.w_dec_ND - model.b_dec_D).square().sum() / x_BD.numel()
+        return (x_BD - z_BN @ model.w_dec_ND - model.b_dec_D).square().sum() / len(x_BD)
 
-    adam = torch.optim.Adam(model.parameters(), eps=6.25e-10, fused=True)
+    adam = torch.optim.Adam(model.parameters(), eps=6.25e-10 * data.d, fused=True)
     step = _stepper(adam, loss, model.project_gradients, model.normalize_decoder)
     note = "our formulas in dense PyTorch, from our start; no AuxK; batches in memory"
-    return Side("dense PyTorch", note, step, lambda: list(model.parameters()), model)
+    return Side("plmsae (dense twin)", note, step, lambda: list(model.parameters()), model)
 
 
 def sparsify(data: Data, own: bool) -> Side:

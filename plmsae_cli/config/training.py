@@ -21,6 +21,8 @@ class SAE(Section):
     """Latents per dimension of the activations; 8 when neither this nor `num_latents` is given."""
     num_latents: Annotated[Count | None, SCIENCE] = None
     """Number of latents, instead of `expansion`."""
+    init: Annotated[Literal["random", "data"], SCIENCE] = "random"
+    """Where decoder rows start: `random` directions, or those of residues of the dataset, less their centre (`data`)."""
     k: Annotated[Count, SCIENCE] = 64
     """Active latents a token (L0)."""
     k_aux: Annotated[Count | None, SCIENCE] = None
@@ -144,7 +146,8 @@ class Train(Section):
     eps: Annotated[Positive, SCIENCE] = 6.25e-10
     """Adam's epsilon."""
     grad_clip: Annotated[Positive | None, SCIENCE] = 1.0
-    """Largest global gradient norm; null leaves gradients alone."""
+    """Largest norm of the gradient over all parameters; null leaves gradients alone. SAE: of the gradient of the
+    squared error summed over dimensions and averaged over tokens, the unit in which papers write the loss."""
     dead_tokens: Annotated[Auto | Count, SCIENCE] = "auto"
     """Tokens without firing after which a latent counts as dead; `auto` is min(10 M, a tenth of the run)."""
     compute: Annotated[Auto | Literal["float32", "bfloat16"], SCIENCE] = "auto"

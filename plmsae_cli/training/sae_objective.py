@@ -61,12 +61,14 @@ class SAEObjective:
         tokens = total_steps * options.batch_tokens
         self._window = dead_window(tokens) if options.dead_tokens == "auto" else options.dead_tokens
         self._peak = topk_learning_rate(self.model.num_latents) if options.lr == "auto" else options.lr
+        # The loss is a mean over d; the clip is meant for the gradient of the sum.
+        self._max_norm = None if options.grad_clip is None else options.grad_clip / self.model.d
         wanted = options.lr_warmup_steps
         self._warmup = min(1000, total_steps // 20) if wanted == "auto" else wanted
 
     def start(self, sample_RD: torch.Tensor) -> None:
         """Initialise from a sample of raw rows (the first of the dataset, the same on every rank)."""
-        initialise(self.model, self._options.seed, self.standardise(sample_RD))
+        initialise(self.model, self._options.seed, self.standardise(sample_RD), self._options.autoencoder().init)
 
     def standardise(self, rows_BD: torch.Tensor) -> torch.Tensor:
         """Raw rows as the model sees them, float32."""
@@ -82,7 +84,7 @@ class SAEObjective:
         losses.total.backward()  # type: ignore[no-untyped-call]
         self._gang.sum_gradients(self.model.parameters())
         self.model.project_gradients()
-        norm = self._adam.step(self._rate(step), self._options.grad_clip)
+        norm = self.model.d * self._adam.step(self._rate(step), self._max_norm)
         self.model.normalize_decoder()
         self._dead.update(losses.latents, batch, self._gang.sum)
         share = 1.0 / self._gang.world  # of figures that every rank knows whole

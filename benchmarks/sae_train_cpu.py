@@ -110,6 +110,7 @@ def dense(data: Data) -> Side:
 
 def sparsify(data: Data, own: bool) -> Side:
     """Its SparseCoder, in the order of its Trainer."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernel needs a GPU
     coder, config, sign_sgd = _import("eai-sparsify", "sparsify", "sparse_coder", "config", "sign_sgd")
     torch.manual_seed(SEED)
     sae = coder.SparseCoder(data.d, config.SparseCoderConfig(num_latents=NUM_LATENTS, k=K))

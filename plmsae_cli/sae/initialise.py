@@ -45,7 +45,7 @@ def encoder_scale(model: Dictionary, sample_MD: Tensor) -> Tensor:
     Where a threshold decides which latents are active, s is that of the present selection.
     """
     along = energy = sample_MD.new_zeros(())
-    for x_BD in sample_MD.split(_TILE):
+    for x_BD in torch.split(sample_MD, _TILE):
         r_BD = model(x_BD) - model.b_dec_D
         along = along + torch.linalg.vecdot(x_BD - model.b_dec_D, r_BD).sum()
         energy = energy + r_BD.square().sum()

@@ -32,3 +32,10 @@ def learning_rate(
 def topk_learning_rate(num_latents: int) -> float:
     """Peak rate of a TopK dictionary, 2e-4 / sqrt(N / 2^14) (Gao et al. 2024, appendix A.3 and its code)."""
     return 2e-4 / math.sqrt(num_latents / 2**14)
+
+
+def sae_learning_rate(optimizer: str, num_latents: int) -> float:
+    """Peak rate of a dictionary with this optimiser."""
+    if optimizer == "signum":
+        return 5e-3 / math.sqrt(num_latents / 2**14)  # sparsify's
+    return topk_learning_rate(num_latents)

@@ -224,6 +224,6 @@ def test_saved_state_continues_bit_for_bit() -> None:
 
 def test_weight_decay_is_on_matrices_alone() -> None:
     names = objective().tensors()
-    decayed = {n.split(".", 2)[2].rpartition(".")[0] for n in names if n.startswith("adam.matrices.")}
+    decayed = {n.split(".", 2)[2].rpartition(".")[0] for n in names if n.startswith("optimizer.matrices.")}
     model = objective().model
     assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}

@@ -165,6 +165,8 @@ class Train(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints kept; at least two, so that a damaged one costs little."""
+    profile: bool = False
+    """Look into ten steps after the first ten, on the first rank: trace, table and bottleneck in the run's `profile/`."""
 
     @model_validator(mode="after")
     def _kind_has_its_options(self) -> Train:

@@ -72,7 +72,7 @@ class PLMObjective:
         # Constant shapes, and kernels fused by the compiler where there are kernels to fuse.
         self._forward: Any = torch.compile(self.model, dynamic=False) if device.type == "cuda" else self.model
         self._options, self._plm, self._packs, self._valid, self._gang = options, plm, packs, valid, gang
-        self._compute = compute
+        self.compute = compute
         self._total_steps = total_steps
         self._peak = PEAK[options.optimizer] if options.lr == "auto" else options.lr
         wanted = options.lr_warmup_steps
@@ -137,7 +137,7 @@ class PLMObjective:
         documents = packed.documents
         if self.device.type == "cuda":
             documents = documents._replace(lengths=None)  # a constant for the compiler
-        with torch.autocast(self.device.type, self._compute, enabled=self._compute != torch.float32):
+        with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
             logits_TV = self._forward(inputs_T, documents, logits=True).logits
         logits_TV = logits_TV.float()
         loss = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
@@ -148,6 +148,12 @@ class PLMObjective:
 
     def rates(self, step: int) -> Mapping[str, float]:
         return {"lr": self._rate(step), "loader_wait": round(self._waited, 4)}
+
+    def flops_per_step(self) -> float:
+        """Forward and twice as much backward: 6 a token and weight of a product, 12 d a layer, token and attended token."""
+        d, layers = self.config.d, self.config.num_layers
+        products = layers * 12 * d * d + d * d + self.config.vocab * d
+        return float(self.tokens_per_step * (6 * products + 12 * layers * d * self._packs.mean_context))
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}

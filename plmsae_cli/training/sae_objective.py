@@ -52,7 +52,7 @@ class SAEObjective:
         self.tokens_per_step = options.batch_tokens
         self.model = build(options, stream.blocks.d).to(device)
         self._options, self._stream, self._gang = options, stream, gang
-        self._mean_D, self._scale, self._compute = mean_D.to(device), scale, compute
+        self._mean_D, self._scale, self.compute = mean_D.to(device), scale, compute
         self._total_steps = total_steps
         self._optimizer = build_optimizer(options, [Group("sae", dict(self.model.named_parameters()))])
         self._dead = DeadLatents(self.model.num_latents, device)
@@ -77,7 +77,7 @@ class SAEObjective:
         batch = self.tokens_per_step
         x_BD = self.standardise(self._stream.rows(step))
         dead_N = self._dead.mask(self._window)
-        with torch.autocast(self.device.type, self._compute, enabled=self._compute != torch.float32):
+        with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
             losses = self.model.loss(x_BD, dead_N, batch, self._gang.sum)
         self._optimizer.zero_grad()
         losses.total.backward()  # type: ignore[no-untyped-call]
@@ -103,6 +103,12 @@ class SAEObjective:
 
     def rates(self, step: int) -> Mapping[str, float]:
         return {"lr": self._rate(step), "loader_wait": round(self._stream.wait_seconds, 4)}
+
+    def flops_per_step(self) -> float:
+        """2 N d a token for the encoder's product, 8 k d for decoding and three gradients over active pairs; AuxK's not counted."""
+        d, num_latents = self.model.d, self.model.num_latents
+        active = getattr(self.model, "k", num_latents)
+        return float(self.tokens_per_step * (2 * num_latents * d + 8 * active * d))
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}

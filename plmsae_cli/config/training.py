@@ -139,7 +139,8 @@ class Train(Section):
     """`adam`; `muon`: matrices by their orthogonalised momentum (Jordan et al. 2024), the rest by Adam; `signum`: the sign of
     a momentum (Bernstein et al. 2018), which keeps half of Adam's state."""
     lr: Annotated[Auto | Positive, SCIENCE] = "auto"
-    """Peak learning rate; `auto` is 2e-4 / sqrt(num_latents / 2^14) for an SAE, 1e-3 for a pLM."""
+    """Peak learning rate. `auto` for an SAE: 2e-4 / sqrt(num_latents / 2^14) (Gao et al. 2024; low for short runs), with
+    `muon` 2e-3; for a pLM: 1e-3, with `signum` 1e-4."""
     lr_warmup_steps: Annotated[Auto | Annotated[int, Field(ge=0)], SCIENCE] = "auto"
     """Steps of linear warm-up; `auto` is the smaller of 1,000 and a twentieth of the run."""
     lr_decay: Annotated[Annotated[float, Field(ge=0.0, le=1.0)], SCIENCE] = 0.2
@@ -191,7 +192,9 @@ class Train(Section):
             raise rule("momentum", "momentum has no effect with optimizer: adam", "set betas, or another optimizer")
         if self.optimizer != "adam" and self.moments != "float32":
             raise rule(
-                "moments", f"moments: {self.moments} has no effect with optimizer: {self.optimizer}", "use optimizer: adam"
+                "moments",
+                f"moments: {self.moments} has no effect with optimizer: {self.optimizer}",
+                "use optimizer: adam",
             )
         for name in ("betas", "eps"):
             if self.optimizer == "signum" and getattr(self, name) != type(self).model_fields[name].default:

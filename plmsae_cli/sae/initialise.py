@@ -19,7 +19,8 @@ def initialise(model: Dictionary, seed: int, sample_MD: Tensor, start: Start = "
     """Unit decoder rows, W_enc = s W_dec, b_enc = 0, b_dec = geometric median of `sample_MD`, in place.
 
     Rows are random directions, or with `start` "data" those of x - b_dec for different rows x of the sample; where
-    it has fewer than there are latents, the rest is random. s is `encoder_scale`'s. Random numbers are drawn on the CPU, so that a seed means the same rows on every device.
+    it has fewer than there are latents, the rest is random. s is `encoder_scale`'s. Random numbers are drawn on the
+    CPU, so that a seed means the same rows on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     rows_ND = torch.randn(model.num_latents, model.d, generator=generator)

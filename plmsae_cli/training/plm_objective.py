@@ -23,7 +23,7 @@ from plmsae_cli.training.schedules import learning_rate
 IGNORED = -100
 PREFETCH = 4
 PEAK = {"adam": 1e-3, "muon": 1e-3, "signum": 1e-4}
-"""`lr: auto`. Muon's updates are as large as Adam's; sign updates want a third to a tenth (Chen et al. 2023, arXiv 2302.06675)."""
+"""`lr: auto`. Muon's updates are as large as Adam's; signs want a third to a tenth (Chen et al. 2023, arXiv 2302.06675)."""
 VALIDATION_SEED = 0
 LARGEST_EXPONENT = 700.0
 """exp of more than 709 is no float64: a run that diverges must not end in its validation."""

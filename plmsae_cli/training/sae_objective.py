@@ -105,7 +105,7 @@ class SAEObjective:
         return {"lr": self._rate(step), "loader_wait": round(self._stream.wait_seconds, 4)}
 
     def flops_per_step(self) -> float:
-        """2 N d a token for the encoder's product, 8 k d for decoding and three gradients over active pairs; AuxK's not counted."""
+        """2 N d a token for the encoder's product, 8 k d for decoding and three gradients at active pairs; without AuxK."""
         d, num_latents = self.model.d, self.model.num_latents
         active = getattr(self.model, "k", num_latents)
         return float(self.tokens_per_step * (2 * num_latents * d + 8 * active * d))

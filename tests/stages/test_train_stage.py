@@ -27,7 +27,7 @@ Build = Callable[..., Experiment]
 Go = Callable[..., Done]
 
 # What depends on the clock; everything else in metrics.jsonl is science.
-CLOCK = {"tokens_per_second", "loader_wait"}
+CLOCK = {"tokens_per_second", "loader_wait", "step_ms", "loader_share"}
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:

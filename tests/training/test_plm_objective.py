@@ -227,3 +227,24 @@ def test_weight_decay_is_on_matrices_alone() -> None:
     decayed = {n.split(".", 2)[2].rpartition(".")[0] for n in names if n.startswith("optimizer.matrices.")}
     model = objective().model
     assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+
+
+def test_flops_are_three_times_the_products_of_a_forward() -> None:
+    """As torch counts them, for documents of one length that fill the pack."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shard = np.concatenate([wrap(encode("M" * 30))] * (PACK_TOKENS // 32))
+    one = objective(plm={"hidden_size": 64})
+    one._packs = Packs([shard], PACK_TOKENS, 92, None)
+    assert one._packs.mean_context == 32
+    packed = one._packs.pack(0)
+    # Attention in products, since the counter knows no other form of it on a CPU.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        one.model(packed.tokens_T.long(), packed.documents, logits=True)
+    assert one.flops_per_step() == 3 * PACKS_A_STEP * counter.get_total_flops()
+
+
+def test_context_is_the_mean_over_tokens() -> None:
+    shard = np.concatenate([wrap(encode("A" * n)) for n in (8, 28)])  # 10 and 30 tokens
+    assert Packs([shard], 64, 64, None).mean_context == (10 * 10 + 30 * 30) / 40

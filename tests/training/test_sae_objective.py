@@ -63,3 +63,14 @@ def test_a_clip_at_the_norm_changes_nothing_and_one_below_does() -> None:
     free = moment(None)
     torch.testing.assert_close(moment(1.01 * norm), free, rtol=0, atol=0)
     torch.testing.assert_close(moment(0.5 * norm), 0.5 * free)
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """As torch counts the encoder's product of a batch, and k of N rows for each of the four others."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one = objective()
+    x_BD = Rows().rows(0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.nn.functional.linear(x_BD, one.model.w_enc_ND)
+    assert one.flops_per_step() == counter.get_total_flops() * (1 + 4 * 4 / 24)

@@ -64,16 +64,23 @@ def _no_stop() -> Any:
     STOP.asked = False
 
 
-def test_a_stopped_and_continued_run_is_bit_equal(build: Build, go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = go(build(name="whole")).run.path
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"train__moments": "bfloat16"}, {"train__optimizer": "muon"}, {"train__optimizer": "signum"}],
+    ids=lambda options: next(iter(options.values()), "adam"),
+)
+def test_a_stopped_and_continued_run_is_bit_equal(
+    options: dict[str, str], build: Build, go: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = go(build(name="whole", **options), ["embed", "shuffle", "optimize", "train"]).run.path
     stop_at(7, monkeypatch)
     with pytest.raises(Interrupted):
-        go(build(name="parts"))
+        go(build(name="parts", **options))
     parts = Path(build().root) / "parts"
     assert json.loads((parts / "status.json").read_text())["state"] == "interrupted"
     assert max(line["step"] for line in science_of(parts)) == 7
     STOP.asked = False
-    go(build(name="parts"))
+    go(build(name="parts", **options), ["embed", "shuffle", "optimize", "train"])
     assert science_of(whole) == science_of(parts)
     first, second = state_of(whole), state_of(parts)
     assert first.keys() == second.keys()
@@ -104,10 +111,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     assert science_of(whole) == science_of(parts)
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_two_ranks_train_what_one_trains(build: Build, go: Go, ranks: int) -> None:
-    one = go(build(name="one"), ["embed", "shuffle", "optimize", "train"]).run.path
-    two = go(build(name="two", launch__ranks=ranks), ["embed", "shuffle", "optimize", "train"]).run.path
+def test_two_ranks_train_what_one_trains_with_a_profile_told_once(
+    build: Build, go: Go, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = ["embed", "shuffle", "optimize", "train"]
+    one = go(build(name="one"), stages).run.path
+    assert not (one / "profile").exists()
+    capsys.readouterr()
+    two = go(build(name="two", launch__ranks=2, train__profile=True), stages, PlainReporter()).run.path
+    told = capsys.readouterr().err.splitlines()
+    (title,) = (line for line in told if line.startswith("profile of steps 11 to 20: "))
+    (sentence,) = (line for line in told if line.startswith("bottleneck: "))
+    assert sorted(p.name for p in (two / "profile").iterdir()) == ["table.txt", "trace.json.gz"]
+    table = (two / "profile" / "table.txt").read_text().splitlines()
+    assert table[0] == title
+    assert sentence in table
     for a, b in zip(science_of(one), science_of(two), strict=True):
         assert a["step"] == b["step"]
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ class TorchProfile:
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
             torch.cuda.synchronize(self._device)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its marks of start and stop would go to stderr
         self._profiler = torch.profiler.profile(activities=activities)
         self._profiler.start()
         self._clock, self._waited = time.perf_counter(), self._loader_wait()

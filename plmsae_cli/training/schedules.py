@@ -37,7 +37,7 @@ def topk_learning_rate(num_latents: int) -> float:
 def sae_learning_rate(optimizer: str, num_latents: int) -> float:
     """Peak rate of a dictionary with this optimiser.
 
-    Muon: 2e-3 at any width, sparsify's, whose update has the same size as ours. Signum: Adam's. sparsify's 5e-3 / sqrt(N / 2^14) relies
-    on its averaging of weights: under a warm-up and a fall it killed nine latents in ten.
+    Muon: 2e-3 at any width, sparsify's, whose updates have the size of ours. Signum: Adam's; sparsify's 5e-3 / sqrt(N / 2^14)
+    relies on its averaging of weights: under a warm-up and a fall it left nine latents in ten dead.
     """
     return 2e-3 if optimizer == "muon" else topk_learning_rate(num_latents)

@@ -208,8 +208,11 @@ def test_gradients_of_several_packs_are_those_of_one_large_pack() -> None:
         torch.testing.assert_close(accumulated[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_saved_state_continues_bit_for_bit() -> None:
-    one, other = objective(grad_clip=1.0), objective(grad_clip=1.0)
+@pytest.mark.parametrize(
+    "options", [{}, {"moments": "bfloat16"}, {"optimizer": "muon"}, {"optimizer": "signum"}], ids=str
+)
+def test_saved_state_continues_bit_for_bit(options: dict[str, str]) -> None:
+    one, other = objective(grad_clip=1.0, **options), objective(grad_clip=1.0, **options)
     for step in range(3):
         one.step(step)
     saved = {name: tensor.clone() for name, tensor in one.tensors().items()}
@@ -227,6 +230,15 @@ def test_weight_decay_is_on_matrices_alone() -> None:
     decayed = {n.split(".", 2)[2].rpartition(".")[0] for n in names if n.startswith("optimizer.matrices.")}
     model = objective().model
     assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+
+
+def test_muon_has_the_matrices_and_adam_the_embedding() -> None:
+    one = objective(optimizer="muon")
+    muons = {n.split(".", 2)[2].rpartition(".")[0] for n in one.tensors() if n.endswith(".momentum")}
+    adams = {n.split(".", 2)[2].rpartition(".")[0] for n in one.tensors() if n.endswith(".exp_avg")}
+    matrices = {n for n, p in one.model.named_parameters() if p.ndim == 2}
+    assert muons == matrices - {"embed_tokens.weight"}
+    assert adams == dict(one.model.named_parameters()).keys() - muons
 
 
 def test_flops_are_three_times_the_products_of_a_forward() -> None:

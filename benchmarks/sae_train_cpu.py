@@ -9,7 +9,8 @@ Peers go into an environment that shares this one's torch, without what their la
 All see the dataset's blocks in one order, standardised alike, and take turns of some steps, so that other load on the
 machine disturbs all alike; tokens a second are those of the median turn. Held-out rows are scored by `Fidelity` on our
 TopK with the side's weights, which must reconstruct as the side itself does. `shared`: one learning rate (all three's
-default with Adam), schedule and clipping. `own`: each side's own optimiser and schedule, for fidelity alone.
+default with Adam), schedule and clipping at 1, each in the unit of its own loss (sparsify's is a share of the variance, whose
+gradient never gets there; its own trainer does not clip). `own`: each side's own optimiser and schedule, for fidelity alone.
 """
 
 from __future__ import annotations

@@ -84,13 +84,13 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
         "architecture": train.autoencoder().architecture,
         "latents": width,
         "parameters": parameters,
-        "memory_per_rank": parameters * (8 + state_bytes(train))
+        "memory_per_rank": parameters * (8 + _state_bytes(train))
         + 3 * train.batch_tokens // ranks(experiment) * width * 4,
     }
     return Plan("train", tasks, {"run": _run_artifact(lineage, tasks, steps * train.batch_tokens)}, figures)
 
 
-def state_bytes(train: Train) -> int:
+def _state_bytes(train: Train) -> int:
     """Bytes of optimiser state a parameter of a matrix."""
     return 8 if train.optimizer == "adam" and train.moments == "float32" else 4
 

@@ -17,6 +17,7 @@ from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.runtime.saved import load_sae, load_sae_with_facts, open_blocks
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
+from plmsae_cli.stages.train import plan
 from plmsae_cli.store.activations import Statistics
 from plmsae_cli.store.checkpoint import load_newest
 from plmsae_cli.store.fs import Store, join
@@ -205,6 +206,12 @@ def test_batches_that_do_not_fit_are_refused_with_numbers(build: Build, go: Go) 
         go(build(train__batch_tokens=100_000, train__tokens=100_000))
     with pytest.raises(UserError, match="larger than the dictionary"):
         go(build(name="k", train__sae__k=65, train__sae__expansion=2))
+
+
+@pytest.mark.parametrize("options", [{"train__moments": "bfloat16"}, {"train__optimizer": "signum"}])
+def test_half_the_optimizers_state_is_four_bytes_a_parameter_less(options: dict[str, str], build: Build) -> None:
+    full, half = (plan(build(**each), Store()).figures for each in ({}, options))
+    assert full["memory_per_rank"] - half["memory_per_rank"] == 4 * full["parameters"]
 
 
 def test_a_dataset_of_another_layer_is_refused(build: Build, go: Go) -> None:

@@ -9,7 +9,8 @@ Peers go into an environment that shares this one's torch, without what their la
 All see the dataset's blocks in one order, standardised alike, and take turns of some steps, so that other load on the
 machine disturbs all alike; tokens a second are those of the median turn. Held-out rows are scored by `Fidelity` on our
 TopK with the side's weights, which must reconstruct as the side itself does. `shared`: one learning rate (all three's
-default with Adam), schedule and clipping. `own`: each side's own optimiser and schedule, for fidelity alone.
+default with Adam), schedule and clipping at 1, each in the unit of its own loss (sparsify's is a share of the variance, whose
+gradient never gets there; its own trainer does not clip). `own`: each side's own optimiser and schedule, for fidelity alone.
 """
 
 from __future__ import annotations
@@ -97,19 +98,20 @@ def dense(data: Data) -> Side:
     model = TopK(data.d, NUM_LATENTS, K)
     initialise(model, SEED, data.standardise(data.sample_RD))
 
-    def loss(x_BD: Tensor) -> Tensor:
+    def loss(x_BD: Tensor) -> Tensor:  # summed over d, the unit of our clip
         top = nn.functional.linear(x_BD - model.b_dec_D, model.w_enc_ND, model.b_enc_N).topk(K)
         z_BN = torch.zeros(len(x_BD), NUM_LATENTS).scatter(1, top.indices, top.values.relu())
-        return (x_BD - z_BN @ model.w_dec_ND - model.b_dec_D).square().sum() / x_BD.numel()
+        return (x_BD - z_BN @ model.w_dec_ND - model.b_dec_D).square().sum() / len(x_BD)
 
-    adam = torch.optim.Adam(model.parameters(), eps=6.25e-10, fused=True)
+    adam = torch.optim.Adam(model.parameters(), eps=6.25e-10 * data.d, fused=True)
     step = _stepper(adam, loss, model.project_gradients, model.normalize_decoder)
     note = "our formulas in dense PyTorch, from our start; no AuxK; batches in memory"
-    return Side("dense PyTorch", note, step, lambda: list(model.parameters()), model)
+    return Side("plmsae (dense twin)", note, step, lambda: list(model.parameters()), model)
 
 
 def sparsify(data: Data, own: bool) -> Side:
     """Its SparseCoder, in the order of its Trainer."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernel needs a GPU
     coder, config, sign_sgd = _import("eai-sparsify", "sparsify", "sparse_coder", "config", "sign_sgd")
     torch.manual_seed(SEED)
     sae = coder.SparseCoder(data.d, config.SparseCoderConfig(num_latents=NUM_LATENTS, k=K))

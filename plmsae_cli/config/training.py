@@ -21,6 +21,8 @@ class SAE(Section):
     """Latents per dimension of the activations; 8 when neither this nor `num_latents` is given."""
     num_latents: Annotated[Count | None, SCIENCE] = None
     """Number of latents, instead of `expansion`."""
+    init: Annotated[Literal["random", "data"], SCIENCE] = "random"
+    """Where decoder rows start: `random` directions, or those of residues of the dataset, less their centre (`data`)."""
     k: Annotated[Count, SCIENCE] = 64
     """Active latents a token (L0)."""
     k_aux: Annotated[Count | None, SCIENCE] = None
@@ -133,18 +135,27 @@ class Train(Section):
     """Tokens (residues) to train on; default one epoch. More than the dataset holds means several epochs."""
     batch_tokens: Annotated[Count, SCIENCE] = 8192
     """Tokens of one step over ALL ranks."""
+    optimizer: Annotated[Literal["adam", "muon", "signum"], SCIENCE] = "adam"
+    """`adam`; `muon`: matrices by their orthogonalised momentum (Jordan et al. 2024), the rest by Adam; `signum`: the sign of
+    a momentum (Bernstein et al. 2018), which keeps half of Adam's state."""
     lr: Annotated[Auto | Positive, SCIENCE] = "auto"
-    """Peak learning rate; `auto` is 2e-4 / sqrt(num_latents / 2^14) for an SAE, 1e-3 for a pLM."""
+    """Peak learning rate. `auto` for an SAE: 2e-4 / sqrt(num_latents / 2^14) (Gao et al. 2024; low for short runs), with
+    `muon` 2e-3; for a pLM: 1e-3, with `signum` 1e-4."""
     lr_warmup_steps: Annotated[Auto | Annotated[int, Field(ge=0)], SCIENCE] = "auto"
     """Steps of linear warm-up; `auto` is the smaller of 1,000 and a twentieth of the run."""
     lr_decay: Annotated[Annotated[float, Field(ge=0.0, le=1.0)], SCIENCE] = 0.2
     """Last share of the run over which the rate falls linearly to zero."""
     betas: Annotated[Annotated[list[Fraction], Field(min_length=2, max_length=2)], SCIENCE] = [0.9, 0.999]
-    """Adam's decay rates."""
+    """Adam's decay rates; with `optimizer: muon`, of all that is not a matrix."""
     eps: Annotated[Positive, SCIENCE] = 6.25e-10
     """Adam's epsilon."""
+    moments: Annotated[Literal["float32", "bfloat16"], SCIENCE] = "float32"
+    """What `optimizer: adam` keeps its moments in; `bfloat16`, rounded at random without bias, is half as large."""
+    momentum: Annotated[Auto | Fraction, SCIENCE] = "auto"
+    """Decay rate of the momentum of `muon` (`auto`: .95) and `signum` (`auto`: .9)."""
     grad_clip: Annotated[Positive | None, SCIENCE] = 1.0
-    """Largest global gradient norm; null leaves gradients alone."""
+    """Largest norm of the gradient over all parameters; null leaves gradients alone. SAE: of the gradient of the
+    squared error summed over dimensions and averaged over tokens, the unit in which papers write the loss."""
     dead_tokens: Annotated[Auto | Count, SCIENCE] = "auto"
     """Tokens without firing after which a latent counts as dead; `auto` is min(10 M, a tenth of the run)."""
     compute: Annotated[Auto | Literal["float32", "bfloat16"], SCIENCE] = "auto"
@@ -155,6 +166,8 @@ class Train(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints kept; at least two, so that a damaged one costs little."""
+    profile: bool = False
+    """Look into ten steps after the first ten, on the first rank: trace, table and bottleneck in the run's `profile/`."""
 
     @model_validator(mode="after")
     def _kind_has_its_options(self) -> Train:
@@ -171,6 +184,21 @@ class Train(Section):
                 )
         elif self.plm is not None:
             raise rule("plm", "a plm section has no effect with kind: sae", "set kind: plm or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_the_optimizer(self) -> Train:
+        if self.optimizer == "adam" and self.momentum != "auto":
+            raise rule("momentum", "momentum has no effect with optimizer: adam", "set betas, or another optimizer")
+        if self.optimizer != "adam" and self.moments != "float32":
+            raise rule(
+                "moments",
+                f"moments: {self.moments} has no effect with optimizer: {self.optimizer}",
+                "use optimizer: adam",
+            )
+        for name in ("betas", "eps"):
+            if self.optimizer == "signum" and getattr(self, name) != type(self).model_fields[name].default:
+                raise rule(name, f"{name} has no effect with optimizer: signum", "set momentum, or another optimizer")
         return self
 
     def autoencoder(self) -> SAE:

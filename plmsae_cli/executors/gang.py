@@ -63,13 +63,16 @@ def launch_gang(task: Task, experiment: Experiment, report: Callable[..., None])
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-        asked = False
+        asked, told = False, 0
         try:
             with STOP.before_forced_exit(kill):
                 while process.poll() is None:
                     time.sleep(0.2)
                     state = read_json(gang_status)
                     if state is not None and "done" in state:
+                        for note in state["notes"][told:]:
+                            report(state["done"], state["total"], note=note)
+                        told = len(state["notes"])
                         report(state["done"], state["total"], **state["figures"])
                     if STOP.requested() and not asked:
                         asked = True
@@ -133,12 +136,15 @@ def main() -> None:
     STOP.watch(run.stop_file)
     _watch_parents()
     last = 0.0
+    notes: list[str] = []
 
-    def report(done: float, total: float, **figures: Any) -> None:
+    def report(done: float, total: float, note: str | None = None, **figures: Any) -> None:
         nonlocal last
-        if rank == 0 and time.monotonic() - last > 0.5:
+        notes.extend([] if note is None else [note])
+        if rank == 0 and (note is not None or time.monotonic() - last > 0.5):
             last = time.monotonic()
-            write_json(logs / "gang-status.json", {"done": done, "total": total, "figures": figures})
+            body = {"done": done, "total": total, "figures": figures, "notes": notes}
+            write_json(logs / "gang-status.json", body)
 
     context = LocalContext(Experiment.model_validate(order["experiment"]), report)
     try:

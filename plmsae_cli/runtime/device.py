@@ -20,6 +20,42 @@ ALLOWED = "PLMSAE_GPUS"
 """Environment variable by which an executor tells its processes how many GPUs the launch wants."""
 
 
+# Words of a GPU's name -> dense TFLOP/s in bfloat16 (float32 sums) and in float32 without TF32, of NVIDIA's data sheets and
+# architecture white papers (H100 2023, H200 2024, HGX B200 2024, A100 2021, L4, L40S 2023, Ada 2022, GA102 2021, V100 2018,
+# T4 2019); where a sheet has sparse figures alone, half of those. The first entry whose words all occur counts.
+_PEAK_TFLOPS: tuple[tuple[frozenset[str], float | None, float], ...] = (
+    (frozenset({"B200"}), 2250.0, 75.0),
+    (frozenset({"H200"}), 989.4, 66.9),
+    (frozenset({"H100", "PCIe"}), 756.0, 51.2),
+    (frozenset({"H100", "NVL"}), 835.0, 60.0),
+    (frozenset({"H100"}), 989.4, 66.9),
+    (frozenset({"A100"}), 312.0, 19.5),
+    (frozenset({"A40"}), 149.7, 37.4),
+    (frozenset({"L40S"}), 362.0, 91.6),
+    (frozenset({"L4"}), 121.0, 30.3),
+    (frozenset({"4090"}), 165.2, 82.6),
+    (frozenset({"3090"}), 71.0, 35.6),
+    (frozenset({"V100"}), None, 15.7),
+    (frozenset({"T4"}), None, 8.1),
+)
+
+
+def peak_flops(device: torch.device, compute: torch.dtype) -> float | None:
+    """Operations a second that the device's products reach at best; None where that is not known, as on CPUs."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device)))
+    if "MIG" in words:  # a part of a GPU, under the name of the whole
+        return None
+    for wanted, bfloat16, float32 in _PEAK_TFLOPS:
+        if wanted <= words:
+            found = {torch.bfloat16: bfloat16, torch.float32: float32}.get(compute)
+            return None if found is None else found * 1e12
+    return None
+
+
 def visible_gpus() -> int:
     """GPUs that torch can use in this process's environment."""
     import torch

@@ -1,26 +1,56 @@
-"""Where training starts: random unit rows, a tied encoder, and the decoder's bias at the data's centre."""
+"""Where training starts: unit rows, a tied encoder of the right length, and the decoder's bias at the data's centre."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from plmsae_cli.sae.dictionary import Dictionary
 
+Start = Literal["random", "data"]
+
+_TILE = 4096  # rows of the sample encoded at once
+
 
 @torch.no_grad()
-def initialise(model: Dictionary, seed: int, sample_MD: Tensor) -> None:
-    """Unit random decoder rows, W_enc = W_dec, b_enc = 0, b_dec = geometric median of `sample_MD`, in place.
+def initialise(model: Dictionary, seed: int, sample_MD: Tensor, start: Start = "random") -> None:
+    """Unit decoder rows, W_enc = s W_dec, b_enc = 0, b_dec = geometric median of `sample_MD`, in place.
 
-    Random numbers are drawn on the CPU, so that a seed means the same weights on every device.
+    Rows are random directions, or with `start` "data" those of x - b_dec for different rows x of the sample; where
+    it has fewer than there are latents, the rest is random. s is `encoder_scale`'s. Random numbers are drawn on the
+    CPU, so that a seed means the same rows on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     rows_ND = torch.randn(model.num_latents, model.d, generator=generator)
+    model.b_dec_D.copy_(geometric_median(sample_MD))
+    if start == "data":
+        chosen_C = torch.randperm(len(sample_MD), generator=generator)[: model.num_latents]
+        residuals_CD = (sample_MD[chosen_C.to(sample_MD.device)] - model.b_dec_D).cpu()
+        norm_C1 = torch.linalg.vector_norm(residuals_CD, dim=1, keepdim=True)
+        rows_ND[: len(chosen_C)] = torch.where(norm_C1 > 0, residuals_CD, rows_ND[: len(chosen_C)])
     rows_ND /= torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True)
     model.w_dec_ND.copy_(rows_ND)
     model.w_enc_ND.copy_(rows_ND)
     model.b_enc_N.zero_()
-    model.b_dec_D.copy_(geometric_median(sample_MD))
+    model.w_enc_ND.mul_(encoder_scale(model, sample_MD))
+
+
+@torch.no_grad()
+def encoder_scale(model: Dictionary, sample_MD: Tensor) -> Tensor:
+    """The factor s of W_enc at which the squared error of `sample_MD` is least, 0-dim; 1 where nothing is active.
+
+    While b_enc = 0, the active latents do not depend on s > 0 and the reconstruction is b_dec + s r, so that
+    s = sum <x - b_dec, r> / sum ||r||^2 (least squares). k rows overlap: at s = 1 their sum is too long.
+    Where a threshold decides which latents are active, s is that of the present selection.
+    """
+    along = energy = sample_MD.new_zeros(())
+    for x_BD in torch.split(sample_MD, _TILE):
+        r_BD = model(x_BD) - model.b_dec_D
+        along = along + torch.linalg.vecdot(x_BD - model.b_dec_D, r_BD).sum()
+        energy = energy + r_BD.square().sum()
+    return torch.where(energy > 0, along / energy, 1.0)
 
 
 @torch.no_grad()

@@ -84,9 +84,15 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
         "architecture": train.autoencoder().architecture,
         "latents": width,
         "parameters": parameters,
-        "memory_per_rank": parameters * 16 + 3 * train.batch_tokens // ranks(experiment) * width * 4,
+        "memory_per_rank": parameters * (8 + _state_bytes(train))
+        + 3 * train.batch_tokens // ranks(experiment) * width * 4,
     }
     return Plan("train", tasks, {"run": _run_artifact(lineage, tasks, steps * train.batch_tokens)}, figures)
+
+
+def _state_bytes(train: Train) -> int:
+    """Bytes of optimiser state a parameter of a matrix."""
+    return 8 if train.optimizer == "adam" and train.moments == "float32" else 4
 
 
 def sae_steps(train: Train, per_epoch: int) -> int:

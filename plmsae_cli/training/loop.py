@@ -16,14 +16,18 @@ import torch
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.faults import fault
+from plmsae_cli.runtime.device import peak_flops
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.runtime.metrics import open_sinks
 from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.store import checkpoint as checkpoints
+from plmsae_cli.training.profiling import NoProfile, StepProfile, TorchProfile
 
 AGREE_EVERY = 16
+SHOWN = ("loss", "fvu", "l0", "dead", "tokens_per_second", "step_ms", "loader_share", "mfu")
+"""Figures on the progress line."""
 
 
 class Objective(Protocol):
@@ -31,12 +35,17 @@ class Objective(Protocol):
 
     tokens_per_step: int
     device: torch.device
+    compute: torch.dtype
+    """Arithmetic of the large products."""
 
     def step(self, step: int) -> Mapping[str, torch.Tensor]:
         """One optimiser step; returns 0-dim figures on the device, each a rank's share of a sum over ranks."""
 
     def rates(self, step: int) -> Mapping[str, float]:
-        """Host figures of this step that cost nothing: learning rate, loader wait."""
+        """Host figures of this step that cost nothing: `lr`, and `loader_wait`, the seconds waited for data so far."""
+
+    def flops_per_step(self) -> float:
+        """Floating-point operations that the mathematics of a step needs, over all ranks."""
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Everything that must be restored, by name."""
@@ -74,6 +83,7 @@ def fit(
     sinks = open_sinks(experiment, run.path, start, gang.first)
     lines = _Lines(objective, gang)
     stop = _AgreedStop(gang, objective.device)
+    profile = _profile(objective, start, total_steps, run) if options.profile and gang.first else NoProfile()
     saved = start
 
     def write(line: Mapping[str, Any] | None) -> None:
@@ -86,7 +96,7 @@ def fit(
                 f"the loss was {line['loss']} at step {line['step']}; the newest checkpoint is from before",
                 "a lower train.lr or a longer train.lr_warmup_steps usually mends it (with --restart)",
             )
-        shown = {k: line[k] for k in ("loss", "fvu", "l0", "dead", "tokens_per_second", "loader_wait") if k in line}
+        shown = {k: line[k] for k in SHOWN if k in line}
         progress(line["step"], total_steps, unit="steps", **shown)
 
     def save(step: int) -> None:
@@ -100,8 +110,12 @@ def fit(
     try:
         for step in range(start, total_steps):
             fault("train.step", rank=gang.rank, step=step)
+            profile.before(step)
             figures = objective.step(step)
+            seen = profile.after(step)
             done = step + 1
+            if seen is not None:
+                progress(done, total_steps, unit="steps", note=seen)
             if done % options.log_every == 0 or done == total_steps or done == 1:
                 write(lines.add(done, figures))
             if valid := objective.validate(done):
@@ -117,8 +131,15 @@ def fit(
         if saved < total_steps:
             save(total_steps)
     finally:
+        profile.close()
         for sink in sinks:
             sink.close()
+
+
+def _profile(objective: Objective, start: int, total_steps: int, run: RunFolder) -> StepProfile:
+    return TorchProfile(
+        run.path / "profile", start, total_steps, objective.device, lambda: objective.rates(0)["loader_wait"]
+    )
 
 
 class _Behind:
@@ -146,7 +167,9 @@ class _Lines:
     def __init__(self, objective: Objective, gang: Gang) -> None:
         self._objective, self._gang = objective, gang
         self._waiting: tuple[dict[str, Any], list[str], _Behind] | None = None
-        self._clock = time.monotonic()
+        peak = peak_flops(objective.device, objective.compute)
+        self._peak = None if peak is None else peak * gang.world
+        self._clock, self._waited = time.monotonic(), 0.0
         self._step: int | None = None
 
     def add(self, step: int, figures: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
@@ -158,8 +181,14 @@ class _Lines:
         tokens = self._objective.tokens_per_step
         line: dict[str, Any] = {"step": step, "tokens": step * tokens, **self._objective.rates(step - 1)}
         if self._step is not None:
-            line["tokens_per_second"] = round((step - self._step) * tokens / max(now - self._clock, 1e-9))
-        self._clock, self._step = now, step
+            seconds = max(now - self._clock, 1e-9)
+            pace = (step - self._step) / seconds
+            line["tokens_per_second"] = round(pace * tokens)
+            line["step_ms"] = round(1e3 / pace, 3)
+            line["loader_share"] = round((line["loader_wait"] - self._waited) / seconds, 4)
+            if self._peak is not None:
+                line["mfu"] = round(pace * self._objective.flops_per_step() / self._peak, 4)
+        self._clock, self._step, self._waited = now, step, line["loader_wait"]
         self._waiting = (line, names, _Behind(values))
         # On a CPU the values are there already: no reason to make the reader wait for the next line.
         return ready if values.is_cuda else self.flush()

@@ -45,6 +45,11 @@ class Packs:
     def num_tokens(self) -> int:
         return int(self._length_S.sum())
 
+    @property
+    def mean_context(self) -> float:
+        """Length of a token's document, mean over tokens: what it attends to."""
+        return float((self._length_S**2).sum() / self._length_S.sum())
+
     def epoch_packs(self, epoch: int) -> int:
         """Packs in this epoch; the greedy filling makes it vary a little."""
         self._prepare(epoch)

@@ -16,12 +16,14 @@ from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, MASK, Packed
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.training.counter import uniform
-from plmsae_cli.training.optimizers import Adam, Group
+from plmsae_cli.training.optimizers import Group, build_optimizer
 from plmsae_cli.training.packs import Packs
 from plmsae_cli.training.schedules import learning_rate
 
 IGNORED = -100
 PREFETCH = 4
+PEAK = {"adam": 1e-3, "muon": 1e-3, "signum": 1e-4}
+"""`lr: auto`. Muon's updates are as large as Adam's; signs want a third to a tenth (Chen et al. 2023, arXiv 2302.06675)."""
 VALIDATION_SEED = 0
 LARGEST_EXPONENT = 700.0
 """exp of more than 709 is no float64: a run that diverges must not end in its validation."""
@@ -70,16 +72,16 @@ class PLMObjective:
         # Constant shapes, and kernels fused by the compiler where there are kernels to fuse.
         self._forward: Any = torch.compile(self.model, dynamic=False) if device.type == "cuda" else self.model
         self._options, self._plm, self._packs, self._valid, self._gang = options, plm, packs, valid, gang
-        self._compute = compute
+        self.compute = compute
         self._total_steps = total_steps
-        self._peak = 1e-3 if options.lr == "auto" else options.lr
+        self._peak = PEAK[options.optimizer] if options.lr == "auto" else options.lr
         wanted = options.lr_warmup_steps
         self._warmup = min(1000, total_steps // 20) if wanted == "auto" else wanted
         named = dict(self.model.named_parameters())
         matrices = {n: p for n, p in named.items() if p.ndim == 2 and n != "embed_tokens.weight"}
         rest = {n: p for n, p in named.items() if n not in matrices}
-        groups = [Group("matrices", matrices, weight_decay=plm.weight_decay), Group("rest", rest)]
-        self._adam = Adam(groups, (options.betas[0], options.betas[1]), options.eps)
+        groups = [Group("matrices", matrices, weight_decay=plm.weight_decay), Group("rest", rest, linear_maps=False)]
+        self._optimizer = build_optimizer(options, groups)
         self._per_rank = options.batch_tokens // plm.pack_tokens // gang.world
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="packs")
         self._ahead: dict[int, Future[list[Packed]]] = {}
@@ -115,7 +117,7 @@ class PLMObjective:
         targets = torch.stack([(targets_T != IGNORED).sum() for _, _, targets_T in prepared]).sum()
         # The loss is one mean over the global batch, however many ranks and packs it is spread over.
         count = self._gang.sum(targets.float().reshape(1)).clamp(min=1)
-        self._adam.zero_grad()
+        self._optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for packed, inputs_T, targets_T in prepared:
@@ -125,7 +127,7 @@ class PLMObjective:
             total += loss.detach()
             correct += hits / count[0]
         self._gang.sum_gradients(self.model.parameters())
-        norm = self._adam.step(self._rate(step), self._options.grad_clip)
+        norm = self._optimizer.step(self._rate(step), self._options.grad_clip)
         return {"loss": total, "accuracy": correct, "grad_norm": norm / self._gang.world}
 
     def _score(
@@ -135,7 +137,7 @@ class PLMObjective:
         documents = packed.documents
         if self.device.type == "cuda":
             documents = documents._replace(lengths=None)  # a constant for the compiler
-        with torch.autocast(self.device.type, self._compute, enabled=self._compute != torch.float32):
+        with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
             logits_TV = self._forward(inputs_T, documents, logits=True).logits
         logits_TV = logits_TV.float()
         loss = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
@@ -147,15 +149,23 @@ class PLMObjective:
     def rates(self, step: int) -> Mapping[str, float]:
         return {"lr": self._rate(step), "loader_wait": round(self._waited, 4)}
 
+    def flops_per_step(self) -> float:
+        """Forward and twice as much backward: 6 a token and weight of a product, 12 d a layer, token and attended token."""
+        d, layers = self.config.d, self.config.num_layers
+        products = layers * 12 * d * d + d * d + self.config.vocab * d
+        return float(self.tokens_per_step * (6 * products + 12 * layers * d * self._packs.mean_context))
+
     def tensors(self) -> Mapping[str, torch.Tensor]:
         parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        return {**parameters, **{f"adam.{name}": t for name, t in self._adam.state_tensors().items()}}
+        return {**parameters, **{f"optimizer.{name}": t for name, t in self._optimizer.state_tensors().items()}}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
-        self._adam.load_state_tensors({k.removeprefix("adam."): t for k, t in tensors.items() if k.startswith("adam.")})
+        prefix = "optimizer."
+        state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        self._optimizer.load_state_tensors(state)
 
     @torch.no_grad()
     def validate(self, step: int) -> Mapping[str, Any]:

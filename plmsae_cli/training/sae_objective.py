@@ -13,8 +13,8 @@ from plmsae_cli.sae.architectures import ARCHITECTURES
 from plmsae_cli.sae.dead import DeadLatents, dead_window
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.initialise import initialise
-from plmsae_cli.training.optimizers import Adam, Group
-from plmsae_cli.training.schedules import learning_rate, topk_learning_rate
+from plmsae_cli.training.optimizers import Group, build_optimizer
+from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
 from plmsae_cli.training.stream import BlockStream
 
 MEDIAN_ROWS = 32_768
@@ -33,7 +33,7 @@ def build(options: Train, d: int) -> Dictionary:
 class SAEObjective:
     """Step, state and figures of one SAE.
 
-    A step (Gao et al. 2024): backward, sum over ranks, remove the gradient along each decoder row, clip, Adam, renormalise
+    A step (Gao et al. 2024): backward, sum over ranks, remove the gradient along each decoder row, clip, update, renormalise
     rows. Inputs are (x - mean) * scale with the dataset's statistics, so that E||x||^2 = d.
     """
 
@@ -52,21 +52,22 @@ class SAEObjective:
         self.tokens_per_step = options.batch_tokens
         self.model = build(options, stream.blocks.d).to(device)
         self._options, self._stream, self._gang = options, stream, gang
-        self._mean_D, self._scale, self._compute = mean_D.to(device), scale, compute
+        self._mean_D, self._scale, self.compute = mean_D.to(device), scale, compute
         self._total_steps = total_steps
-        self._adam = Adam(
-            [Group("sae", dict(self.model.named_parameters()))], (options.betas[0], options.betas[1]), options.eps
-        )
+        self._optimizer = build_optimizer(options, [Group("sae", dict(self.model.named_parameters()))])
         self._dead = DeadLatents(self.model.num_latents, device)
         tokens = total_steps * options.batch_tokens
         self._window = dead_window(tokens) if options.dead_tokens == "auto" else options.dead_tokens
-        self._peak = topk_learning_rate(self.model.num_latents) if options.lr == "auto" else options.lr
+        auto = sae_learning_rate(options.optimizer, self.model.num_latents)
+        self._peak = auto if options.lr == "auto" else options.lr
+        # The loss is a mean over d; the clip is meant for the gradient of the sum.
+        self._max_norm = None if options.grad_clip is None else options.grad_clip / self.model.d
         wanted = options.lr_warmup_steps
         self._warmup = min(1000, total_steps // 20) if wanted == "auto" else wanted
 
     def start(self, sample_RD: torch.Tensor) -> None:
         """Initialise from a sample of raw rows (the first of the dataset, the same on every rank)."""
-        initialise(self.model, self._options.seed, self.standardise(sample_RD))
+        initialise(self.model, self._options.seed, self.standardise(sample_RD), self._options.autoencoder().init)
 
     def standardise(self, rows_BD: torch.Tensor) -> torch.Tensor:
         """Raw rows as the model sees them, float32."""
@@ -76,13 +77,13 @@ class SAEObjective:
         batch = self.tokens_per_step
         x_BD = self.standardise(self._stream.rows(step))
         dead_N = self._dead.mask(self._window)
-        with torch.autocast(self.device.type, self._compute, enabled=self._compute != torch.float32):
+        with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
             losses = self.model.loss(x_BD, dead_N, batch, self._gang.sum)
-        self._adam.zero_grad()
+        self._optimizer.zero_grad()
         losses.total.backward()  # type: ignore[no-untyped-call]
         self._gang.sum_gradients(self.model.parameters())
         self.model.project_gradients()
-        norm = self._adam.step(self._rate(step), self._options.grad_clip)
+        norm = self.model.d * self._optimizer.step(self._rate(step), self._max_norm)
         self.model.normalize_decoder()
         self._dead.update(losses.latents, batch, self._gang.sum)
         share = 1.0 / self._gang.world  # of figures that every rank knows whole
@@ -103,17 +104,24 @@ class SAEObjective:
     def rates(self, step: int) -> Mapping[str, float]:
         return {"lr": self._rate(step), "loader_wait": round(self._stream.wait_seconds, 4)}
 
+    def flops_per_step(self) -> float:
+        """2 N d a token for the encoder's product, 8 k d for decoding and three gradients at active pairs; without AuxK."""
+        d, num_latents = self.model.d, self.model.num_latents
+        active = getattr(self.model, "k", num_latents)
+        return float(self.tokens_per_step * (2 * num_latents * d + 8 * active * d))
+
     def tensors(self) -> Mapping[str, torch.Tensor]:
         parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        adam = {f"adam.{name}": t for name, t in self._adam.state_tensors().items()}
-        return {**parameters, **adam, "tokens_since_fired_N": self._dead.tokens_since_fired_N}
+        optimizer = {f"optimizer.{name}": t for name, t in self._optimizer.state_tensors().items()}
+        return {**parameters, **optimizer, "tokens_since_fired_N": self._dead.tokens_since_fired_N}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
-        prefix = "adam."
-        self._adam.load_state_tensors({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+        prefix = "optimizer."
+        state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        self._optimizer.load_state_tensors(state)
         self._dead.tokens_since_fired_N.copy_(tensors["tokens_since_fired_N"])
 
     def validate(self, step: int) -> Mapping[str, Any]:

@@ -42,3 +42,28 @@ def test_a_gpu_that_torch_cannot_use_is_never_passed_over_in_silence(monkeypatch
         device.count_gpus(Launch())
     assert "--torch-index" in str(caught.value.hint)
     assert device.count_gpus(Launch(gpus=0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "bfloat16", "float32"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4, 66.9),
+        ("NVIDIA H100 PCIe", 756.0, 51.2),
+        ("NVIDIA H200", 989.4, 66.9),
+        ("NVIDIA A100-SXM4-80GB", 312.0, 19.5),
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA L40S", 362.0, 91.6),
+        ("NVIDIA L4", 121.0, 30.3),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+        ("Tesla V100-SXM2-16GB", None, 15.7),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),
+    ],
+)
+def test_peaks_are_of_the_gpu_that_is_named(
+    name: str, bfloat16: float | None, float32: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda", 0)
+    for compute, tera in ((torch.bfloat16, bfloat16), (torch.float32, float32)):
+        assert device.peak_flops(cuda, compute) == (None if tera is None else pytest.approx(tera * 1e12))
+    assert device.peak_flops(torch.device("cpu"), torch.float32) is None

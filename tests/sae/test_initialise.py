@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plmsae_cli.sae.initialise import geometric_median, initialise
+from plmsae_cli.sae.initialise import Start, encoder_scale, geometric_median, initialise
+from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
 
@@ -62,7 +63,8 @@ def test_start(device: torch.device) -> None:
     initialise(model, 7, sample_MD.to(device))
     initialise(again, 7, sample_MD.to(device))
     initialise(other, 8, sample_MD.to(device))
-    assert torch.equal(model.w_dec_ND, model.w_enc_ND)
+    scale = model.w_enc_ND.norm(dim=1).mean()
+    torch.testing.assert_close(model.w_enc_ND, scale * model.w_dec_ND)
     assert model.w_dec_ND.data_ptr() != model.w_enc_ND.data_ptr()
     torch.testing.assert_close(model.w_dec_ND.norm(dim=1), torch.ones(24, device=device))
     assert not model.b_enc_N.any()
@@ -73,3 +75,51 @@ def test_start(device: torch.device) -> None:
     reference = TopK(8, 24, k=2)
     initialise(reference, 7, sample_MD)
     assert torch.equal(model.w_dec_ND.cpu(), reference.w_dec_ND)
+
+
+@pytest.mark.parametrize("start", ["random", "data"])
+@pytest.mark.parametrize("kind", [TopK, MatryoshkaTopK])
+def test_no_other_length_of_the_encoder_starts_with_a_smaller_error(kind: type[TopK], start: Start) -> None:
+    """The error is a parabola in the factor: it rises alike to both sides of its minimum, and vanishes in its slope."""
+    sample_MD = torch.randn(5000, 16, generator=torch.Generator().manual_seed(1)) ** 3 + 2
+    model = kind(16, 64, k=8)
+    initialise(model, 0, sample_MD, start)
+    w_enc_ND = model.w_enc_ND.detach().clone()
+
+    @torch.no_grad()
+    def error(factor: float) -> float:
+        model.w_enc_ND.copy_(factor * w_enc_ND)
+        return float((model(sample_MD) - sample_MD).double().square().sum())
+
+    best = error(1.0)
+    for step in (0.01, 0.1, 0.5):
+        assert error(1 - step) > best
+        assert error(1 + step) == pytest.approx(error(1 - step), rel=1e-5)
+    assert error(1 / float(w_enc_ND.norm(dim=1).mean())) > 1.05 * best, "unit rows overshoot"
+
+
+def test_nothing_active_leaves_the_encoder_as_it_is() -> None:
+    assert float(encoder_scale(TopK(4, 8, k=2), torch.randn(10, 4))) == 1.0
+
+
+def test_data_rows_point_from_the_centre_to_rows_of_the_sample() -> None:
+    sample_MD = torch.randn(40, 6, generator=torch.Generator().manual_seed(2)) + 3
+    model, other = TopK(6, 24, k=2), TopK(6, 24, k=2)
+    initialise(model, 0, sample_MD, "data")
+    initialise(other, 1, sample_MD, "data")
+    directions_MD = torch.nn.functional.normalize(sample_MD - model.b_dec_D, dim=1)
+    nearest = (model.w_dec_ND @ directions_MD.T).max(1)
+    torch.testing.assert_close(nearest.values, torch.ones(24))
+    assert len(set(nearest.indices.tolist())) == 24, "each row of the sample at most once"
+    assert not torch.equal(model.w_dec_ND, other.w_dec_ND)
+
+
+def test_a_sample_that_is_too_small_or_at_the_centre_is_filled_up_with_random_directions() -> None:
+    sample_MD = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    model, random = TopK(3, 8, k=2), TopK(3, 8, k=2)
+    initialise(model, 0, sample_MD, "data")
+    initialise(random, 0, sample_MD)
+    along_N = model.w_dec_ND[:, 0].abs() == 1
+    assert along_N.tolist().count(True) == 2
+    assert along_N[:3].tolist().count(True) == 2
+    assert torch.equal(model.w_dec_ND[~along_N], random.w_dec_ND[~along_N])

@@ -34,7 +34,7 @@ from plmsae_cli.store.weights import load_state, resolve_weights
 from plmsae_cli.training import loop
 
 Go = Callable[..., Done]
-CLOCK = {"tokens_per_second", "loader_wait"}
+CLOCK = {"tokens_per_second", "loader_wait", "step_ms", "loader_share"}
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.runtime.saved import load_sae, load_sae_with_facts, open_blocks
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
+from plmsae_cli.stages.train import plan
 from plmsae_cli.store.activations import Statistics
 from plmsae_cli.store.checkpoint import load_newest
 from plmsae_cli.store.fs import Store, join
@@ -27,7 +28,7 @@ Build = Callable[..., Experiment]
 Go = Callable[..., Done]
 
 # What depends on the clock; everything else in metrics.jsonl is science.
-CLOCK = {"tokens_per_second", "loader_wait"}
+CLOCK = {"tokens_per_second", "loader_wait", "step_ms", "loader_share"}
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
@@ -64,16 +65,23 @@ def _no_stop() -> Any:
     STOP.asked = False
 
 
-def test_a_stopped_and_continued_run_is_bit_equal(build: Build, go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = go(build(name="whole")).run.path
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"train__moments": "bfloat16"}, {"train__optimizer": "muon"}, {"train__optimizer": "signum"}],
+    ids=lambda options: next(iter(options.values()), "adam"),
+)
+def test_a_stopped_and_continued_run_is_bit_equal(
+    options: dict[str, str], build: Build, go: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = go(build(name="whole", **options), ["embed", "shuffle", "optimize", "train"]).run.path
     stop_at(7, monkeypatch)
     with pytest.raises(Interrupted):
-        go(build(name="parts"))
+        go(build(name="parts", **options))
     parts = Path(build().root) / "parts"
     assert json.loads((parts / "status.json").read_text())["state"] == "interrupted"
     assert max(line["step"] for line in science_of(parts)) == 7
     STOP.asked = False
-    go(build(name="parts"))
+    go(build(name="parts", **options), ["embed", "shuffle", "optimize", "train"])
     assert science_of(whole) == science_of(parts)
     first, second = state_of(whole), state_of(parts)
     assert first.keys() == second.keys()
@@ -104,10 +112,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     assert science_of(whole) == science_of(parts)
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_two_ranks_train_what_one_trains(build: Build, go: Go, ranks: int) -> None:
-    one = go(build(name="one"), ["embed", "shuffle", "optimize", "train"]).run.path
-    two = go(build(name="two", launch__ranks=ranks), ["embed", "shuffle", "optimize", "train"]).run.path
+def test_two_ranks_train_what_one_trains_with_a_profile_told_once(
+    build: Build, go: Go, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = ["embed", "shuffle", "optimize", "train"]
+    one = go(build(name="one"), stages).run.path
+    assert not (one / "profile").exists()
+    capsys.readouterr()
+    two = go(build(name="two", launch__ranks=2, train__profile=True), stages, PlainReporter()).run.path
+    told = capsys.readouterr().err.splitlines()
+    (title,) = (line for line in told if line.startswith("profile of steps 11 to 20: "))
+    (sentence,) = (line for line in told if line.startswith("bottleneck: "))
+    assert sorted(p.name for p in (two / "profile").iterdir()) == ["table.txt", "trace.json.gz"]
+    table = (two / "profile" / "table.txt").read_text().splitlines()
+    assert table[0] == title
+    assert sentence in table
     for a, b in zip(science_of(one), science_of(two), strict=True):
         assert a["step"] == b["step"]
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
@@ -187,6 +206,12 @@ def test_batches_that_do_not_fit_are_refused_with_numbers(build: Build, go: Go) 
         go(build(train__batch_tokens=100_000, train__tokens=100_000))
     with pytest.raises(UserError, match="larger than the dictionary"):
         go(build(name="k", train__sae__k=65, train__sae__expansion=2))
+
+
+@pytest.mark.parametrize("options", [{"train__moments": "bfloat16"}, {"train__optimizer": "signum"}])
+def test_half_the_optimizers_state_is_four_bytes_a_parameter_less(options: dict[str, str], build: Build) -> None:
+    full, half = (plan(build(**each), Store()).figures for each in ({}, options))
+    assert full["memory_per_rank"] - half["memory_per_rank"] == 4 * full["parameters"]
 
 
 def test_a_dataset_of_another_layer_is_refused(build: Build, go: Go) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.store.checkpoint import load_newest
+from plmsae_cli.training import loop
 from plmsae_cli.training.loop import Diverged, fit
 
 
@@ -26,11 +29,13 @@ class Counting:
 
     tokens_per_step = 100
     device = torch.device("cpu")
+    compute = torch.float32
 
     def __init__(self, bad: int | None = None, stop: int | None = None) -> None:
         self.total = torch.zeros(3)
         self.bad, self.stop = bad, stop
         self.steps: list[int] = []
+        self.waited = 0.0
 
     def step(self, step: int) -> Mapping[str, torch.Tensor]:
         self.steps.append(step)
@@ -41,7 +46,10 @@ class Counting:
         return {"loss": torch.tensor(math.nan if failed else 1.0 / (step + 1)), "total": self.total[0].clone()}
 
     def rates(self, step: int) -> Mapping[str, float]:
-        return {"lr": 0.1 * step}
+        return {"lr": 0.1 * step, "loader_wait": self.waited}
+
+    def flops_per_step(self) -> float:
+        return 5e9
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {"total": self.total}
@@ -60,14 +68,23 @@ def _no_stop() -> Any:
     STOP.asked = False
 
 
-def train(folder: Path, objective: Counting, steps: int = 20, **train: Any) -> list[tuple[float, float]]:
-    """Run the loop; returns the progress that was shown."""
+def train(
+    folder: Path, objective: Counting, steps: int = 20, notes: list[str] | None = None, **train: Any
+) -> list[tuple[float, float]]:
+    """Run the loop; returns the progress that was shown, and adds what was said to `notes`."""
     body = {"kind": "plm", "plm": {"fasta": "a.fasta"}, "batch_tokens": 16_384, **train}
     options = {"log_every": 4, "checkpoint_every": 5}
     experiment = Experiment.model_validate({"name": "run", "root": str(folder), "train": {**options, **body}})
     shown: list[tuple[float, float]] = []
     run = RunFolder(folder / "run")
-    fit(objective, steps, experiment, run, Gang(), lambda done, total, **figures: shown.append((done, total)))
+
+    def progress(done: float, total: float, note: str | None = None, **figures: Any) -> None:
+        if note is None:
+            shown.append((done, total))
+        elif notes is not None:
+            notes.append(note)
+
+    fit(objective, steps, experiment, run, Gang(), progress)
     return shown
 
 
@@ -126,7 +143,8 @@ def test_a_stop_is_obeyed_after_its_step_and_saved(tmp_path: Path) -> None:
     assert torch.equal(rest.total, whole.total)
     ours, theirs = lines(tmp_path), lines(tmp_path / "whole")
     for line in (*ours, *theirs):
-        line.pop("tokens_per_second", None)
+        for clock in ("tokens_per_second", "step_ms", "loader_share"):
+            line.pop(clock, None)
     assert ours == theirs
 
 
@@ -147,3 +165,62 @@ def test_a_fault_can_be_placed_by_rank_and_step(tmp_path: Path, monkeypatch: pyt
     assert objective.steps == list(range(7))
     monkeypatch.setenv("PLMSAE_FAULT", "raise:train.step:rank=1,step=8")
     train(tmp_path, objective)
+
+
+class Slow(Counting):
+    """A step takes 20 ms, of which 15 ms were spent waiting for data."""
+
+    def step(self, step: int) -> Mapping[str, torch.Tensor]:
+        time.sleep(0.02)
+        self.waited += 0.015
+        return super().step(step)
+
+
+def test_a_line_says_how_long_a_step_took_and_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device of 1 TFLOP/s, 5 GFLOP in 20 ms are a quarter."""
+    monkeypatch.setattr(loop, "peak_flops", lambda device, compute: 1e12)
+    begun = time.monotonic()
+    train(tmp_path, Slow(), steps=8, checkpoint_every=100)
+    elapsed = time.monotonic() - begun
+    first, *rest = (line for line in lines(tmp_path) if "loss" in line)
+    assert not {"tokens_per_second", "step_ms", "loader_share", "mfu"} & first.keys()
+    three, four = (line["step_ms"] / 1e3 for line in rest)
+    assert 3 * three + 4 * four < elapsed
+    for line in rest:
+        seconds = line["step_ms"] / 1e3
+        assert seconds >= 0.0199, "a busy machine may sleep longer, never shorter"
+        assert line["tokens_per_second"] == pytest.approx(100 / seconds, abs=1)
+        assert line["loader_share"] == pytest.approx(0.015 / seconds, abs=1e-3)
+        assert line["mfu"] == pytest.approx(5e9 / seconds / 1e12, abs=1e-3)
+
+
+def test_without_a_known_peak_there_is_no_mfu(tmp_path: Path) -> None:
+    train(tmp_path, Counting(), steps=8)
+    assert not any("mfu" in line for line in lines(tmp_path))
+
+
+@pytest.mark.parametrize(("steps", "seen"), [(30, (11, 20)), (15, (6, 15)), (4, (1, 4))])
+def test_a_profile_names_its_steps_and_changes_nothing(tmp_path: Path, steps: int, seen: tuple[int, int]) -> None:
+    plain, profiled = Counting(), Counting()
+    train(tmp_path / "plain", plain, steps=steps)
+    notes: list[str] = []
+    train(tmp_path, profiled, steps=steps, notes=notes, profile=True)
+    assert torch.equal(plain.total, profiled.total)
+    (note,) = notes
+    assert note.startswith(f"profile of steps {seen[0]} to {seen[1]}: ")
+    assert "% of the CPU time" in note
+    folder = tmp_path / "run" / "profile"
+    assert "aten::add_" in (folder / "table.txt").read_text()
+    trace = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
+    added = [event for event in trace["traceEvents"] if event.get("name") == "aten::add_"]
+    assert len(added) == seen[1] - seen[0] + 1
+    assert not (tmp_path / "plain" / "run" / "profile").exists()
+
+
+def test_a_run_stopped_inside_a_profile_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(tmp_path, Counting(stop=12), steps=40, profile=True)
+    STOP.asked = False
+    notes: list[str] = []
+    train(tmp_path, Counting(), steps=40, notes=notes, profile=True)
+    assert [note.splitlines()[0].split(":")[0] for note in notes] == ["profile of steps 24 to 33"]

@@ -208,8 +208,11 @@ def test_gradients_of_several_packs_are_those_of_one_large_pack() -> None:
         torch.testing.assert_close(accumulated[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_saved_state_continues_bit_for_bit() -> None:
-    one, other = objective(grad_clip=1.0), objective(grad_clip=1.0)
+@pytest.mark.parametrize(
+    "options", [{}, {"moments": "bfloat16"}, {"optimizer": "muon"}, {"optimizer": "signum"}], ids=str
+)
+def test_saved_state_continues_bit_for_bit(options: dict[str, str]) -> None:
+    one, other = objective(grad_clip=1.0, **options), objective(grad_clip=1.0, **options)
     for step in range(3):
         one.step(step)
     saved = {name: tensor.clone() for name, tensor in one.tensors().items()}
@@ -224,6 +227,36 @@ def test_saved_state_continues_bit_for_bit() -> None:
 
 def test_weight_decay_is_on_matrices_alone() -> None:
     names = objective().tensors()
-    decayed = {n.split(".", 2)[2].rpartition(".")[0] for n in names if n.startswith("adam.matrices.")}
+    decayed = {n.split(".", 2)[2].rpartition(".")[0] for n in names if n.startswith("optimizer.matrices.")}
     model = objective().model
     assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+
+
+def test_muon_has_the_matrices_and_adam_the_embedding() -> None:
+    one = objective(optimizer="muon")
+    muons = {n.split(".", 2)[2].rpartition(".")[0] for n in one.tensors() if n.endswith(".momentum")}
+    adams = {n.split(".", 2)[2].rpartition(".")[0] for n in one.tensors() if n.endswith(".exp_avg")}
+    matrices = {n for n, p in one.model.named_parameters() if p.ndim == 2}
+    assert muons == matrices - {"embed_tokens.weight"}
+    assert adams == dict(one.model.named_parameters()).keys() - muons
+
+
+def test_flops_are_three_times_the_products_of_a_forward() -> None:
+    """As torch counts them, for documents of one length that fill the pack."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shard = np.concatenate([wrap(encode("M" * 30))] * (PACK_TOKENS // 32))
+    one = objective(plm={"hidden_size": 64})
+    one._packs = Packs([shard], PACK_TOKENS, 92, None)
+    assert one._packs.mean_context == 32
+    packed = one._packs.pack(0)
+    # Attention in products, since the counter knows no other form of it on a CPU.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        one.model(packed.tokens_T.long(), packed.documents, logits=True)
+    assert one.flops_per_step() == 3 * PACKS_A_STEP * counter.get_total_flops()
+
+
+def test_context_is_the_mean_over_tokens() -> None:
+    shard = np.concatenate([wrap(encode("A" * n)) for n in (8, 28)])  # 10 and 30 tokens
+    assert Packs([shard], 64, 64, None).mean_context == (10 * 10 + 30 * 30) / 40

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plmsae_cli.training.schedules import learning_rate, topk_learning_rate
+from plmsae_cli.training.schedules import learning_rate, sae_learning_rate, topk_learning_rate
 
 
 def test_linear_closed_form() -> None:
@@ -44,3 +44,10 @@ def test_rates_rise_then_fall_and_are_never_zero(total: int, warmup: int, decay:
 def test_rate_by_width() -> None:
     assert topk_learning_rate(2**14) == 2e-4
     assert topk_learning_rate(2**16) == 1e-4
+
+
+def test_rate_by_optimizer() -> None:
+    """Muon's update grows with the matrix by itself."""
+    for width in (2**10, 2**16):
+        assert sae_learning_rate("adam", width) == sae_learning_rate("signum", width) == topk_learning_rate(width)
+        assert sae_learning_rate("muon", width) == 2e-3

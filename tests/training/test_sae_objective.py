@@ -1,0 +1,76 @@
+"""A step of the SAE's objective: the unit of the gradient's norm and of its clip."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+
+from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.training.sae_objective import SAEObjective
+from plmsae_cli.training.stream import BlockStream
+
+D, BATCH, STEPS = 8, 64, 100
+
+
+class Rows:
+    """A stream of random batches, each a function of its step."""
+
+    wait_seconds = 0.0
+
+    def __init__(self) -> None:
+        self.blocks = self
+        self.d = D
+
+    def rows(self, step: int) -> torch.Tensor:
+        return torch.randn(BATCH, D, generator=torch.Generator().manual_seed(step))
+
+
+def objective(**train: Any) -> SAEObjective:
+    options = Train(sae=SAE(num_latents=24, k=4), batch_tokens=BATCH, **train)
+    stream = cast(BlockStream, Rows())
+    made = SAEObjective(options, stream, torch.zeros(D), 1.0, STEPS, Gang(), torch.device("cpu"), torch.float32)
+    made.start(torch.randn(500, D, generator=torch.Generator().manual_seed(0)))
+    return made
+
+
+def test_the_norm_is_of_the_gradient_of_the_squared_error_summed_over_dimensions() -> None:
+    one = objective()
+    before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    shown = one.step(0)["grad_norm"]
+    with torch.no_grad():
+        for name, parameter in one.model.named_parameters():
+            parameter.copy_(before[name])
+    one.model.zero_grad()
+    x_BD = Rows().rows(0)
+    ((one.model(x_BD) - x_BD).square().sum() / BATCH).backward()  # type: ignore[no-untyped-call]
+    one.model.project_gradients()
+    want = torch.nn.utils.get_total_norm([p.grad for p in one.model.parameters() if p.grad is not None])
+    assert float(shown) == pytest.approx(float(want), rel=1e-4)
+
+
+def test_a_clip_at_the_norm_changes_nothing_and_one_below_does() -> None:
+    norm = float(objective(grad_clip=None).step(0)["grad_norm"])
+
+    def moment(grad_clip: float | None) -> torch.Tensor:
+        one = objective(grad_clip=grad_clip)
+        one.step(0)
+        (found,) = (t for name, t in one.tensors().items() if name.endswith("sae.w_enc_ND.exp_avg"))
+        return found
+
+    free = moment(None)
+    torch.testing.assert_close(moment(1.01 * norm), free, rtol=0, atol=0)
+    torch.testing.assert_close(moment(0.5 * norm), 0.5 * free)
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """As torch counts the encoder's product of a batch, and k of N rows for each of the four others."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one = objective()
+    x_BD = Rows().rows(0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.nn.functional.linear(x_BD, one.model.w_enc_ND)
+    assert one.flops_per_step() == counter.get_total_flops() * (1 + 4 * 4 / 24)

@@ -21,6 +21,7 @@ def initialise(model: Dictionary, seed: int, sample_MD: Tensor) -> None:
     model.w_enc_ND.copy_(rows_ND)
     model.b_enc_N.zero_()
     model.b_dec_D.copy_(geometric_median(sample_MD))
+    model.start_(generator)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class Run:
         self.model.project_gradients()
         self.optimizer.step(1e-3, max_norm=1.0)
         self.model.normalize_decoder()
-        self.dead.update(losses.latents, len(x_BD))
+        self.dead.update(losses.fired_N, len(x_BD))
         return losses.total.detach()
 
     def losses(self) -> torch.Tensor:

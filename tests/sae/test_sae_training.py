@@ -39,7 +39,7 @@ def test_sparse_features_are_learned(kind: type[TopK], bound: float) -> None:
         model.project_gradients()
         optimizer.step(learning_rate(step, STEPS, 5e-3, 20, 0.2), max_norm=1.0)
         model.normalize_decoder()
-        dead.update(losses.latents, BATCH)
+        dead.update(losses.fired_N, BATCH)
 
     fidelity = Fidelity(model.num_latents)
     mean_D = torch.cat([batch(features_FD, generator) for _ in range(20)]).mean(0)

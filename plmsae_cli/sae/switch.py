@@ -90,7 +90,8 @@ class Switch(Dictionary):
         xhat_BD = sparse_decode(acts_P, self.w_dec_ND, pairs) + self.b_dec_D
         reconstruction = (xhat_BD - x_BD).square().sum() / (global_rows * self.d)
 
-        tokens_E = reduce(F.one_hot(chosen_B, self.num_experts).sum(0))
+        experts_E = torch.arange(self.num_experts, device=x_BD.device)
+        tokens_E = reduce((chosen_B.unsqueeze(1) == experts_E).sum(0))
         balance = self.num_experts * (tokens_E * probabilities_BE.sum(0)).sum() / global_rows**2
         total = reconstruction + self.balance_coefficient * balance
         acts_P = acts_P.detach()

@@ -69,4 +69,5 @@ def _histogram(digits: Tensor, size: int) -> Tensor:
     """int64 [size]: how often each of 0..size - 1 occurs; other values are passed over."""
     if digits.is_cuda:  # bincount would wait for the GPU
         return torch.histc(digits, size, 0, size - 1).long()
-    return torch.bincount(digits[(digits >= 0) & (digits < size)], minlength=size)
+    # Counting the others and cutting them off is several times as fast as picking values out.
+    return torch.bincount(digits.clamp(-1, size).add_(1).flatten(), minlength=size + 2)[1:-1]

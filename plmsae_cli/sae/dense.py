@@ -33,8 +33,8 @@ class Dense(Dictionary):
         self.sparsity = self.sparsity_coefficient * ramp(step, total_steps, self.sparsity_warmup)
 
     def step_bytes(self, rows: int) -> int:
-        """Pre-activations, activations, masks and the gradients of each are held for all latents."""
-        return 6 * rows * self.num_latents * 4
+        """Pre-activations, activations and the gradients of both are held for all latents."""
+        return 4 * rows * self.num_latents * 4
 
     @abstractmethod
     def encode_dense(self, x_BD: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Gated(Dense):
 
     def step_bytes(self, rows: int) -> int:
         """Gates and magnitudes are held for all latents."""
-        return 9 * rows * self.num_latents * 4
+        return 7 * rows * self.num_latents * 4
 
     def encode_dense(self, x_BD: Tensor) -> Tensor:
         """H(pi) ReLU(exp(r) W_enc (x - b_dec) + b_mag): [B, N]."""

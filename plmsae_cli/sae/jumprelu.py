@@ -77,6 +77,10 @@ class JumpReLU(Dense):
             "pre_act_coefficient": self.pre_act_coefficient,
         }
 
+    def step_bytes(self, rows: int) -> int:
+        """As dense, and what the penalty is computed from."""
+        return (5 if self.penalty == "l0" else 7) * rows * self.num_latents * 4
+
     def encode_dense(self, x_BD: Tensor) -> Tensor:
         """a H(a - theta): [B, N]."""
         return jump_relu(self._project(x_BD) + self.b_enc_N, self.log_theta_N.exp(), self.bandwidth)

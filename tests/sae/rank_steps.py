@@ -55,6 +55,8 @@ def steps(kind: str, gang: Gang) -> tuple[dict[str, torch.Tensor], list[dict[str
     objective = SAEObjective(
         options, stream, torch.zeros(D), 1.0, STEPS, gang, torch.device("cpu"), torch.float32
     )  # fmt: skip
+    first, own = objective.model.first_row, stream.rows(0)
+    assert torch.equal(own, Rows(0, 1).rows(0)[first : first + len(own)]), "first_row is the place of this rank's rows"
     objective.start(torch.randn(200, D, generator=torch.Generator().manual_seed(99)))
     figures = []
     for step in range(STEPS):

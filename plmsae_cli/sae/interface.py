@@ -21,7 +21,7 @@ def one_process(tensor: Tensor) -> Tensor:
 
 
 def ramp(step: int, total_steps: int, share: float) -> float:
-    """How far a linear rise over the first `share` of a run has come at `step` (from 0): above 0, at most 1."""
+    """How far a linear rise over the first `share` of a run has come at `step` (from 0), which counts."""
     return min(1.0, (step + 1) / max(1.0, share * total_steps))
 
 

@@ -65,7 +65,8 @@ class TopK(Dictionary):
     def schedule(self, step: int, total_steps: int) -> None:
         """Anneal k."""
         if self.k_start is not None:
-            self.training_k = round(self.k_start + (self.k - self.k_start) * ramp(step, total_steps, self.k_anneal))
+            done = ramp(step - 1, total_steps, self.k_anneal)  # none at the first step
+            self.training_k = round(self.k_start + (self.k - self.k_start) * done)
 
     def encode(self, x_BD: Tensor) -> Latents:
         """The k largest latents of `x_BD`, ReLU applied."""

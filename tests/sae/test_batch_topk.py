@@ -205,7 +205,7 @@ def test_k_goes_from_its_start_to_its_end(kind: type[TopK]) -> None:
     for step in range(0, 20, 3):
         model.schedule(step, 20)
         found.append(int(model.loss(x_BD, dead_N, B).active_B.sum()) / B)
-    assert found == [round(8 - 6 * min(1, (step + 1) / 10)) for step in range(0, 20, 3)]
+    assert found == [round(8 - 6 * min(1, step / 10)) for step in range(0, 20, 3)]
     if not isinstance(model, BatchTopK):
         model.schedule(0, 20)
         latents: Latents = model.encode(x_BD)

@@ -68,7 +68,7 @@ def test_the_steps_compared_show_what_they_should(alone: dict[str, Any], kind: s
         assert figures[-1]["aux"] > 0
     l0 = [line["l0"] for line in figures]
     if kind == "annealed":
-        assert l0 == [7, 5, 3]
+        assert l0 == [9, 7, 5]
     elif "topk" in kind:
         assert l0 == [3, 3, 3]
     if "batch" in kind:

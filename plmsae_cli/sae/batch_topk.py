@@ -15,14 +15,16 @@ from plmsae_cli.sae.sparse import Pairs
 from plmsae_cli.sae.topk import TopK
 
 Selection = Literal["global", "local"]
-THETA_DECAY = 0.999
+THETA_WINDOW = 1000
+"""Steps over which theta is averaged: decay 0.999."""
 
 
 class BatchTopK(TopK):
     """Training keeps the B k largest of ReLU(a) over the batch; afterwards z = a H(a - theta).
 
-    theta is the moving average, over training steps, of the smallest activation kept. It starts without a bias
-    (each step's rate is 0.001 / (1 - 0.999^t), as Adam corrects its moments), so that short runs have one too.
+    theta is the moving average, with decay 0.999 a training step, of the smallest activation kept, corrected for its
+    start as Adam's moments are. In runs of fewer than 20,000 steps the decay is 1 - 20 / steps: the average would
+    otherwise be of a time when activations were other ones.
     """
 
     theta: Tensor
@@ -46,12 +48,18 @@ class BatchTopK(TopK):
         """
         super().__init__(d, num_latents, k, k_aux, aux_coefficient, k_start, k_anneal)
         self.selection = selection
+        self.theta_decay = 1 - 1 / THETA_WINDOW
         self.register_buffer("theta", torch.zeros(()))
         self.register_buffer("theta_steps", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, JSON-able."""
         return super().settings() | {"selection": self.selection}
+
+    def schedule(self, step: int, total_steps: int) -> None:
+        """Anneal k; average theta over no more than a twentieth of the run."""
+        super().schedule(step, total_steps)
+        self.theta_decay = 1 - 1 / min(THETA_WINDOW, max(1.0, total_steps / 20))
 
     def trained(self) -> dict[str, Tensor]:
         """Parameters, theta and its count of steps."""
@@ -101,5 +109,5 @@ class BatchTopK(TopK):
     def _follow(self, smallest: Tensor) -> None:
         fired = smallest > 0
         self.theta_steps.add_(fired)
-        rate = (1 - THETA_DECAY) / (1 - THETA_DECAY ** self.theta_steps.double())
+        rate = (1 - self.theta_decay) / (1 - self.theta_decay ** self.theta_steps.double())
         self.theta.copy_(torch.where(fired, self.theta + rate.float() * (smallest - self.theta), self.theta))

@@ -94,6 +94,19 @@ def test_theta_is_the_corrected_average_of_the_smallest_kept() -> None:
     assert int(model.theta_steps) == 3
 
 
+def test_theta_is_averaged_over_no_more_than_a_twentieth_of_the_run() -> None:
+    model = BatchTopK(D, N, 3)
+    for steps, window in ((1, 1), (20, 1), (400, 20), (20_000, 1000), (10**6, 1000)):
+        model.schedule(0, steps)
+        assert model.theta_decay == pytest.approx(1 - 1 / window)
+    model.schedule(0, 20)  # the last step alone
+    for factor in (1.0, 3.0):
+        example_, x_BD, dead_N = example(model)
+        example_.loss(factor * x_BD, dead_N, B)
+    pre_BN = (3 * x_BD - model.b_dec_D) @ model.w_enc_ND.T + model.b_enc_N
+    torch.testing.assert_close(model.theta, pre_BN.detach().flatten().sort(descending=True).values[3 * B - 1])
+
+
 def test_inference_is_a_jump_at_theta_whatever_the_batch() -> None:
     model, x_BD, _ = example(BatchTopK(D, N, 3))
     model.theta.fill_(1.3)

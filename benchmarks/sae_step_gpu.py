@@ -95,7 +95,9 @@ def real(folder: str, rows: int) -> Tensor:
     return rows_RD.to(DEVICE)
 
 
-def plmsae(shape: Shape, data: Batches, dead_N: Tensor, moments: str, kernels: str = "fused", **sae: Any) -> Callable[[int], Any]:
+def plmsae(
+    shape: Shape, data: Batches, dead_N: Tensor, moments: str, kernels: str = "fused", **sae: Any
+) -> Callable[[int], Any]:
     options = Train(
         sae=SAE(num_latents=shape.latents, k=shape.k, **sae),
         batch_tokens=shape.rows,
@@ -145,7 +147,9 @@ def sparsify(shape: Shape, data: Batches, dead: Dead) -> Callable[[int], Any]:
 
 def dictionary_learning(shape: Shape, data: Batches, dead: Dead, autocast: bool) -> Callable[[int], Any]:
     (top_k,) = _import("dictionary-learning", "dictionary_learning", "trainers.top_k")
-    trainer = top_k.TopKTrainer(10**6, shape.d, shape.latents, shape.k, 0, "", lr=RATE, warmup_steps=0, device=DEVICE, seed=0)
+    trainer = top_k.TopKTrainer(
+        10**6, shape.d, shape.latents, shape.k, 0, "", lr=RATE, warmup_steps=0, device=DEVICE, seed=0
+    )
 
     def step(index: int) -> Any:
         if dead.any_dead:
@@ -205,7 +209,16 @@ def _import(project: str, package: str, *names: str) -> list[ModuleType]:
         for bare_name in (package, *(f"{package}.{name.rpartition('.')[0]}" for name in names if "." in name)):
             bare = sys.modules[bare_name] = ModuleType(bare_name)
             bare.__path__ = [str(distribution(project).locate_file(bare_name.replace(".", "/")))]
-    tooling = ("accelerate", "accelerate.utils", "transformers", "huggingface_hub", "datasets", "wandb", "nnsight", "safetensors.torch")
+    tooling = (
+        "accelerate",
+        "accelerate.utils",
+        "transformers",
+        "huggingface_hub",
+        "datasets",
+        "wandb",
+        "nnsight",
+        "safetensors.torch",
+    )
     for name in (*tooling, "transformer_lens", "transformer_lens.hook_points", "transformer_lens.config"):
         try:
             importlib.import_module(name)
@@ -263,7 +276,9 @@ def main() -> None:
     if options.data:
         d = Blocks(Store(), options.data).d
         shapes = [Shape(f"real-d{d}-n{options.latents}-k{options.k}", options.rows, d, options.latents, options.k)]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, text=True, capture_output=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=HERE, text=True, capture_output=True, check=False
+    ).stdout.strip()
     common = {
         "run": time.strftime("sae-step-gpu-%Y%m%dT%H%M%S"),
         "device": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
@@ -294,7 +309,11 @@ def main() -> None:
                         "the same step by autograd, bf16 autocast",
                         lambda: plmsae(shape, data, dead, "float32", "plain"),
                     ),
-                    ("sparsify", "its bf16 autocast and Triton decoder, fused Adam", lambda: sparsify(shape, data, dead)),
+                    (
+                        "sparsify",
+                        "its bf16 autocast and Triton decoder, fused Adam",
+                        lambda: sparsify(shape, data, dead),
+                    ),
                     ("dictionary_learning", "bf16 autocast", lambda: dictionary_learning(shape, data, dead, True)),
                     ("dictionary_learning TF32", "TF32", lambda: dictionary_learning(shape, data, dead, False)),
                     ("SAELens", "bf16 autocast", lambda: saelens(shape, data, dead)),

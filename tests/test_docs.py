@@ -96,12 +96,12 @@ def test_the_example_architecture_is_a_dictionary_that_learns(monkeypatch: pytes
     from plmsae_cli.sae.architectures import ARCHITECTURES
     from plmsae_cli.sae.export import from_state, to_state
 
-    (snippet,) = snippets("add-an-architecture.md")
+    (snippet,) = snippets("architectures.md")
     namespace: dict[str, Any] = {"__name__": "example"}
-    exec(compile(snippet, "add-an-architecture.md", "exec"), namespace)  # noqa: S102
-    kind = namespace["ReLUL1"]
-    monkeypatch.setitem(ARCHITECTURES, "relu_l1", kind)
-    model = kind(8, 32, l1=0.05)
+    exec(compile(snippet, "architectures.md", "exec"), namespace)  # noqa: S102
+    kind = namespace["ReLULog"]
+    monkeypatch.setitem(ARCHITECTURES, "relu_log", kind)
+    model = kind(8, 32, 0.4)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -111,7 +111,7 @@ def test_the_example_architecture_is_a_dictionary_that_learns(monkeypatch: pytes
     whole = model.loss(x_BD, dead_N, 20)
     z_BN = ((x_BD - model.b_dec_D) @ model.w_enc_ND.T + model.b_enc_N).relu()
     error = (z_BN @ model.w_dec_ND + model.b_dec_D - x_BD).square().mean()
-    torch.testing.assert_close(whole.total, error + 0.05 * z_BN.sum(1).mean())
+    torch.testing.assert_close(whole.total, error + 0.4 * (1 + z_BN).log().sum(1).mean() / 8)
     halves = [model.loss(rows, dead_N, 20).total for rows in x_BD.split(10)]
     torch.testing.assert_close(sum(halves), whole.total)
     assert torch.equal(from_state(*to_state(model))(x_BD), model(x_BD))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.training import OPTIONS
 from plmsae_cli.config.tree import entries
 
 SMOKE_FASTA = "smoke.fasta.gz"
@@ -33,6 +34,7 @@ _PLM_BATCH = 2 * _PACK  # one pack for each of the two ranks
 _WIDEST = 1024
 _MOST_ACTIVE = 8
 _MOST_EXPANSION = 4.0
+_MOST_EXPERTS = 4
 
 _SMALL_PLM = {
     "num_layers": 2,
@@ -113,9 +115,12 @@ def _cut_train(train: dict[str, Any], layers: Mapping[int, int], fasta: str) -> 
         return
     sae = train["sae"] or {}
     expansion = min(sae.get("expansion") or _MOST_EXPANSION, _MOST_EXPANSION)
-    sae |= {"k": min(sae.get("k", _MOST_ACTIVE), _MOST_ACTIVE), "expansion": expansion, "num_latents": None}
-    if sae.get("k_aux") is not None:
-        sae["k_aux"] = min(sae["k_aux"], 4 * _MOST_ACTIVE)
+    sae |= {"expansion": expansion, "num_latents": None}
+    if "k" in OPTIONS[sae.get("architecture", "topk")]:
+        sae["k"] = min(sae.get("k", _MOST_ACTIVE), _MOST_ACTIVE)
+    for field, most in (("k_aux", 4 * _MOST_ACTIVE), ("k_start", 2 * _MOST_ACTIVE), ("num_experts", _MOST_EXPERTS)):
+        if sae.get(field) is not None:
+            sae[field] = min(sae[field], most)
     train["sae"] = sae
 
 
@@ -153,6 +158,8 @@ def spread(numbers: Iterable[int], most: int) -> dict[int, int]:
 _CAPPED: dict[str, float] = {
     "train.sae.k": _MOST_ACTIVE,
     "train.sae.k_aux": 4 * _MOST_ACTIVE,
+    "train.sae.k_start": 2 * _MOST_ACTIVE,
+    "train.sae.num_experts": _MOST_EXPERTS,
     "train.sae.expansion": _MOST_EXPANSION,
     "train.sae.num_latents": _WIDEST,
     "train.lr_warmup_steps": STEPS // 4,

@@ -81,7 +81,7 @@ def _training(run: Run) -> list[Figure]:
                 plots.curve("loss", "loss", run.sae, loss_keys),
                 "Loss",
                 "Squared error a dimension, activations scaled to unit variance; the gap between the two"
-                " lines is the auxiliary loss that revives dead latents.",
+                " lines is the auxiliary loss or the sparsity penalty.",
             ),
             (
                 plots.curve("fvu", "FVU", run.sae, {"fvu": "FVU"}, reference=reference),

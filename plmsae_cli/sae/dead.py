@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plmsae_cli.sae.interface import Latents, Reduce, one_process
+from plmsae_cli.sae.interface import Reduce, one_process
 
 LONGEST_WINDOW = 10_000_000
 
@@ -28,14 +28,12 @@ class DeadLatents:
         self.tokens_since_fired_N = torch.zeros(num_latents, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, latents: Latents, global_rows: int, reduce: Reduce = one_process) -> None:
-        """Count a step of `global_rows` tokens, of which this rank saw `latents`; `reduce` gets int32 [N]."""
-        age_N = self.tokens_since_fired_N
-        # Fillers (activation 0) are sent to a place past the end.
-        place_BK = torch.where(latents.acts_BK > 0, latents.indices_BK, age_N.numel())
-        fired_N = torch.zeros(age_N.numel() + 1, dtype=torch.int32, device=age_N.device)
-        fired_N.scatter_(0, place_BK.flatten(), 1)
-        age_N.add_(global_rows).masked_fill_(reduce(fired_N[:-1]) > 0, 0)
+    def update(self, fired_N: Tensor, global_rows: int, reduce: Reduce = one_process) -> None:
+        """Count a step of `global_rows` tokens, on this rank's share of which the latents in `fired_N` (bool) fired.
+
+        `reduce` gets int32 [N].
+        """
+        self.tokens_since_fired_N.add_(global_rows).masked_fill_(reduce(fired_N.int()) > 0, 0)
 
     def mask(self, window: int) -> Tensor:
         """bool [N]: has not fired in the last `window` global tokens."""

@@ -34,20 +34,23 @@ def initialise(model: Dictionary, seed: int, sample_MD: Tensor, start: Start = "
     model.w_dec_ND.copy_(rows_ND)
     model.w_enc_ND.copy_(rows_ND)
     model.b_enc_N.zero_()
+    model.start_(generator)
     model.w_enc_ND.mul_(encoder_scale(model, sample_MD))
 
 
 @torch.no_grad()
 def encoder_scale(model: Dictionary, sample_MD: Tensor) -> Tensor:
-    """The factor s of W_enc at which the squared error of `sample_MD` is least, 0-dim; 1 where nothing is active.
+    """The factor s of W_enc at which the squared error of `sample_MD` is least, 0-dim; 1 where a threshold selects.
 
-    While b_enc = 0, the active latents do not depend on s > 0 and the reconstruction is b_dec + s r, so that
+    While b_enc = 0, the k active latents do not depend on s > 0 and the reconstruction is b_dec + s r, so that
     s = sum <x - b_dec, r> / sum ||r||^2 (least squares). k rows overlap: at s = 1 their sum is too long.
-    Where a threshold decides which latents are active, s is that of the present selection.
     """
     along = energy = sample_MD.new_zeros(())
     for x_BD in torch.split(sample_MD, _TILE):
-        r_BD = model(x_BD) - model.b_dec_D
+        latents = model.start_latents(x_BD)
+        if latents is None:
+            break
+        r_BD = model.decode(latents) - model.b_dec_D
         along = along + torch.linalg.vecdot(x_BD - model.b_dec_D, r_BD).sum()
         energy = energy + r_BD.square().sum()
     return torch.where(energy > 0, along / energy, 1.0)

@@ -1,7 +1,7 @@
 """What passes between dictionaries and everything that trains, scores or exports them.
 
 Letters in names: B tokens, K active latents of a token, P active pairs (token, latent), N latents, D
-dimensions of the activations, M rows of a sample, C rows of a subset. `acts_BK` has shape [B, K].
+dimensions of the activations, E experts, M rows of a sample, C rows of a subset. `acts_BK` has shape [B, K].
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ Reduce = Callable[[Tensor], Tensor]
 def one_process(tensor: Tensor) -> Tensor:
     """The `Reduce` of a single process: the sum over one rank."""
     return tensor
+
+
+def ramp(step: int, total_steps: int, share: float) -> float:
+    """How far a linear rise over the first `share` of a run has come at `step` (from 0), which counts."""
+    return min(1.0, (step + 1) / max(1.0, share * total_steps))
 
 
 class Latents(NamedTuple):
@@ -37,8 +42,10 @@ class Losses(NamedTuple):
     reconstruction: Tensor
     """Squared error a token and dimension, part of `total`."""
     aux: Tensor
-    """The auxiliary term before its coefficient."""
-    latents: Latents
-    """The step's active latents, for dead-latent tracking and metrics; detached."""
+    """The auxiliary term (AuxK, sparsity penalty, load balance) before its coefficient."""
+    fired_N: Tensor
+    """bool: the latents that fired on this rank's tokens."""
+    active_B: Tensor
+    """int64: active latents of each of this rank's tokens."""
     xhat_BD: Tensor
     """The full reconstruction, detached."""

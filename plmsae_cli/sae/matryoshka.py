@@ -1,4 +1,4 @@
-"""Matryoshka over TopK: nested prefixes of one dictionary, each a reconstruction (Bussmann et al. 2025)."""
+"""Matryoshka: nested prefixes of one dictionary, each a reconstruction (Bussmann et al. 2025, arXiv 2503.17547)."""
 
 from __future__ import annotations
 
@@ -10,40 +10,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from plmsae_cli.sae.interface import Latents, Losses, Reduce, one_process
+from plmsae_cli.sae.batch_topk import BatchTopK, Selection
+from plmsae_cli.sae.interface import Reduce
 from plmsae_cli.sae.sparse import Pairs, sparse_decode
 from plmsae_cli.sae.topk import TopK
 
 DEFAULT_FRACTIONS = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
-class MatryoshkaTopK(TopK):
-    """TopK with the loss mean_g ||x - xhat_g||^2: xhat_g decodes the active latents with index below m_g."""
+class _Nested(TopK):
+    """The loss mean_g ||x - xhat_g||^2: xhat_g decodes the active latents with index below m_g."""
 
     prefixes_G: Tensor
+    fractions: tuple[float, ...]
 
-    def __init__(
-        self,
-        d: int,
-        num_latents: int,
-        k: int,
-        k_aux: int | None = None,
-        aux_coefficient: float = 1 / 32,
-        fractions: Sequence[float] = DEFAULT_FRACTIONS,
-    ) -> None:
-        """`fractions`: each group's share of the latents, in order of index, summing to 1.
+    def _nest(self, fractions: Sequence[float]) -> None:
+        """Set the prefixes from each group's share of the latents, in order of index, summing to 1.
 
         Raises ValueError where they do not, or where a group would hold no latent.
         """
-        super().__init__(d, num_latents, k, k_aux, aux_coefficient)
         self.fractions = tuple(fractions)
         if abs(sum(self.fractions) - 1) > 1e-3:
             raise ValueError(f"fractions {list(fractions)} sum to {sum(fractions):.4f}: make them sum to 1")
-        prefixes = [round(share * num_latents) for share in accumulate(self.fractions)]
-        prefixes[-1] = num_latents
+        prefixes = [round(share * self.num_latents) for share in accumulate(self.fractions)]
+        prefixes[-1] = self.num_latents
         if any(after <= before for before, after in pairwise([0, *prefixes])):
             raise ValueError(
-                f"fractions {list(fractions)} of {num_latents} latents leave a group empty: "
+                f"fractions {list(fractions)} of {self.num_latents} latents leave a group empty: "
                 "enlarge the fraction or num_latents"
             )
         self.register_buffer("prefixes_G", torch.tensor(prefixes), persistent=False)
@@ -52,32 +45,65 @@ class MatryoshkaTopK(TopK):
         """The constructor's arguments, JSON-able."""
         return super().settings() | {"fractions": list(self.fractions)}
 
-    def loss(self, x_BD: Tensor, dead_N: Tensor, global_rows: int, reduce: Reduce = one_process) -> Losses:
-        """mean_g sum ||x - xhat_g||^2 / (B_global d) + aux_coefficient * AuxK on the full residual."""
-        selected = self._select(x_BD)
-        indices_BK, order_BK = selected.indices_BK.sort(dim=1)
-        selected = Latents(selected.acts_BK.gather(1, order_BK), indices_BK)
-        grouped = self._pairs_of_groups(indices_BK)
-        # The encoder sums by token, the decoder by token and group; the order by latent is the same for both.
-        pairs = Pairs.of_rows(indices_BK, self.num_latents)
-        pairs.by_latent = grouped.by_latent
-
-        parts_RD = sparse_decode(self._attach(selected, x_BD, pairs), self.w_dec_ND, grouped)
-        parts_BGD = parts_RD.view(-1, len(self.fractions), self.d)
-        error, xhat_BD = _NestedError.apply(parts_BGD, self.b_dec_D, x_BD)  # type: ignore[no-untyped-call]
-        reconstruction = error / (len(self.fractions) * global_rows * self.d)
-        return self._with_aux(reconstruction, x_BD, selected, xhat_BD, dead_N, reduce)
-
-    def _pairs_of_groups(self, indices_BK: Tensor) -> Pairs:
-        """Bag b G + g holds the latents of token b in group g; `indices_BK` ascends within a row."""
-        rows, k = indices_BK.shape
+    def _error(self, acts_P: Tensor, x_BD: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """mean_g sum ||x - xhat_g||^2, and the whole reconstruction; pairs ascend in index within a token."""
         groups = len(self.fractions)
-        rows_B1 = torch.arange(rows, device=indices_BK.device).unsqueeze(1)
-        group_BK = torch.searchsorted(self.prefixes_G, indices_BK, right=True)
-        ends_BG = torch.searchsorted(indices_BK, self.prefixes_G.expand(rows, groups).contiguous())
-        offsets_R1 = torch.cat([rows_B1.new_zeros(1), (rows_B1 * k + ends_BG).flatten()])
-        bags_P = (rows_B1 * groups + group_BK).flatten()
-        return Pairs(indices_BK.flatten(), bags_P, offsets_R1, self.num_latents)
+        group_P = torch.searchsorted(self.prefixes_G, pairs.indices_P, right=True)
+        parts_RD = sparse_decode(acts_P, self.w_dec_ND, pairs.split(group_P, groups))
+        error, xhat_BD = _NestedError.apply(  # type: ignore[no-untyped-call]
+            parts_RD.view(-1, groups, self.d), self.b_dec_D, x_BD
+        )
+        return error / groups, xhat_BD
+
+
+class MatryoshkaTopK(_Nested):
+    """TopK with nested prefixes."""
+
+    def __init__(
+        self,
+        d: int,
+        num_latents: int,
+        k: int,
+        k_aux: int | None = None,
+        aux_coefficient: float = 1 / 32,
+        k_start: int | None = None,
+        k_anneal: float = 0.1,
+        fractions: Sequence[float] = DEFAULT_FRACTIONS,
+    ) -> None:
+        """`fractions`: each group's share of the latents, in order of index, summing to 1.
+
+        Raises ValueError where they do not, or where a group would hold no latent.
+        """
+        super().__init__(d, num_latents, k, k_aux, aux_coefficient, k_start, k_anneal)
+        self._nest(fractions)
+
+    def _choose(self, x_BD: Tensor, global_rows: int, reduce: Reduce) -> tuple[Tensor, Pairs]:
+        selected = self._select(x_BD, self.training_k)
+        indices_BK, order_BK = selected.indices_BK.sort(dim=1)
+        return selected.acts_BK.gather(1, order_BK).flatten(), Pairs.of_rows(indices_BK, self.num_latents)
+
+
+class MatryoshkaBatchTopK(_Nested, BatchTopK):
+    """BatchTopK with nested prefixes."""
+
+    def __init__(
+        self,
+        d: int,
+        num_latents: int,
+        k: int,
+        k_aux: int | None = None,
+        aux_coefficient: float = 1 / 32,
+        k_start: int | None = None,
+        k_anneal: float = 0.1,
+        selection: Selection = "global",
+        fractions: Sequence[float] = DEFAULT_FRACTIONS,
+    ) -> None:
+        """As `BatchTopK`, and `fractions`: each group's share of the latents, in order of index, summing to 1.
+
+        Raises ValueError where they do not, or where a group would hold no latent.
+        """
+        BatchTopK.__init__(self, d, num_latents, k, k_aux, aux_coefficient, k_start, k_anneal, selection)
+        self._nest(fractions)
 
 
 class _NestedError(torch.autograd.Function):

@@ -33,6 +33,16 @@ def top_k(scores_BN: Tensor, k: int, ordered: bool = True) -> Latents:
     return _select(scores_BN.view(rows, num_latents // members, members).transpose(1, 2), k, ordered)
 
 
+def active_latents(z_BN: Tensor) -> Latents:
+    """The activations above 0 of each row of a dense `z_BN` (float32, at least 0), in decreasing order.
+
+    K is the largest number of them in a row, so a GPU is waited for. Differentiable.
+    """
+    k = max(1, int((z_BN > 0).sum(1).max()))
+    indices_BK = top_k(z_BN.detach(), k).indices_BK
+    return Latents(z_BN.gather(1, indices_BK), indices_BK)
+
+
 @torch.no_grad()
 def encode_top_k(x_BD: Tensor, w_enc_ND: Tensor, b_enc_N: Tensor, k: int) -> Latents:
     """`top_k(x W_enc^T + b_enc, k)`, holding no more than a tile of the pre-activations."""

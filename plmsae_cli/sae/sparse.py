@@ -22,14 +22,18 @@ class Pairs:
     """The active pairs, bag by bag: pair p adds latent `indices_P[p]` to bag `bags_P[p]`.
 
     A bag's pairs are neighbours, `offsets_R1[r]` to `offsets_R1[r + 1]`. The order by latent, which both
-    weight gradients need, is sorted once, when it is first asked for.
+    weight gradients need, is sorted once, when it is first asked for. Bags from `num_bags` on hold fillers, whose
+    activation is 0 and whose `bags_P` and `indices_P` name any bag and latent.
     """
 
-    def __init__(self, indices_P: Tensor, bags_P: Tensor, offsets_R1: Tensor, num_latents: int) -> None:
+    def __init__(
+        self, indices_P: Tensor, bags_P: Tensor, offsets_R1: Tensor, num_latents: int, num_bags: int | None = None
+    ) -> None:
         self.indices_P = indices_P
         self.bags_P = bags_P
         self.offsets_R1 = offsets_R1
         self.num_latents = num_latents
+        self.num_bags = offsets_R1.numel() - 1 if num_bags is None else num_bags
 
     @classmethod
     def of_rows(cls, indices_BK: Tensor, num_latents: int) -> Pairs:
@@ -37,6 +41,59 @@ class Pairs:
         count, k = indices_BK.numel(), indices_BK.shape[1]
         positions = torch.arange(count + k, device=indices_BK.device)
         return cls(indices_BK.flatten(), positions[:count] // k, positions[::k].contiguous(), num_latents)
+
+    @classmethod
+    def of_mask(cls, mask_BN: Tensor, capacity: int) -> Pairs:
+        """One bag a token, of the latents where `mask_BN` is true, in order of index.
+
+        A GPU is not asked how many there are: there the pairs are filled up to `capacity`, and any beyond it lost.
+        """
+        rows, num_latents = mask_BN.shape
+        ends_B = mask_BN.sum(1).cumsum(0)
+        offsets_R1 = torch.cat([ends_B.new_zeros(1), ends_B])
+        if not mask_BN.is_cuda:
+            bags_P, indices_P = mask_BN.nonzero().unbind(1)
+            return cls(indices_P, bags_P, offsets_R1, num_latents)
+        bags_P, indices_P = mask_BN.nonzero_static(size=capacity).unbind(1)
+        place_P = torch.arange(capacity, device=mask_BN.device)
+        # Fillers are spread over bags and latents: one long sum would keep a single block of threads busy.
+        filler_P = place_P >= ends_B[-1:]
+        bags_P = torch.where(filler_P, place_P % rows, bags_P)
+        indices_P = torch.where(filler_P, place_P % num_latents, indices_P)
+        a_bag = -(-capacity // rows)
+        filled_R = ends_B[-1:] + a_bag * torch.arange(1, rows + 1, device=mask_BN.device)
+        offsets_R1 = torch.cat([offsets_R1, filled_R]).clamp(max=capacity)
+        return cls(indices_P, bags_P, offsets_R1, num_latents, rows)
+
+    def read(self, z_BN: Tensor) -> Tensor:
+        """z[bags[p], indices[p]] of every pair, 0 of fillers."""
+        acts_P = z_BN.flatten().index_select(0, self.bags_P * self.num_latents + self.indices_P)
+        return torch.where(self.real_P, acts_P, 0.0)
+
+    def split(self, group_P: Tensor, groups: int) -> Pairs:
+        """Each bag as `groups` bags, of the pairs with each `group_P`, which ascends within a bag."""
+        bags_P = self.bags_P * groups + group_P
+        counts_R = self.offsets_R1.new_zeros(self.num_bags * groups).scatter_add_(0, bags_P, self.real_P.long())
+        ends_R = [self.offsets_R1.new_zeros(1), counts_R.cumsum(0), self.offsets_R1[self.num_bags + 1 :]]
+        pairs = Pairs(self.indices_P, bags_P, torch.cat(ends_R), self.num_latents, self.num_bags * groups)
+        pairs.by_latent = self.by_latent
+        return pairs
+
+    @cached_property
+    def real_P(self) -> Tensor:
+        """bool: the pairs that are no fillers."""
+        return torch.arange(self.indices_P.numel(), device=self.indices_P.device) < self.offsets_R1[self.num_bags]
+
+    def fired(self, acts_P: Tensor) -> Tensor:
+        """bool [N]: the latents with an activation above 0."""
+        place_P = torch.where(acts_P > 0, self.indices_P, self.num_latents)
+        fired_N = torch.zeros(self.num_latents + 1, dtype=torch.bool, device=acts_P.device)
+        return fired_N.scatter_(0, place_P, True)[:-1]
+
+    def active(self, acts_P: Tensor) -> Tensor:
+        """int64 [R]: activations above 0 in each bag."""
+        counts_R = torch.zeros(self.num_bags, dtype=torch.int64, device=acts_P.device)
+        return counts_R.scatter_add_(0, self.bags_P, (acts_P > 0).long())
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
@@ -53,7 +110,7 @@ class Pairs:
 
     def sum_by_bag(self, weights_P: Tensor, rows_ND: Tensor) -> Tensor:
         """out[r] = sum over pairs p of bag r: weights[p] * rows[indices[p]]."""
-        return _sums(self.indices_P, rows_ND, self.offsets_R1, weights_P)
+        return _sums(self.indices_P, rows_ND, self.offsets_R1, weights_P)[: self.num_bags]
 
     def sum_by_latent(self, weights_P: Tensor, rows_RD: Tensor) -> Tensor:
         """out[i] = sum over pairs p of latent i: weights[p] * rows[bags[p]]: `sum_by_bag` transposed."""

@@ -121,7 +121,7 @@ def _fidelity(folder: str, options: Fidelity, context: Context) -> tuple[dict[st
         "layer": manifest["layer"],
         "architecture": saved.facts["config"]["architecture"],
         "num_latents": saved.model.num_latents,
-        "k": saved.facts["config"]["k"],
+        "k": saved.facts["config"].get("k"),
         "fidelity": fidelity,
     }
     return metrics, _latents(seen, maximum_N, rows, table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment, Train
@@ -14,6 +14,9 @@ from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_fac
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage, Ref
 from plmsae_cli.store.manifest import read_manifest, read_parts
+
+if TYPE_CHECKING:
+    from plmsae_cli.sae.dictionary import Dictionary
 
 TRAIN = "train"
 
@@ -63,14 +66,9 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
     rows, d = (manifest["rows"], manifest["d"]) if manifest else (lineage.scan.num_rows, lineage.d)
     per_epoch = steps_per_epoch(rows, train.batch_tokens, ranks(experiment))
     steps = sae_steps(train, per_epoch)
-    width = train.autoencoder().width(d)
-    if train.autoencoder().k > width:
-        raise UserError(
-            f"train.sae.k ({train.autoencoder().k}) is larger than the dictionary ({width} latents)",
-            "lower k or raise expansion",
-        )
+    model = _outline(train, d)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     tasks = remaining(store, [_run_task(lineage, (), steps)])
-    parameters = 2 * width * d + width + d
     figures = {
         "dataset": dataset.folder,
         "rows": rows,
@@ -82,10 +80,11 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
         "batch_tokens_per_rank": train.batch_tokens // ranks(experiment),
         "ranks": ranks(experiment),
         "architecture": train.autoencoder().architecture,
-        "latents": width,
+        "latents": model.num_latents,
         "parameters": parameters,
+        # Weights and gradients in float32, the optimiser's state, and what a step holds.
         "memory_per_rank": parameters * (8 + _state_bytes(train))
-        + 3 * train.batch_tokens // ranks(experiment) * width * 4,
+        + model.step_bytes(train.batch_tokens // ranks(experiment)),
     }
     return Plan("train", tasks, {"run": _run_artifact(lineage, tasks, steps * train.batch_tokens)}, figures)
 
@@ -93,6 +92,25 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
 def _state_bytes(train: Train) -> int:
     """Bytes of optimiser state a parameter of a matrix."""
     return 8 if train.optimizer == "adam" and train.moments == "float32" else 4
+
+
+def _outline(train: Train, d: int) -> Dictionary:
+    """The dictionary without memory for its weights. Raises UserError where its options do not fit its width."""
+    import torch
+
+    from plmsae_cli.training.sae_objective import build
+
+    sae = train.autoencoder()
+    if sae.has("k") and sae.k > sae.width(d):
+        raise UserError(
+            f"train.sae.k ({sae.k}) is larger than the dictionary ({sae.width(d)} latents)",
+            "lower k or raise expansion",
+        )
+    try:
+        with torch.device("meta"):
+            return build(train, d)
+    except ValueError as error:
+        raise UserError(f"train.sae: {error}", "the width is expansion x d, or num_latents") from None
 
 
 def sae_steps(train: Train, per_epoch: int) -> int:

@@ -22,12 +22,12 @@ MEDIAN_ROWS = 32_768
 
 
 def build(options: Train, d: int) -> Dictionary:
-    """The untrained dictionary of these options for activations of dimension `d`."""
+    """The untrained dictionary of these options for activations of dimension `d`.
+
+    Raises ValueError where its architecture cannot have them at this width.
+    """
     sae = options.autoencoder()
-    settings: dict[str, Any] = {"k": sae.k, "k_aux": sae.k_aux, "aux_coefficient": sae.aux_coefficient}
-    if sae.fractions is not None:
-        settings["fractions"] = sae.fractions
-    return ARCHITECTURES[sae.architecture](d, sae.width(d), **settings)
+    return ARCHITECTURES[sae.architecture](d, sae.width(d), **sae.options())
 
 
 class SAEObjective:
@@ -51,6 +51,7 @@ class SAEObjective:
         self.device = device
         self.tokens_per_step = options.batch_tokens
         self.model = build(options, stream.blocks.d).to(device)
+        self.model.first_row = gang.rank * (options.batch_tokens // gang.world)
         self._options, self._stream, self._gang = options, stream, gang
         self._mean_D, self._scale, self.compute = mean_D.to(device), scale, compute
         self._total_steps = total_steps
@@ -77,6 +78,7 @@ class SAEObjective:
         batch = self.tokens_per_step
         x_BD = self.standardise(self._stream.rows(step))
         dead_N = self._dead.mask(self._window)
+        self.model.schedule(step, self._total_steps)
         with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
             losses = self.model.loss(x_BD, dead_N, batch, self._gang.sum)
         self._optimizer.zero_grad()
@@ -85,15 +87,21 @@ class SAEObjective:
         self.model.project_gradients()
         norm = self.model.d * self._optimizer.step(self._rate(step), self._max_norm)
         self.model.normalize_decoder()
-        self._dead.update(losses.latents, batch, self._gang.sum)
+        self._dead.update(losses.fired_N, batch, self._gang.sum)
+        active_B = losses.active_B.double()
+        energy, active, squares = self._gang.sum(
+            torch.stack([x_BD.square().sum().double(), active_B.sum(), active_B.square().sum()])
+        )
+        l0 = active / batch
         share = 1.0 / self._gang.world  # of figures that every rank knows whole
         return {
             "loss": losses.total,
             "reconstruction": losses.reconstruction,
             "aux": losses.aux,
             # Of the whole dictionary: the loss of a Matryoshka is a mean over its prefixes.
-            "fvu": (losses.xhat_BD - x_BD).square().sum() / self._gang.sum(x_BD.square().sum()),
-            "l0": (losses.latents.acts_BK > 0).sum() / batch,
+            "fvu": (losses.xhat_BD - x_BD).square().sum() / energy,
+            "l0": losses.active_B.sum() / batch,
+            "l0_std": (squares / batch - l0.square()).clamp(min=0.0).sqrt() * share,
             "dead": dead_N.float().mean() * share,
             "grad_norm": norm * share,
         }
@@ -105,20 +113,18 @@ class SAEObjective:
         return {"lr": self._rate(step), "loader_wait": round(self._stream.wait_seconds, 4)}
 
     def flops_per_step(self) -> float:
-        """2 N d a token for the encoder's product, 8 k d for decoding and three gradients at active pairs; without AuxK."""
-        d, num_latents = self.model.d, self.model.num_latents
-        active = getattr(self.model, "k", num_latents)
-        return float(self.tokens_per_step * (2 * num_latents * d + 8 * active * d))
+        """What the mathematics of a step needs, over all ranks."""
+        return self.tokens_per_step * self.model.flops_per_token()
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        model = {f"model.{name}": tensor for name, tensor in self.model.trained().items()}
         optimizer = {f"optimizer.{name}": t for name, t in self._optimizer.state_tensors().items()}
-        return {**parameters, **optimizer, "tokens_since_fired_N": self._dead.tokens_since_fired_N}
+        return {**model, **optimizer, "tokens_since_fired_N": self._dead.tokens_since_fired_N}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
+        for name, tensor in self.model.trained().items():
+            tensor.copy_(tensors[f"model.{name}"])
         prefix = "optimizer."
         state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         self._optimizer.load_state_tensors(state)

@@ -34,6 +34,10 @@ VARIETY = {
     "inputs-swept": DATA + "train: {layer: 9}\nsweep: {grid: {embed.fasta: [a, b], model.weights: [x, y]}}\n",
     "many-layers": "embed: {fasta: x, layers: [0, 4, 8, 12, 16, 20, 24, 28, 32, 33]}\nshuffle: {}\noptimize: {}\n"
     "train: {layer: 24}\n",
+    "jumprelu": DATA + "train: {layer: 9, sae: {architecture: jumprelu, target_l0: 64, num_latents: 65536}}\n",
+    "switch": DATA + "train: {layer: 9, sae: {architecture: switch, k: 32, num_experts: 32}}\n"
+    "sweep: {grid: {train.sae.num_experts: [8, 32, 128]}}\n",
+    "annealed": DATA + "train: {layer: 9, sae: {k: 32, k_start: 512}}\nsweep: {grid: {train.sae.k_start: [64, 512]}}\n",
     "plm": "train: {kind: plm, batch_tokens: 65536, plm: {fasta: s3://b/x, valid: {far: s3://b/y}, num_layers: 30,"
     " hidden_size: 640, num_attention_heads: 20}}\n",
     "plm-swept": "train: {kind: plm, batch_tokens: 32768, plm: {fasta: x}}\n"
@@ -111,7 +115,7 @@ def test_it_is_small_and_two_ranks_can_share_it(pair: Pair) -> None:
         packs = train.batch_tokens if train.plm is None else train.batch_tokens // train.plm.pack_tokens
         if train.plm is None:
             assert packs % 2 == 0
-            assert train.autoencoder().k <= 8
+            assert train.autoencoder().k <= 8 or not train.autoencoder().has("k")
             # A bundled model of at least 64 dimensions.
             assert train.autoencoder().k <= train.autoencoder().width(64) <= 1024
         else:

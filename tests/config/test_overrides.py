@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -21,6 +22,10 @@ SAE = (
     "embed: {fasta: x.fasta, layers: [24]}\nshuffle: {}\noptimize: {}\n"
     "train: {sae: {architecture: matryoshka_topk}}\nsweep: {grid: {train.seed: [0, 1]}}\neval: {}\n"
 )
+KINDS = [
+    "architecture: matryoshka_topk", "architecture: batch_topk, k_start: 9", "architecture: jumprelu",
+    "architecture: jumprelu, penalty: tanh", "architecture: relu_l1", "architecture: switch",
+]  # fmt: skip
 PLM = "train: {kind: plm, plm: {fasta: x.fasta, pack_tokens: 2048}}\n"
 SAMPLES: dict[Any, list[Any]] = {
     bool: [True, False], int: [2, 4096, 3, 24], float: [0.25, 3.5], str: ["some text"],
@@ -57,10 +62,13 @@ def reached(experiment: Experiment, path: str) -> Any:
 @pytest.mark.parametrize("path", LEAVES)
 def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
     file = tmp_path / "exp.yaml"
-    file.write_text(PLM if path.startswith("train.plm") else SAE)
+    bodies = [PLM if path.startswith("train.plm") else SAE]
+    if path.startswith("train.sae."):
+        bodies += [SAE.replace("architecture: matryoshka_topk", kind) for kind in KINDS]
     accepted = 0
-    for value in candidates(entries()[path]):
+    for body, value in product(bodies, candidates(entries()[path])):
         text = plain(value) if not isinstance(value, dict) else str(value)
+        file.write_text(body)
         try:
             loaded = load(file, [f"{path}={text}"])
         except InvalidExperiment:

@@ -5,6 +5,7 @@ import torch
 
 from plmsae_cli.sae.dead import DeadLatents, dead_window
 from plmsae_cli.sae.interface import Latents
+from plmsae_cli.sae.sparse import Pairs
 
 
 def steps(seed: int) -> list[Latents]:
@@ -26,7 +27,13 @@ def by_hand(batches: list[Latents]) -> list[int]:
     return age
 
 
-def handed_in(latents: Latents, device: torch.device) -> torch.Tensor:
+def fired(latents: Latents, device: torch.device) -> torch.Tensor:
+    """What a rank reports of its tokens."""
+    acts_BK, indices_BK = (tensor.to(device) for tensor in latents)
+    return Pairs.of_rows(indices_BK, 20).fired(acts_BK.flatten())
+
+
+def handed_in(fired_N: torch.Tensor) -> torch.Tensor:
     """What a rank gives to the reduction."""
     seen: list[torch.Tensor] = []
 
@@ -34,7 +41,7 @@ def handed_in(latents: Latents, device: torch.device) -> torch.Tensor:
         seen.append(tensor)
         return tensor
 
-    DeadLatents(20, device).update(latents, 8, reduce)
+    DeadLatents(20, fired_N.device).update(fired_N, 8, reduce)
     return seen[0]
 
 
@@ -44,11 +51,10 @@ def test_counters_are_global_tokens_at_any_world_size(world: int, device: torch.
     batches = steps(0)
     for acts_BK, indices_BK in batches:
         parts = [
-            Latents(acts.to(device), indices.to(device))
+            fired(Latents(acts, indices), device)
             for acts, indices in zip(acts_BK.chunk(world), indices_BK.chunk(world), strict=True)
         ]
-        fired = [handed_in(part, device) for part in parts]
-        summed = torch.stack(fired).sum(0)
+        summed = torch.stack([handed_in(part) for part in parts]).sum(0)
         for rank, part in zip(ranks, parts, strict=True):
             rank.update(part, 8, lambda _, summed=summed: summed)
     want = by_hand(batches)
@@ -61,7 +67,7 @@ def test_counters_are_global_tokens_at_any_world_size(world: int, device: torch.
 def test_mask_counts_tokens_not_steps() -> None:
     dead = DeadLatents(2)
     for _ in range(3):
-        dead.update(Latents(torch.tensor([[1.0]]), torch.tensor([[1]])), 1000)
+        dead.update(torch.tensor([False, True]), 1000)
     assert dead.mask(3000).tolist() == [True, False]
     assert dead.mask(3001).tolist() == [False, False]
 

@@ -81,7 +81,9 @@ def formulas(s: Setup, fused: FusedStep, before: dict[str, Tensor], dead_N: Tens
     aux = torch.zeros((), dtype=torch.float64)
     if dead_N.any():
         a_BN = pre_BN.relu() * dead_N
-        kept_BN = torch.zeros_like(a_BN).scatter(1, a_BN.detach().topk(min(s.model.k_aux, int(dead_N.sum()))).indices, 1.0)
+        kept_BN = torch.zeros_like(a_BN).scatter(
+            1, a_BN.detach().topk(min(s.model.k_aux, int(dead_N.sum()))).indices, 1.0
+        )
         misfit = ((a_BN * kept_BN) @ p["w_dec_ND"] - error_BD).square().sum() / error_BD.square().sum()
         aux = misfit * min(1.0, int(dead_N.sum()) / s.model.k_aux)
     (total + s.model.aux_coefficient * aux).backward()

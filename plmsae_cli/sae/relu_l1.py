@@ -1,0 +1,60 @@
+"""ReLU with an L1 penalty weighted by decoder norms (Anthropic, "Circuits updates: April 2024")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plmsae_cli.sae.dense import Dense
+from plmsae_cli.sae.interface import Losses, Reduce, one_process
+
+START_NORM = 0.1
+
+
+class ReLUL1(Dense):
+    """z = ReLU(W_enc (x - b_dec) + b_enc);  L = ||x - xhat||^2 + lambda sum_i z_i ||W_dec,i||.
+
+    Decoder rows may have any norm, unless `unit_rows`: then the penalty is the plain L1 (Bricken et al. 2023).
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_latents: int,
+        sparsity_coefficient: float = 5.0,
+        sparsity_warmup: float = 0.05,
+        unit_rows: bool = False,
+    ) -> None:
+        """`sparsity_coefficient`: lambda, for inputs with E||x||^2 = d."""
+        super().__init__(d, num_latents, sparsity_coefficient, sparsity_warmup)
+        self.unit_rows = unit_rows
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, JSON-able."""
+        return {
+            "d": self.d,
+            "num_latents": self.num_latents,
+            "sparsity_coefficient": self.sparsity_coefficient,
+            "sparsity_warmup": self.sparsity_warmup,
+            "unit_rows": self.unit_rows,
+        }
+
+    @torch.no_grad()
+    def start_(self, generator: torch.Generator) -> None:
+        """Free rows start at norm 0.1, in encoder and decoder."""
+        if not self.unit_rows:
+            self.w_enc_ND.mul_(START_NORM)
+            self.w_dec_ND.mul_(START_NORM)
+
+    def encode_dense(self, x_BD: Tensor) -> Tensor:
+        """ReLU(W_enc (x - b_dec) + b_enc): [B, N]."""
+        return (self._project(x_BD) + self.b_enc_N).relu()
+
+    def loss(self, x_BD: Tensor, dead_N: Tensor, global_rows: int, reduce: Reduce = one_process) -> Losses:
+        """(sum ||x - xhat||^2 + lambda sum z_i ||W_dec,i||) / (B_global d); `aux` is the L1 a token."""
+        z_BN = self.encode_dense(x_BD)
+        xhat_BD = self._decode(z_BN)
+        penalty = (z_BN.sum(0) * self._row_norms()).sum()
+        return self._losses((xhat_BD - x_BD).square().sum(), penalty, global_rows, z_BN, xhat_BD)

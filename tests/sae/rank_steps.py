@@ -1,0 +1,89 @@
+"""Three steps of every architecture on one of four gloo ranks, then of two: `python rank_steps.py RANK FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.training.sae_objective import SAEObjective
+from plmsae_cli.training.stream import BlockStream
+
+D, N, BATCH, STEPS = 16, 64, 64, 3
+KINDS: dict[str, SAE] = {
+    "topk": SAE(num_latents=N, k=3),
+    "multi_topk": SAE(num_latents=N, architecture="multi_topk", k=3),
+    "annealed": SAE(num_latents=N, k=3, k_start=9, k_anneal=1.0),
+    "matryoshka_topk": SAE(num_latents=N, architecture="matryoshka_topk", k=3),
+    "batch_topk": SAE(num_latents=N, architecture="batch_topk", k=3),
+    "matryoshka_batch_topk": SAE(num_latents=N, architecture="matryoshka_batch_topk", k=3),
+    "jumprelu": SAE(num_latents=N, architecture="jumprelu", bandwidth=1.0),
+    "jumprelu_target": SAE(num_latents=N, architecture="jumprelu", bandwidth=1.0, target_l0=5.0),
+    "jumprelu_tanh": SAE(num_latents=N, architecture="jumprelu", penalty="tanh"),
+    "gated": SAE(num_latents=N, architecture="gated"),
+    "relu_l1": SAE(num_latents=N, architecture="relu_l1"),
+    "switch": SAE(num_latents=N, architecture="switch", k=3, num_experts=4),
+}
+
+
+class Rows:
+    """The global batch of each step, of which a rank reads its share."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.blocks = SimpleNamespace(d=D)
+        self.wait_seconds = 0.0
+        self._rank, self._world = rank, world
+
+    def rows(self, step: int) -> torch.Tensor:
+        rows_BD = torch.randn(BATCH, D, generator=torch.Generator().manual_seed(step))
+        return rows_BD.chunk(self._world)[self._rank]
+
+
+def steps(kind: str, gang: Gang) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """State, gradients of the last step, and figures of every step, summed over ranks."""
+    # A large eps: where a gradient is all rounding, Adam's step would be as well.
+    options = Train(sae=KINDS[kind], batch_tokens=BATCH, dead_tokens=BATCH, lr=1e-3, eps=1e-3, grad_clip=0.5)
+    stream = cast(BlockStream, Rows(gang.rank, gang.world))
+    objective = SAEObjective(
+        options, stream, torch.zeros(D), 1.0, STEPS, gang, torch.device("cpu"), torch.float32
+    )  # fmt: skip
+    first, own = objective.model.first_row, stream.rows(0)
+    assert torch.equal(own, Rows(0, 1).rows(0)[first : first + len(own)]), "first_row is the place of this rank's rows"
+    objective.start(torch.randn(200, D, generator=torch.Generator().manual_seed(99)))
+    figures = []
+    for step in range(STEPS):
+        found = {name: gang.sum(value.detach().clone().double()) for name, value in objective.step(step).items()}
+        figures.append({name: float(value) for name, value in found.items()})
+    tensors = {name: tensor.clone() for name, tensor in objective.tensors().items()}
+    for name, parameter in objective.model.named_parameters():
+        assert parameter.grad is not None
+        tensors[f"grad.{name}"] = parameter.grad.clone()
+    return tensors, figures
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    for world in (4, 2):
+        if rank >= world:
+            return
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
+        every: dict[str, Any] = {}
+        for kind in KINDS:
+            tensors, figures = steps(kind, Gang(rank, world, rank))
+            save_file(tensors, folder / f"{kind}-{rank}-of-{world}.safetensors")
+            every[kind] = figures
+        (folder / f"figures-{rank}-of-{world}.json").write_text(json.dumps(every))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,77 @@
+"""Every architecture's step on 2 and 4 real ranks is that of one process at the same global batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("rank_steps.py")
+SPEC = importlib.util.spec_from_file_location("rank_steps", SCRIPT)
+assert SPEC is not None
+assert SPEC.loader is not None
+rank_steps = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(rank_steps)
+KINDS = list(rank_steps.KINDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two and four ranks left."""
+    path = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen([sys.executable, str(SCRIPT), str(rank), str(path)], env=environment) for rank in range(4)
+    ]
+    assert [rank.wait(200) for rank in ranks] == [0] * 4
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, tuple[dict[str, torch.Tensor], list[dict[str, float]]]]:
+    return {kind: rank_steps.steps(kind, rank_steps.Gang()) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_train_what_one_process_trains(folder: Path, alone: dict[str, Any], world: int, kind: str) -> None:
+    want, want_figures = alone[kind]
+    per_rank = [load_file(folder / f"{kind}-{rank}-of-{world}.safetensors") for rank in range(world)]
+    for found in per_rank[1:]:
+        assert all(torch.equal(found[name], per_rank[0][name]) for name in want), "ranks hold the same"
+    assert per_rank[0].keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(per_rank[0][name], tensor, rtol=1e-4, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+    (figures, *others) = (
+        json.loads((folder / f"figures-{rank}-of-{world}.json").read_text())[kind] for rank in range(world)
+    )
+    assert all(other == figures for other in others)
+    for ours, theirs in zip(figures, want_figures, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_steps_compared_show_what_they_should(alone: dict[str, Any], kind: str) -> None:
+    """All gradients are there, latents died and were looked after, L0 is as the architecture has it."""
+    tensors, figures = alone[kind]
+    assert all(tensor.any() for name, tensor in tensors.items() if name.startswith("grad."))
+    if kind in ("topk", "batch_topk"):
+        assert figures[-1]["dead"] > 0
+        assert figures[-1]["aux"] > 0
+    l0 = [line["l0"] for line in figures]
+    if kind == "annealed":
+        assert l0 == [9, 7, 5]
+    elif "topk" in kind:
+        assert l0 == [3, 3, 3]
+    if "batch" in kind:
+        assert figures[-1]["l0_std"] > 0
+        assert tensors["model.theta"] > 0
+        assert int(tensors["model.theta_steps"]) == 3

@@ -1,7 +1,7 @@
 """One optimiser step of a TopK dictionary on a GPU: ours beside sparsify, dictionary_learning and SAELens, in one run.
 
-    pip install --no-deps eai-sparsify dictionary-learning sae-lens einops natsort simple-parsing docstring-parser jaxtyping wadler-lindig
-    python benchmarks/sae_step_gpu.py [--shapes S1 S3] [--dead 0 5 30] [--data runs/data/optimize-<key> --latents 10240 --k 32]
+    pip install --no-deps eai-sparsify dictionary-learning sae-lens einops natsort simple-parsing docstring-parser
+    python benchmarks/sae_step_gpu.py [--shapes S1 S3] [--dead 0 5 30] [--data FOLDER --latents 10240 --k 32]
 
 A step is forward, backward, projection, clipping, Adam and renormalisation, with AuxK and dead counting where a side has
 them; batches lie on the GPU. Milliseconds are medians over steps, by CUDA events. `--dead`: percent of the latents called
@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import distribution, version
+from importlib.metadata import distribution
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,13 +31,13 @@ from torch import Tensor
 
 from plmsae_cli.config.training import SAE, Train
 from plmsae_cli.runtime.dist import Gang
-from plmsae_cli.store.activations import Statistics
 from plmsae_cli.store.blocks import Blocks
 from plmsae_cli.store.fs import Store
 from plmsae_cli.training.sae_objective import SAEObjective
 
 DEVICE = torch.device("cuda")
 HERE = Path(__file__).parent
+Step = Callable[[int], Any]
 WARM, TIMED, SETTLE, RATE = 6, 20, 600, 1e-4
 
 
@@ -56,6 +56,12 @@ SHAPES = [
     Shape("S3", 8192, 768, 24_576, 32),
     Shape("S4", 2048, 2560, 20_480, 32),
 ]
+
+
+@dataclass
+class Dead:
+    mask: Tensor
+    any_dead: bool
 
 
 class Batches:
@@ -95,11 +101,9 @@ def real(folder: str, rows: int) -> Tensor:
     return rows_RD.to(DEVICE)
 
 
-def plmsae(
-    shape: Shape, data: Batches, dead_N: Tensor, moments: str, kernels: str = "fused", **sae: Any
-) -> Callable[[int], Any]:
+def plmsae(shape: Shape, data: Batches, dead: Dead, moments: str, kernels: str = "fused", kind: str = "topk") -> Step:
     options = Train(
-        sae=SAE(num_latents=shape.latents, k=shape.k, **sae),
+        sae=SAE(architecture=kind, num_latents=shape.latents, k=shape.k),
         batch_tokens=shape.rows,
         moments=moments,
         kernels=kernels,
@@ -109,23 +113,17 @@ def plmsae(
     steps = 10**6
     objective = SAEObjective(options, data, data.mean_D, data.scale, steps, Gang(), DEVICE, torch.bfloat16)  # type: ignore[arg-type]
     objective.start(torch.cat(data.batches[:4]))
-    ages_N = objective.ages_N
+    ages_N = objective.tensors()["tokens_since_fired_N"]
 
     def step(index: int) -> Any:
-        if dead_N.any_dead:
-            ages_N.masked_fill_(dead_N.mask, 10**12)
+        if dead.any_dead:
+            ages_N.masked_fill_(dead.mask, 10**12)
         return objective.step(index)
 
     return step
 
 
-@dataclass
-class Dead:
-    mask: Tensor
-    any_dead: bool
-
-
-def sparsify(shape: Shape, data: Batches, dead: Dead) -> Callable[[int], Any]:
+def sparsify(shape: Shape, data: Batches, dead: Dead) -> Step:
     coder, config = _import("eai-sparsify", "sparsify", "sparse_coder", "config")
     sae = coder.SparseCoder(
         shape.d, config.SparseCoderConfig(num_latents=shape.latents, k=shape.k), device=DEVICE, dtype=torch.float32
@@ -145,7 +143,7 @@ def sparsify(shape: Shape, data: Batches, dead: Dead) -> Callable[[int], Any]:
     return step
 
 
-def dictionary_learning(shape: Shape, data: Batches, dead: Dead, autocast: bool) -> Callable[[int], Any]:
+def dictionary_learning(shape: Shape, data: Batches, dead: Dead, autocast: bool) -> Step:
     (top_k,) = _import("dictionary-learning", "dictionary_learning", "trainers.top_k")
     trainer = top_k.TopKTrainer(
         10**6, shape.d, shape.latents, shape.k, 0, "", lr=RATE, warmup_steps=0, device=DEVICE, seed=0
@@ -160,7 +158,7 @@ def dictionary_learning(shape: Shape, data: Batches, dead: Dead, autocast: bool)
     return step
 
 
-def saelens(shape: Shape, data: Batches, dead: Dead) -> Callable[[int], Any]:
+def saelens(shape: Shape, data: Batches, dead: Dead) -> Step:
     top_k, base = _import("sae-lens", "sae_lens", "saes.topk_sae", "saes.sae")
     config = top_k.TopKTrainingSAEConfig(
         d_in=shape.d, d_sae=shape.latents, k=shape.k, device="cuda", dtype="float32", apply_b_dec_to_input=True
@@ -183,7 +181,7 @@ def saelens(shape: Shape, data: Batches, dead: Dead) -> Callable[[int], Any]:
     return step
 
 
-def limit(shape: Shape, data: Batches, dead: Dead) -> Callable[[int], Any]:
+def limit(shape: Shape, data: Batches, dead: Dead) -> Step:
     """What no step does without: the product with the encoder, and Adam's pass over float32 state."""
     x_BD = data.standardised(0).bfloat16()
     w_ND = torch.randn(shape.latents, shape.d, device=DEVICE, dtype=torch.bfloat16)
@@ -201,6 +199,12 @@ def limit(shape: Shape, data: Batches, dead: Dead) -> Callable[[int], Any]:
 
 class _Nothing:
     def __init__(self, *_: Any, **__: Any) -> None: ...
+
+
+class _Root(torch.nn.Module):
+    """What SAELens asks of its base class in training."""
+
+    def setup(self) -> None: ...
 
 
 def _import(project: str, package: str, *names: str) -> list[ModuleType]:
@@ -224,14 +228,14 @@ def _import(project: str, package: str, *names: str) -> list[ModuleType]:
             importlib.import_module(name)
         except Exception:
             sys.modules[name] = MagicMock()
-    hooks = sys.modules["transformer_lens.hook_points"]
-    if isinstance(hooks, MagicMock):
-        hooks.HookPoint = torch.nn.Identity
-        hooks.HookedRootModule = torch.nn.Module
+    for name in hooked:
+        if isinstance(sys.modules[name], MagicMock):
+            sys.modules[name].HookPoint = torch.nn.Identity
+            sys.modules[name].HookedRootModule = _Root
     return [importlib.import_module(f"{package}.{name}") for name in names]
 
 
-def measure(make: Callable[[], Callable[[int], Any]], settle: int) -> tuple[list[float], float]:
+def measure(make: Callable[[], Step], settle: int) -> tuple[list[float], float]:
     """Milliseconds of each timed step in order of size, and the peak of memory in GiB."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -292,35 +296,29 @@ def main() -> None:
             mask_N = torch.zeros(shape.latents, dtype=torch.bool, device=DEVICE)
             mask_N[: shape.latents * percent // 100] = True
             dead = Dead(mask_N[torch.randperm(shape.latents, device=DEVICE)], percent > 0)
-            sides: list[tuple[str, str, Callable[[], Callable[[int], Any]]]] = [
-                ("plmsae", "float32 moments", lambda: plmsae(shape, data, dead, "float32")),
-                ("plmsae bf16 moments", "bfloat16 moments", lambda: plmsae(shape, data, dead, "bfloat16")),
+            sides: list[tuple[str, str, Callable[..., Step], tuple[Any, ...]]] = [
+                ("plmsae", "float32 moments", plmsae, ("float32",)),
+                ("plmsae bf16 moments", "bfloat16 moments", plmsae, ("bfloat16",)),
                 (
                     "plmsae Matryoshka",
                     "float32 moments, 5 nested prefixes",
-                    lambda: plmsae(shape, data, dead, "float32", architecture="matryoshka_topk"),
+                    plmsae,
+                    ("float32", "fused", "matryoshka_topk"),
                 ),
-                ("limit (encoder GEMM + Adam)", "bf16 product, torch's fused Adam", lambda: limit(shape, data, dead)),
+                ("limit (encoder GEMM + Adam)", "bf16 product, torch's fused Adam", limit, ()),
             ]
             if not options.only_ours:
                 sides += [
-                    (
-                        "plmsae (plain twin)",
-                        "the same step by autograd, bf16 autocast",
-                        lambda: plmsae(shape, data, dead, "float32", "plain"),
-                    ),
-                    (
-                        "sparsify",
-                        "its bf16 autocast and Triton decoder, fused Adam",
-                        lambda: sparsify(shape, data, dead),
-                    ),
-                    ("dictionary_learning", "bf16 autocast", lambda: dictionary_learning(shape, data, dead, True)),
-                    ("dictionary_learning TF32", "TF32", lambda: dictionary_learning(shape, data, dead, False)),
-                    ("SAELens", "bf16 autocast", lambda: saelens(shape, data, dead)),
+                    ("plmsae (plain twin)", "the same step by autograd, bf16 autocast", plmsae, ("float32", "plain")),
+                    ("sparsify", "its bf16 autocast and Triton decoder, fused Adam", sparsify, ()),
+                    ("dictionary_learning", "bf16 autocast", dictionary_learning, (True,)),
+                    ("dictionary_learning TF32", "TF32", dictionary_learning, (False,)),
+                    ("SAELens", "bf16 autocast", saelens, ()),
                 ]
-            for who, note, make in sides:
+            for who, note, make, arguments in sides:
                 try:
-                    times, peak = measure(make, options.settle if options.data else 0)
+                    settle = options.settle if options.data else 0
+                    times, peak = measure(lambda make=make, a=arguments: make(shape, data, dead, *a), settle)  # noqa: B023
                 except Exception as error:
                     print(f"{shape.name} dead {percent} % {who}: failed: {error!r:.200}", flush=True)
                     continue
@@ -337,8 +335,8 @@ def main() -> None:
                         "value": round(shape.rows / burst * 1e3),
                         "unit": "tokens/s",
                         **common,
-                        "note": f"{note}; B {shape.rows}, d {shape.d}, n {shape.latents}, k {shape.k}; {burst:.3f} ms a step in a "
-                        f"row, {median:.3f} ms alone; peak {peak:.2f} GiB",
+                        "note": f"{note}; B {shape.rows}, d {shape.d}, n {shape.latents}, k {shape.k}; {burst:.3f} ms a step "
+                        f"in a row, {median:.3f} ms alone; peak {peak:.2f} GiB",
                     }
                     with options.results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")

@@ -14,9 +14,12 @@ from plmsae_cli.sae.dead import DeadLatents, dead_window
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.initialise import initialise
 from plmsae_cli.training.optimizers import Group, build_optimizer
+from plmsae_cli.training.sae_kernels import fused_step
 from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
 from plmsae_cli.training.stream import BlockStream
 
+DEAD_BOUND = "dead_bound"
+"""In checkpoints of the fused step: what it goes by until it has counted the dead again."""
 MEDIAN_ROWS = 32_768
 """Rows whose geometric median starts b_dec (Gao et al. 2024)."""
 
@@ -65,18 +68,40 @@ class SAEObjective:
         self._max_norm = None if options.grad_clip is None else options.grad_clip / self.model.d
         wanted = options.lr_warmup_steps
         self._warmup = min(1000, total_steps // 20) if wanted == "auto" else wanted
+        prefix = "sae."
+        self._fused = fused_step(
+            self.model,
+            options,
+            {name.removeprefix(prefix): tensor for name, tensor in self._optimizer.state_tensors().items()},
+            self._dead.tokens_since_fired_N,
+            self._mean_D,
+            scale,
+            self._window,
+            self._max_norm,
+            gang.world,
+            gang.sum,
+            compute,
+        )
 
     def start(self, sample_RD: torch.Tensor) -> None:
         """Initialise from a sample of raw rows (the first of the dataset, the same on every rank)."""
         initialise(self.model, self._options.seed, self.standardise(sample_RD), self._options.autoencoder().init)
+        self._renew()
+
+    def _renew(self) -> None:
+        if self._fused is not None:
+            self._fused.copy_parameters()
 
     def standardise(self, rows_BD: torch.Tensor) -> torch.Tensor:
         """Raw rows as the model sees them, float32."""
         return (rows_BD.to(self.device).float() - self._mean_D) * self._scale
 
     def step(self, step: int) -> Mapping[str, torch.Tensor]:
+        rows_BD = self._stream.rows(step)
+        if self._fused is not None:
+            return self._fused(rows_BD, step, self._rate(step))
         batch = self.tokens_per_step
-        x_BD = self.standardise(self._stream.rows(step))
+        x_BD = self.standardise(rows_BD)
         dead_N = self._dead.mask(self._window)
         self.model.schedule(step, self._total_steps)
         with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
@@ -119,7 +144,10 @@ class SAEObjective:
     def tensors(self) -> Mapping[str, torch.Tensor]:
         model = {f"model.{name}": tensor for name, tensor in self.model.trained().items()}
         optimizer = {f"optimizer.{name}": t for name, t in self._optimizer.state_tensors().items()}
-        return {**model, **optimizer, "tokens_since_fired_N": self._dead.tokens_since_fired_N}
+        state = {**model, **optimizer, "tokens_since_fired_N": self._dead.tokens_since_fired_N}
+        if self._fused is not None and (bound := self._fused.dead_bound.state()):
+            state[DEAD_BOUND] = torch.tensor(bound)
+        return state
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -129,6 +157,9 @@ class SAEObjective:
         state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         self._optimizer.load_state_tensors(state)
         self._dead.tokens_since_fired_N.copy_(tensors["tokens_since_fired_N"])
+        if self._fused is not None and DEAD_BOUND in tensors:
+            self._fused.dead_bound.load(tensors[DEAD_BOUND].tolist())
+        self._renew()
 
     def validate(self, step: int) -> Mapping[str, Any]:
         return {}

@@ -1,0 +1,71 @@
+"""Whether a dictionary can be trained by the fused CUDA step, and that step for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Train
+from plmsae_cli.sae.dictionary import Dictionary
+from plmsae_cli.sae.matryoshka import MatryoshkaTopK
+from plmsae_cli.sae.topk import TopK
+
+if TYPE_CHECKING:
+    from plmsae_cli.sae.fused.step import FusedStep
+
+
+def why_plain(model: Dictionary, options: Train, device: torch.device, compute: torch.dtype) -> str | None:
+    """What stands against the fused step; None where nothing does."""
+    if type(model) not in (TopK, MatryoshkaTopK):
+        return f"architecture: {options.autoencoder().architecture} has none"
+    assert isinstance(model, TopK)
+    if model.k_start is not None:
+        return "k_start changes k while training"
+    if options.optimizer != "adam":
+        return f"optimizer: {options.optimizer}; it updates by adam"
+    if device.type != "cuda":
+        return "it needs a GPU"
+    if compute != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
+        return "it computes in bfloat16, on NVIDIA GPUs from the A100 on"
+    if model.d % 16:
+        return f"the activations' dimension ({model.d}) is not a multiple of 16"
+    return None if find_spec("triton") else "the package triton is not installed"
+
+
+def fused_step(
+    model: Dictionary,
+    options: Train,
+    state: Mapping[str, Tensor],
+    ages_N: Tensor,
+    mean_D: Tensor,
+    scale: float,
+    window: int,
+    max_norm: float | None,
+    world: int,
+    reduce: Callable[[Tensor], Tensor],
+    compute: torch.dtype,
+) -> FusedStep | None:
+    """The fused step on these tensors, or None where `train.kernels` or the case asks for the plain one.
+
+    Raises:
+        UserError: `train.kernels: fused` where it cannot be.
+    """
+    reason = (
+        "train.kernels is plain" if options.kernels == "plain" else why_plain(model, options, ages_N.device, compute)
+    )
+    if reason is not None:
+        if options.kernels == "fused":
+            raise UserError(f"train.kernels: fused cannot be had here: {reason}", "set train.kernels: auto")
+        return None
+    from plmsae_cli.sae.fused.step import Batch, FusedStep
+    from plmsae_cli.sae.fused.update import AdamOptions
+
+    assert isinstance(model, TopK)
+    batch = Batch(options.batch_tokens // world, world, mean_D, scale, window)
+    adam = AdamOptions((options.betas[0], options.betas[1]), options.eps, max_norm)
+    return FusedStep(model, state, ages_N, batch, adam, reduce)

@@ -70,8 +70,9 @@ class Switch(Dictionary):
         return float((6 * self.num_experts + 2 * self.expert_latents + 8 * self.k) * self.d)
 
     def step_bytes(self, rows: int) -> int:
-        """Pre-activations of one expert a token."""
-        return 3 * rows * self.expert_latents * 4
+        """Pre-activations of one expert a token, and an expert's encoder a tile."""
+        tiles = rows // TILE + self.num_experts
+        return (3 * rows + tiles * self.d) * self.expert_latents * 4
 
     def start_latents(self, x_BD: Tensor) -> Latents | None:
         """The k largest latents of each token's expert."""
@@ -151,6 +152,7 @@ def _by_tiles(x_BD: Tensor, chosen_B: Tensor, w_END: Tensor, b_EN: Tensor, k: in
     """One batched product over tiles of tokens of the same expert, each expert's last tile filled up.
 
     There are at most B / tile + E tiles, however tokens choose: nothing is dropped, and no number is waited for.
+    Against a fixed capacity an expert, that costs a copy of its encoder for each of its tiles.
     """
     rows, experts = len(x_BD), len(w_END)
     num_tiles = rows // tile + experts

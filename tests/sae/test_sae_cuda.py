@@ -100,6 +100,17 @@ def test_a_share_of_a_batch_topk_batch_never_waits_for_the_gpu() -> None:
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-6)
 
 
+def test_more_than_twice_its_share_on_one_rank_is_never_hidden() -> None:
+    """All pairs of a batch of four ranks on one: a CPU keeps them all, a GPU has no room and says so."""
+    losses = {}
+    for device in ("cuda", "cpu"):
+        run = Run("batch_topk", device)
+        x_BD = run.batches[0]
+        losses[device] = run.model.loss(x_BD, run.dead_N, 4 * len(x_BD))
+    assert losses["cuda"].total.isnan()
+    assert int(losses["cpu"].active_B.sum()) == 4 * 8 * 512
+
+
 @EVERY
 def test_steps_equal_those_on_a_cpu(kind: str) -> None:
     torch.testing.assert_close(Run(kind, "cuda").losses(), Run(kind, "cpu").losses(), rtol=1e-4, atol=0)

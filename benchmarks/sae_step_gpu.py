@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import importlib.abc
+import importlib.machinery
 import json
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import MagicMock
 
 import torch
@@ -159,7 +161,7 @@ def dictionary_learning(shape: Shape, data: Batches, dead: Dead, autocast: bool)
 
 
 def saelens(shape: Shape, data: Batches, dead: Dead) -> Step:
-    top_k, base = _import("sae-lens", "sae_lens", "saes.topk_sae", "saes.sae")
+    top_k, base = _import(None, "sae_lens", "saes.topk_sae", "saes.sae")
     config = top_k.TopKTrainingSAEConfig(
         d_in=shape.d, d_sae=shape.latents, k=shape.k, device="cuda", dtype="float32", apply_b_dec_to_input=True
     )
@@ -207,31 +209,51 @@ class _Root(torch.nn.Module):
     def setup(self) -> None: ...
 
 
-def _import(project: str, package: str, *names: str) -> list[ModuleType]:
-    """Modules of a peer, without its `__init__`: that, and some modules, import tooling for language models."""
-    if package not in sys.modules:
+class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands in for tooling of language models that a peer imports and a step does not use; asked last of all finders."""
+
+    ROOTS = frozenset(
+        [
+            "accelerate",
+            "babe",
+            "circuitsvis",
+            "datasets",
+            "huggingface_hub",
+            "matplotlib",
+            "nltk",
+            "nnsight",
+            "pandas",
+            "plotly",
+            "plotly_express",
+            "requests",
+            "tenacity",
+            "transformer_lens",
+            "transformers",
+            "umap",
+            "wandb",
+        ]
+    )
+
+    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] in self.ROOTS:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        stub = MagicMock(__name__=spec.name, HookPoint=torch.nn.Identity, HookedRootModule=_Root)
+        return cast(ModuleType, stub)
+
+    def exec_module(self, module: ModuleType) -> None: ...
+
+
+def _import(project: str | None, package: str, *names: str) -> list[ModuleType]:
+    """Modules of a peer; with `project`, without its `__init__`, which imports all of its tooling."""
+    if not any(isinstance(finder, _Absent) for finder in sys.meta_path):
+        sys.meta_path.append(_Absent())
+    if project is not None and package not in sys.modules:
         for bare_name in (package, *(f"{package}.{name.rpartition('.')[0]}" for name in names if "." in name)):
             bare = sys.modules[bare_name] = ModuleType(bare_name)
             bare.__path__ = [str(distribution(project).locate_file(bare_name.replace(".", "/")))]
-    tooling = (
-        "accelerate",
-        "accelerate.utils",
-        "transformers",
-        "huggingface_hub",
-        "datasets",
-        "wandb",
-        "nnsight",
-        "safetensors.torch",
-    )
-    for name in (*tooling, "transformer_lens", "transformer_lens.hook_points", "transformer_lens.config"):
-        try:
-            importlib.import_module(name)
-        except Exception:
-            sys.modules[name] = MagicMock()
-    for name in hooked:
-        if isinstance(sys.modules[name], MagicMock):
-            sys.modules[name].HookPoint = torch.nn.Identity
-            sys.modules[name].HookedRootModule = _Root
     return [importlib.import_module(f"{package}.{name}") for name in names]
 
 

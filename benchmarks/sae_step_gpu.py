@@ -1,12 +1,13 @@
 """One optimiser step of a TopK dictionary on a GPU: ours beside sparsify, dictionary_learning and SAELens, in one run.
 
     pip install --no-deps eai-sparsify dictionary-learning sae-lens einops natsort simple-parsing docstring-parser
-    python benchmarks/sae_step_gpu.py [--shapes S1 S3] [--dead 0 5 30] [--data FOLDER --latents 10240 --k 32]
+    python benchmarks/sae_step_gpu.py [--shapes S1 S3] [--dead 0 5 30]
+    python benchmarks/sae_step_gpu.py --shapes S1 --model RUN/plm --fasta proteins.fasta --layer 3
 
 A step is forward, backward, projection, clipping, Adam and renormalisation, with AuxK and dead counting where a side has
 them; batches lie on the GPU. Milliseconds are medians over steps, by CUDA events. `--dead`: percent of the latents called
-dead before every step, on all sides alike. `--data`: activations of an optimized dataset instead of synthetic ones; every
-side then first trains for some hundred steps on them, so that its latents fire as they do in earnest.
+dead before every step, on all sides alike. `--model`: activations of a language model as wide as the shape instead of
+synthetic ones; every side then first trains for some hundred steps, so that its latents fire as they do in earnest.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ from typing import Any, cast
 from unittest.mock import MagicMock
 
 import torch
+from activations import activations
 from torch import Tensor
 
 from plmsae_cli.config.training import SAE, Train
 from plmsae_cli.runtime.dist import Gang
-from plmsae_cli.store.blocks import Blocks
-from plmsae_cli.store.fs import Store
 from plmsae_cli.training.sae_objective import SAEObjective
 
 DEVICE = torch.device("cuda")
 HERE = Path(__file__).parent
-Step = Callable[[int], Any]
+Weights = Callable[[], list[Tensor]]
+Step = tuple[Callable[[int, float], Any], Weights]
+"""Trains on a numbered batch at a learning rate; w_enc [N, D], b_enc [N], w_dec [N, D], b_dec [D]."""
 WARM, TIMED, SETTLE, RATE = 6, 20, 600, 1e-4
 
 
@@ -96,13 +98,6 @@ def synthetic(shape: Shape) -> Tensor:
     return torch.cat(out)
 
 
-def real(folder: str, rows: int) -> Tensor:
-    blocks = Blocks(Store(), folder)
-    rows_RD = torch.empty(min(blocks.num_rows, 100 * rows) // rows * rows, blocks.d, dtype=blocks.dtype)
-    blocks.read_into(0, rows_RD)
-    return rows_RD.to(DEVICE)
-
-
 def plmsae(shape: Shape, data: Batches, dead: Dead, moments: str, kernels: str = "fused", kind: str = "topk") -> Step:
     options = Train(
         sae=SAE(architecture=kind, num_latents=shape.latents, k=shape.k),
@@ -117,12 +112,12 @@ def plmsae(shape: Shape, data: Batches, dead: Dead, moments: str, kernels: str =
     objective.start(torch.cat(data.batches[:4]))
     ages_N = objective.tensors()["tokens_since_fired_N"]
 
-    def step(index: int) -> Any:
+    def step(index: int, rate: float) -> Any:
         if dead.any_dead:
             ages_N.masked_fill_(dead.mask, 10**12)
         return objective.step(index)
 
-    return step
+    return step, lambda: list(objective.model.parameters())
 
 
 def sparsify(shape: Shape, data: Batches, dead: Dead) -> Step:
@@ -133,7 +128,8 @@ def sparsify(shape: Shape, data: Batches, dead: Dead) -> Step:
     sae.b_dec.data = data.standardised(0).mean(0)
     adam = torch.optim.Adam(sae.parameters(), lr=RATE, fused=True)
 
-    def step(index: int) -> Any:
+    def step(index: int, rate: float) -> Any:
+        adam.param_groups[0]["lr"] = rate
         out = sae(data.standardised(index), dead_mask=dead.mask if dead.any_dead else None)
         (out.fvu + out.auxk_loss / 32).backward()
         sae.remove_gradient_parallel_to_decoder_directions()
@@ -142,7 +138,7 @@ def sparsify(shape: Shape, data: Batches, dead: Dead) -> Step:
         adam.zero_grad()
         sae.set_decoder_norm_to_unit_norm()
 
-    return step
+    return step, lambda: [sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec]
 
 
 def dictionary_learning(shape: Shape, data: Batches, dead: Dead, autocast: bool) -> Step:
@@ -151,13 +147,15 @@ def dictionary_learning(shape: Shape, data: Batches, dead: Dead, autocast: bool)
         10**6, shape.d, shape.latents, shape.k, 0, "", lr=RATE, warmup_steps=0, device=DEVICE, seed=0
     )
 
-    def step(index: int) -> Any:
+    def step(index: int, rate: float) -> Any:
+        trainer.optimizer.param_groups[0]["lr"] = rate
         if dead.any_dead:
             trainer.num_tokens_since_fired.masked_fill_(dead.mask, 10**8)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            trainer.update(index + 1, data.standardised(index))
+            trainer.update(index, data.standardised(index))
 
-    return step
+    ae = trainer.ae
+    return step, lambda: [ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec]
 
 
 def saelens(shape: Shape, data: Batches, dead: Dead) -> Step:
@@ -171,7 +169,8 @@ def saelens(shape: Shape, data: Batches, dead: Dead) -> Step:
     fields = base.TrainStepInput.__dataclass_fields__
     extra = {name: value for name, value in wanted.items() if name in fields}
 
-    def step(index: int) -> Any:
+    def step(index: int, rate: float) -> Any:
+        adam.param_groups[0]["lr"] = rate
         steps = {"n_training_steps": index} if "n_training_steps" in fields else {}
         with torch.autocast("cuda", torch.bfloat16):
             out = sae.training_forward_pass(base.TrainStepInput(sae_in=data.standardised(index), **extra, **steps))
@@ -180,7 +179,7 @@ def saelens(shape: Shape, data: Batches, dead: Dead) -> Step:
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         adam.step()
 
-    return step
+    return step, lambda: [sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec]
 
 
 def limit(shape: Shape, data: Batches, dead: Dead) -> Step:
@@ -192,11 +191,11 @@ def limit(shape: Shape, data: Batches, dead: Dead) -> Step:
         parameter.grad = torch.randn_like(parameter)
     adam = torch.optim.Adam(parameters, fused=True)
 
-    def step(index: int) -> Any:
+    def step(index: int, rate: float) -> Any:
         x_BD @ w_ND.t()
         adam.step()
 
-    return step
+    return step, list
 
 
 class _Nothing:
@@ -258,20 +257,20 @@ def _import(project: str | None, package: str, *names: str) -> list[ModuleType]:
 
 
 def measure(make: Callable[[], Step], settle: int) -> tuple[list[float], float]:
-    """Milliseconds of each timed step in order of size, and the peak of memory in GiB."""
+    """Milliseconds of a step in a row and of each timed step alone in order of size; GiB at the peak of a step."""
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step = make()
+    step, _ = make()
     for index in range(settle + WARM):
-        step(index)
+        step(index, RATE)
     torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     times = []
     for index in range(TIMED):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        step(settle + WARM + index)
+        step(settle + WARM + index, RATE)
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
@@ -279,7 +278,7 @@ def measure(make: Callable[[], Step], settle: int) -> tuple[list[float], float]:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for index in range(TIMED):
-        step(settle + WARM + TIMED + index)
+        step(settle + WARM + TIMED + index, RATE)
     end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) / TIMED, *sorted(times)], (torch.cuda.max_memory_allocated() - before) / 2**30
@@ -289,19 +288,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
     parser.add_argument("--dead", nargs="+", type=int, default=[0])
-    parser.add_argument("--data", help="folder of an optimized dataset")
-    parser.add_argument("--latents", type=int, default=10_240)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--model", help="weights of a language model, for real activations")
+    parser.add_argument("--fasta", help="its proteins")
+    parser.add_argument("--layer", type=int)
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--settle", type=int, default=SETTLE, help="steps on real activations before timing")
     parser.add_argument("--results", type=Path, help="file to add the figures to")
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     shapes = [shape for shape in SHAPES if shape.name in options.shapes]
-    if options.data:
-        d = Blocks(Store(), options.data).d
-        shapes = [Shape(f"real-d{d}-n{options.latents}-k{options.k}", options.rows, d, options.latents, options.k)]
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=HERE, text=True, capture_output=True, check=False
     ).stdout.strip()
@@ -313,7 +308,12 @@ def main() -> None:
         "command": "python benchmarks/sae_step_gpu.py " + " ".join(sys.argv[1:]),
     }
     for shape in shapes:
-        data = Batches(real(options.data, shape.rows) if options.data else synthetic(shape), shape.rows)
+        if options.model:
+            rows_RD, _ = activations(options.model, options.fasta, options.layer, 100 * shape.rows, 0)
+            assert rows_RD.shape[1] == shape.d, f"{shape.name} is for d = {shape.d}"
+        else:
+            rows_RD = synthetic(shape)
+        data, kind = Batches(rows_RD, shape.rows), "-real" if options.model else ""
         for percent in options.dead:
             mask_N = torch.zeros(shape.latents, dtype=torch.bool, device=DEVICE)
             mask_N[: shape.latents * percent // 100] = True
@@ -339,7 +339,7 @@ def main() -> None:
                 ]
             for who, note, make, arguments in sides:
                 try:
-                    settle = options.settle if options.data else 0
+                    settle = options.settle if options.model else 0
                     times, peak = measure(lambda make=make, a=arguments: make(shape, data, dead, *a), settle)  # noqa: B023
                 except Exception as error:
                     print(f"{shape.name} dead {percent} % {who}: failed: {error!r:.200}", flush=True)
@@ -352,7 +352,7 @@ def main() -> None:
                 )
                 if options.results:
                     line = {
-                        "name": f"sae-step/{shape.name}" + (f"-dead{percent}" if percent else ""),
+                        "name": f"sae-step/{shape.name}{kind}" + (f"-dead{percent}" if percent else ""),
                         "who": who,
                         "value": round(shape.rows / burst * 1e3),
                         "unit": "tokens/s",

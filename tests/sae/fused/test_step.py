@@ -156,7 +156,7 @@ def test_the_update_is_the_plain_one(moments: torch.dtype, max_norm: float | Non
         plain.normalize_decoder()
         ages.update(g.counts_N, ROWS)
         assert float(figures["grad_norm"]) == pytest.approx(D * float(norm), rel=0.02)
-        tolerance = 1e-5 if max_norm is None else 1e-3  # the norm's projection comes from products in bfloat16
+        tolerance = 1e-4 if max_norm is None else 1e-3  # the norm's projection comes from products in bfloat16
         for name, parameter in plain.named_parameters():
             torch.testing.assert_close(s.model.get_parameter(name), parameter, rtol=tolerance, atol=tolerance)
         assert torch.equal(s.ages_N, ages.tokens_since_fired_N)

@@ -73,8 +73,8 @@ class Batches:
 
     def __init__(self, rows_RD: Tensor, rows: int) -> None:
         self.batches = list(rows_RD.split(rows))
-        self.mean_D = rows_RD.double().mean(0).float()
-        squares = (rows_RD.float() - self.mean_D).square().sum() / len(rows_RD)
+        self.mean_D = (sum(batch.double().sum(0) for batch in self.batches) / len(rows_RD)).float()
+        squares = sum((batch.float() - self.mean_D).square().sum() for batch in self.batches) / len(rows_RD)
         self.scale = float((rows_RD.shape[1] / squares).sqrt())
         self.blocks, self.wait_seconds = SimpleNamespace(d=rows_RD.shape[1]), 0.0
 

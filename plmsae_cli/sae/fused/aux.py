@@ -102,7 +102,7 @@ def compact(mask_N: Tensor, places: int) -> Tensor:
     place_N = torch.where(mask_N, mask_N.cumsum(0) - 1, places)
     out = torch.full((places + 1,), n, dtype=torch.int32, device=mask_N.device)
     out.scatter_(0, place_N, torch.arange(n, dtype=torch.int32, device=mask_N.device))
-    out[places] = n
+    out[places:].fill_(n)  # whatever was written there last
     return out[:-1]
 
 

@@ -231,7 +231,7 @@ class Update:
             beta2,
             self._options.eps,
             tile,
-            num_warps=max(1, min(16, tile // 1024)),
+            num_warps=max(1, min(16, tile // 2048)),
         )
 
     def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:

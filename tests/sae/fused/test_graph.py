@@ -1,0 +1,86 @@
+"""What only a GPU shows of the fused step: graphs, waits, repeatability."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from plmsae_cli.sae.fused.step import Batch, FusedStep
+from plmsae_cli.sae.fused.update import AdamOptions
+from plmsae_cli.sae.interface import one_process
+from plmsae_cli.sae.matryoshka import MatryoshkaTopK
+from plmsae_cli.sae.topk import TopK
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+D, N, K, ROWS, STEPS = 96, 2048, 12, 512, 40
+KINDS = pytest.mark.parametrize("kind", [TopK, MatryoshkaTopK])
+
+
+class Run:
+    def __init__(self, kind: type[TopK], window: int = 4 * ROWS, graphs: bool = True) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.model = kind(D, N, K)
+        with torch.no_grad():
+            rows_ND = torch.randn(N, D, generator=generator)
+            self.model.w_dec_ND.copy_(rows_ND)
+            self.model.normalize_decoder()
+            self.model.w_enc_ND.copy_(self.model.w_dec_ND)
+            self.model.b_enc_N[::3] = -3.0  # these die
+            self.model.b_enc_N[5] = 3.0  # this fires on every token
+        self.model = self.model.cuda()
+        state = {}
+        for name, parameter in self.model.named_parameters():
+            state |= {f"{name}.{what}": torch.zeros_like(parameter) for what in ("exp_avg", "exp_avg_sq")}
+            state[f"{name}.step"] = torch.zeros((), device="cuda")
+        self.ages_N = torch.zeros(N, dtype=torch.int64, device="cuda")
+        batch = Batch(ROWS, 1, torch.zeros(D, device="cuda"), 1.0, window)
+        adam = AdamOptions((0.9, 0.999), 6.25e-10, 1.0 / D)
+        self.step = FusedStep(self.model, state, self.ages_N, batch, adam, one_process)
+        if not graphs:
+            self.step._replay = self.step._run  # type: ignore[method-assign]
+        self.batches = [torch.randn(ROWS, D, generator=generator).cuda() for _ in range(3)]
+
+    def go(self, steps: int = STEPS) -> torch.Tensor:
+        seen = []
+        for step in range(steps):
+            figures = self.step(self.batches[step % 3], step, 1e-3)
+            seen.append(torch.stack(list(figures.values())))
+        return torch.stack(seen).cpu()
+
+
+@KINDS
+def test_replayed_steps_are_the_launched_ones(kind: type[TopK]) -> None:
+    replayed, launched = Run(kind), Run(kind, graphs=False)
+    figures = replayed.go()
+    assert figures[-1, 5] > 0.1, "some latents were to die, so that AuxK has work"
+    assert len(replayed.step._graphs) > 1, "graphs with and without the dead"
+    assert torch.equal(figures, launched.go())
+    for name, parameter in replayed.model.named_parameters():
+        assert torch.equal(parameter, launched.model.get_parameter(name)), name
+
+
+@KINDS
+def test_steps_repeat_bit_for_bit(kind: type[TopK]) -> None:
+    one, two = Run(kind), Run(kind)
+    assert torch.equal(one.go(), two.go())
+    for name, parameter in one.model.named_parameters():
+        assert torch.equal(parameter, two.model.get_parameter(name)), name
+
+
+@KINDS
+def test_a_step_never_waits_for_the_gpu(kind: type[TopK]) -> None:
+    run = Run(kind)
+    run.go(32)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(32, 40):
+            run.step(run.batches[0], step, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@KINDS
+def test_the_loss_falls(kind: type[TopK]) -> None:
+    figures = Run(kind).go(150)
+    assert figures[-1, 3] < 0.8 * figures[0, 3]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from plmsae_cli.sae.fused.gradients import WeightGradients
 
-LAG = 16
-"""Steps between counts of the nearly dead; a count is used from LAG to 2 LAG steps after it was taken."""
+LONGEST_LAG = 16
+"""Most steps between counts of the nearly dead."""
 SMALLEST = 256
 
 
@@ -169,12 +169,14 @@ class AuxK:
 class DeadBound:
     """An upper bound of the number of dead latents that the host knows without waiting for the device.
 
-    The state is a function of the ages at every LAG-th step, and `state` continues it exactly.
+    The nearly dead are counted every `lag` steps; a count holds from `lag` to 2 `lag` steps after it was taken. It is
+    a function of the ages alone, and `state` continues it exactly.
     """
 
     def __init__(self, ages_N: Tensor, window: int, tokens_a_step: int) -> None:
         self._ages_N = ages_N
-        self._nearly = window - 2 * LAG * tokens_a_step
+        self.lag = min(LONGEST_LAG, max(1, window // tokens_a_step // 8))
+        self._nearly = window - 2 * self.lag * tokens_a_step
         self._bound: int | None = None
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
@@ -183,7 +185,7 @@ class DeadBound:
         if self._bound is None:
             self._pending = self._count()
             self._bound = self._arrived()
-        elif step % LAG == 0:
+        elif step % self.lag == 0:
             self._bound = self._arrived()
             self._pending = self._count()
         if self._bound == 0:

@@ -93,7 +93,8 @@ class FusedStep:
         graph = self._graphs[places]
         if graph is None:
             graph = self._graphs[places] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads (the loader, NCCL) go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._run(places)
             self._pool = self._pool or graph.pool()
         graph.replay()

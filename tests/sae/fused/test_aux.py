@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plmsae_cli.sae.fused.aux import LAG, DeadBound, compact, keep_top_
+from plmsae_cli.sae.fused.aux import DeadBound, compact, keep_top_
 from plmsae_cli.sae.selection import top_k
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,12 +38,13 @@ def test_the_bound_holds_and_continues_from_its_state(seed: int, window_steps: i
     ages_N = torch.randint(0, 2 * window_steps * tokens, (num_latents,), generator=generator)
     bound = DeadBound(ages_N, window_steps * tokens, tokens)
     start = int(torch.randint(0, 50, (), generator=generator))
-    for step in range(start, start + 5 * LAG):
-        if step == start + 2 * LAG + 3:
+    later = start + 2 * bound.lag + 3
+    for step in range(start, start + 5 * bound.lag + 5):
+        if step == later:
             resumed = DeadBound(ages_N, window_steps * tokens, tokens)
             resumed.load(bound.state())
         places = bound.places(step)
-        if step >= start + 2 * LAG + 3:
+        if step >= later:
             assert resumed.places(step) == places
         dead = int((ages_N >= window_steps * tokens).sum())
         assert dead <= places

@@ -13,12 +13,12 @@ from plmsae_cli.sae.topk import TopK
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-D, N, K, ROWS, STEPS = 96, 2048, 12, 512, 40
+D, N, K, ROWS, STEPS = 96, 2048, 12, 512, 60
 KINDS = pytest.mark.parametrize("kind", [TopK, MatryoshkaTopK])
 
 
 class Run:
-    def __init__(self, kind: type[TopK], window: int = 4 * ROWS, graphs: bool = True) -> None:
+    def __init__(self, kind: type[TopK], window: int = 24 * ROWS, graphs: bool = True) -> None:
         generator = torch.Generator().manual_seed(0)
         self.model = kind(D, N, K)
         with torch.no_grad():
@@ -71,10 +71,10 @@ def test_steps_repeat_bit_for_bit(kind: type[TopK]) -> None:
 @KINDS
 def test_a_step_never_waits_for_the_gpu(kind: type[TopK]) -> None:
     run = Run(kind)
-    run.go(32)
+    run.go(STEPS)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in range(32, 40):
+        for step in range(STEPS, STEPS + 8):
             run.step(run.batches[0], step, 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")

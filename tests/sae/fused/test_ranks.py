@@ -1,0 +1,45 @@
+"""The fused step on two real ranks is that of one process at the same global batch, AuxK and clipping included."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("rank_steps.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    places = [(0, 1), (0, 2), (1, 2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(world), str(path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, world in places
+    ]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)[-3000:]
+    return path
+
+
+@pytest.mark.parametrize("kind", ["TopK", "MatryoshkaTopK"])
+def test_two_ranks_are_one_process(kind: str, folder: Path) -> None:
+    one, first, second = (load_file(folder / f"{kind}-{place}.safetensors") for place in ("0-of-1", "0-of-2", "1-of-2"))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), f"the ranks differ in {name}"
+    assert one["figure.0.aux"] > 0
+    assert torch.equal(one["ages_N"], first["ages_N"])
+    for name, tensor in one.items():
+        # Each rank's gradient is rounded to bfloat16 before it is sent.
+        torch.testing.assert_close(first[name], tensor, rtol=0.01, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}")

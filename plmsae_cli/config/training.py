@@ -47,14 +47,17 @@ class SAE(Section):
     """Latents per dimension of the activations; 8 when neither this nor `num_latents` is given."""
     num_latents: Annotated[Count | None, SCIENCE] = None
     """Number of latents, instead of `expansion`."""
-    init: Annotated[Literal["random", "data"], SCIENCE] = "random"
-    """Where decoder rows start: `random` directions, or those of residues of the dataset, less their centre (`data`)."""
+    init: Annotated[Literal["random", "fitted", "data"], SCIENCE] = "random"
+    """Where rows start: `random` directions, W_enc = W_dec; `fitted`: the same, W_enc scaled to the least error at the
+    start; `data`: directions of residues from their centre, W_enc scaled likewise."""
     k: Annotated[Count, SCIENCE] = 64
     """Active latents a token (L0); `batch_topk`: their mean."""
     k_aux: Annotated[Count | None, SCIENCE] = None
     """Dead latents that AuxK revives at once; default: half the activations' dimension."""
     aux_coefficient: Annotated[float, Field(ge=0.0), SCIENCE] = 1 / 32
     """Weight of the AuxK loss; 0 switches it off."""
+    aux_fitted: Annotated[bool, SCIENCE] = True
+    """Whether AuxK fits the length of what dead latents reconstruct before comparing it; `false` is Gao et al.'s."""
     fractions: Annotated[list[Positive] | None, SCIENCE] = None
     """Matryoshka only: each group's share of the latents, summing to 1; default 1/16, 1/16, 1/8, 1/4, 1/2."""
     k_start: Annotated[Count | None, SCIENCE] = None
@@ -112,6 +115,8 @@ class SAE(Section):
                     f"{name} has no effect with architecture: {self.architecture}",
                     f"remove it or use architecture: {having}",
                 )
+        if not self.aux_fitted and not (self.has("aux_coefficient") and self.aux_coefficient):
+            raise rule("aux_fitted", "aux_fitted has no effect without AuxK", "remove it, or set aux_coefficient")
         if self.k_anneal is not None and self.k_start is None:
             raise rule("k_anneal", "k_anneal has no effect without k_start", "remove it or add k_start")
         without = ("target_l0",) if self.penalty == "tanh" else _TANH

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plmsae_cli.sae.dictionary import Dictionary
 
-Start = Literal["random", "data"]
+Start = Literal["random", "fitted", "data"]
 
 _TILE = 4096  # rows of the sample encoded at once
 
@@ -19,8 +19,9 @@ def initialise(model: Dictionary, seed: int, sample_MD: Tensor, start: Start = "
     """Unit decoder rows, W_enc = s W_dec, b_enc = 0, b_dec = geometric median of `sample_MD`, in place.
 
     Rows are random directions, or with `start` "data" those of x - b_dec for different rows x of the sample; where
-    it has fewer than there are latents, the rest is random. s is `encoder_scale`'s. Random numbers are drawn on the
-    CPU, so that a seed means the same rows on every device.
+    it has fewer than there are latents, the rest is random. s is `encoder_scale`'s, with "random" 1: the overshoot
+    of the first steps pushes back the latents that win most often, and more of the others come to life. Random
+    numbers are drawn on the CPU, so that a seed means the same rows on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     rows_ND = torch.randn(model.num_latents, model.d, generator=generator)
@@ -35,7 +36,8 @@ def initialise(model: Dictionary, seed: int, sample_MD: Tensor, start: Start = "
     model.w_enc_ND.copy_(rows_ND)
     model.b_enc_N.zero_()
     model.start_(generator)
-    model.w_enc_ND.mul_(encoder_scale(model, sample_MD))
+    if start != "random":
+        model.w_enc_ND.mul_(encoder_scale(model, sample_MD))
 
 
 @torch.no_grad()

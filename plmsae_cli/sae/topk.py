@@ -19,6 +19,9 @@ class TopK(Dictionary):
     Active latents come in decreasing order of activation; equal ones in increasing order of index.
     """
 
+    aux_fitted: bool = True
+    """Whether AuxK fits the length of its reconstruction (see `auxk_loss`); False is Gao et al.'s."""
+
     def __init__(
         self,
         d: int,
@@ -118,6 +121,6 @@ class TopK(Dictionary):
         fired_N, active_B = pairs.fired(acts_P), pairs.active(acts_P)
         if self.aux_coefficient == 0:
             return Losses(reconstruction, reconstruction, x_BD.new_zeros(()), fired_N, active_B, xhat_BD)
-        aux = auxk_loss(self, x_BD, x_BD - xhat_BD, dead_N, self.k_aux, reduce)
+        aux = auxk_loss(self, x_BD, x_BD - xhat_BD, dead_N, self.k_aux, reduce, self.aux_fitted)
         total = reconstruction + self.aux_coefficient * aux
         return Losses(total, reconstruction, aux, fired_N, active_B, xhat_BD)

@@ -13,6 +13,7 @@ from plmsae_cli.sae.architectures import ARCHITECTURES
 from plmsae_cli.sae.dead import DeadLatents, dead_window
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.initialise import initialise
+from plmsae_cli.sae.topk import TopK
 from plmsae_cli.training.optimizers import Group, build_optimizer
 from plmsae_cli.training.sae_kernels import fused_step
 from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
@@ -30,7 +31,10 @@ def build(options: Train, d: int) -> Dictionary:
     Raises ValueError where its architecture cannot have them at this width.
     """
     sae = options.autoencoder()
-    return ARCHITECTURES[sae.architecture](d, sae.width(d), **sae.options())
+    model = ARCHITECTURES[sae.architecture](d, sae.width(d), **sae.options())
+    if isinstance(model, TopK):
+        model.aux_fitted = sae.aux_fitted
+    return model
 
 
 class SAEObjective:

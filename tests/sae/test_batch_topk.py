@@ -42,7 +42,9 @@ def formula(model: TopK, x_BD: Tensor, dead_N: Tensor, prefixes: list[int]) -> t
     aux_BN = acts_BN * dead_N
     kept_BN = torch.zeros_like(aux_BN).scatter(1, aux_BN.detach().topk(model.k_aux, dim=1).indices, 1.0)
     ehat_BD = (aux_BN * kept_BN) @ p["w_dec_ND"]
-    aux = ((ehat_BD - error_BD) ** 2).sum() / (error_BD**2).sum() * min(int(dead_N.sum()) / model.k_aux, 1.0)
+    length, energy = (ehat_BD**2).sum().detach().clamp(min=1e-300), (error_BD**2).sum()
+    factor = torch.maximum((ehat_BD * error_BD).sum().detach() / length, 0.1 * (energy / length).sqrt()).clamp(max=1.0)
+    aux = ((factor * ehat_BD - error_BD) ** 2).sum() / (error_BD**2).sum() * min(int(dead_N.sum()) / model.k_aux, 1.0)
     total = total + model.aux_coefficient * aux
     total.backward()  # type: ignore[no-untyped-call]
     return total, {name: t.grad for name, t in p.items() if t.grad is not None}

@@ -54,7 +54,11 @@ def naive(model: TopK, x_BD: torch.Tensor, dead_N: torch.Tensor, prefixes: list[
         dead_pre_BN = pre_BN.masked_fill(~dead_N, -torch.inf)
         z_aux_BN = dead_pre_BN.relu() * top(dead_pre_BN, min(model.k_aux, num_dead))
         ehat_BD = z_aux_BN @ p["w_dec_ND"]
-        aux = ((ehat_BD - error_BD) ** 2).sum() / (error_BD**2).sum() * min(num_dead / model.k_aux, 1.0)
+        length, energy = (ehat_BD**2).sum().detach().clamp(min=1e-300), (error_BD**2).sum()
+        factor = torch.maximum((ehat_BD * error_BD).sum().detach() / length, 0.1 * (energy / length).sqrt()).clamp(
+            max=1.0
+        )
+        aux = ((factor * ehat_BD - error_BD) ** 2).sum() / (error_BD**2).sum() * min(num_dead / model.k_aux, 1.0)
     total = reconstruction + model.aux_coefficient * aux
     total.backward()
     gradients = {name: tensor.grad for name, tensor in p.items() if tensor.grad is not None}
@@ -215,13 +219,16 @@ def test_ranks_add_up_to_one_process(kind: type[TopK], world: int, device: torch
     whole = model.loss(x_BD, dead_N, 16)
     whole.total.backward()
     want = gradients(model)
-    energy = sum((x - xhat).square().sum() for x, xhat in zip(x_BD, whole.xhat_BD, strict=True))
+    own: list[torch.Tensor] = []
 
-    def reduce(share: torch.Tensor) -> torch.Tensor:
-        assert share.shape == ()
-        return torch.as_tensor(energy)  # what an all-reduce of all shares gives
+    def record(share: torch.Tensor) -> torch.Tensor:
+        own.append(share)
+        return share
 
-    shares = [model.loss(part_BD, dead_N, 16, reduce) for part_BD in x_BD.chunk(world)]
+    for part_BD in x_BD.chunk(world):
+        model.loss(part_BD, dead_N, 16, record)
+    assert len(own) == world
+    shares = [model.loss(part_BD, dead_N, 16, lambda _: torch.stack(own).sum(0)) for part_BD in x_BD.chunk(world)]
     for share in shares:
         share.total.backward()
     for name in ("total", "reconstruction", "aux"):
@@ -239,7 +246,7 @@ def test_reduce_gets_this_ranks_error(device: torch.device) -> None:
 
     losses = model.loss(x_BD[:4], dead_N, 16, reduce)
     assert len(seen) == 1
-    torch.testing.assert_close(seen[0], (x_BD[:4] - losses.xhat_BD).square().sum())
+    torch.testing.assert_close(seen[0][0], (x_BD[:4] - losses.xhat_BD).square().sum())
 
 
 @pytest.mark.parametrize("kind", [TopK, MatryoshkaTopK])

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plmsae_cli.sae.auxk import fitted_length
 from plmsae_cli.sae.fused.gradients import WeightGradients
+from plmsae_cli.sae.interface import Reduce
 
 LONGEST_LAG = 16
 """Most steps between counts of the nearly dead."""
@@ -109,8 +111,8 @@ def compact(mask_N: Tensor, places: int) -> Tensor:
 class AuxK:
     """Adds AuxK's gradients to those of the reconstruction; formulas in `sae.auxk`."""
 
-    def __init__(self, k_aux: int, coefficient: float) -> None:
-        self._k_aux, self._coefficient = k_aux, coefficient
+    def __init__(self, k_aux: int, coefficient: float, fitted: bool, reduce: Reduce) -> None:
+        self._k_aux, self._coefficient, self._fitted, self._reduce = k_aux, coefficient, fitted, reduce
 
     def __call__(
         self,
@@ -138,9 +140,15 @@ class AuxK:
             keep_top_(acts_BC, self._k_aux)
         ramp = (dead_N.sum() / self._k_aux).clamp(max=1.0)
         share = torch.where(energy > 0, ramp / energy, 0.0)
-        misfit_BD = (acts_BC @ w_dec_CD).sub_(error_BD)
+        misfit_BD, factor = acts_BC @ w_dec_CD, share.new_ones(())
+        if self._fitted:
+            length = torch.linalg.vector_norm(misfit_BD, dtype=torch.float32).square()
+            along = (misfit_BD * error_BD).sum(dtype=torch.float32)
+            along, length = self._reduce(torch.stack([along, length])).unbind()
+            factor = fitted_length(along, length, energy)
+        misfit_BD = misfit_BD.mul_(factor).sub_(error_BD)
         aux = share * torch.linalg.vector_norm(misfit_BD, dtype=torch.float32).square()
-        slope_BD = misfit_BD.mul_(2 * self._coefficient * share)
+        slope_BD = misfit_BD.mul_(2 * self._coefficient * share * factor)
         dec_CD = acts_BC.t() @ slope_BD
         slope_BC = (slope_BD @ w_dec_CD.t()).mul_(acts_BC > 0)
         enc_CD = slope_BC.t() @ x_BD

@@ -62,7 +62,9 @@ class FusedStep:
         self._update = Update({name: p.detach() for name, p in model.named_parameters()}, state, adam)
         self._encode = TopKEncoder(rows, n, model.k, device)
         self._gradients = WeightGradients(rows, n, d, model.k, prefixes_G.int(), device, write_zeros=batch.world > 1)
-        self._aux = AuxK(model.k_aux, model.aux_coefficient) if model.aux_coefficient else None
+        self._aux = (
+            AuxK(model.k_aux, model.aux_coefficient, model.aux_fitted, reduce) if model.aux_coefficient else None
+        )
         self.dead_bound = DeadBound(ages_N, batch.window, self._global_rows)
         self._x_BD = torch.empty(rows, d, dtype=torch.bfloat16, device=device)
         self._residual_BGD = torch.empty(rows, self._groups, d, dtype=torch.bfloat16, device=device)
@@ -86,8 +88,10 @@ class FusedStep:
         return dict(zip(FIGURES, self._update.figures.unbind(), strict=True))
 
     def _replay(self, places: int) -> None:
-        if places not in self._graphs or not self._x_BD.is_cuda:
-            self._graphs[places] = None  # the first such step compiles kernels and lets libraries choose
+        # The first such step compiles kernels and lets libraries choose. Ranks launch every step: a communicator cannot be
+        # closed while a graph holds its calls.
+        if places not in self._graphs or not self._x_BD.is_cuda or self._batch.world > 1:
+            self._graphs[places] = None
             self._run(places)
             return
         graph = self._graphs[places]

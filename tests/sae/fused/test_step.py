@@ -17,7 +17,7 @@ from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-N, D, K, ROWS = 64, 32, 4, 24
+N, D, K, ROWS = 48, 32, 4, 12
 NEVER = 10**9
 
 
@@ -84,7 +84,12 @@ def formulas(s: Setup, fused: FusedStep, before: dict[str, Tensor], dead_N: Tens
         kept_BN = torch.zeros_like(a_BN).scatter(
             1, a_BN.detach().topk(min(s.model.k_aux, int(dead_N.sum()))).indices, 1.0
         )
-        misfit = ((a_BN * kept_BN) @ p["w_dec_ND"] - error_BD).square().sum() / error_BD.square().sum()
+        ehat_BD = (a_BN * kept_BN) @ p["w_dec_ND"]
+        length, energy = ehat_BD.square().sum().detach(), error_BD.square().sum()
+        factor = torch.maximum((ehat_BD * error_BD).sum().detach() / length, 0.1 * (energy / length).sqrt()).clamp(
+            max=1
+        )
+        misfit = (factor * ehat_BD - error_BD).square().sum() / error_BD.square().sum()
         aux = misfit * min(1.0, int(dead_N.sum()) / s.model.k_aux)
     (total + s.model.aux_coefficient * aux).backward()
     fvu = error_BD.square().sum() / inputs_BD.square().sum()

@@ -3,7 +3,7 @@
 Peers go into an environment that shares this one's torch, without what their language-model tooling needs:
 
     pip install --no-deps eai-sparsify dictionary-learning einops natsort simple-parsing docstring-parser schedulefree
-    plmsae optimize blocks.yaml --with-inputs     # bundled model and proteins, layer 5, float32, holdout 0.1
+    plmsae optimize blocks.yaml --with-inputs     # bundled model and proteins, layer 5 or 1, float32, holdout 0.1
     python benchmarks/sae_train_cpu.py --data runs/data/optimize-<key> [--recipe shared | own]
 
 All see the dataset's blocks in one order, standardised alike, and take turns of some steps, so that other load on the
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import distribution, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import MagicMock
 
 import torch
@@ -39,6 +39,7 @@ from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.fidelity import Fidelity
 from plmsae_cli.sae.initialise import initialise
 from plmsae_cli.sae.topk import TopK
+from plmsae_cli.stages.common import require_manifest
 from plmsae_cli.store.activations import ActivationShards, Statistics
 from plmsae_cli.store.blocks import Blocks
 from plmsae_cli.store.fs import Store
@@ -61,6 +62,7 @@ class Data:
         self.blocks, heldout = Blocks(store, folder), ActivationShards(store, folder, heldout=True)
         self.mean_D, self.scale = Statistics.read(store, f"{folder}/stats.safetensors").normalisation()
         self.d = self.blocks.d
+        self.layer = require_manifest(store, folder)["layer"]
         self.heldout_RD = torch.empty(heldout.stop, self.d)
         heldout.read_into(0, self.heldout_RD)
         self.sample_RD = torch.empty(min(MEDIAN_ROWS, self.blocks.num_rows), self.d)
@@ -83,14 +85,15 @@ class Side:
     turns: list[float] = field(default_factory=list)
 
 
-def plmsae(data: Data) -> Side:
+def plmsae(data: Data, init: Literal["random", "fitted"]) -> Side:
     """The product's step, with its own stream."""
-    options = Train(sae=SAE(num_latents=NUM_LATENTS, k=K), batch_tokens=BATCH, seed=SEED)
+    options = Train(sae=SAE(num_latents=NUM_LATENTS, k=K, init=init), batch_tokens=BATCH, seed=SEED)
     stream, cpu = BlockStream(data.blocks, BATCH, SEED), torch.device("cpu")
     objective = SAEObjective(options, stream, data.mean_D, data.scale, STEPS, Gang(), cpu, torch.float32)
     objective.start(data.sample_RD)
     note, model = f"SAEObjective, BlockStream; AuxK 1/32 on, dead after {STEPS * BATCH // 10:,} tokens", objective.model
-    return Side("plmsae", note, lambda step, _: objective.step(step), lambda: list(model.parameters()), model)
+    who = "plmsae" if init == "random" else "plmsae (init: fitted)"
+    return Side(who, note, lambda step, _: objective.step(step), lambda: list(model.parameters()), model)
 
 
 def dense(data: Data) -> Side:
@@ -217,7 +220,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     data, own, load = Data(options.data), options.recipe == "own", os.getloadavg()[0]
-    sides = [plmsae(data), sparsify(data, own), dictionary_learning(data, own)]
+    sides = [plmsae(data, "random"), plmsae(data, "fitted"), sparsify(data, own), dictionary_learning(data, own)]
     sides += [] if own else [dense(data), limit(data)]
     train(sides, data)
 
@@ -229,7 +232,7 @@ def main() -> None:
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, text=True).strip(),
         "command": f"python benchmarks/{Path(__file__).name} --data {options.data} --recipe {options.recipe}",
     }
-    name, lines = f"sae-train/cpu-d{data.d}-n{NUM_LATENTS}-k{K}", ""
+    name, lines = f"sae-train/cpu-d{data.d}-n{NUM_LATENTS}-k{K}-layer{data.layer}", ""
     for side in sides:
         if not own:
             slow, median, fast = (round(BATCH / q) for q in reversed(statistics.quantiles(side.turns, n=4)))

@@ -73,7 +73,7 @@ class Pool:
             Interrupted: the user asked to stop.
         """
         waiting = sorted(tasks, key=lambda t: -t.cost)
-        attempts = dict.fromkeys((t.id for t in tasks), 0)
+        attempts = dict.fromkeys(((t.id, t.folders) for t in tasks), 0)
         done: set[str] = set()
         failure: Exception | None = None
         total, spent = sum(t.cost for t in tasks), 0.0
@@ -87,7 +87,7 @@ class Pool:
                         worker = self._workers[slot] = self._start(slot)
                     waiting.remove(ready)
                     worker.task = ready
-                    attempts[ready.id] += 1
+                    attempts[ready.id, ready.folders] += 1
                     worker.pipe.send(ready.to_json())
             busy = {w.pipe: w for w in self._workers if w.task is not None}
             if not busy:
@@ -101,7 +101,7 @@ class Pool:
                 except (EOFError, OSError):
                     worker.process.join()
                     worker.task = None
-                    if attempts[task.id] < ATTEMPTS:
+                    if attempts[task.id, task.folders] < ATTEMPTS:
                         report(None, None, note=f"{task.id}: its worker died ({worker.process.exitcode}); trying again")
                         waiting.insert(0, task)
                     else:

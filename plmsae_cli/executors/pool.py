@@ -77,6 +77,7 @@ class Pool:
         done: set[str] = set()
         failure: Exception | None = None
         total, spent = sum(t.cost for t in tasks), 0.0
+        running: dict[tuple[str, tuple[str, ...]], float] = {}
         while True:
             if failure is None and not STOP.requested():
                 for slot, worker in enumerate(self._workers):
@@ -108,13 +109,15 @@ class Pool:
                         failure = TaskFailed(task.id, f"its worker died twice (exit {worker.process.exitcode})")
                     continue
                 if kind == "progress":
-                    report(spent + task.cost * body["share"], total, **body["figures"])
+                    running[task.id, task.folders] = task.cost * body["share"]
+                    report(spent + sum(running.values()), total, **body["figures"])
                     continue
                 worker.task = None
+                running.pop((task.id, task.folders), None)
                 if kind == "done":
                     done.add(task.id)
                     spent += task.cost
-                    report(spent, total)
+                    report(spent + sum(running.values()), total)
                 elif kind == "interrupted":
                     STOP.request()
                 elif failure is None:

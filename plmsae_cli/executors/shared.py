@@ -50,14 +50,16 @@ def shared_plan(members: Sequence[Member], launch: Launch) -> Plan:
             chosen, held = [each[i] for i in indices], memory([own[i] for i in indices])
             tasks.append(_task(chosen, ranks, ranks if gpus else 0, held, sum(own[i].cost for i in indices)))
             groups[f"group {len(tasks)}"] = {
-                "SAEs": ", ".join(f"{trial.title} ({trial.hash})" for trial, _ in chosen),
                 "place": f"{ranks} ranks" if ranks > 1 else "one GPU" if gpus else "this CPU, one process",
                 "memory_per_rank": held,
                 "tokens_read": max(plan.figures["tokens"] for _, plan in chosen),
+                "SAEs": {trial.hash: f"{trial.title}; {plan.figures['latents']:,} latents" for trial, plan in chosen},
             }
     total = sum(task.cost for task in tasks)
-    for task, group in zip(tasks, groups.values(), strict=True):
+    for number, (task, group) in enumerate(zip(tasks, groups.values(), strict=True)):
         group["share_of_work"] = round(task.cost / total, 3)
+        if len(tasks) > 1:
+            tasks[number] = replace(task, args={**task.args, "group": f"{number + 1} of {len(tasks)}"})
     figures: dict[str, Any] = {"SAEs": len(members), "streams": len(streams)}
     if len({key[:3] for key in streams}) < len(streams):
         figures["note"] = ORDERS
@@ -161,7 +163,7 @@ def _run(
             if (read_json(RunFolder(folder).path / "status.json") or {}).get("state") == "running":
                 RunFolder(folder).status(state=state, **changes)
 
-    # Groups for different GPUs at once; others one after the other, each with all cores as a lone run has them.
+    # Groups on different GPUs at once; others one after the other, each with all cores as a lone run has them.
     at_once = executor.slots > 1 and all(task.resources.gpus == 1 for task in plan.tasks)
     with STOP.before_forced_exit(lambda: left("killed", list(members))):
         for tasks in [plan.tasks] if at_once else [[task] for task in plan.tasks]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -40,6 +41,8 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
     statistics = Statistics.read(context.store, join(dataset.folder, "stats.safetensors"))
     mean_D, scale = statistics.normalisation()
     shared = _train(first)
+    # Groups that train at the same time share a line.
+    progress = partial(context.progress, group=task.args["group"]) if "group" in task.args else context.progress
     objectives: dict[str, SAEObjective] = {}
     trainings: dict[str, Training] = {}
     failed: set[str] = set()
@@ -57,7 +60,7 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
                 left = len(members) - len(failed)
                 others = f"the other {left} go on" if left > 1 else "the other goes on" if left else "none is left"
                 note = f"{members[folder].name} failed: {error}; {others}"
-                context.progress(reached, max([1, *(t.total_steps for t in trainings.values())]), note=note)
+                progress(reached, max([1, *(t.total_steps for t in trainings.values())]), note=note)
 
         def lost(training: Training, error: Diverged) -> None:
             leave(next(folder for folder, t in trainings.items() if t is training), error, training.reached)
@@ -81,7 +84,7 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
                 except UserError as error:  # none of its checkpoints can be read
                     leave(folder, error)
             if trainings:
-                fit(list(trainings.values()), ranks, context.progress, lost)
+                fit(list(trainings.values()), ranks, progress, lost)
             done = {folder: t.total_steps for folder, t in trainings.items() if folder not in failed}
             facts = {f: {"steps": steps, "tokens": steps * shared.batch_tokens} for f, steps in done.items()}
             if ranks.first and done:

@@ -283,7 +283,8 @@ def test_the_plan_shows_members_groups_place_and_memory(build: Build) -> None:
     lone = [plans_of(trial.experiment, ["train"])[0].figures for trial in trials(experiment)]
     group = plan.figures["group 1"]
     assert (plan.figures["SAEs"], plan.figures["streams"], len(plan.tasks)) == (2, 1, 1)
-    assert all(f"{t.title} ({t.hash})" in group["SAEs"] for t in trials(experiment))
+    titles = {t.hash: f"{t.title}; {f['latents']} latents" for t, f in zip(trials(experiment), lone, strict=True)}
+    assert group["SAEs"] == titles
     assert group["place"] == "this CPU, one process"
     assert group["tokens_read"] == 2560
     assert math.isclose(group["share_of_work"], 1.0)

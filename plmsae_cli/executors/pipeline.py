@@ -234,7 +234,8 @@ def _each_trial(
     from plmsae_cli.stages.sweep import table
 
     worked, failed, states = False, dict[str, str](), dict[str, str]()
-    write_json(run.path / "sweep.json", table(experiment, states))
+    if not (run.path / "sweep.json").exists():
+        write_json(run.path / "sweep.json", table(experiment, states))
     if only is None and experiment.shares_stream:
         from plmsae_cli.executors.shared import train_shared
 

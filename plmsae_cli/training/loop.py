@@ -214,7 +214,7 @@ def _summary(live: Sequence[Training], num: int) -> dict[str, Any]:
     found: dict[str, Any] = {"SAEs": num if len(live) == num else f"{len(live)} of {num}"}
     for name in ("fvu", "l0", "dead"):
         if values := [line[name] for line in lines if name in line]:
-            found[name] = f"{human(min(values))} to {human(max(values))}"
+            found[name] = " to ".join(dict.fromkeys((human(min(values)), human(max(values)))))
     found |= {name: lines[0][name] for name in ("tokens_per_second", "step_ms", "loader_share") if name in lines[0]}
     if shares := [line["mfu"] for line in lines if "mfu" in line]:
         found["mfu"] = sum(shares)

@@ -10,6 +10,7 @@ from typing import Any
 from plmsae_cli.config.base import digest
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.overrides import points, trial
+from plmsae_cli.config.tree import plain
 from plmsae_cli.runtime.results import headline
 
 
@@ -24,7 +25,7 @@ class Trial:
     @property
     def title(self) -> str:
         """Its values for people."""
-        return ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in self.values.items()) or "as train.sae says"
+        return ", ".join(f"{k.rsplit('.', 1)[-1]}={plain(v)}" for k, v in self.values.items()) or "as train.sae says"
 
     @property
     def run(self) -> Path:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from plmsae_cli.cli.stage import plans_of
+from plmsae_cli.cli.listing import show_status
+from plmsae_cli.cli.stage import plans_of, run_stage
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pipeline import Done
@@ -79,7 +80,7 @@ def alone(build: Build, go: Go, point: Mapping[str, Any], **changes: Any) -> Pat
 
 
 def test_a_list_of_saes_is_that_many_ordinary_runs_from_one_reading(
-    build: Build, go: Go, monkeypatch: pytest.MonkeyPatch
+    build: Build, go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     experiment = build(**{"train.saes": SAES, "eval.fidelity.loss_recovered": False, "train.log_every": 3})
     go(experiment, DATA)
@@ -120,6 +121,12 @@ def test_a_list_of_saes_is_that_many_ordinary_runs_from_one_reading(
     assert all(row["metrics"]["fvu"] > 0 for row in body["trials"])
     assert (run / "report" / "index.html").exists()
     assert go(experiment).stages == {}
+    capsys.readouterr()
+    show_status(run, as_json=False)
+    show_status(folders[1], as_json=False)
+    told = capsys.readouterr().out
+    assert "  trials: 3 done" in told
+    assert "  trains with 2 other SAE(s) on one reading of the dataset" in told
 
 
 def test_a_grid_over_optimizers_and_seeds_shares_within_an_epoch(build: Build, go: Go) -> None:
@@ -275,6 +282,20 @@ def test_what_the_data_are_made_of_may_be_swept_too(build: Build, go: Go) -> Non
     found = trials(experiment)
     assert [read(trial.run / "status.json")["together"] for trial in found] == [2] * 4
     assert_same_run(found[3].run, alone(build, go, found[3].values, **{"train.tokens": 640, "eval": None}))
+
+
+def test_train_is_the_verb_of_a_list_too(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "many.yaml"
+    path.write_text(json.dumps(build(**{"train.saes": [{"k": 2}, {"k": 4}]}).dump()))
+    for verb in ("train", "sweep"):
+        assert run_stage(verb, path, [], True, False, True, False, False, False) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first == second
+    (plan,) = first["plans"]
+    assert len(plan["artifacts"]) == 2
+    assert list(plan["figures"]["group 1"]["SAEs"]) == [
+        trial.hash for trial in trials(build(**{"train.saes": [{"k": 2}, {"k": 4}]}))
+    ]
 
 
 def test_the_plan_shows_members_groups_place_and_memory(build: Build) -> None:

@@ -245,17 +245,21 @@ def test_the_line_tells_of_all(build: Build, go: Go) -> None:
 
 
 def test_two_ranks_train_what_each_alone_trains_on_two(build: Build, go: Go) -> None:
-    saes = [{"k": 2}, {"k": 4, "architecture": "batch_topk"}]
-    changes = {"launch.ranks": 2, "eval": None, "train.tokens": 1280}
-    experiment = build(**{"train.saes": saes, **changes})
-    go(experiment)
-    found = trials(experiment)
-    for trial in found:
+    """Also where one diverges: all ranks let it go at the same step."""
+    changes = {"launch.ranks": 2, "eval": None, "train.tokens": 1280, "train.sae.architecture": "batch_topk"}
+    experiment = build(**{"sweep.grid": {"train.lr": [1e38, 1e-3, 2e-3]}, "sweep.stream": "shared", **changes})
+    reporter = Told()
+    with pytest.raises(UserError, match="1 of 3 trials failed"):
+        go(experiment, None, reporter)
+    bad, *good = trials(experiment)
+    assert "the loss was" in read(bad.run / "status.json")["error"]
+    assert any(line.startswith(f"{bad.hash} failed: ") and "the other 2 go on" in line for line in reporter.lines)
+    for trial in good:
         assert trial.experiment.launch.ranks == 2
         newest = load_newest(trial.run / "checkpoints")
         assert newest is not None
         assert newest.state["world"] == 2
-    assert_same_run(found[1].run, alone(build, go, found[1].values, **changes))
+    assert_same_run(good[0].run, alone(build, go, good[0].values, **changes))
 
 
 def test_one_whose_checkpoints_are_all_damaged_leaves(build: Build, go: Go, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from plmsae_cli.cli.listing import show_status
 from plmsae_cli.cli.stage import plans_of, run_stage
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors import shared
 from plmsae_cli.executors.pipeline import Done
+from plmsae_cli.executors.pool import Pool
 from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.runtime.saved import load_sae_with_facts
 from plmsae_cli.runtime.stop import STOP
@@ -277,6 +279,29 @@ def test_one_whose_checkpoints_are_all_damaged_leaves(build: Build, go: Go, monk
         go(experiment)
     assert "no checkpoint of this run can be read" in read(first.run / "status.json")["error"]
     assert_same_run(second.run, alone(build, go, second.values, eval=None))
+
+
+def test_groups_work_side_by_side_in_a_pool(build: Build, go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on several GPUs: tasks of one name in different folders, and each line says of which group it is."""
+    grid = {"train.lr": [1e-3, 1e38], "train.sae.k": [2, 4]}
+    experiment = build(**{"sweep.grid": grid, "sweep.stream": "shared", "eval": None, "train.log_every": 10})
+    go(experiment, DATA)
+    (plan,) = plans_of(experiment, ["sweep"])
+    memory = plan.figures["group 1"]["memory_per_rank"]
+    monkeypatch.setattr(shared, "device_memory", lambda launch: 2 * memory // 3)
+    (plan,) = plans_of(experiment, ["sweep"])
+    assert [len(task.folders) for task in plan.tasks] == [2, 2]
+    reporter = Told()
+    pool = Pool(experiment, slots=2, gpus=0)
+    try:
+        pool.run(plan.tasks, reporter.update)
+    finally:
+        pool.close()
+    assert {figures["group"] for figures in reporter.figures if "group" in figures} == {"1 of 2", "2 of 2"}
+    for trial in trials(experiment):
+        good = trial.values["train.lr"] == 1e-3
+        assert (trial.run / "parts" / "train.json").exists() == (trial.run / "sae" / "sae.json").exists() == good
+        assert good or any(f"{trial.hash} failed: the loss was" in line for line in reporter.lines)
 
 
 def test_what_the_data_are_made_of_may_be_swept_too(build: Build, go: Go) -> None:

@@ -110,7 +110,10 @@ def main() -> None:
     name, lines = f"sae-many/cpu-4x{LATENTS}{limited}", ""
     for who, times in seconds.items():
         note = f"train of 4 SAEs ({LATENTS} latents), one epoch; turns {', '.join(f'{t:.1f}' for t in times)} s, load {load:.1f}"
-        lines += json.dumps({"name": name, "who": who, "value": round(min(times), 2), "unit": "s", **common, "note": note}) + "\n"
+        lines += (
+            json.dumps({"name": name, "who": who, "value": round(min(times), 2), "unit": "s", **common, "note": note})
+            + "\n"
+        )
         line = {"name": f"{name}-read", "who": who, "value": round(read[who] / 1e6, 1), "unit": "MB", **common}
         lines += json.dumps({**line, "note": "rows read: start, training with what was read ahead, export"}) + "\n"
     print(lines, end="")

@@ -92,7 +92,8 @@ class Training:
     def look_into_steps(self) -> bool:
         """Profile as `train.profile` asks; false where it does not."""
         if self._options.profile and self._gang.first:
-            self._profile = _profile(self.objective, self.start, self.total_steps, self.run)
+            device, waited = self.objective.device, lambda: self.objective.rates(0)["loader_wait"]
+            self._profile = TorchProfile(self.run.path / "profile", self.start, self.total_steps, device, waited)
         return self._options.profile
 
     def step(self, step: int) -> str | None:
@@ -115,7 +116,7 @@ class Training:
 
     def save_where_due(self, done: int) -> None:
         """A checkpoint every so many steps and after the last."""
-        if done == self.total_steps or (done % self._options.checkpoint_every == 0 and done < self.total_steps):
+        if done == self.total_steps or done % self._options.checkpoint_every == 0:
             self.save(done)
 
     def save(self, done: int) -> None:
@@ -125,10 +126,8 @@ class Training:
         self._write(self._lines.flush())  # never replace a good state by one whose loss was not looked at
         state = {"tokens": done * self.objective.tokens_per_step, "world": self._gang.world}
         found = checkpoints.Checkpoint(done, self.objective.tensors(), state)
-        gang = self._gang
-        checkpoints.save(
-            self.run.checkpoints, found, self._options.keep_checkpoints, gang.rank, gang.world, gang.barrier
-        )
+        gang, keep = self._gang, self._options.keep_checkpoints
+        checkpoints.save(self.run.checkpoints, found, keep, gang.rank, gang.world, gang.barrier)
         self._saved = done
 
     def close(self) -> None:
@@ -219,12 +218,6 @@ def _summary(live: Sequence[Training], num: int) -> dict[str, Any]:
     if shares := [line["mfu"] for line in lines if "mfu" in line]:
         found["mfu"] = sum(shares)
     return found
-
-
-def _profile(objective: Objective, start: int, total_steps: int, run: RunFolder) -> StepProfile:
-    return TorchProfile(
-        run.path / "profile", start, total_steps, objective.device, lambda: objective.rates(0)["loader_wait"]
-    )
 
 
 class _Behind:

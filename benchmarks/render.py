@@ -26,7 +26,7 @@ NAMES = (
     "data/stream-s3", "data/stream-s3-50ms", "plm/133M", "eval/concepts", "features/collect",
 )  # fmt: skip
 """Names that will be claimed; those without a line are listed as not measured."""
-_SMALLER_IS_BETTER = ("s", "ms", "us", "min", "h", "FVU", "nats")
+_SMALLER_IS_BETTER = ("s", "ms", "us", "min", "h", "FVU", "nats", "MB")
 """Units of which less is better; of all others more is."""
 
 

@@ -152,9 +152,10 @@ def sweep(
     with_inputs: WithInputs = False,
     restart: Restart = False,
 ) -> None:
-    """Many trainings on one dataset: every combination of sweep.grid.
+    """Many trainings on one dataset: every combination of sweep.grid, every SAE of train.saes.
 
-    Each is a run of its own in ROOT/NAME/trials, and is evaluated too if there is an eval section.
+    Each is a run of its own in ROOT/NAME/trials, and is evaluated too if there is an eval section. SAEs of
+    train.saes, or with sweep.stream: shared all that can, train side by side while the dataset is read once.
     """
     _stage("sweep", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart)
 

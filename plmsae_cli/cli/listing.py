@@ -113,6 +113,10 @@ def show_status(run: Path, as_json: bool) -> int:
             print(json.dumps({"schema": 1, "run": str(folder), **status, "state": live_state(status), "last": last}))
             return DONE
         print(f"{folder}: {live_state(status)}" + (f", in {status['stage']}" if status.get("stage") else ""))
+        if status.get("together", 1) > 1:
+            print(f"  trains with {status['together'] - 1} other SAE(s) on one reading of the dataset")
+        if counts := _trial_states(folder):
+            print("  trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
         if status.get("error"):
             print(f"  error: {status['error']}")
         if last:
@@ -122,6 +126,19 @@ def show_status(run: Path, as_json: bool) -> int:
         return DONE
 
     return checked(work)
+
+
+def _trial_states(folder: Path) -> dict[str, int]:
+    """How many trials of a sweep are in which state, those that have not begun as pending; empty for other runs."""
+    from plmsae_cli.runtime.run_folder import read_json
+
+    sweep = read_json(folder / "sweep.json")
+    counts: dict[str, int] = {}
+    for trial in [] if sweep is None else sweep["trials"]:
+        status = read_json(folder / "trials" / trial["hash"] / "status.json")
+        state = "pending" if status is None else live_state(status)
+        counts[state] = counts.get(state, 0) + 1
+    return counts
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:

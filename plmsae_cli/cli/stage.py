@@ -65,16 +65,18 @@ def run_stage(
         loaded = load_for(path, sets, bugfix)
         experiment = loaded.experiment
         present = experiment.stages()
-        if stage not in present:
+        # `train.saes` are what `plmsae train` trains, whichever way.
+        chosen_stage = "sweep" if stage == "train" and experiment.swept and experiment.sweep is None else stage
+        if chosen_stage not in present:
             of_sweep = stage == "train" and experiment.sweep is not None
             why = "its trials are trained by `plmsae sweep`" if of_sweep else f"add a {stage}: section"
             raise UserError(f"{path} has no {stage} stage", why)
-        stages = present[: present.index(stage) + 1] if with_inputs or bugfix else [stage]
+        stages = present[: present.index(chosen_stage) + 1] if with_inputs or bugfix else [chosen_stage]
         if dry_run:
             return dry([loaded], stages, as_json)
         if bugfix:
             stack.enter_context(smoke_folder(Path(experiment.root)))
-        elif not with_inputs and (missing := missing_inputs(stage, experiment, Store(experiment.storage))):
+        elif not with_inputs and (missing := missing_inputs(chosen_stage, experiment, Store(experiment.storage))):
             listed = "\n".join(f"  {item}" for item in missing)
             raise UserError(
                 f"{stage} needs what does not exist yet:\n{listed}",
@@ -191,9 +193,15 @@ def plans_of(experiment: Experiment, stages: Sequence[str]) -> list[Plan]:
     from plmsae_cli.store.fs import Store
 
     store = Store(experiment.storage)
-    swept = experiment.sweep is not None
+    swept = experiment.swept
     plans = [plan_stage(s, experiment, store) for s in stages if s != "sweep" and not (s == "eval" and swept)]
     if swept:
         ends = [s for s in ("train", "eval") if (s == "train" and "sweep" in stages) or (s == "eval" and s in stages)]
-        plans += [plan_stage(s, trial.experiment, store) for trial in trials(experiment) for s in ends]
+        each = [(trial, s, plan_stage(s, trial.experiment, store)) for trial in trials(experiment) for s in ends]
+        if experiment.shares_stream and "train" in ends:
+            from plmsae_cli.executors.shared import shared_plan
+
+            plans.append(shared_plan([(t, plan) for t, s, plan in each if s == "train"], experiment.launch))
+            each = [one for one in each if one[1] != "train"]
+        plans += [plan for _, _, plan in each]
     return plans

@@ -82,7 +82,7 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
     if data["eval"] is not None:
         data["eval"]["fidelity"] |= {"proteins": 8, "batch_tokens": "auto"}
     if data["sweep"] is not None:
-        data["sweep"] = {"grid": _cut_grid(data["sweep"]["grid"], layers, data["train"])}
+        data["sweep"]["grid"] = _cut_grid(data["sweep"]["grid"], layers, data["train"])
     return Experiment.model_validate(data)
 
 
@@ -122,6 +122,23 @@ def _cut_train(train: dict[str, Any], layers: Mapping[int, int], fasta: str) -> 
         if sae.get(field) is not None:
             sae[field] = min(sae[field], most)
     train["sae"] = sae
+    if train["saes"] is not None:
+        train["saes"] = _cut_saes(train["saes"])
+
+
+def _cut_saes(saes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first two of the list, their numbers cut as those of a grid."""
+    cut = [dict(sae) for sae in saes[:_MOST_TRIALS]]
+    for name in dict.fromkeys(name for sae in cut for name in sae):
+        having = [sae for sae in cut if name in sae]
+        for sae, value in zip(
+            having, _cut_values(f"train.sae.{name}", [s[name] for s in having], {}, False), strict=True
+        ):
+            sae[name] = value
+    for sae in cut:
+        if sae.get("num_latents") is not None:
+            sae["expansion"] = None
+    return _distinct(cut)
 
 
 def _layer_map(data: Mapping[str, Any]) -> dict[int, int]:

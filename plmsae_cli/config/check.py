@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.nodes import KeyPath
-from plmsae_cli.config.overrides import points, trial, unknown
+from plmsae_cli.config.overrides import members, points, trial, unknown
 from plmsae_cli.config.problems import dotted
 from plmsae_cli.config.tree import entries, field_of, locate, plain
 from plmsae_cli.config.wording import TOP, Finding, explain
@@ -52,7 +52,7 @@ def check(
         return None, blanks + certain + rules
     if blanks:
         return None, blanks
-    findings = list(_grid(experiment)) if experiment.sweep is not None else []
+    findings = list(_many(experiment)) if experiment.swept else []
     return (None, findings) if findings else (experiment, [])
 
 
@@ -111,25 +111,16 @@ def _below(path: KeyPath, tops: Iterable[KeyPath]) -> bool:
     return any(path[: len(top)] == top for top in tops)
 
 
-def _grid(experiment: Experiment) -> Iterator[Finding]:
-    assert experiment.sweep is not None
-    grid = experiment.sweep.grid
-    top: KeyPath = ("sweep", "grid")
-    wrong = False
-    for name, values in grid.items():
-        if locate(name) is None:
-            wrong = True
-            yield Finding((*top, name), "unknown path", unknown(name), at_key=True)
-        elif name.split(".")[0] in _NOT_SWEPT:
-            wrong = True
-            yield Finding((*top, name), f"{name} cannot be swept", "sweep a field of train", at_key=True)
-        for index, value in enumerate(values):
-            if value in values[:index]:
-                yield Finding((*top, name, index), f"{plain(value)} is listed twice", "list each value once")
-    if (count := math.prod(map(len, grid.values()))) > MAX_TRIALS:
-        wrong = True
+def _many(experiment: Experiment) -> Iterator[Finding]:
+    """What is wrong with the values of a sweep and of `train.saes`, and with what they make."""
+    found = [*_grid(experiment), *_saes(experiment)]
+    yield from found
+    num_saes, axes = len(members(experiment)) or 1, _axes(experiment)
+    if (count := num_saes * math.prod(map(len, axes.values()))) > MAX_TRIALS:
+        top: KeyPath = ("sweep", "grid") if axes else ("train", "saes")
         yield Finding(top, f"makes {count:,} trials, more than {MAX_TRIALS:,}", "list fewer values")
-    if wrong:
+        return
+    if any(finding.at_key for finding in found):
         return
     seen: set[KeyPath] = set()
     for point in points(experiment):
@@ -137,20 +128,59 @@ def _grid(experiment: Experiment) -> Iterator[Finding]:
             trial(experiment, point)
         except ValidationError as error:
             for finding in explain(error.errors(include_url=False)):
-                placed = _at_axis(finding, grid, point)
+                placed = _at_axis(finding, experiment, point)
                 if placed.path not in seen:
                     seen.add(placed.path)
                     yield placed
 
 
-def _at_axis(finding: Finding, grid: dict[str, list[Any]], point: dict[str, Any]) -> Finding:
-    """A trial's finding, at the value of the axis that it names, else at the grid."""
+def _axes(experiment: Experiment) -> dict[str, list[Any]]:
+    return {} if experiment.sweep is None else experiment.sweep.grid
+
+
+def _grid(experiment: Experiment) -> Iterator[Finding]:
+    top: KeyPath = ("sweep", "grid")
+    for name, values in _axes(experiment).items():
+        if locate(name) is None:
+            yield Finding((*top, name), "unknown path", unknown(name), at_key=True)
+        elif name.split(".")[0] in _NOT_SWEPT or name == "train.saes":
+            yield Finding((*top, name), f"{name} cannot be swept", "sweep a field of train", at_key=True)
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                yield Finding((*top, name, index), f"{plain(value)} is listed twice", "list each value once")
+
+
+def _saes(experiment: Experiment) -> Iterator[Finding]:
+    own = members(experiment)
+    for index, values in enumerate(own):
+        top: KeyPath = ("train", "saes", index)
+        if values in own[:index]:
+            yield Finding(top, "is listed twice", "list each SAE once")
+        for name in values:
+            key = name.removeprefix("train.sae.")
+            if name not in entries():
+                yield Finding((*top, key), "unknown key", unknown(name), at_key=True)
+            elif name in _axes(experiment):
+                yield Finding((*top, key), f"sweep.grid lists {name} too", "keep one of the two", at_key=True)
+
+
+def _at_axis(finding: Finding, experiment: Experiment, point: dict[str, Any]) -> Finding:
+    """A trial's finding, at the value of the axis or of the SAE that it names, else at the grid or the list."""
+    grid, own = _axes(experiment), members(experiment)
     text = f"in the trial {', '.join(f'{name}={plain(value)}' for name, value in point.items())}"
+    ours = {name: value for name, value in point.items() if name not in grid}
     for name, value in point.items():
         route = locate(name)
         if route is not None and finding.path[: len(route)] == route:
-            path: KeyPath = ("sweep", "grid", name, grid[name].index(value))
+            path: KeyPath = ("sweep", "grid", name, grid[name].index(value)) if name in grid else ()
+            if name in ours:
+                path = ("train", "saes", own.index(ours), name.removeprefix("train.sae."))
             if not finding.rule:
                 return Finding(path, finding.message, finding.hint)
             return Finding(path, f"{finding.message} ({text})", finding.hint)
-    return Finding(("sweep", "grid"), f"{finding.message} ({text})", finding.hint)
+    if ours and finding.rule and finding.path[:2] == ("train", "sae") and len(finding.path) == 3:
+        key = finding.path[2]
+        message = f"with what train.sae gives: {finding.message}"
+        return Finding(("train", "saes", own.index(ours)), message, f"`{key}: null` here unsets it, or {finding.hint}")
+    top: KeyPath = ("sweep", "grid") if grid else ("train", "saes")
+    return Finding(top, f"{finding.message} ({text})", finding.hint)

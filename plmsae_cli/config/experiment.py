@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from plmsae_cli.config.base import SCIENCE, Auto, Count, Name, Section, rule
 from plmsae_cli.config.data import Embed, Launch, Model, Optimize, Shuffle, Storage
-from plmsae_cli.config.training import PLM, SAE, Sweep, Train
+from plmsae_cli.config.sweep import Sweep
+from plmsae_cli.config.training import PLM, SAE, Train
 
 __all__ = [
     "PLM", "SAE", "Embed", "Eval", "Experiment", "Fidelity", "Launch", "Model", "Optimize", "Shuffle", "Storage",
@@ -95,6 +96,21 @@ class Experiment(Section):
             )
         if self.eval is not None and self.train is not None and self.train.kind == "plm":
             raise rule("eval", "eval scores sparse autoencoders; a pLM run validates itself", "remove eval")
+        if self.sweep is not None and self.sweep.stream == "each" and self.train is not None and self.train.saes:
+            raise rule(
+                "sweep.stream",
+                "train.saes share one reading of the dataset, sweep.stream: each does not",
+                "use stream: shared, or sweep fields of train.sae instead of train.saes",
+            )
+        if (
+            self.sweep is not None
+            and self.sweep.stream == "shared"
+            and self.train is not None
+            and self.train.kind == "plm"
+        ):
+            raise rule(
+                "sweep.stream", "stream: shared is for SAEs; language models train one after the other", "remove it"
+            )
         if all(getattr(self, stage) is None for stage in STAGES):
             raise rule("", "no stage in this experiment", f"add one of: {', '.join(STAGES)}")
         return self
@@ -130,10 +146,22 @@ class Experiment(Section):
         """`data_root`, or `<root>/data`."""
         return (self.data_root or f"{self.root}/data").rstrip("/")
 
+    @property
+    def swept(self) -> bool:
+        """Whether it trains many: the points of `sweep.grid`, the SAEs of `train.saes`, or both combined."""
+        return self.sweep is not None or (self.train is not None and self.train.saes is not None)
+
+    @property
+    def shares_stream(self) -> bool:
+        """Whether the many read the dataset together."""
+        return self.swept and (self.sweep is None or self.sweep.stream == "shared")
+
     def stages(self) -> list[str]:
-        """The stages this YAML contains, in pipeline order; with `sweep` the base is not trained."""
-        present = [stage for stage in STAGES if getattr(self, stage) is not None]
-        return [s for s in present if not (s == "train" and self.sweep is not None)]
+        """The stages this YAML contains, in pipeline order; where many are trained, by `sweep`, the base is not."""
+        present = {stage for stage in STAGES if getattr(self, stage) is not None}
+        if self.swept:
+            present = present - {"train"} | {"sweep"}
+        return [stage for stage in STAGES if stage in present]
 
     def dump(self) -> dict[str, Any]:
         """Every field with its value, as plain JSON."""

@@ -15,7 +15,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.problems import OVERRIDE
 from plmsae_cli.config.tree import entries, locate, paths
 
-__all__ = ["apply", "parse", "paths", "points", "trial"]
+__all__ = ["apply", "members", "parse", "paths", "points", "trial"]
 
 
 def parse(argument: str) -> tuple[str, Any]:
@@ -87,13 +87,21 @@ def unknown(path: str) -> str:
 
 
 def points(experiment: Experiment) -> Iterator[dict[str, Any]]:
-    """The points of the experiment's grid in the order of the file, the last axis fastest."""
-    assert experiment.sweep is not None
-    axes = experiment.sweep.grid
-    for values in itertools.product(*axes.values()):
-        yield dict(zip(axes, values, strict=True))
+    """What is trained, as values by dotted path: `train.saes` in their order, for each the grid's points, the last axis
+    fastest."""
+    axes = {} if experiment.sweep is None else experiment.sweep.grid
+    for own in members(experiment) or [{}]:
+        for values in itertools.product(*axes.values()):
+            yield {**dict(zip(axes, values, strict=True)), **own}
+
+
+def members(experiment: Experiment) -> list[dict[str, Any]]:
+    """What each of `train.saes` has of its own, by dotted path."""
+    assert experiment.train is not None
+    return [{f"train.sae.{name}": value for name, value in own.items()} for own in experiment.train.saes or ()]
 
 
 def trial(experiment: Experiment, point: Mapping[str, Any]) -> Experiment:
     """The experiment of one point of the sweep, without the sweep. Raises pydantic's ValidationError."""
-    return Experiment.model_validate(apply(experiment.dump(), {**point, "sweep": None}))
+    alone = {"sweep": None, **({"train.saes": None} if members(experiment) else {})}
+    return Experiment.model_validate(apply(experiment.dump(), {**point, **alone}))

@@ -33,6 +33,8 @@ def json_schema() -> dict[str, Any]:
     schema["definitions"]["Sweep"]["properties"]["grid"]["propertyNames"] = {
         "anyOf": [{"enum": list(entries())}, {"pattern": r"^train\.plm\.valid\."}]
     }
+    # Any part of an SAE section: `sae` says the rest.
+    schema["definitions"]["Train"]["properties"]["saes"]["anyOf"][0]["items"] = {"$ref": "#/definitions/SAE"}
     return schema
 
 

@@ -1,4 +1,4 @@
-"""The sections that train: the sparse autoencoder, the protein language model, the loop, the sweep."""
+"""The sections that train: the sparse autoencoder, the protein language model, the loop."""
 
 from __future__ import annotations
 
@@ -216,6 +216,9 @@ class Train(Section):
     """Seed of the initialisation and of later epochs' block order; touches no data."""
     sae: Annotated[SAE | None, SCIENCE] = None
     """Options of `kind: sae`."""
+    saes: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    """Several SAEs instead of one, trained side by side on one reading of the dataset: what each has other than `sae`, such
+    as `[{k: 32}, {k: 64, architecture: batch_topk}]`."""
     plm: Annotated[PLM | None, SCIENCE] = None
     """Options of `kind: plm`."""
     tokens: Annotated[Count | None, SCIENCE] = None
@@ -264,8 +267,9 @@ class Train(Section):
         if self.kind == "plm":
             if self.plm is None:
                 raise rule("plm", "kind: plm needs a plm section", "add `plm: {fasta: proteins.fasta.gz}`")
-            if self.sae is not None:
-                raise rule("sae", "an sae section has no effect with kind: plm", "remove one of the two")
+            for name in ("sae", "saes"):
+                if getattr(self, name) is not None:
+                    raise rule(name, f"{name} has no effect with kind: plm", "remove one of the two")
             if self.batch_tokens % self.plm.pack_tokens:
                 raise rule(
                     "batch_tokens",
@@ -291,13 +295,10 @@ class Train(Section):
                 raise rule(name, f"{name} has no effect with optimizer: signum", "set momentum, or another optimizer")
         return self
 
+    def steps(self, per_epoch: int) -> int:
+        """Steps of an SAE's run: `tokens` in whole batches, or one epoch."""
+        return per_epoch if self.tokens is None else max(1, self.tokens // self.batch_tokens)
+
     def autoencoder(self) -> SAE:
         """The SAE's options, defaults where the section is absent."""
         return self.sae or SAE()
-
-
-class Sweep(Section):
-    """Many runs over one dataset: every combination of the listed values."""
-
-    grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
-    """Dotted field -> values, such as `train.sae.k: [16, 32, 64]`; any field of the experiment."""

@@ -94,7 +94,9 @@ def plain(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
         return f"[{', '.join(plain(item) for item in value)}]"
-    if isinstance(value, (dict, Section)):
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {plain(item)}' for key, item in value.items())}}}"
+    if isinstance(value, Section):
         return "{}"
     return str(value)
 
@@ -162,6 +164,7 @@ def _one(kind: Any, metadata: Sequence[Any], bounds: bool) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin is list:
         items = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts"}
+        items["a mapping of names to values"] = "sections"
         return "a list" if args[0] is Any else f"a list of {items[words(args[0], bounds=False)]}"
     if origin is dict:
         return "a mapping of names to values" if args[1] is not str else "a mapping of names to text"

@@ -80,7 +80,7 @@ def missing_inputs(stage: str, experiment: Experiment, store: Store) -> list[str
             return []
         dataset = lineage.dataset()
         return [] if read_manifest(store, dataset.folder) else [f"{dataset.folder} (optimize)"]
-    if experiment.sweep is not None:
+    if experiment.swept:
         exports = {f"{trial.run}/sae/sae.json": "sweep" for trial in _trials(experiment)}
     else:
         exports = {f"{lineage.run_folder()}/sae/sae.json": "train"}
@@ -111,7 +111,7 @@ def run_experiment(
             _train_along(experiment, store)
             return Done(run, {})
     seconds: dict[str, float] = {}
-    with _locked(run):
+    with locked(run):
         if restart and (old := run.archive()) is not None:
             reporter.say(f"archived the old run as {old}")
         try:
@@ -153,9 +153,9 @@ def _run_stages(
             run.status(stage=stage)
             begun = time.monotonic()
             if stage == "sweep":
-                worked = _each_trial(experiment, None, run, reporter)
-            elif stage == "eval" and experiment.sweep is not None:
-                worked = "sweep" not in stages and _each_trial(experiment, ["eval"], run, reporter)
+                worked = _each_trial(experiment, None, run, executor, reporter)
+            elif stage == "eval" and experiment.swept:
+                worked = "sweep" not in stages and _each_trial(experiment, ["eval"], run, executor, reporter)
             else:
                 worked = _stage(stage, experiment, store, run, executor, reporter)
             if worked:
@@ -224,19 +224,30 @@ def _trials(experiment: Experiment) -> Sequence[Trial]:
     return trials(experiment)
 
 
-def _each_trial(experiment: Experiment, only: Sequence[str] | None, run: RunFolder, reporter: Reporter) -> bool:
-    """All or some stages of every trial, each a run of its own; one that fails does not stop the next."""
+def _each_trial(
+    experiment: Experiment, only: Sequence[str] | None, run: RunFolder, executor: LocalExecutor, reporter: Reporter
+) -> bool:
+    """All or some stages of every trial, each a run of its own; one that fails does not stop the next.
+
+    On a shared stream the trials train first, together; what is left of each is its evaluation.
+    """
     from plmsae_cli.stages.sweep import table
 
-    states: dict[str, str] = {}
-    worked = False
+    worked, failed, states = False, dict[str, str](), dict[str, str]()
+    if not (run.path / "sweep.json").exists():
+        write_json(run.path / "sweep.json", table(experiment, states))
+    if only is None and experiment.shares_stream:
+        from plmsae_cli.executors.shared import train_shared
+
+        worked, failed = train_shared(experiment, run, executor, reporter)
     points = _trials(experiment)
     for number, trial in enumerate(points, 1):
         if STOP.requested():
             raise Interrupted
-        shown = ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in trial.values.items())
-        reporter.say(f"trial {number}/{len(points)}: {shown} ({trial.hash})")
+        reporter.say(f"trial {number}/{len(points)}: {trial.title} ({trial.hash})")
         try:
+            if trial.hash in failed:
+                raise UserError(failed[trial.hash])
             stages = only or trial.experiment.stages()  # the grid may sweep what the data are made of
             worked |= bool(run_experiment(trial.experiment, stages, reporter).stages)
             states[trial.hash] = "done"
@@ -246,9 +257,9 @@ def _each_trial(experiment: Experiment, only: Sequence[str] | None, run: RunFold
             states[trial.hash] = "failed"
             reporter.say(f"trial {trial.hash} failed: {error}")
         write_json(run.path / "sweep.json", table(experiment, states))
-    if failed := sum(state == "failed" for state in states.values()):
+    if lost := sum(state == "failed" for state in states.values()):
         _report(experiment, ["sweep"], run, True, reporter)
-        raise UserError(f"{failed} of {len(points)} trials failed", f"see {run.path}/trials/*/status.json")
+        raise UserError(f"{lost} of {len(points)} trials failed", f"see {run.path}/trials/*/status.json")
     return worked
 
 
@@ -260,12 +271,17 @@ def _report(experiment: Experiment, stages: Sequence[str], run: RunFolder, worke
     from plmsae_cli.report.build import build_report
     from plmsae_cli.report.sweep import build_sweep_report
 
-    path = build_sweep_report(run.path) if experiment.sweep is not None else build_report(run.path)
+    path = build_sweep_report(run.path) if experiment.swept else build_report(run.path)
     reporter.say(f"report: {path}")
 
 
 @contextmanager
-def _locked(run: RunFolder) -> Iterator[None]:
+def locked(run: RunFolder) -> Iterator[None]:
+    """One process at a time on a run.
+
+    Raises:
+        Locked: another one works on it.
+    """
     run.path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.path.parent / f".{run.path.name}.lock")
     try:

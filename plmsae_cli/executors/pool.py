@@ -73,10 +73,11 @@ class Pool:
             Interrupted: the user asked to stop.
         """
         waiting = sorted(tasks, key=lambda t: -t.cost)
-        attempts = dict.fromkeys((t.id for t in tasks), 0)
+        attempts = dict.fromkeys(((t.id, t.folders) for t in tasks), 0)
         done: set[str] = set()
         failure: Exception | None = None
         total, spent = sum(t.cost for t in tasks), 0.0
+        running: dict[tuple[str, tuple[str, ...]], float] = {}
         while True:
             if failure is None and not STOP.requested():
                 for slot, worker in enumerate(self._workers):
@@ -87,7 +88,7 @@ class Pool:
                         worker = self._workers[slot] = self._start(slot)
                     waiting.remove(ready)
                     worker.task = ready
-                    attempts[ready.id] += 1
+                    attempts[ready.id, ready.folders] += 1
                     worker.pipe.send(ready.to_json())
             busy = {w.pipe: w for w in self._workers if w.task is not None}
             if not busy:
@@ -101,20 +102,22 @@ class Pool:
                 except (EOFError, OSError):
                     worker.process.join()
                     worker.task = None
-                    if attempts[task.id] < ATTEMPTS:
+                    if attempts[task.id, task.folders] < ATTEMPTS:
                         report(None, None, note=f"{task.id}: its worker died ({worker.process.exitcode}); trying again")
                         waiting.insert(0, task)
                     else:
                         failure = TaskFailed(task.id, f"its worker died twice (exit {worker.process.exitcode})")
                     continue
                 if kind == "progress":
-                    report(spent + task.cost * body["share"], total, **body["figures"])
+                    running[task.id, task.folders] = task.cost * body["share"]
+                    report(spent + sum(running.values()), total, **body["figures"])
                     continue
                 worker.task = None
+                running.pop((task.id, task.folders), None)
                 if kind == "done":
                     done.add(task.id)
                     spent += task.cost
-                    report(spent, total)
+                    report(spent + sum(running.values()), total)
                 elif kind == "interrupted":
                     STOP.request()
                 elif failure is None:

@@ -53,8 +53,7 @@ def run_task(task: Task, context: LocalContext, commit: bool = True) -> None:
     if not commit:
         return
     fault(f"{task.stage}.{task.id}.written")
-    for folder in task.folders:
-        result = results[folder]
+    for folder, result in results.items():
         write_part(context.store, folder, task.id, result.files, {} if task.id == FINISH else result.facts)
         if task.id == FINISH:
             fault(f"{task.stage}.manifest")

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plmsae_cli.config.errors import UserError
@@ -96,6 +97,21 @@ def count_gpus(launch: Launch) -> int:
     if launch.gpus > seen:
         raise UserError(f"launch.gpus asks for {launch.gpus} GPUs, {seen} are visible", "lower launch.gpus or use auto")
     return launch.gpus
+
+
+def device_memory(launch: Launch) -> int:
+    """Bytes that training may plan with: nine tenths of the smallest GPU, or of the memory this process may have."""
+    gpus = count_gpus(launch)
+    if gpus:
+        import torch
+
+        whole = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(gpus))
+    else:
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limit = Path("/sys/fs/cgroup/memory.max")
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            whole = min(whole, int(text))
+    return whole * 9 // 10
 
 
 def allow_gpus(count: int) -> None:

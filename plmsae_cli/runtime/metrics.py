@@ -91,7 +91,8 @@ class WandbSink:
                 mode=options.mode if options.mode != "off" else "disabled",
                 dir=str(folder),
                 config=experiment.dump(),
-                settings=wandb.Settings(save_code=False, disable_git=True, init_timeout=30),
+                # SAEs that train together each have a run of their own: by default the second would be given the first's.
+                settings=wandb.Settings(save_code=False, disable_git=True, init_timeout=30, reinit="create_new"),
             )
         except Exception as error:
             self._give_up(error)

@@ -112,4 +112,4 @@ class Context(Protocol):
 
 
 Work = Callable[[Task, Context], Mapping[str, Result]]
-"""work(task, context) -> one result a folder."""
+"""work(task, context) -> one result a folder; a member of a group that failed by itself has none, and says so in its status."""

@@ -12,7 +12,7 @@ from plmsae_cli.runtime.device import count_gpus
 from plmsae_cli.runtime.task import Artifact, Context, Plan, Resources, Result, Task
 from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, remaining, require_manifest
 from plmsae_cli.store.fs import Store, join
-from plmsae_cli.store.lineage import Lineage, Ref
+from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest, read_parts
 
 if TYPE_CHECKING:
@@ -65,9 +65,10 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
         )
     rows, d = (manifest["rows"], manifest["d"]) if manifest else (lineage.scan.num_rows, lineage.d)
     per_epoch = steps_per_epoch(rows, train.batch_tokens, ranks(experiment))
-    steps = sae_steps(train, per_epoch)
+    steps = train.steps(per_epoch)
     model = _outline(train, d)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    step_bytes = model.step_bytes(train.batch_tokens // ranks(experiment))
     tasks = remaining(store, [_run_task(lineage, (), steps)])
     figures = {
         "dataset": dataset.folder,
@@ -83,8 +84,8 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
         "latents": model.num_latents,
         "parameters": parameters,
         # Weights and gradients in float32, the optimiser's state, and what a step holds.
-        "memory_per_rank": parameters * (8 + _state_bytes(train))
-        + model.step_bytes(train.batch_tokens // ranks(experiment)),
+        "memory_per_rank": parameters * (8 + _state_bytes(train)) + step_bytes,
+        "memory_of_step": step_bytes,
     }
     return Plan("train", tasks, {"run": _run_artifact(lineage, tasks, steps * train.batch_tokens)}, figures)
 
@@ -111,11 +112,6 @@ def _outline(train: Train, d: int) -> Dictionary:
             return build(train, d)
     except ValueError as error:
         raise UserError(f"train.sae: {error}", "the width is expansion x d, or num_latents") from None
-
-
-def sae_steps(train: Train, per_epoch: int) -> int:
-    """Steps of the run: `tokens` whole batches, or one epoch."""
-    return per_epoch if train.tokens is None else max(1, train.tokens // train.batch_tokens)
 
 
 def _plan_plm(lineage: Lineage, train: Train) -> Plan:
@@ -169,57 +165,11 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
         return {folder: manifest_facts(task, folder, {**facts, "residue_counts": counts})}
     train = context.experiment.train
     assert train is not None
-    return _train_sae(task, context, train) if train.kind == "sae" else _train_plm(task, context, train)
+    if train.kind == "plm":
+        return _train_plm(task, context, train)
+    from plmsae_cli.stages import train_sae
 
-
-def _train_sae(task: Task, context: Context, train: Train) -> Mapping[str, Result]:
-    import torch
-
-    from plmsae_cli.runtime.device import compute_dtype, pick_device
-    from plmsae_cli.runtime.dist import gang
-    from plmsae_cli.runtime.run_folder import RunFolder
-    from plmsae_cli.store.activations import Statistics
-    from plmsae_cli.store.blocks import Blocks
-    from plmsae_cli.training.export import export_sae
-    from plmsae_cli.training.loop import fit
-    from plmsae_cli.training.sae_objective import MEDIAN_ROWS, SAEObjective
-    from plmsae_cli.training.stream import BlockStream
-
-    lineage = Lineage(context.experiment, context.store)
-    dataset: Ref = lineage.dataset()
-    manifest = require_manifest(context.store, dataset.folder)
-    statistics = Statistics.read(context.store, join(dataset.folder, "stats.safetensors"))
-    mean_D, scale = statistics.normalisation()
-    run = RunFolder(task.folders[0])
-    with gang() as ranks_:
-        device = pick_device(ranks_.local_rank)
-        blocks = Blocks(context.store, dataset.folder)
-        with BlockStream(blocks, train.batch_tokens, train.seed, ranks_.rank, ranks_.world, device=device) as stream:
-            steps = sae_steps(train, stream.steps_per_epoch)
-            compute = compute_dtype(train.compute, device)
-            if compute is torch.float16:
-                compute = torch.float32  # without bfloat16, exactness is worth more than half precision's loss scaling
-            objective = SAEObjective(train, stream, mean_D, scale, steps, ranks_, device, compute)
-            sample_RD = torch.empty(min(MEDIAN_ROWS, blocks.num_rows), blocks.d, dtype=blocks.dtype)
-            blocks.read_into(0, sample_RD)
-            objective.start(sample_RD)
-            fit(objective, steps, context.experiment, run, ranks_, context.progress)
-            files = []
-            if ranks_.first:
-                facts = {
-                    "layer": manifest["layer"],
-                    "num_layers": manifest["num_layers"],
-                    "weights": manifest["weights"],
-                    "fasta": manifest["fasta"],
-                    "dataset": dataset.key,
-                    "dataset_rows": manifest["rows"],
-                    "tokens": steps * train.batch_tokens,
-                    "steps": steps,
-                    "gamma": statistics.gamma,
-                    "train": train.science(),
-                }
-                files = export_sae(objective, blocks, mean_D, scale, facts, join(task.folders[0], "sae"), context.store)
-    return {task.folders[0]: Result(files, {"steps": steps, "tokens": steps * train.batch_tokens})}
+    return train_sae.work(task, context)
 
 
 def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Result]:
@@ -230,7 +180,7 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
     from plmsae_cli.runtime.run_folder import RunFolder
     from plmsae_cli.stages import tokens
     from plmsae_cli.store.weights import save_model
-    from plmsae_cli.training.loop import fit
+    from plmsae_cli.training.loop import Diverged, Training, fit
     from plmsae_cli.training.packs import Packs
     from plmsae_cli.training.plm_objective import PLMObjective
 
@@ -249,7 +199,11 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
         compute = compute_dtype(train.compute, device)
         compute = torch.float32 if compute is torch.float16 else compute
         objective = PLMObjective(train, packs, valid, steps, ranks_, device, compute)
-        fit(objective, steps, context.experiment, run, ranks_, context.progress)
+
+        def lost(training: Training, error: Diverged) -> None:
+            raise error
+
+        fit([Training(objective, steps, context.experiment, run, ranks_)], ranks_, context.progress, lost)
         valid_figures = objective.validate(steps)
         files = []
         if ranks_.first:

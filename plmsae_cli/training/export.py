@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.export import fold, to_state
 from plmsae_cli.store.blocks import Blocks
 from plmsae_cli.store.fs import FileRecord, Store, join
@@ -19,27 +20,33 @@ MAXIMUM_ROWS = 10_000_000
 """Training rows over which each latent's maximum is taken."""
 
 
-def export_sae(
-    objective: SAEObjective,
-    blocks: Blocks,
-    mean_D: torch.Tensor,
-    scale: float,
-    facts: Mapping[str, Any],
-    folder: str,
-    store: Store,
-) -> list[FileRecord]:
-    """Fold the normalisation in, measure every latent's maximum over training rows, write both files."""
-    model = fold(objective.model, mean_D.to(objective.device), scale)
+class Finished(NamedTuple):
+    """A trained objective, what sae.json says of it, and the folder to write."""
+
+    objective: SAEObjective
+    facts: Mapping[str, Any]
+    folder: str
+
+
+def export_saes(
+    finished: Sequence[Finished], blocks: Blocks, mean_D: torch.Tensor, scale: float, store: Store
+) -> list[list[FileRecord]]:
+    """Fold the normalisation in, measure every latent's maximum in one reading for all, write both files of each."""
+    models = []
+    for objective, _, _ in finished:
+        objective.model.zero_grad()  # as large as the copy that folding makes
+        models.append(fold(objective.model, mean_D.to(objective.device), scale))
     rows = min(blocks.num_rows, MAXIMUM_ROWS)
-    measure_maximum(model, blocks, rows, objective.device)
+    measure_maximum(models, blocks, rows)
+    return [
+        _write(model, scale, {"maximum_rows": rows, **facts}, folder, store)
+        for model, (_, facts, folder) in zip(models, finished, strict=True)
+    ]
+
+
+def _write(model: Dictionary, scale: float, facts: Mapping[str, Any], folder: str, store: Store) -> list[FileRecord]:
     tensors, config = to_state(model)
-    body = {
-        "format": FORMAT,
-        "config": config,
-        "normalisation": {"scale": scale, "folded": True},
-        "maximum_rows": rows,
-        **facts,
-    }
+    body = {"format": FORMAT, "config": config, "normalisation": {"scale": scale, "folded": True}, **facts}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return [
         write_tensors(store, join(folder, "sae.safetensors"), tensors, {"format": FORMAT}),
@@ -48,12 +55,15 @@ def export_sae(
 
 
 @torch.inference_mode()
-def measure_maximum(model: Any, blocks: Blocks, rows: int, device: torch.device, batch: int = 4096) -> None:
-    """Set `model.maximum_N` to each latent's largest activation over the first `rows` rows (they are shuffled)."""
-    maximum_N = torch.zeros(model.num_latents, device=device)
+def measure_maximum(models: Sequence[Dictionary], blocks: Blocks, rows: int, batch: int = 4096) -> None:
+    """Set each model's `maximum_N` to its latents' largest activations over the first `rows` rows (they are shuffled)."""
+    maxima = [torch.zeros_like(model.maximum_N) for model in models]
     for start in range(0, rows, batch):
         raw_BD = torch.empty(min(batch, rows - start), blocks.d, dtype=blocks.dtype)
         blocks.read_into(start, raw_BD)
-        latents = model.encode(raw_BD.to(device).float())
-        maximum_N.scatter_reduce_(0, latents.indices_BK.flatten(), latents.acts_BK.flatten(), "amax")
-    model.maximum_N.copy_(maximum_N)
+        raw_BD = raw_BD.to(maxima[0].device).float()
+        for model, maximum_N in zip(models, maxima, strict=True):
+            latents = model.encode(raw_BD)
+            maximum_N.scatter_reduce_(0, latents.indices_BK.flatten(), latents.acts_BK.flatten(), "amax")
+    for model, maximum_N in zip(models, maxima, strict=True):
+        model.maximum_N.copy_(maximum_N)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from plmsae_cli.config.faults import fault
 from plmsae_cli.runtime.device import peak_flops
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.runtime.metrics import open_sinks
+from plmsae_cli.runtime.progress import human
 from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
@@ -60,86 +61,163 @@ class Diverged(UserError):
     """The loss is no longer finite."""
 
 
-def fit(
-    objective: Objective,
-    total_steps: int,
-    experiment: Experiment,
-    run: RunFolder,
-    gang: Gang,
-    progress: Callable[..., None],
-) -> None:
-    """Train up to `total_steps`, continuing from the newest checkpoint.
+class Training:
+    """One objective on its way to `total_steps`: its figures, its checkpoints, and where it stands.
 
-    Raises:
-        Interrupted: asked to stop; a checkpoint of the last step was written.
-        Diverged: the loss became NaN or infinite; the last checkpoint is from before.
+    It continues from its newest checkpoint: `start` is the first step that it has yet to do.
     """
-    options = experiment.train
-    assert options is not None
-    start = 0
-    if (found := checkpoints.load_newest(run.checkpoints)) is not None:
-        objective.load(found.tensors)
-        start = found.step
-    sinks = open_sinks(experiment, run.path, start, gang.first)
-    lines = _Lines(objective, gang)
-    stop = _AgreedStop(gang, objective.device)
-    profile = _profile(objective, start, total_steps, run) if options.profile and gang.first else NoProfile()
-    saved = start
 
-    def write(line: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, objective: Objective, total_steps: int, experiment: Experiment, run: RunFolder, gang: Gang
+    ) -> None:
+        assert experiment.train is not None
+        self.objective, self.total_steps, self.run = objective, total_steps, run
+        self.start = 0
+        self.shown: Mapping[str, Any] = {}
+        """The newest line, `step` and the figures in `SHOWN`; empty before the first."""
+        self._options, self._gang = experiment.train, gang
+        if (found := checkpoints.load_newest(run.checkpoints)) is not None:
+            objective.load(found.tensors)
+            self.start = found.step
+        self._saved = self.start
+        self._sinks = open_sinks(experiment, run.path, self.start, gang.first)
+        self._lines = _Lines(objective, gang)
+        self._profile: StepProfile = NoProfile()
+
+    @property
+    def reached(self) -> int:
+        """The last step whose figures were seen."""
+        return int(self.shown.get("step", self.start))
+
+    def look_into_steps(self) -> bool:
+        """Profile as `train.profile` asks; false where it does not."""
+        if self._options.profile and self._gang.first:
+            device, waited = self.objective.device, lambda: self.objective.rates(0)["loader_wait"]
+            self._profile = TorchProfile(self.run.path / "profile", self.start, self.total_steps, device, waited)
+        return self._options.profile
+
+    def step(self, step: int) -> str | None:
+        """A step, and its figures where they are due; what a profile found after its last step.
+
+        Raises:
+            Diverged: the loss became NaN or infinite; the last checkpoint is from before.
+        """
+        self._profile.before(step)
+        figures = self.objective.step(step)
+        seen = self._profile.after(step)
+        done = step + 1
+        if done % self._options.log_every == 0 or done == self.total_steps or done == 1:
+            self._write(self._lines.add(done, figures))
+        if valid := self.objective.validate(done):
+            self._write(self._lines.flush())
+            for sink in self._sinks:
+                sink.add({"step": done, "tokens": done * self.objective.tokens_per_step, "valid": valid})
+        return seen
+
+    def save_where_due(self, done: int) -> None:
+        """A checkpoint every so many steps and after the last."""
+        if done == self.total_steps or done % self._options.checkpoint_every == 0:
+            self.save(done)
+
+    def save(self, done: int) -> None:
+        """A checkpoint of the state after `done` steps, unless it has one."""
+        if done <= self._saved:
+            return
+        self._write(self._lines.flush())  # never replace a good state by one whose loss was not looked at
+        state = {"tokens": done * self.objective.tokens_per_step, "world": self._gang.world}
+        found = checkpoints.Checkpoint(done, self.objective.tensors(), state)
+        gang, keep = self._gang, self._options.keep_checkpoints
+        checkpoints.save(self.run.checkpoints, found, keep, gang.rank, gang.world, gang.barrier)
+        self._saved = done
+
+    def close(self) -> None:
+        self._profile.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, line: Mapping[str, Any] | None) -> None:
         if line is None:
             return
-        for sink in sinks:
+        for sink in self._sinks:
             sink.add(line)
         if not math.isfinite(line["loss"]):
             raise Diverged(
                 f"the loss was {line['loss']} at step {line['step']}; the newest checkpoint is from before",
                 "a lower train.lr or a longer train.lr_warmup_steps usually mends it (with --restart)",
             )
-        shown = {k: line[k] for k in SHOWN if k in line}
-        progress(line["step"], total_steps, unit="steps", **shown)
+        self.shown = {k: line[k] for k in ("step", *SHOWN) if k in line}
 
-    def save(step: int) -> None:
-        nonlocal saved
-        write(lines.flush())  # never replace a good state by one whose loss was not looked at
-        state = {"tokens": step * objective.tokens_per_step, "world": gang.world}
-        found = checkpoints.Checkpoint(step, objective.tensors(), state)
-        checkpoints.save(run.checkpoints, found, options.keep_checkpoints, gang.rank, gang.world, gang.barrier)
-        saved = step
 
+def fit(
+    trainings: Sequence[Training],
+    gang: Gang,
+    progress: Callable[..., None],
+    lost: Callable[[Training, Diverged], None],
+) -> None:
+    """Train all side by side, step by step: what they read is the same, so it is read once.
+
+    Each becomes what it would be alone. One that is ahead, its checkpoint being newer, waits for the others. One whose
+    loss is no longer finite leaves, and `lost` is told of it; where that raises, all end.
+
+    Raises:
+        Interrupted: asked to stop; checkpoints of the last step were written.
+    """
+    live = list(trainings)
+    start, total = min(t.start for t in live), max(t.total_steps for t in live)
+    stop = _AgreedStop(gang, live[0].objective.device)
+    told = 0
+
+    def each(act: Callable[[Training, int], None], done: int) -> None:
+        nonlocal told
+        for training in list(live):
+            if not training.start < done <= training.total_steps:
+                continue
+            try:
+                act(training, done)
+            except Diverged as error:
+                live.remove(training)
+                training.close()
+                lost(training, error)
+        newest = max((training.shown["step"] for training in live if training.shown), default=0)
+        if newest > told:
+            told = newest
+            progress(told, total, unit="steps", **_summary(live, len(trainings)))
+
+    def advance(training: Training, done: int) -> None:
+        if (seen := training.step(done - 1)) is not None:
+            progress(done, total, unit="steps", note=seen)
+
+    for training in live:
+        if training.look_into_steps():
+            break  # one profile at a time: what the first that asks for it sees is the step of all
     try:
-        for step in range(start, total_steps):
-            fault("train.step", rank=gang.rank, step=step)
-            profile.before(step)
-            figures = objective.step(step)
-            seen = profile.after(step)
-            done = step + 1
-            if seen is not None:
-                progress(done, total_steps, unit="steps", note=seen)
-            if done % options.log_every == 0 or done == total_steps or done == 1:
-                write(lines.add(done, figures))
-            if valid := objective.validate(done):
-                write(lines.flush())
-                for sink in sinks:
-                    sink.add({"step": done, "tokens": done * objective.tokens_per_step, "valid": valid})
+        for done in range(start + 1, total + 1):
+            fault("train.step", rank=gang.rank, step=done - 1)
+            each(advance, done)
             if stop.asked(done):
-                save(done)
+                each(Training.save, done)
                 raise Interrupted
-            if done % options.checkpoint_every == 0 and done < total_steps:
-                save(done)
-        write(lines.flush())
-        if saved < total_steps:
-            save(total_steps)
+            each(Training.save_where_due, done)
+            if not live:
+                break
     finally:
-        profile.close()
-        for sink in sinks:
-            sink.close()
+        for training in live:
+            training.close()
 
 
-def _profile(objective: Objective, start: int, total_steps: int, run: RunFolder) -> StepProfile:
-    return TorchProfile(
-        run.path / "profile", start, total_steps, objective.device, lambda: objective.rates(0)["loader_wait"]
-    )
+def _summary(live: Sequence[Training], num: int) -> dict[str, Any]:
+    """Figures of the progress line: of one, its own; of many, from the least to the largest, and the time of a step of all."""
+    if num == 1:
+        return {name: value for name, value in live[0].shown.items() if name != "step"}
+    lines = [training.shown for training in live if training.shown]
+    found: dict[str, Any] = {"SAEs": num if len(live) == num else f"{len(live)} of {num}"}
+    for name in ("fvu", "l0", "dead"):
+        if values := [line[name] for line in lines if name in line]:
+            found[name] = " to ".join(dict.fromkeys((human(min(values)), human(max(values)))))
+    found |= {name: lines[0][name] for name in ("tokens_per_second", "step_ms", "loader_share") if name in lines[0]}
+    if shares := [line["mfu"] for line in lines if "mfu" in line]:
+        found["mfu"] = sum(shares)
+    return found
 
 
 class _Behind:

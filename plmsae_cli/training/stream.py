@@ -67,10 +67,11 @@ class BlockStream:
     [r B / W, (r + 1) B / W). pi_0 is the identity, since the rows are shuffled already; later epochs permute
     blocks, not their contents. The order depends on nothing but (N, B, seed): not on W, threads or prefetch.
 
-    **Lifetime of a batch.** The tensor that `rows` returns belongs to the ring and is valid until the
-    next-but-one call: batch i stays untouched through call i + 1 and the use of its batch; call i + 2 gives
+    **Lifetime of a batch.** The tensor that `rows` returns belongs to the ring and is valid until the call for the
+    next-but-one batch: batch i stays untouched through call i + 1 and the use of its batch; call i + 2 gives
     the buffer back. On CUDA that call's current stream counts: work enqueued on it before the call still sees
-    batch i. Clone what must live longer. One thread consumes.
+    batch i. Clone what must live longer. One thread consumes. Asking again for the newest batch gives the same
+    tensor and reads nothing: consumers that leave it as it is may take turns at each step.
 
     Args:
         blocks: the dataset.
@@ -114,6 +115,8 @@ class BlockStream:
         self._held: deque[_Slot] = deque()
         self._pending: deque[tuple[int, _Slot, Future[None]]] = deque()
         self._window = (0, 0, np.arange(0))
+        self._newest: int | None = None
+        """The step of the batch handed out last."""
         # One thread for every read that can be under way: those ahead and the one waited for.
         self._pool = ThreadPoolExecutor(prefetch + 1, thread_name_prefix="blocks")
 
@@ -146,6 +149,9 @@ class BlockStream:
         Raises:
             StoreError: the error of the thread that read the step. The same step may be asked for again.
         """
+        if step == self._newest:
+            return self._held[-1].rows_RD
+        self._newest = None
         if len(self._held) == 2:
             self._release(self._held.popleft())
         if self._pending and self._pending[0][0] != step:
@@ -168,6 +174,7 @@ class BlockStream:
         if slot.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(slot.copied)
         self._held.append(slot)
+        self._newest = step
         return slot.rows_RD
 
     def from_step(self, start: int) -> Iterator[tuple[int, torch.Tensor]]:

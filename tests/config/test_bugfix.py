@@ -38,6 +38,10 @@ VARIETY = {
     "switch": DATA + "train: {layer: 9, sae: {architecture: switch, k: 32, num_experts: 32}}\n"
     "sweep: {grid: {train.sae.num_experts: [8, 32, 128]}}\n",
     "annealed": DATA + "train: {layer: 9, sae: {k: 32, k_start: 512}}\nsweep: {grid: {train.sae.k_start: [64, 512]}}\n",
+    "saes": DATA
+    + "train: {layer: 9, sae: {expansion: 16}, saes: [{k: 32}, {k: 64, architecture: batch_topk}, {k: 8}]}\n",
+    "saes-swept": DATA + "train: {layer: 9, saes: [{num_latents: 65536}, {k: 16, num_latents: 8192}]}\n"
+    "sweep: {stream: shared, grid: {train.lr: [auto, 1e-3]}}\n",
     "plm": "train: {kind: plm, batch_tokens: 65536, plm: {fasta: s3://b/x, valid: {far: s3://b/y}, num_layers: 30,"
     " hidden_size: 640, num_attention_heads: 20}}\n",
     "plm-swept": "train: {kind: plm, batch_tokens: 32768, plm: {fasta: x}}\n"
@@ -90,8 +94,10 @@ def test_the_shape_is_kept(pair: Pair) -> None:
     assert after.name == before.name
     assert set(after.stages()) >= set(before.stages())
     assert set(after.stages()) - set(before.stages()) <= {"embed", "shuffle", "optimize"}
+    assert after.shares_stream == before.shares_stream
     if before.train is not None:
         assert after.train is not None
+        assert len(after.train.saes or []) == min(2, len(before.train.saes or []))
         assert after.train.kind == before.train.kind
         assert after.train.autoencoder().architecture == before.train.autoencoder().architecture
         assert after.train.autoencoder().fractions == before.train.autoencoder().fractions
@@ -105,7 +111,7 @@ def test_it_is_small_and_two_ranks_can_share_it(pair: Pair) -> None:
         assert max(cut.embed.layers) <= BUNDLED_LAYERS
     if cut.train is None:
         return
-    trials = [cut] if cut.sweep is None else [trial(cut, point) for point in points(cut)]
+    trials = [trial(cut, point) for point in points(cut)] if cut.swept else [cut]
     assert 1 <= len(trials) <= 4
     for experiment in trials:
         train = experiment.train
@@ -158,3 +164,11 @@ def test_spread(numbers: set[int], most: int) -> None:
     if len(numbers) <= most + 1:
         assert len(set(images)) == len(numbers)
     assert spread(images, most) == {image: image for image in images}
+
+
+def test_listed_saes_stay_distinct_and_fit_their_widths(tmp_path: Path) -> None:
+    path = tmp_path / "exp.yaml"
+    path.write_text(DATA + "train: {layer: 9, saes: [{k: 32}, {k: 64, num_latents: 65536}]}\n")
+    cut = bugfix(load(path).experiment, ASSETS)
+    assert cut.train is not None
+    assert cut.train.saes == [{"k": 4}, {"k": 8, "num_latents": 1024, "expansion": None}]

@@ -116,6 +116,9 @@ class FakeWandb(types.ModuleType):
 
     def init(self, **arguments: Any) -> FakeRun:
         self.fail("init")
+        active = [run for run in self.runs if not run.finished]
+        if active and arguments["settings"].get("reinit") != "create_new":
+            return active[-1]  # as the real one does
         self.runs.append(FakeRun(self, arguments))
         return self.runs[-1]
 
@@ -166,6 +169,18 @@ def test_lines_are_mirrored_flat(tmp_path: Path, fake: FakeWandb, capsys: pytest
     assert (given["mode"], given["dir"]) == ("offline", str(tmp_path))
     assert given["config"] == experiment(project="p", entity="e", group="g").dump()
     assert f"wandb sync {tmp_path}/wandb/offline-run-1" in capsys.readouterr().err
+
+
+def test_runs_side_by_side_stay_apart(tmp_path: Path, fake: FakeWandb) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    sinks = [WandbSink(experiment(), tmp_path / name) for name in ("a", "b")]
+    for step, sink in enumerate(sinks, 1):
+        sink.add({"step": step, "loss": 0.5})
+    for sink in sinks:
+        sink.close()
+    assert [[step for step, _ in run.lines] for run in fake.runs] == [[1], [2]]
+    assert [run.finished for run in fake.runs] == [1, 1]
 
 
 def test_online_needs_no_hint(tmp_path: Path, fake: FakeWandb, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.store.checkpoint import load_newest
 from plmsae_cli.training import loop
-from plmsae_cli.training.loop import Diverged, fit
+from plmsae_cli.training.loop import Diverged, Training, fit
 
 
 class Counting:
@@ -84,7 +84,10 @@ def train(
         elif notes is not None:
             notes.append(note)
 
-    fit(objective, steps, experiment, run, Gang(), progress)
+    def lost(training: Training, error: Diverged) -> None:
+        raise error
+
+    fit([Training(objective, steps, experiment, run, Gang())], Gang(), progress, lost)
     return shown
 
 

@@ -77,6 +77,19 @@ def ids_of_steps(blocks: Blocks, start: int, num_steps: int, **options: int) -> 
     return [rows for _, rows in steps]
 
 
+def test_consumers_that_take_turns_get_the_same_batch_of_one_reading(folder: str) -> None:
+    gated = GatedBlocks(Store(), folder)
+    gated.gate.set()
+    with BlockStream(gated, 8, seed=3) as stream:
+        for step in range(6):
+            first = stream.rows(step)
+            assert stream.rows(step).data_ptr() == first.data_ptr() == stream.rows(step).data_ptr()
+            assert ids(stream.rows(step)) == list(range(8 * step, 8 * step + 8))
+        read = list(gated.reads)
+        assert len(set(read)) == len(read) >= 6, "no block is read twice"
+        assert ids(stream.rows(2)) == list(range(16, 24)), "another step is a seek, as ever"
+
+
 @settings(deadline=None, max_examples=25)
 @given(batch=st.integers(1, NUM_ROWS), seed=st.integers(0, 2**32), prefetch=st.integers(1, 6))
 def test_every_row_once_an_epoch(blocks: Blocks, batch: int, seed: int, prefetch: int) -> None:

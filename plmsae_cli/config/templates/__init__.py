@@ -62,7 +62,4 @@ def _help(entry: Entry) -> str:
 
 
 def _value(entry: Entry) -> str:
-    value = _EXAMPLES.get(entry.path, entry.default)
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {plain(item)}' for key, item in value.items())}}}"
-    return plain(value)
+    return plain(_EXAMPLES.get(entry.path, entry.default))

@@ -73,9 +73,8 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
                 steps = train.steps(stream.steps_per_epoch)
                 compute = compute_dtype(train.compute, device)
                 if compute is torch.float16:
-                    compute = (
-                        torch.float32
-                    )  # without bfloat16, exactness is worth more than half precision's loss scaling
+                    # Without bfloat16, exactness is worth more than half precision's loss scaling.
+                    compute = torch.float32
                 objective = SAEObjective(train, stream, mean_D, scale, steps, ranks, device, compute)
                 objective.start(sample_RD)
                 try:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from plmsae_cli.config.experiment import Storage
 from plmsae_cli.store.fs import Store
+
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which other tests' modules may do
 
 
 @dataclass(frozen=True)

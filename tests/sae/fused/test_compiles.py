@@ -39,6 +39,7 @@ JITFunction.run = compile_only
 from plmsae_cli.sae.fused.aux import keep_top_
 from plmsae_cli.sae.fused.step import Batch, FusedStep
 from plmsae_cli.sae.fused.update import AdamOptions
+from plmsae_cli.sae.interface import one_process
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
@@ -49,7 +50,7 @@ for kind, d, n, k, moments in ((TopK, 768, 4096, 32, torch.bfloat16), (Matryoshk
         state |= {f"{name}.{what}": torch.zeros_like(p, dtype=moments) for what in ("exp_avg", "exp_avg_sq")}
         state[f"{name}.step"] = torch.zeros(())
     ages = torch.full((n,), 10**6)
-    step = FusedStep(model, state, ages, Batch(64, 1, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), id)
+    step = FusedStep(model, state, ages, Batch(64, 1, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), one_process)
     step(torch.zeros(64, d, dtype=torch.bfloat16), 0, 1e-3)
     keep_top_(torch.zeros(64, 6000, dtype=torch.bfloat16), 40)
 print(*sorted(names))

@@ -14,7 +14,6 @@ import torch
 from plmsae_cli.config.experiment import Storage
 from plmsae_cli.store.fs import Store
 
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which other tests' modules may do
 

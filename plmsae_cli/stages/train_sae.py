@@ -75,12 +75,12 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
                 if compute is torch.float16:
                     # Without bfloat16, exactness is worth more than half precision's loss scaling.
                     compute = torch.float32
-                objective = SAEObjective(train, stream, mean_D, scale, steps, ranks, device, compute)
-                objective.start(sample_RD)
                 try:
+                    objective = SAEObjective(train, stream, mean_D, scale, steps, ranks, device, compute)
+                    objective.start(sample_RD)
                     trainings[folder] = Training(objective, steps, experiment, RunFolder(folder), ranks)
                     objectives[folder] = objective
-                except UserError as error:  # none of its checkpoints can be read
+                except UserError as error:  # its kernels cannot be had, or none of its checkpoints can be read
                     leave(folder, error)
             if trainings:
                 fit(list(trainings.values()), ranks, progress, lost)

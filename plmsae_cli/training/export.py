@@ -34,7 +34,7 @@ def export_saes(
     """Fold the normalisation in, measure every latent's maximum in one reading for all, write both files of each."""
     models = []
     for objective, _, _ in finished:
-        objective.model.zero_grad()  # as large as the copy that folding makes
+        objective.release()  # as large as the copy that folding makes
         models.append(fold(objective.model, mean_D.to(objective.device), scale))
     rows = min(blocks.num_rows, MAXIMUM_ROWS)
     measure_maximum(models, blocks, rows)

@@ -15,6 +15,9 @@ from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
+MOST_ACTIVE = 512
+"""Active latents a token for which a block of decoder rows fits every supported GPU's shared memory."""
+
 if TYPE_CHECKING:
     from plmsae_cli.sae.fused.step import FusedStep
 
@@ -28,8 +31,10 @@ def why_plain(model: Dictionary, options: Train, device: torch.device, compute: 
         return "k_start changes k while training"
     if options.optimizer != "adam":
         return f"optimizer: {options.optimizer}; it updates by adam"
-    if device.type != "cuda":
-        return "it needs a GPU"
+    if model.k > MOST_ACTIVE:
+        return f"k ({model.k}) is above {MOST_ACTIVE}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "it needs an NVIDIA GPU"
     if compute != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
         return "it computes in bfloat16, on NVIDIA GPUs from the A100 on"
     if model.d % 16:

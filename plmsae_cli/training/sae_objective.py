@@ -92,6 +92,11 @@ class SAEObjective:
         initialise(self.model, self._options.seed, self.standardise(sample_RD), self._options.autoencoder().init)
         self._renew()
 
+    def release(self) -> None:
+        """Free what only training needs; `step` may not follow."""
+        self._fused = None
+        self._optimizer.zero_grad()
+
     def _renew(self) -> None:
         if self._fused is not None:
             self._fused.copy_parameters()

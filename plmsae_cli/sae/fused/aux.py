@@ -104,7 +104,6 @@ def compact(mask_N: Tensor, places: int) -> Tensor:
     place_N = torch.where(mask_N, mask_N.cumsum(0) - 1, places)
     out = torch.full((places + 1,), n, dtype=torch.int32, device=mask_N.device)
     out.scatter_(0, place_N, torch.arange(n, dtype=torch.int32, device=mask_N.device))
-    out[places:].fill_(n)  # whatever was written there last
     return out[:-1]
 
 
@@ -177,20 +176,23 @@ class AuxK:
 class DeadBound:
     """An upper bound of the number of dead latents that the host knows without waiting for the device.
 
-    The nearly dead are counted every `lag` steps; a count holds from `lag` to 2 `lag` steps after it was taken. It is
-    a function of the ages alone, and `state` continues it exactly.
+    The nearly dead are counted every `lag` steps; a count is used from `lag` to 2 `lag` steps after it was taken, the
+    first at once. It is a function of the ages alone, and `state` continues it exactly.
     """
 
     def __init__(self, ages_N: Tensor, window: int, tokens_a_step: int) -> None:
         self._ages_N = ages_N
         self.lag = min(LONGEST_LAG, max(1, window // tokens_a_step // 8))
         self._nearly = window - 2 * self.lag * tokens_a_step
+        self._window = window
         self._bound: int | None = None
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def places(self, step: int) -> int:
         """Places for the dead of `step`: 0, or a size that few steps outgrow. Called for every step, in order."""
-        if self._bound is None:
+        if self._nearly <= 0:  # in a run of a few steps everything is nearly dead: wait for the true number
+            self._bound, self._pending = int((self._ages_N >= self._window).sum()), (torch.tensor(0), None)
+        elif self._bound is None:
             self._pending = self._count()
             self._bound = self._arrived()
         elif step % self.lag == 0:

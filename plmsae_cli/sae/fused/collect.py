@@ -111,7 +111,8 @@ def finish(
 ):
     """scalars: rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t), clip factor, is finite, t; figures as `FIGURES`."""
     o = tl.arange(0, P)
-    norm = tl.sqrt(tl.sum(tl.load(partial + o * 8), 0))
+    squares = tl.sum(tl.load(partial + o * 8), 0)
+    norm = tl.sqrt(tl.where(squares < 0, 0.0, squares))  # by rounding, where all is along the decoder's rows
     finite = norm < float("inf")
     t = tl.load(step0) + tl.where(finite, 1.0, 0.0)
     tl.store(step0, t)

@@ -82,6 +82,8 @@ def _residual(
 def centre(raw_BD: Tensor, mean_D: Tensor, scale: float, b_dec_D: Tensor, x_BD: Tensor, square_B: Tensor) -> None:
     """x = (raw - mean) * scale - b_dec in bfloat16, and ||(raw - mean) * scale||^2 of each row."""
     rows, d = raw_BD.shape
+    assert raw_BD.is_contiguous()
+    assert raw_BD.shape == x_BD.shape
     _centre[(rows,)](raw_BD, mean_D, b_dec_D, x_BD, square_B, scale, d, min(1024, triton.next_power_of_2(d)))
 
 

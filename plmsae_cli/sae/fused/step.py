@@ -96,6 +96,8 @@ class FusedStep:
             return
         graph = self._graphs[places]
         if graph is None:
+            # The number of dead grows in steps: graphs of smaller numbers give their memory back.
+            self._graphs = {size: g for size, g in self._graphs.items() if size == 0 or size >= places}
             graph = self._graphs[places] = torch.cuda.CUDAGraph()
             # Other threads (the loader, NCCL) go on calling CUDA meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -35,10 +35,26 @@ def _store_moment(pointer, at, value, mask, step, SALT: tl.constexpr):
 
 
 @triton.jit
-def _adam(value, average, square, at, mask, gradient, rate, correction, beta1, beta2, eps, step, FIRST: tl.constexpr):
-    """The new values (the caller stores them); stores the moments. FIRST: salt of the first moment."""
-    m = beta1 * tl.load(average + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta1) * gradient
-    v = beta2 * tl.load(square + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta2) * gradient * gradient
+def _adam(
+    value,
+    average,
+    square,
+    at,
+    mask,
+    gradient,
+    rate,
+    correction,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    eps,
+    step,
+    FIRST: tl.constexpr,
+):
+    """The new values (the caller stores them); stores the moments. rest = 1 - beta, exactly; FIRST: salt of the first moment."""
+    m = beta1 * tl.load(average + at, mask=mask, other=0.0).to(tl.float32) + rest1 * gradient
+    v = beta2 * tl.load(square + at, mask=mask, other=0.0).to(tl.float32) + rest2 * gradient * gradient
     _store_moment(average, at, m, mask, step, FIRST)
     _store_moment(square, at, v, mask, step, FIRST + 1)
     return value - rate * m / (tl.sqrt(v) * correction + eps)
@@ -71,6 +87,8 @@ def _update(
     d: tl.constexpr,
     beta1,
     beta2,
+    rest1,
+    rest2,
     eps,
     D: tl.constexpr,
 ):
@@ -88,27 +106,31 @@ def _update(
             row = tl.load(dec + at, mask=mask, other=0.0)
             slope = tl.load(dec_grad + at, mask=fired, other=0.0).to(tl.float32)
             slope = (slope - tl.sum(slope * row, 0) / tl.sum(row * row, 0) * row) * clip
-            row = _adam(row, dec_avg, dec_sq, at, mask, slope, rate, correction, beta1, beta2, eps, step, 4)
+            row = _adam(
+                row, dec_avg, dec_sq, at, mask, slope, rate, correction, beta1, beta2, rest1, rest2, eps, step, 4
+            )
             row = row / tl.sqrt(tl.sum(tl.where(mask, row * row, 0.0), 0))
             tl.store(dec + at, row, mask=mask)
             tl.store(dec_copy + at, row.to(tl.bfloat16), mask=mask)
 
             row = tl.load(enc + at, mask=mask, other=0.0)
             slope = tl.load(enc_grad + at, mask=fired, other=0.0).to(tl.float32) * clip
-            row = _adam(row, enc_avg, enc_sq, at, mask, slope, rate, correction, beta1, beta2, eps, step, 0)
+            row = _adam(
+                row, enc_avg, enc_sq, at, mask, slope, rate, correction, beta1, beta2, rest1, rest2, eps, step, 0
+            )
             tl.store(enc + at, row, mask=mask)
             tl.store(enc_copy + at, row.to(tl.bfloat16), mask=mask)
 
             one = latent + tl.arange(0, 1)
             b = tl.load(bias + one)
             g = tl.load(bias_grad + one) * clip
-            b = _adam(b, bias_avg, bias_sq, one, one < n, g, rate, correction, beta1, beta2, eps, step, 2)
+            b = _adam(b, bias_avg, bias_sq, one, one < n, g, rate, correction, beta1, beta2, rest1, rest2, eps, step, 2)
             tl.store(bias + one, b)
             tl.store(bias_copy + one, b.to(tl.bfloat16))
         else:
             c = tl.load(centre + o, mask=mask, other=0.0)
             gc = tl.load(centre_grad + o, mask=mask, other=0.0) * clip
-            c = _adam(c, centre_avg, centre_sq, o, mask, gc, rate, correction, beta1, beta2, eps, step, 6)
+            c = _adam(c, centre_avg, centre_sq, o, mask, gc, rate, correction, beta1, beta2, rest1, rest2, eps, step, 6)
             tl.store(centre + o, c, mask=mask)
 
 
@@ -199,8 +221,8 @@ class Update:
             self._scalars,
             self.figures,
             max_norm or 0.0,
-            -math.log(beta1),
-            -math.log(beta2),
+            -math.log(beta1) if beta1 else math.inf,
+            -math.log(beta2) if beta2 else math.inf,
             share / (groups * global_rows * d),
             share / global_rows,
             share / n,
@@ -229,6 +251,8 @@ class Update:
             d,
             beta1,
             beta2,
+            1 - beta1,
+            1 - beta2,
             self._options.eps,
             tile,
             num_warps=max(1, min(16, tile // 2048)),

@@ -52,6 +52,14 @@ def test_the_bound_holds_and_continues_from_its_state(seed: int, window_steps: i
         ages_N.add_(tokens).masked_fill_(fired_N, 0)
 
 
+def test_a_window_of_few_steps_is_counted_exactly() -> None:
+    ages_N = torch.zeros(100, dtype=torch.int64)
+    bound = DeadBound(ages_N, 15, 10)
+    assert bound.places(0) == 0
+    ages_N[:3] = 15
+    assert 3 <= bound.places(1) < 300
+
+
 def test_nothing_nearly_dead_needs_no_places() -> None:
     bound = DeadBound(torch.zeros(100, dtype=torch.int64), 10**6, 10)
     assert [bound.places(step) for step in range(3)] == [0, 0, 0]

@@ -44,7 +44,7 @@ class Run:
     def go(self, steps: int = STEPS) -> torch.Tensor:
         seen = []
         for step in range(steps):
-            figures = self.step(self.batches[step % 3], step, 1e-3)
+            figures = self.step(self.batches[step % 3], step, 1e-3 / (1 + step % 5))  # a rate is no part of a graph
             seen.append(torch.stack(list(figures.values())))
         return torch.stack(seen).cpu()
 

@@ -1,0 +1,64 @@
+"""The objective with the fused step: what it saves continues it bit for bit, AuxK's places included."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.training import sae_kernels
+from plmsae_cli.training.sae_objective import DEAD_BOUND, SAEObjective
+from plmsae_cli.training.stream import BlockStream
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+D, N, K, ROWS, STEPS, SAVED = 32, 32, 3, 8, 8, 5
+
+
+class Rows:
+    def __init__(self) -> None:
+        self.blocks, self.wait_seconds = SimpleNamespace(d=D), 0.0
+
+    def rows(self, step: int) -> torch.Tensor:
+        return torch.randn(ROWS, D, generator=torch.Generator().manual_seed(step)).to(DEVICE)
+
+
+def objective(**train: object) -> SAEObjective:
+    # Dead after 6 steps: counted every step, some are by the time the state is saved.
+    options = Train.model_validate(
+        {"sae": SAE(num_latents=N, k=K, k_aux=4), "batch_tokens": ROWS, "dead_tokens": 6 * ROWS, "lr": 1e-2, **train}
+    )
+    return SAEObjective(
+        options, cast(BlockStream, Rows()), torch.zeros(D), 1.0, STEPS, Gang(), DEVICE, torch.bfloat16
+    )  # fmt: skip
+
+
+def test_what_is_saved_continues_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sae_kernels, "why_plain", lambda *_: None)
+    whole = objective()
+    whole.start(torch.randn(100, D, generator=torch.Generator().manual_seed(99)))
+    with torch.no_grad():
+        whole.model.b_enc_N[::3] = -20.0
+    whole._renew()
+    for step in range(SAVED):
+        whole.step(step)
+    saved = {name: tensor.clone() for name, tensor in whole.tensors().items()}
+    assert DEAD_BOUND in saved
+    resumed = objective()
+    resumed.load(saved)
+    for step in range(SAVED, STEPS):
+        one, two = whole.step(step), resumed.step(step)
+        assert all(torch.equal(one[name], two[name]) for name in one), step
+    assert float(one["aux"]) > 0
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, resumed.tensors()[name]), name
+
+
+def test_fused_kernels_that_cannot_be_had_are_refused_with_the_reason() -> None:
+    with pytest.raises(UserError, match="optimizer: signum"):
+        objective(optimizer="signum", kernels="fused")
+    assert objective(kernels="plain")._fused is None

@@ -92,7 +92,7 @@ def plmsae(data: Data, init: Literal["random", "fitted"]) -> Side:
     objective = SAEObjective(options, stream, data.mean_D, data.scale, STEPS, Gang(), cpu, torch.float32)
     objective.start(data.sample_RD)
     note, model = f"SAEObjective, BlockStream; AuxK 1/32 on, dead after {STEPS * BATCH // 10:,} tokens", objective.model
-    who = "plmsae" if init == "random" else "plmsae (init: fitted)"
+    who = f"plmsae (init: {init})"
     return Side(who, note, lambda step, _: objective.step(step), lambda: list(model.parameters()), model)
 
 

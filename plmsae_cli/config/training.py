@@ -47,9 +47,9 @@ class SAE(Section):
     """Latents per dimension of the activations; 8 when neither this nor `num_latents` is given."""
     num_latents: Annotated[Count | None, SCIENCE] = None
     """Number of latents, instead of `expansion`."""
-    init: Annotated[Literal["random", "fitted", "data"], SCIENCE] = "random"
+    init: Annotated[Literal["auto", "random", "fitted", "data"], SCIENCE] = "auto"
     """Where rows start: `random` directions, W_enc = W_dec; `fitted`: the same, W_enc scaled to the least error at the
-    start; `data`: directions of residues from their centre, W_enc scaled likewise."""
+    start; `auto`: the one of these that suits the data; `data`: directions of residues from their centre, fitted."""
     k: Annotated[Count, SCIENCE] = 64
     """Active latents a token (L0); `batch_topk`: their mean."""
     k_aux: Annotated[Count | None, SCIENCE] = None

@@ -9,19 +9,23 @@ from torch import Tensor
 
 from plmsae_cli.sae.dictionary import Dictionary
 
-Start = Literal["random", "fitted", "data"]
+Start = Literal["auto", "random", "fitted", "data"]
+SILENT = 0.01
+"""Share of latents without a win in the sample from which `auto` keeps W_enc = W_dec."""
 
 _TILE = 4096  # rows of the sample encoded at once
 
 
 @torch.no_grad()
-def initialise(model: Dictionary, seed: int, sample_MD: Tensor, start: Start = "random") -> None:
+def initialise(model: Dictionary, seed: int, sample_MD: Tensor, start: Start = "auto") -> None:
     """Unit decoder rows, W_enc = s W_dec, b_enc = 0, b_dec = geometric median of `sample_MD`, in place.
 
     Rows are random directions, or with `start` "data" those of x - b_dec for different rows x of the sample; where
-    it has fewer than there are latents, the rest is random. s is `encoder_scale`'s, with "random" 1: the overshoot
-    of the first steps pushes back the latents that win most often, and more of the others come to life. Random
-    numbers are drawn on the CPU, so that a seed means the same rows on every device.
+    it has fewer than there are latents, the rest is random. s is that of `survey` ("fitted", "data") or 1 ("random").
+    Random numbers are drawn on the CPU, so that a seed means the same rows on every device.
+
+    At s = 1 the k rows of a token overlap and overshoot, which costs the first steps; but it pushes back the latents
+    that win most often, so that others come to life. "auto" fits s where nearly every latent wins somewhere anyway.
     """
     generator = torch.Generator().manual_seed(seed)
     rows_ND = torch.randn(model.num_latents, model.d, generator=generator)
@@ -37,25 +41,31 @@ def initialise(model: Dictionary, seed: int, sample_MD: Tensor, start: Start = "
     model.b_enc_N.zero_()
     model.start_(generator)
     if start != "random":
-        model.w_enc_ND.mul_(encoder_scale(model, sample_MD))
+        scale, silent = survey(model, sample_MD)
+        if start != "auto" or silent < SILENT:
+            model.w_enc_ND.mul_(scale)
 
 
 @torch.no_grad()
-def encoder_scale(model: Dictionary, sample_MD: Tensor) -> Tensor:
-    """The factor s of W_enc at which the squared error of `sample_MD` is least, 0-dim; 1 where a threshold selects.
+def survey(model: Dictionary, sample_MD: Tensor) -> tuple[float, float]:
+    """The factor s of W_enc at which the squared error of the sample is least, and the share of latents never active.
 
     While b_enc = 0, the k active latents do not depend on s > 0 and the reconstruction is b_dec + s r, so that
-    s = sum <x - b_dec, r> / sum ||r||^2 (least squares). k rows overlap: at s = 1 their sum is too long.
+    s = sum <x - b_dec, r> / sum ||r||^2 (least squares). (1, 0) where a threshold selects, or nothing is active.
     """
     along = energy = sample_MD.new_zeros(())
+    fired_N = torch.zeros(model.num_latents, dtype=torch.bool, device=sample_MD.device)
     for x_BD in torch.split(sample_MD, _TILE):
         latents = model.start_latents(x_BD)
         if latents is None:
-            break
+            return 1.0, 0.0
         r_BD = model.decode(latents) - model.b_dec_D
         along = along + torch.linalg.vecdot(x_BD - model.b_dec_D, r_BD).sum()
         energy = energy + r_BD.square().sum()
-    return torch.where(energy > 0, along / energy, 1.0)
+        fired_N[latents.indices_BK[latents.acts_BK > 0]] = True
+    if not energy > 0:
+        return 1.0, 0.0
+    return float(along / energy), 1.0 - float(fired_N.float().mean())
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plmsae_cli.sae.initialise import Start, encoder_scale, geometric_median, initialise
+from plmsae_cli.sae.initialise import Start, geometric_median, initialise, survey
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
@@ -60,9 +60,9 @@ def test_identical_rows() -> None:
 def test_start(device: torch.device) -> None:
     sample_MD = torch.randn(100, 8, generator=torch.Generator().manual_seed(3)) ** 3 + 5
     model, again, other = (TopK(8, 24, k=2).to(device) for _ in range(3))
-    initialise(model, 7, sample_MD.to(device))
-    initialise(again, 7, sample_MD.to(device))
-    initialise(other, 8, sample_MD.to(device))
+    initialise(model, 7, sample_MD.to(device), "random")
+    initialise(again, 7, sample_MD.to(device), "random")
+    initialise(other, 8, sample_MD.to(device), "random")
     assert torch.equal(model.w_enc_ND, model.w_dec_ND)
     assert model.w_dec_ND.data_ptr() != model.w_enc_ND.data_ptr()
     torch.testing.assert_close(model.w_dec_ND.norm(dim=1), torch.ones(24, device=device))
@@ -98,7 +98,20 @@ def test_no_other_length_of_the_encoder_starts_with_a_smaller_error(kind: type[T
 
 
 def test_nothing_active_leaves_the_encoder_as_it_is() -> None:
-    assert float(encoder_scale(TopK(4, 8, k=2), torch.randn(10, 4))) == 1.0
+    assert survey(TopK(4, 8, k=2), torch.randn(10, 4)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(("dimensions", "fits"), [(16, True), (2, False)])
+def test_auto_fits_where_every_latent_wins_somewhere(dimensions: int, fits: bool) -> None:
+    """Of 200 directions in 16 dimensions few are ever among the four nearest to a sample that fills two of them."""
+    sample_MD = torch.zeros(5000, 16)
+    sample_MD[:, :dimensions] = torch.randn(5000, dimensions, generator=torch.Generator().manual_seed(4))
+    auto, random, fitted = (TopK(16, 200, k=4) for _ in range(3))
+    initialise(auto, 0, sample_MD)
+    initialise(random, 0, sample_MD, "random")
+    initialise(fitted, 0, sample_MD, "fitted")
+    assert torch.equal(auto.w_enc_ND, (fitted if fits else random).w_enc_ND)
+    assert not torch.equal(fitted.w_enc_ND, random.w_enc_ND)
 
 
 def test_data_rows_point_from_the_centre_to_rows_of_the_sample() -> None:

@@ -10,8 +10,6 @@ of other proteins by `Fidelity` on our TopK with each side's weights (others of 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 from activations import activations
+from record import add, stamp
 from sae_step_gpu import DEVICE, Batches, Dead, Shape, Step, dictionary_learning, saelens, sparsify
 from torch import Tensor
 
@@ -30,8 +29,6 @@ from plmsae_cli.sae.fidelity import Fidelity
 from plmsae_cli.sae.topk import TopK
 from plmsae_cli.training.sae_objective import SAEObjective
 from plmsae_cli.training.schedules import learning_rate, topk_learning_rate
-
-HERE = Path(__file__).parent
 
 
 def ours(
@@ -100,13 +97,8 @@ def main() -> None:
         "dictionary_learning": lambda *a: dictionary_learning(*a, True),
         "SAELens": saelens,
     }
-    common = {
-        "run": time.strftime("sae-quality-gpu-%Y%m%dT%H%M%S"),
-        "device": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, text=True, capture_output=True).stdout.strip(),
-        "command": "python benchmarks/sae_quality_gpu.py " + " ".join(sys.argv[1:]),
-    }
+    command = " ".join(["python benchmarks/sae_quality_gpu.py", *sys.argv[1:]])
+    common = stamp("sae-quality-gpu", torch.cuda.get_device_name(), command)
     for who in [*fused, *peers]:
         if options.sides and not any(who.startswith(side) for side in options.sides):
             continue
@@ -157,8 +149,7 @@ def main() -> None:
                 "note": f"seeds {fvu}; dead {dead:.1%}, L0 {l0:.1f} on {len(heldout_RD):,} held-out residues after "
                 f"{steps * shape.rows:,} tokens, peak rate {peak:.2g}; {seconds:.1f} s to train and score",
             }
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            add(options.results, [line])
 
 
 if __name__ == "__main__":

@@ -17,10 +17,7 @@ import gc
 import importlib
 import importlib.abc
 import importlib.machinery
-import json
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import distribution
@@ -31,6 +28,7 @@ from unittest.mock import MagicMock
 
 import torch
 from activations import activations
+from record import add, stamp
 from torch import Tensor
 
 from plmsae_cli.config.training import SAE, Train
@@ -38,7 +36,6 @@ from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.training.sae_objective import SAEObjective
 
 DEVICE = torch.device("cuda")
-HERE = Path(__file__).parent
 Weights = Callable[[], list[Tensor]]
 Step = tuple[Callable[[int, float], Any], Weights]
 """Trains on a numbered batch at a learning rate; w_enc [N, D], b_enc [N], w_dec [N, D], b_dec [D]."""
@@ -297,16 +294,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     shapes = [shape for shape in SHAPES if shape.name in options.shapes]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=HERE, text=True, capture_output=True, check=False
-    ).stdout.strip()
-    common = {
-        "run": time.strftime("sae-step-gpu-%Y%m%dT%H%M%S"),
-        "device": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "command": "python benchmarks/sae_step_gpu.py " + " ".join(sys.argv[1:]),
-    }
+    command = " ".join(["python benchmarks/sae_step_gpu.py", *sys.argv[1:]])
+    common = stamp("sae-step-gpu", torch.cuda.get_device_name(), command)
     for shape in shapes:
         if options.model:
             rows_RD, _ = activations(options.model, options.fasta, options.layer, 100 * shape.rows, 0)
@@ -360,8 +349,7 @@ def main() -> None:
                         "note": f"{note}; B {shape.rows}, d {shape.d}, n {shape.latents}, k {shape.k}; {burst:.3f} ms a step "
                         f"in a row, {median:.3f} ms alone; peak {peak:.2f} GiB",
                     }
-                    with options.results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
+                    add(options.results, [line])
 
 
 if __name__ == "__main__":

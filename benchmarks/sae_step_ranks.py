@@ -6,12 +6,12 @@ python benchmarks/sae_step_ranks.py; torchrun --nproc-per-node 2 benchmarks/sae_
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 import torch
+from record import add, stamp
 from sae_step_gpu import SHAPES, Batches, synthetic
 
 from plmsae_cli.config.training import SAE, Train
@@ -28,6 +28,8 @@ def main() -> None:
     options = parser.parse_args()
     with gang() as ranks:
         device = torch.device("cuda", ranks.local_rank)
+        command = " ".join(["benchmarks/sae_step_ranks.py", *sys.argv[1:]])
+        common = stamp("sae-step-ranks", torch.cuda.get_device_name(), command)
         for shape in (shape for shape in SHAPES if shape.name in options.shapes):
             data = Batches(synthetic(shape).to(device), shape.rows)
             train = Train(
@@ -56,14 +58,10 @@ def main() -> None:
                         "who": f"plmsae, {ranks.world} GPU(s)",
                         "value": round(pace),
                         "unit": "tokens/s",
-                        "run": time.strftime("sae-step-ranks-%Y%m%dT%H%M%S"),
-                        "device": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
-                        "date": time.strftime("%Y-%m-%d"),
-                        "command": "benchmarks/sae_step_ranks.py " + " ".join(sys.argv[1:]),
+                        **common,
                         "note": f"{shape.rows} tokens a GPU and step, {best * 1e3:.3f} ms, best of 3 turns of {STEPS} steps",
                     }
-                    with options.results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
+                    add(options.results, [line])
             del objective, data
             torch.cuda.empty_cache()
 

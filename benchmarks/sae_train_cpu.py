@@ -20,7 +20,6 @@ import importlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from typing import Any, Literal
 from unittest.mock import MagicMock
 
 import torch
+from record import add, cpu, stamp
 from torch import Tensor, nn
 
 from plmsae_cli.config.training import SAE, Train
@@ -225,30 +225,22 @@ def main() -> None:
     sides += [] if own else [dense(data), limit(data)]
     train(sides, data)
 
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].splitlines()[0]
-    common = {
-        "run": time.strftime(f"sae-train-cpu-{options.recipe}-%Y%m%dT%H%M%S"),
-        "device": f"{cpu}, {THREADS} threads, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, text=True).strip(),
-        "command": f"python benchmarks/{Path(__file__).name} --data {options.data} --recipe {options.recipe}",
-    }
-    name, lines = f"sae-train/cpu-d{data.d}-n{NUM_LATENTS}-k{K}-layer{data.layer}", ""
+    command = f"python benchmarks/{Path(__file__).name} --data {options.data} --recipe {options.recipe}"
+    common = stamp(f"sae-train-cpu-{options.recipe}", cpu(THREADS), command)
+    name, lines = f"sae-train/cpu-d{data.d}-n{NUM_LATENTS}-k{K}-layer{data.layer}", list[dict[str, Any]]()
     for side in sides:
         if not own:
             slow, median, fast = (round(BATCH / q) for q in reversed(statistics.quantiles(side.turns, n=4)))
             note = f"{side.note}; quartiles of {len(side.turns)} turns {slow:,} and {fast:,}, load {load:.1f} at start"
-            line = {"name": name, "who": side.who, "value": median, "unit": "tokens/s", **common, "note": note}
-            lines += json.dumps(line) + "\n"
+            lines.append({"name": name, "who": side.who, "value": median, "unit": "tokens/s", **common, "note": note})
         if weights := side.weights():
             found = score(side, weights, data)
             note = f"dead {found['dead_share']:.1%}, L0 {found['l0_mean']:.1f} on {found['tokens']:,} held-out tokens"
             note += f" after {STEPS * BATCH:,} of training; {side.note}"
             figure = {"name": f"{name}-fvu{'-own' * own}", "who": side.who, "value": round(found["fvu"], 4)}
-            lines += json.dumps({**figure, "unit": "FVU", **common, "note": note}) + "\n"
-    print(lines, end="")
-    with options.results.open("a", encoding="utf-8") as file:
-        file.write(lines)
+            lines.append({**figure, "unit": "FVU", **common, "note": note})
+    print(*map(json.dumps, lines), sep="\n")
+    add(options.results, lines)
 
 
 if __name__ == "__main__":

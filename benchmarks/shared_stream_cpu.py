@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import add, cpu, stamp
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pipeline import run_experiment
@@ -99,26 +99,16 @@ def main() -> None:
                 assert (ours / "sae/sae.safetensors").read_bytes() == (theirs / "sae/sae.safetensors").read_bytes()
     limited = "" if options.read_mb_s is None else f"-{options.read_mb_s:g}MBs"
     given = "" if options.read_mb_s is None else f" --read-mb-s {options.read_mb_s:g}"
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].splitlines()[0]
-    common = {
-        "run": time.strftime(f"shared-stream{limited}-%Y%m%dT%H%M%S"),
-        "device": f"{cpu}, {THREADS} threads, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, text=True).strip(),
-        "command": f"python benchmarks/{Path(__file__).name} --data {options.data}{given}",
-    }
-    name, lines = f"sae-many/cpu-4x{LATENTS}{limited}", ""
+    command = f"python benchmarks/{Path(__file__).name} --data {options.data}{given}"
+    common = stamp(f"shared-stream{limited}", cpu(THREADS), command)
+    name, lines = f"sae-many/cpu-4x{LATENTS}{limited}", list[dict[str, Any]]()
     for who, times in seconds.items():
         note = f"train of 4 SAEs ({LATENTS} latents), one epoch; turns {', '.join(f'{t:.1f}' for t in times)} s, load {load:.1f}"
-        lines += (
-            json.dumps({"name": name, "who": who, "value": round(min(times), 2), "unit": "s", **common, "note": note})
-            + "\n"
-        )
+        lines.append({"name": name, "who": who, "value": round(min(times), 2), "unit": "s", **common, "note": note})
         line = {"name": f"{name}-read", "who": who, "value": round(read[who] / 1e6, 1), "unit": "MB", **common}
-        lines += json.dumps({**line, "note": "rows read: start, training with what was read ahead, export"}) + "\n"
-    print(lines, end="")
-    with options.results.open("a", encoding="utf-8") as file:
-        file.write(lines)
+        lines.append({**line, "note": "rows read: start, training with what was read ahead, export"})
+    print(*map(json.dumps, lines), sep="\n")
+    add(options.results, lines)
 
 
 if __name__ == "__main__":

@@ -141,3 +141,11 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def training_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`compute_dtype`, but float32 for float16: without bfloat16, exactness is worth more than loss scaling."""
+    import torch
+
+    found = compute_dtype(wanted, device)
+    return torch.float32 if found is torch.float16 else found

@@ -173,9 +173,8 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
 
 
 def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Result]:
-    import torch
 
-    from plmsae_cli.runtime.device import compute_dtype, pick_device
+    from plmsae_cli.runtime.device import pick_device, training_dtype
     from plmsae_cli.runtime.dist import gang
     from plmsae_cli.runtime.run_folder import RunFolder
     from plmsae_cli.stages import tokens
@@ -196,8 +195,7 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
     run = RunFolder(task.folders[0])
     with gang() as ranks_:
         device = pick_device(ranks_.local_rank)
-        compute = compute_dtype(train.compute, device)
-        compute = torch.float32 if compute is torch.float16 else compute
+        compute = training_dtype(train.compute, device)
         objective = PLMObjective(train, packs, valid, steps, ranks_, device, compute)
 
         def lost(training: Training, error: Diverged) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment, Train
-from plmsae_cli.runtime.device import compute_dtype, pick_device
+from plmsae_cli.runtime.device import pick_device, training_dtype
 from plmsae_cli.runtime.dist import gang
 from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.task import Context, Result, Task
@@ -71,10 +71,7 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
             for folder, experiment in members.items():
                 train = _train(experiment)
                 steps = train.steps(stream.steps_per_epoch)
-                compute = compute_dtype(train.compute, device)
-                if compute is torch.float16:
-                    # Without bfloat16, exactness is worth more than half precision's loss scaling.
-                    compute = torch.float32
+                compute = training_dtype(train.compute, device)
                 try:
                     objective = SAEObjective(train, stream, mean_D, scale, steps, ranks, device, compute)
                     objective.start(sample_RD)

@@ -190,18 +190,11 @@ class DeadBound:
 
     def places(self, step: int) -> int:
         """Places for the dead of `step`: 0, or a size that few steps outgrow. Called for every step, in order."""
-        if self._nearly <= 0:  # in a run of a few steps everything is nearly dead: wait for the true number
-            self._bound, self._pending = int((self._ages_N >= self._window).sum()), (torch.tensor(0), None)
-        elif self._bound is None:
-            self._pending = self._count()
-            self._bound = self._arrived()
-        elif step % self.lag == 0:
-            self._bound = self._arrived()
-            self._pending = self._count()
-        if self._bound == 0:
+        bound = self._next_bound(step)
+        if bound == 0:
             return 0
         size = SMALLEST
-        while size < self._bound:
+        while size < bound:
             size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
         return min(size, -(-len(self._ages_N) // 16) * 16)
 
@@ -214,6 +207,17 @@ class DeadBound:
         if state:
             self._bound, pending = state
             self._pending = (torch.tensor(pending), None)
+
+    def _next_bound(self, step: int) -> int:
+        if self._nearly <= 0:  # in a run of a few steps everything is nearly dead: wait for the true number
+            return int((self._ages_N >= self._window).sum())
+        if self._bound is None:
+            self._pending = self._count()
+            self._bound = self._arrived()
+        elif step % self.lag == 0:
+            self._bound = self._arrived()
+            self._pending = self._count()
+        return self._bound
 
     def _count(self) -> tuple[Tensor, torch.cuda.Event | None]:
         count = (self._ages_N >= self._nearly).sum(dtype=torch.int32)

@@ -121,10 +121,10 @@ def finish(
     tl.store(step3, t)
     tl.store(scalars, tl.load(rate) / _one_minus_power(t, decay1))
     tl.store(scalars + 1, 1.0 / tl.sqrt(_one_minus_power(t, decay2)))
-    clip = 1.0 + norm * 0.0
     if CLIP:
-        clip = 1.0 / tl.maximum(norm / max_norm, 1.0)
-    tl.store(scalars + 2, clip)
+        tl.store(scalars + 2, 1.0 / tl.maximum(norm / max_norm, 1.0))
+    else:
+        tl.store(scalars + 2, 1.0)
     tl.store(scalars + 3, tl.where(finite, 1.0, 0.0))
     tl.store(scalars + 4, t)
     nested = tl.sum(tl.load(partial + o * 8 + 1), 0) * per_error

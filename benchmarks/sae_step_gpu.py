@@ -1,7 +1,7 @@
 """One optimiser step of a TopK dictionary on a GPU: ours beside sparsify, dictionary_learning and SAELens, in one run.
 
     pip install --no-deps eai-sparsify dictionary-learning sae-lens einops natsort simple-parsing docstring-parser
-    python benchmarks/sae_step_gpu.py [--shapes S1 S3] [--dead 0 5 30]
+    python benchmarks/sae_step_gpu.py [--shapes S1 S3] [--dead 0 5 30] [--architectures]
     python benchmarks/sae_step_gpu.py --shapes S1 --model RUN/plm --fasta proteins.fasta --layer 3
 
 A step is forward, backward, projection, clipping, Adam and renormalisation, with AuxK and dead counting where a side has
@@ -18,11 +18,11 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, cast
 from unittest.mock import MagicMock
 
@@ -95,9 +95,33 @@ def synthetic(shape: Shape) -> Tensor:
     return torch.cat(out)
 
 
-def plmsae(shape: Shape, data: Batches, dead: Dead, moments: str, kernels: str = "fused", kind: str = "topk") -> Step:
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plmsae Matryoshka": ("fused", {"architecture": "matryoshka_topk"}),
+    "plmsae BatchTopK": ("fused", {"architecture": "batch_topk"}),
+    "plmsae Matryoshka BatchTopK": ("fused", {"architecture": "matryoshka_batch_topk"}),
+    "plmsae JumpReLU": ("auto", {"architecture": "jumprelu"}),
+    "plmsae ReLU + L1": ("auto", {"architecture": "relu_l1"}),
+    "plmsae Gated": ("auto", {"architecture": "gated"}),
+    "plmsae Switch 32": ("auto", {"architecture": "switch", "num_experts": 32}),
+}
+"""Kernels and options of the other architectures."""
+
+
+def plmsae(
+    shape: Shape,
+    data: Batches,
+    dead: Dead,
+    moments: str,
+    kernels: str = "fused",
+    kind: Mapping[str, Any] = MappingProxyType({}),
+) -> Step:
+    sae = {"architecture": "topk", "num_latents": shape.latents, "k": shape.k, **kind}
+    if sae["architecture"] in ("jumprelu", "relu_l1", "gated"):
+        del sae["k"]
+    if sae["architecture"] == "jumprelu":
+        sae["target_l0"] = shape.k
     options = Train(
-        sae=SAE(architecture=kind, num_latents=shape.latents, k=shape.k),
+        sae=SAE(**sae),
         batch_tokens=shape.rows,
         moments=moments,
         kernels=kernels,
@@ -289,6 +313,7 @@ def main() -> None:
     parser.add_argument("--fasta", help="its proteins")
     parser.add_argument("--layer", type=int)
     parser.add_argument("--only-ours", action="store_true")
+    parser.add_argument("--architectures", action="store_true", help="time the others too")
     parser.add_argument("--settle", type=int, default=SETTLE, help="steps on real activations before timing")
     parser.add_argument("--results", type=Path, help="file to add the figures to")
     options = parser.parse_args()
@@ -310,14 +335,10 @@ def main() -> None:
             sides: list[tuple[str, str, Callable[..., Step], tuple[Any, ...]]] = [
                 ("plmsae", "float32 moments", plmsae, ("float32",)),
                 ("plmsae bf16 moments", "bfloat16 moments", plmsae, ("bfloat16",)),
-                (
-                    "plmsae Matryoshka",
-                    "float32 moments, 5 nested prefixes",
-                    plmsae,
-                    ("float32", "fused", "matryoshka_topk"),
-                ),
                 ("limit (encoder GEMM + Adam)", "bf16 product, torch's fused Adam", limit, ()),
             ]
+            if options.architectures:
+                sides += [(who, f"{k} kernels", plmsae, ("float32", k, kind)) for who, (k, kind) in OTHERS.items()]
             if not options.only_ours:
                 sides += [
                     ("plmsae (plain twin)", "the same step by autograd, bf16 autocast", plmsae, ("float32", "plain")),

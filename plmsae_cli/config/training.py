@@ -251,8 +251,8 @@ class Train(Section):
     compute: Annotated[Auto | Literal["float32", "bfloat16"], SCIENCE] = "auto"
     """Arithmetic of the forward and backward; masters are float32. `auto` is bfloat16 on GPUs that have it."""
     kernels: Literal["auto", "fused", "plain"] = "auto"
-    """The training step of an SAE: `fused` CUDA kernels (TopK and its Matryoshka with Adam in bfloat16), `plain`
-    PyTorch, or the fused one where it can be."""
+    """The training step of an SAE: `fused` CUDA kernels (TopK, BatchTopK and their Matryoshkas with Adam in
+    bfloat16), `plain` PyTorch, or the fused one where it can be."""
     log_every: Count = 50
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Count = 1000

@@ -96,7 +96,7 @@ class BatchTopK(TopK):
             bits, _ = nth_largest(own.view(1).view(torch.int32), ranks, reduce)
             smallest = torch.where(ranks > 0, bits.view(torch.float32), 0.0)
         if self.training:
-            self._follow(smallest)
+            self.follow(smallest)
         # A rank's share of the kept pairs varies. Of shuffled tokens none comes near twice the mean, which bounds
         # what a GPU is given; a batch that did would show as NaN.
         capacity = min(global_rows, 2 * rows) * k
@@ -106,7 +106,9 @@ class BatchTopK(TopK):
             acts_P = torch.where(kept_BN.sum() <= capacity, acts_P, torch.nan)
         return acts_P, pairs
 
-    def _follow(self, smallest: Tensor) -> None:
+    @torch.no_grad()
+    def follow(self, smallest: Tensor) -> None:
+        """Move theta towards the smallest activation kept in a step (0-dim; 0 where none was), in place."""
         fired = smallest > 0
         self.theta_steps.add_(fired)
         rate = (1 - self.theta_decay) / (1 - self.theta_decay ** self.theta_steps.double())

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Train
+from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.dictionary import Dictionary
-from plmsae_cli.sae.matryoshka import MatryoshkaTopK
+from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
 MOST_ACTIVE = 512
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
     from plmsae_cli.sae.fused.step import FusedStep
 
 
-def why_plain(model: Dictionary, options: Train, device: torch.device, compute: torch.dtype) -> str | None:
+def why_plain(model: Dictionary, options: Train, device: torch.device, compute: torch.dtype, world: int) -> str | None:
     """What stands against the fused step; None where nothing does."""
-    if type(model) not in (TopK, MatryoshkaTopK):
+    if type(model) not in (TopK, MatryoshkaTopK, BatchTopK, MatryoshkaBatchTopK):
         return f"architecture: {options.autoencoder().architecture} has none"
     assert isinstance(model, TopK)
     if model.k_start is not None:
         return "k_start changes k while training"
+    if isinstance(model, BatchTopK) and model.selection == "local" and world > 1:
+        return "selection: local over several ranks"
     if options.optimizer != "adam":
         return f"optimizer: {options.optimizer}; it updates by adam"
     if model.k > MOST_ACTIVE:
@@ -61,7 +64,9 @@ def fused_step(
         UserError: `train.kernels: fused` where it cannot be.
     """
     reason = (
-        "train.kernels is plain" if options.kernels == "plain" else why_plain(model, options, ages_N.device, compute)
+        "train.kernels is plain"
+        if options.kernels == "plain"
+        else why_plain(model, options, ages_N.device, compute, world)
     )
     if reason is not None:
         if options.kernels == "fused":

@@ -107,12 +107,12 @@ class SAEObjective:
 
     def step(self, step: int) -> Mapping[str, torch.Tensor]:
         rows_BD = self._stream.rows(step)
+        self.model.schedule(step, self._total_steps)
         if self._fused is not None:
             return self._fused(rows_BD, step, self._rate(step))
         batch = self.tokens_per_step
         x_BD = self.standardise(rows_BD)
         dead_N = self._dead.mask(self._window)
-        self.model.schedule(step, self._total_steps)
         with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
             losses = self.model.loss(x_BD, dead_N, batch, self._gang.sum)
         self._optimizer.zero_grad()

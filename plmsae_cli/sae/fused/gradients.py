@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.residual import tile_of
 
 CHUNK = 256
@@ -22,11 +23,14 @@ PAIRS_A_PROGRAM = 1024
 
 
 @triton.jit
-def _permute(order, acts, slope, token, act_sorted, slope_sorted, pairs, k, TILE: tl.constexpr):
+def _permute(
+    order, acts, slope, tokens, token, act_sorted, slope_sorted, pairs, k, RAGGED: tl.constexpr, TILE: tl.constexpr
+):
     p = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = p < pairs
     source = tl.load(order + p, mask=mask, other=0)
-    tl.store(token + p, (source // k).to(tl.int32), mask=mask)
+    row = tl.load(tokens + source, mask=mask, other=0) if RAGGED else (source // k).to(tl.int32)
+    tl.store(token + p, row, mask=mask)
     tl.store(act_sorted + p, tl.load(acts + source, mask=mask), mask=mask)
     tl.store(slope_sorted + p, tl.load(slope + source, mask=mask), mask=mask)
 
@@ -221,10 +225,17 @@ class WeightGradients:
     """
 
     def __init__(
-        self, rows: int, num_latents: int, d: int, k: int, prefixes_G: Tensor, device: torch.device, write_zeros: bool
+        self,
+        rows: int,
+        num_latents: int,
+        d: int,
+        pairs: int,
+        prefixes_G: Tensor,
+        device: torch.device,
+        write_zeros: bool,
     ) -> None:
-        pairs = rows * k
-        self._shape = (rows, num_latents, d, k)
+        """`pairs`: places for active ones, those of `ActivePairs`."""
+        self._shape = (rows, num_latents, d)
         self.prefixes_G, self._write_zeros = prefixes_G, write_zeros
         self._tile = tile_of(d, 512)
         self.grad_2ND = torch.zeros(2, num_latents, d, dtype=torch.bfloat16, device=device)
@@ -241,29 +252,24 @@ class WeightGradients:
         self._latents_N1 = torch.arange(num_latents + 1, dtype=torch.int32, device=device)
         self._partial = torch.empty(triton.cdiv(pairs, CHUNK), 2, d, device=device)
 
-    def __call__(
-        self,
-        x_BD: Tensor,
-        residual_BGD: Tensor,
-        acts_BK: Tensor,
-        sort_keys_BK: Tensor,
-        shift: int,
-        slope_BK: Tensor,
-        factor: float,
-    ) -> None:
-        """All but grad_b_SD, with dL/dr = `factor` * residual; keys as in `TopKEncoder`."""
-        rows, n, d, k = self._shape
-        pairs, groups = rows * k, residual_BGD.shape[1]
-        sorted_P, order_P = sort_keys_BK.view(-1).sort(stable=True)
-        offsets_N1 = torch.searchsorted(sorted_P, (self._latents_N1 - shift).to(sorted_P.dtype), out_int32=True)
+    def __call__(self, x_BD: Tensor, residual_BGD: Tensor, active: ActivePairs, slope_P: Tensor, factor: float) -> None:
+        """All but grad_b_SD, with dL/dr = `factor` * residual."""
+        rows, n, d = self._shape
+        pairs, groups = len(active.acts_P), residual_BGD.shape[1]
+        sorted_P, order_P = active.sort_keys_P.sort(stable=True)
+        offsets_N1 = torch.searchsorted(sorted_P, (self._latents_N1 - active.shift).to(sorted_P.dtype), out_int32=True)
+        of_sorted = (self._token_P, self._act_P, self._slope_P)
         _permute[(triton.cdiv(pairs, PAIRS_A_PROGRAM),)](
-            order_P, acts_BK, slope_BK, self._token_P, self._act_P, self._slope_P, pairs, k, PAIRS_A_PROGRAM
-        )
-        pair_data = (self._token_P, self._act_P, self._slope_P, x_BD, residual_BGD, self.prefixes_G, self._partial)
+            order_P, active.acts_P, slope_P, active.token_P, *of_sorted, pairs, pairs // rows,
+            active.token_P is not None, PAIRS_A_PROGRAM,
+        )  # fmt: skip
+        pair_data = (*of_sorted, x_BD, residual_BGD, self.prefixes_G, self._partial)
         tiles = len(self.square_SN)
         sizes = (CHUNK, groups, UNROLL, self._tile)
         warps = max(1, self._tile // 256)  # a warp then holds whole rows: no sum crosses warps
-        _long[(len(self._partial), tiles)](offsets_N1, sorted_P, *pair_data, shift, n, d, *sizes, num_warps=warps)
+        _long[(len(self._partial), tiles)](
+            offsets_N1, sorted_P, *pair_data, active.shift, n, d, *sizes, num_warps=warps
+        )
         _gradients[(n, tiles)](
             offsets_N1,
             *pair_data,
@@ -284,7 +290,7 @@ class WeightGradients:
 
     def of_decoder_bias(self, residual_BGD: Tensor, w_enc_ND: Tensor, factor: float) -> None:
         """grad_b_SD, from the residuals and, through x - b_dec, from the encoder's bias."""
-        rows, n, d, _ = self._shape
+        rows, n, d = self._shape
         tile = tile_of(d, 128)
         _columns[(SPLITS, triton.cdiv(d, tile))](
             residual_BGD,

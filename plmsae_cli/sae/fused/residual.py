@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plmsae_cli.sae.fused.pairs import ActivePairs
+
 
 @triton.jit
 def _centre(raw, mean, b_dec, x, square, scale, d: tl.constexpr, D: tl.constexpr):
@@ -24,11 +26,23 @@ def _centre(raw, mean, b_dec, x, square, scale, d: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
+def _load_pairs(acts, indices, prefixes, pair, end, G: tl.constexpr):
+    """Activations, latents and their groups; 0 from `end` on."""
+    act = tl.load(acts + pair, mask=pair < end, other=0.0)
+    latent = tl.load(indices + pair, mask=pair < end, other=0)
+    group = tl.zeros_like(latent)
+    for g in tl.static_range(G - 1):
+        group += (latent >= tl.load(prefixes + g)).to(tl.int32)
+    return act, latent, group
+
+
+@triton.jit
 def _residual(
     x,
     w,
     acts,
     indices,
+    offsets,
     prefixes,
     residual,
     slope,
@@ -36,19 +50,24 @@ def _residual(
     d: tl.constexpr,
     k,
     rows,
+    RAGGED: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     PLACES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, K)
-    act = tl.load(acts + row * k + slot, mask=slot < k, other=0.0)
+    if RAGGED:
+        begin = tl.load(offsets + row).to(tl.int64)
+        end = tl.load(offsets + row + 1).to(tl.int64)
+        if end - begin > K:  # left to `_residual_of_many`
+            return
+    else:
+        begin = row * k
+        end = begin + k
+    pair = begin + tl.arange(0, K)
+    act, latent, group = _load_pairs(acts, indices, prefixes, pair, end, G)
     active = act > 0
-    latent = tl.load(indices + row * k + slot, mask=slot < k, other=0)
-    group = tl.zeros((K,), tl.int32)
-    for g in tl.static_range(G - 1):
-        group += (latent >= tl.load(prefixes + g)).to(tl.int32)
     rows_of_w = w + latent.to(tl.int64)[:, None] * d
     # Tensor cores want 16 rows: the nested groups, and zeros. Activations are bfloat16 already.
     prefix = tl.arange(0, PLACES)
@@ -74,9 +93,75 @@ def _residual(
         tl.store(out, error, mask=mask[None, :] & (prefix[:, None] < G))
         slopes = tl.dot(weights, tl.trans(error), slopes)
     own = tl.sum(tl.where(prefix[None, :] == group[:, None], slopes, 0.0), 1)
-    tl.store(slope + row * k + slot, tl.where(active, own, 0.0), mask=slot < k)
+    tl.store(slope + pair, tl.where(active, own, 0.0), mask=pair < end)
     tl.store(energy + row, tl.sum(nested, 0))
     tl.store(energy + rows + row, tl.sum(full if G > 1 else nested, 0))
+
+
+@triton.jit
+def _residual_of_many(
+    x,
+    w,
+    acts,
+    indices,
+    offsets,
+    prefixes,
+    residual,
+    slope,
+    energy,
+    d: tl.constexpr,
+    rows,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """What `_residual` computes, for tokens of more than K pairs: the decoder's rows are read twice, K at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.load(offsets + row).to(tl.int64)
+    end = tl.load(offsets + row + 1).to(tl.int64)
+    if end - begin <= K:
+        return
+    prefix = tl.arange(0, PLACES)
+    later = (prefix[None, :] >= prefix[:, None]).to(tl.float32).to(tl.bfloat16)
+    nested = tl.zeros((D,), tl.float32)
+    full = tl.zeros((D,), tl.float32)
+    for start in range(0, d, D):
+        o = start + tl.arange(0, D)
+        mask = o < d
+        decoded = tl.zeros((PLACES, D), tl.float32)
+        for first in range(begin, end, K):
+            act, latent, group = _load_pairs(acts, indices, prefixes, first + tl.arange(0, K), end, G)
+            here = (act > 0)[:, None] & mask[None, :]
+            weights = tl.load(w + latent.to(tl.int64)[:, None] * d + o[None, :], mask=here, other=0.0)
+            held = tl.where((group[None, :] <= prefix[:, None]) & (prefix[:, None] < G), act[None, :], 0.0)
+            decoded = tl.dot(held.to(tl.bfloat16), weights, decoded)
+        target = tl.load(x + row * d + o, mask=mask, other=0.0).to(tl.float32)
+        error = tl.where(prefix[:, None] < G, target[None, :] - decoded, 0.0)
+        nested += tl.sum(error * error, 0)
+        full += tl.sum(tl.where(prefix[:, None] == G - 1, error * error, 0.0), 0)
+        error = error.to(tl.bfloat16)
+        if G > 1:
+            error = tl.dot(later, error).to(tl.bfloat16)
+        out = residual + (row * G + prefix[:, None]) * d + o[None, :]
+        tl.store(out, error, mask=mask[None, :] & (prefix[:, None] < G))
+    tl.store(energy + row, tl.sum(nested, 0))
+    tl.store(energy + rows + row, tl.sum(full, 0))
+    tl.debug_barrier()  # other threads of this program read what was stored
+    for first in range(begin, end, K):
+        pair = first + tl.arange(0, K)
+        act, latent, group = _load_pairs(acts, indices, prefixes, pair, end, G)
+        slopes = tl.zeros((K, PLACES), tl.float32)
+        for start in range(0, d, D):
+            o = start + tl.arange(0, D)
+            mask = o < d
+            here = (act > 0)[:, None] & mask[None, :]
+            weights = tl.load(w + latent.to(tl.int64)[:, None] * d + o[None, :], mask=here, other=0.0)
+            places = residual + (row * G + prefix[:, None]) * d + o[None, :]
+            error = tl.load(places, mask=mask[None, :] & (prefix[:, None] < G), other=0.0)
+            slopes = tl.dot(weights, tl.trans(error), slopes)
+        own = tl.sum(tl.where(prefix[None, :] == group[:, None], slopes, 0.0), 1)
+        tl.store(slope + pair, tl.where(act > 0, own, 0.0), mask=pair < end)
 
 
 def centre(raw_BD: Tensor, mean_D: Tensor, scale: float, b_dec_D: Tensor, x_BD: Tensor, square_B: Tensor) -> None:
@@ -90,39 +175,27 @@ def centre(raw_BD: Tensor, mean_D: Tensor, scale: float, b_dec_D: Tensor, x_BD: 
 def residuals(
     x_BD: Tensor,
     w_dec_ND: Tensor,
-    acts_BK: Tensor,
-    indices_BK: Tensor,
+    pairs: ActivePairs,
     prefixes_G: Tensor,
     residual_BGD: Tensor,
-    slope_BK: Tensor,
+    slope_P: Tensor,
     energy_2B: Tensor,
 ) -> None:
     """Decode and differentiate with one read of the decoder's rows.
 
-    With r_g = x - sum_{i < m_g} z_i W_dec,i: `residual_BGD`[b, h] = sum_{g >= h} r_g; `slope_BK` = <residual of the
+    With r_g = x - sum_{i < m_g} z_i W_dec,i: `residual_BGD`[b, h] = sum_{g >= h} r_g; `slope_P` = <residual of the
     latent's group, W_dec,i>, which is dL/dz over -2, 0 where z is; `energy_2B` = sum_g ||r_g||^2 and ||r_G||^2.
     """
     rows, d = x_BD.shape
-    k, groups = acts_BK.shape[1], residual_BGD.shape[1]
-    K = max(16, triton.next_power_of_2(k))
-    _residual[(rows,)](
-        x_BD,
-        w_dec_ND,
-        acts_BK,
-        indices_BK,
-        prefixes_G,
-        residual_BGD,
-        slope_BK,
-        energy_2B,
-        d,
-        k,
-        rows,
-        groups,
-        K,
-        max(16, min(64, 4096 // K)),
-        max(16, triton.next_power_of_2(groups)),
-        num_warps=1,
-    )
+    k, groups = len(pairs.acts_P) // rows, residual_BGD.shape[1]
+    ragged = pairs.offsets_B1 is not None
+    K = pairs.usual if ragged else max(16, triton.next_power_of_2(k))
+    D, places = max(16, min(64, 4096 // K)), max(16, triton.next_power_of_2(groups))
+    data = (x_BD, w_dec_ND, pairs.acts_P, pairs.indices_P, pairs.offsets_B1)
+    out = (prefixes_G, residual_BGD, slope_P, energy_2B)
+    _residual[(rows,)](*data, *out, d, k, rows, ragged, groups, K, D, places, num_warps=1)
+    if ragged:
+        _residual_of_many[(rows,)](*data, *out, d, rows, groups, K, D, places, num_warps=1)
 
 
 def tile_of(d: int, largest: int) -> int:

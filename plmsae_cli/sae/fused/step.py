@@ -1,4 +1,4 @@
-"""The whole training step of TopK and Matryoshka on CUDA, replayed as one graph."""
+"""The whole training step of TopK, BatchTopK and Matryoshka on CUDA, replayed as one graph."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.fused.aux import AuxK, DeadBound
+from plmsae_cli.sae.fused.batch_top_k import BatchTopKEncoder
 from plmsae_cli.sae.fused.collect import FIGURES
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.residual import centre, residuals
 from plmsae_cli.sae.fused.top_k import TopKEncoder
 from plmsae_cli.sae.fused.update import AdamOptions, Update
 from plmsae_cli.sae.interface import Reduce
-from plmsae_cli.sae.matryoshka import MatryoshkaTopK
+from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
 
@@ -57,20 +59,28 @@ class FusedStep:
         device, n, d, rows = ages_N.device, model.num_latents, model.d, batch.rows
         self._model, self._batch, self._reduce, self._ages_N = model, batch, reduce, ages_N
         self._global_rows = rows * batch.world
-        prefixes_G = model.prefixes_G if isinstance(model, MatryoshkaTopK) else torch.tensor([n], device=device)
+        prefixes_G = torch.tensor([n], device=device)
+        if isinstance(model, MatryoshkaTopK | MatryoshkaBatchTopK):
+            prefixes_G = model.prefixes_G
         self._groups = len(prefixes_G)
         self._update = Update({name: p.detach() for name, p in model.named_parameters()}, state, adam)
-        self._encode = TopKEncoder(rows, n, model.k, device)
-        self._gradients = WeightGradients(rows, n, d, model.k, prefixes_G.int(), device, write_zeros=batch.world > 1)
+        self._encode = (
+            BatchTopKEncoder(rows, n, model.k, device, batch.world, model.first_row, reduce)
+            if isinstance(model, BatchTopK)
+            else TopKEncoder(rows, n, model.k, device)
+        )
+        places = len(self._encode.pairs.acts_P)
+        self._gradients = WeightGradients(rows, n, d, places, prefixes_G.int(), device, write_zeros=batch.world > 1)
         self._aux = (
             AuxK(model.k_aux, model.aux_coefficient, model.aux_fitted, reduce) if model.aux_coefficient else None
         )
         self.dead_bound = DeadBound(ages_N, batch.window, self._global_rows)
         self._x_BD = torch.empty(rows, d, dtype=torch.bfloat16, device=device)
         self._residual_BGD = torch.empty(rows, self._groups, d, dtype=torch.bfloat16, device=device)
-        self._slope_BK = torch.empty(rows, model.k, device=device)
+        self._slope_P = torch.zeros(places, device=device)
         self._energy_2B = torch.empty(2, rows, device=device)
         self._square_B = torch.empty(rows, device=device)
+        self._l0_std = torch.zeros((), device=device)
         self._no_aux = torch.zeros((), device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self._pool: Any = None
@@ -85,7 +95,8 @@ class FusedStep:
         centre(raw_BD, batch.mean_D, batch.scale, self._model.b_dec_D, self._x_BD, self._square_B)
         self._update.rate.fill_(rate)
         self._replay(self.dead_bound.places(step) if self._aux is not None else 0)
-        return dict(zip(FIGURES, self._update.figures.unbind(), strict=True))
+        figures = dict(zip(FIGURES, self._update.figures.unbind(), strict=True))
+        return figures if self._encode.pairs.offsets_B1 is None else figures | {"l0_std": self._l0_std}
 
     def _replay(self, places: int) -> None:
         # The first such step compiles kernels and lets libraries choose. Ranks launch every step: a communicator cannot be
@@ -110,11 +121,12 @@ class FusedStep:
         batch, grads, update, encode = self._batch, self._gradients, self._update, self._encode
         x_BD, residual_BGD, energy_2B, square_B = self._x_BD, self._residual_BGD, self._energy_2B, self._square_B
         encode(x_BD, update.w_enc_ND, update.b_enc_N)
-        pairs = (encode.acts_BK, encode.indices_BK, grads.prefixes_G)
-        residuals(x_BD, update.w_dec_ND, *pairs, residual_BGD, self._slope_BK, energy_2B)
+        if isinstance(self._model, BatchTopK):
+            assert isinstance(encode, BatchTopKEncoder)
+            self._model.follow(encode.smallest)
+        residuals(x_BD, update.w_dec_ND, encode.pairs, grads.prefixes_G, residual_BGD, self._slope_P, energy_2B)
         factor = -2.0 / (self._groups * self._global_rows * self._model.d)
-        keys = (encode.sort_keys_BK, encode.shift)
-        grads(x_BD, residual_BGD, encode.acts_BK, *keys, self._slope_BK, factor)
+        grads(x_BD, residual_BGD, encode.pairs, self._slope_P, factor)
         if batch.world > 1:
             sums_3 = self._reduce(torch.stack([*energy_2B.sum(1), square_B.sum()]))
             energy_2B, square_B = sums_3[:2, None], sums_3[2:]
@@ -138,6 +150,12 @@ class FusedStep:
             self._global_rows,
             batch.world,
         )
+        if encode.pairs.offsets_B1 is not None:
+            active_B = encode.pairs.offsets_B1.diff().double()
+            mean, square = (
+                self._reduce(torch.stack([active_B.sum(), active_B.square().sum()])) / self._global_rows
+            ).unbind()
+            self._l0_std.copy_((square - mean.square()).clamp(min=0.0).sqrt() / batch.world)
 
     def _sum_over_ranks(self, aux: Tensor) -> Tensor:
         grads = self._gradients

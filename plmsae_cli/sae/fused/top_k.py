@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plmsae_cli.sae.fused.pairs import ActivePairs
+
 TILE_SCORES = 2**28
 """Scores held at once: 512 MiB."""
 MAXIMA_A_PROGRAM = 256
@@ -95,12 +97,17 @@ def members_of_group(num_latents: int, k: int) -> int:
     return members if num_latents // members >= k else 1
 
 
-class TopKEncoder:
-    """ReLU(TopK_k(x W^T + b)) for B rows, in buffers made once.
+def maxima_of_groups(keys_BN: Tensor, maxima: Tensor, members: int) -> None:
+    """The largest of each group of `members` neighbouring keys (int16: bfloat16's bits), as `maxima` [B or more, groups]."""
+    (rows, n), groups = keys_BN.shape, maxima.shape[1]
+    tile = min(MAXIMA_A_PROGRAM, triton.next_power_of_2(groups))
+    _maxima[(rows, triton.cdiv(groups, tile))](keys_BN, maxima, n, groups, members, tile, num_warps=4)
 
-    acts_BK (float32) and indices_BK (int32) hold the result of the last call, by ascending latent within a row. The
-    scores are bfloat16; k-th places tie often among them and go to the lowest latent. `sort_keys_BK` is the latent,
-    or N where its activation is 0, less `shift`: 16 bits where they suffice, as sorting takes half the passes then.
+
+class TopKEncoder:
+    """ReLU(TopK_k(x W^T + b)) for B rows, in buffers made once; `pairs` holds the result of the last call.
+
+    The scores are bfloat16; k-th places tie often among them and go to the lowest latent.
     """
 
     def __init__(self, rows: int, num_latents: int, k: int, device: torch.device) -> None:
@@ -109,11 +116,13 @@ class TopKEncoder:
         self.groups = triton.cdiv(num_latents, self.members)
         tiles = triton.cdiv(rows * num_latents, TILE_SCORES)
         self.tile = triton.cdiv(triton.cdiv(rows, tiles), 128) * 128
-        self.acts_BK = torch.empty(rows, k, device=device)
-        self.indices_BK = torch.empty(rows, k, dtype=torch.int32, device=device)
         short = num_latents < 2**16
-        self.shift = 2**15 if short else 0
-        self.sort_keys_BK = torch.empty(rows, k, dtype=torch.int16 if short else torch.int32, device=device)
+        self.pairs = ActivePairs(
+            torch.empty(rows * k, device=device),
+            torch.empty(rows * k, dtype=torch.int32, device=device),
+            torch.empty(rows * k, dtype=torch.int16 if short else torch.int32, device=device),
+            2**15 if short else 0,
+        )
         self._scores_TN = torch.empty(self.tile, num_latents, dtype=torch.bfloat16, device=device)
         self._maxima = torch.empty(self.tile, self.groups, dtype=torch.int16, device=device)
         self._K = triton.next_power_of_2(k)
@@ -130,23 +139,20 @@ class TopKEncoder:
     def select(self, scores_TN: Tensor, first: int) -> None:
         """The top k of each row, as rows `first`... of the result."""
         rows, keys = len(scores_TN), scores_TN.view(torch.int16)
-        tile = min(MAXIMA_A_PROGRAM, triton.next_power_of_2(self.groups))
-        _maxima[(rows, triton.cdiv(self.groups, tile))](
-            keys, self._maxima, self.num_latents, self.groups, self.members, tile, num_warps=4
-        )
+        maxima_of_groups(keys, self._maxima, self.members)
         GROUPS = max(triton.next_power_of_2(self.groups), self._K)
         _select[(rows,)](
             keys,
             self._maxima,
             self._scratch,
-            self.acts_BK,
-            self.indices_BK,
-            self.sort_keys_BK,
+            self.pairs.acts_P,
+            self.pairs.indices_P,
+            self.pairs.sort_keys_P,
             first,
             self.num_latents,
             self.groups,
             self.k,
-            self.shift,
+            self.pairs.shift,
             GROUPS,
             self.members,
             self._K,

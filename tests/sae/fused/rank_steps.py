@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 interpreter.correct()
 
 from plmsae_cli.runtime.dist import Gang  # noqa: E402
+from plmsae_cli.sae.batch_topk import BatchTopK  # noqa: E402
 from plmsae_cli.sae.fused.step import Batch, FusedStep  # noqa: E402
 from plmsae_cli.sae.fused.update import AdamOptions  # noqa: E402
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK  # noqa: E402
@@ -29,6 +30,7 @@ def steps(kind: type[TopK], gang: Gang) -> dict[str, torch.Tensor]:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
         model.b_enc_N[::4] = -9.0
     model.normalize_decoder()
+    model.first_row = gang.rank * (ROWS // gang.world)
     state = {}
     for name, parameter in model.named_parameters():
         state |= {f"{name}.{what}": torch.zeros_like(parameter) for what in ("exp_avg", "exp_avg_sq")}
@@ -50,7 +52,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    for kind in (TopK, MatryoshkaTopK):
+    for kind in (TopK, MatryoshkaTopK, BatchTopK):
         save_file(steps(kind, Gang(rank, world, rank)), folder / f"{kind.__name__}-{rank}-of-{world}.safetensors")
     if world > 1:
         dist.barrier()

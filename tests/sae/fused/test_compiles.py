@@ -40,10 +40,16 @@ from plmsae_cli.sae.fused.aux import keep_top_
 from plmsae_cli.sae.fused.step import Batch, FusedStep
 from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.sae.interface import one_process
-from plmsae_cli.sae.matryoshka import MatryoshkaTopK
+from plmsae_cli.sae.batch_topk import BatchTopK
+from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
-for kind, d, n, k, moments in ((TopK, 768, 4096, 32, torch.bfloat16), (MatryoshkaTopK, 80, 320, 10, torch.float32)):
+for kind, d, n, k, moments in (
+    (TopK, 768, 4096, 32, torch.bfloat16),
+    (MatryoshkaTopK, 80, 320, 10, torch.float32),
+    (BatchTopK, 2560, 4096, 64, torch.float32),
+    (MatryoshkaBatchTopK, 80, 70_000, 200, torch.bfloat16),
+):
     model = kind(d, n, k)
     state = {}
     for name, p in model.named_parameters():
@@ -64,5 +70,6 @@ def test_all_kernels_compile(capability: int) -> None:
         [sys.executable, "-c", PROGRAM, str(capability)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = "_add_rows _centre _columns _gradients _keep_top _long _maxima _permute _residual _select _update collect finish"
+    expected = """_add_rows _bound _centre _columns _count _count_digit _gradients _histogram _keep_top _long _maxima
+        _permute _residual _residual_of_many _select _update _write collect finish"""
     assert done.stdout.split() == expected.split()

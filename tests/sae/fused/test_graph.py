@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.fused.step import Batch, FusedStep
 from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.sae.interface import one_process
-from plmsae_cli.sae.matryoshka import MatryoshkaTopK
+from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 D, N, K, ROWS, STEPS = 96, 2048, 12, 512, 60
-KINDS = pytest.mark.parametrize("kind", [TopK, MatryoshkaTopK])
+KINDS = pytest.mark.parametrize("kind", [TopK, MatryoshkaTopK, BatchTopK, MatryoshkaBatchTopK])
 
 
 class Run:

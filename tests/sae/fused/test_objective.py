@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.training import sae_kernels
 from plmsae_cli.training.sae_objective import DEAD_BOUND, SAEObjective
@@ -27,19 +27,26 @@ class Rows:
         return torch.randn(ROWS, D, generator=torch.Generator().manual_seed(step)).to(DEVICE)
 
 
-def objective(**train: object) -> SAEObjective:
+def objective(architecture: str = "topk", **train: object) -> SAEObjective:
     # Dead after 6 steps: counted every step, some are by the time the state is saved.
     options = Train.model_validate(
-        {"sae": SAE(num_latents=N, k=K, k_aux=4), "batch_tokens": ROWS, "dead_tokens": 6 * ROWS, "lr": 1e-2, **train}
+        {
+            "sae": {"architecture": architecture, "num_latents": N, "k": K, "k_aux": 4},
+            "batch_tokens": ROWS,
+            "dead_tokens": 6 * ROWS,
+            "lr": 1e-2,
+            **train,
+        }
     )
     return SAEObjective(
         options, cast(BlockStream, Rows()), torch.zeros(D), 1.0, STEPS, Gang(), DEVICE, torch.bfloat16
     )  # fmt: skip
 
 
-def test_what_is_saved_continues_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("architecture", ["topk", "matryoshka_batch_topk"])
+def test_what_is_saved_continues_bit_for_bit(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sae_kernels, "why_plain", lambda *_: None)
-    whole = objective()
+    whole = objective(architecture)
     whole.start(torch.randn(100, D, generator=torch.Generator().manual_seed(99)))
     with torch.no_grad():
         whole.model.b_enc_N[::3] = -20.0
@@ -48,7 +55,7 @@ def test_what_is_saved_continues_bit_for_bit(monkeypatch: pytest.MonkeyPatch) ->
         whole.step(step)
     saved = {name: tensor.clone() for name, tensor in whole.tensors().items()}
     assert DEAD_BOUND in saved
-    resumed = objective()
+    resumed = objective(architecture)
     resumed.load(saved)
     for step in range(SAVED, STEPS):
         one, two = whole.step(step), resumed.step(step)

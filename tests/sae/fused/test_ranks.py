@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["TopK", "MatryoshkaTopK"])
+@pytest.mark.parametrize("kind", ["TopK", "MatryoshkaTopK", "BatchTopK"])
 def test_two_ranks_are_one_process(kind: str, folder: Path) -> None:
     one, first, second = (load_file(folder / f"{kind}-{place}.safetensors") for place in ("0-of-1", "0-of-2", "1-of-2"))
     for name, tensor in first.items():

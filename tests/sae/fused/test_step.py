@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.dead import DeadLatents
 from plmsae_cli.sae.fused import gradients
 from plmsae_cli.sae.fused.step import Batch, FusedStep
 from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.sae.interface import Reduce, one_process
-from plmsae_cli.sae.matryoshka import MatryoshkaTopK
+from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,9 +73,12 @@ def formulas(s: Setup, fused: FusedStep, before: dict[str, Tensor], dead_N: Tens
     inputs_BD = ((s.raw_BD - s.batch.mean_D) * s.batch.scale).double().cpu()
     pre_BN = (inputs_BD - p["b_dec_D"]) @ p["w_enc_ND"].T + p["b_enc_N"]
     chosen_BN = torch.zeros(ROWS, N, dtype=torch.float64)
-    chosen_BN.scatter_(1, fused._encode.indices_BK.long().cpu(), 1.0)
+    pairs = fused._encode.pairs
+    token_P = torch.arange(len(pairs.acts_P)) // K if pairs.token_P is None else pairs.token_P.long().cpu()
+    active_P = pairs.sort_keys_P.long().cpu() + pairs.shift < N
+    chosen_BN[token_P[active_P], pairs.indices_P.long().cpu()[active_P]] = 1.0
     z_BN = pre_BN.relu() * chosen_BN
-    prefixes = s.model.prefixes_G.tolist() if isinstance(s.model, MatryoshkaTopK) else [N]
+    prefixes = s.model.prefixes_G.tolist() if isinstance(s.model, MatryoshkaTopK | MatryoshkaBatchTopK) else [N]
     xhats = [(z_BN * (torch.arange(N) < m)) @ p["w_dec_ND"] + p["b_dec_D"] for m in prefixes]
     total = torch.stack([(inputs_BD - xhat).square().sum() for xhat in xhats]).mean() / inputs_BD.numel()
     error_BD = (inputs_BD - xhats[-1]).detach()
@@ -101,9 +105,20 @@ def difference(ours: Tensor, want: Tensor) -> float:
     return float((ours.double().cpu() - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("kind", [TopK, MatryoshkaTopK])
-@pytest.mark.parametrize("dead", [False, True], ids=["alive", "dead"])
-@pytest.mark.parametrize("chunk", [256, 8], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    ("kind", "dead", "chunk"),
+    [
+        pytest.param(kind, dead, chunk, id=f"{kind.__name__}-{'dead' if dead else 'alive'}-{chunk}")
+        for kind, dead, chunk in (
+            (TopK, False, 256),
+            (TopK, True, 8),
+            (MatryoshkaTopK, False, 8),
+            (MatryoshkaTopK, True, 256),
+            (BatchTopK, True, 256),
+            (MatryoshkaBatchTopK, False, 8),
+        )
+    ],
+)
 def test_loss_and_gradients_are_the_formulas(
     kind: type[TopK], dead: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +137,12 @@ def test_loss_and_gradients_are_the_formulas(
     assert float(figures["fvu"]) == pytest.approx(float(want.fvu), rel=0.01)
     assert float(figures["aux"]) == pytest.approx(float(want.aux), rel=0.02)
     assert float(figures["dead"]) == pytest.approx(float(dead_N.float().mean()))
+    if isinstance(s.model, BatchTopK):
+        pairs = fused._encode.pairs
+        assert pairs.offsets_B1 is not None
+        assert float(figures["l0"]) == K
+        assert float(figures["l0_std"]) == pytest.approx(float(pairs.offsets_B1.diff().double().std(correction=0)))
+        assert float(s.model.theta) == float(pairs.acts_P.min()), "the first step's theta is its smallest activation"
     g = fused._gradients
     silent_N1 = (g.touched_N == 0).unsqueeze(1)
     assert difference(g.grad_enc_ND.masked_fill(silent_N1, 0), want.gradients["w_enc_ND"]) < 0.02

@@ -27,10 +27,10 @@ def test_the_k_largest_with_ties_to_the_lowest_latent(num_latents: int, k: int, 
     want = top_k(scores_BN.float(), k)
     indices_BK, order_BK = want.indices_BK.sort(dim=1)
     acts_BK = want.acts_BK.gather(1, order_BK)
-    assert torch.equal(encoder.indices_BK.cpu().long(), indices_BK)
-    assert torch.equal(encoder.acts_BK.cpu(), acts_BK)
+    assert torch.equal(encoder.pairs.indices_P.view(-1, encoder.k).cpu().long(), indices_BK)
+    assert torch.equal(encoder.pairs.acts_P.view(-1, encoder.k).cpu(), acts_BK)
     keys_BK = torch.where(acts_BK > 0, indices_BK, num_latents)
-    assert torch.equal(encoder.sort_keys_BK.cpu().long() + encoder.shift, keys_BK)
+    assert torch.equal(encoder.pairs.sort_keys_P.cpu().long() + encoder.pairs.shift, keys_BK.flatten())
 
 
 def test_encoding_by_tiles_is_the_product_and_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_encoding_by_tiles_is_the_product_and_the_bias(monkeypatch: pytest.Monke
     assert encoder.tile == 128
     encoder(x_BD, w_ND, b_N)
     want = torch.addmm(b_N, x_BD, w_ND.t()).float().relu().topk(4, dim=1).values.sort(dim=1).values
-    torch.testing.assert_close(encoder.acts_BK.sort(dim=1).values, want, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(encoder.pairs.acts_P.view(-1, encoder.k).sort(dim=1).values, want, rtol=0.01, atol=0.01)
 
 
 def test_groups_keep_both_lists_short() -> None:

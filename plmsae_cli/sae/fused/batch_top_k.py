@@ -1,0 +1,230 @@
+"""The B k largest scores of a batch, exactly: what `batch_selection.keep_largest` keeps, in four short kernels.
+
+All scores are read once, for the maxima of groups of neighbouring latents. Where B k of those maxima reach a value, so do
+B k scores: the B k-th largest maximum bounds the threshold from below, and from then on only groups that reach the bound
+are read. A histogram of what reaches it (32,768 bins, one for each positive bfloat16) gives the threshold and how
+many equal to it are kept; integer sums, so any order of the additions gives the same.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plmsae_cli.sae.fused.pairs import ActivePairs
+from plmsae_cli.sae.fused.top_k import MAXIMA_A_PROGRAM, maxima_of_groups, members_of_group
+from plmsae_cli.sae.interface import Reduce
+
+BINS = 2**15
+DIGIT_BITS = 5
+DIGITS = 3
+COUNTERS = 256
+USUAL = 256
+"""Most pairs of a token whose decoder rows are held at once."""
+
+
+@triton.jit
+def _bound(partial, wanted, found, counters, SHIFT: tl.constexpr, VALUES: tl.constexpr, COUNTERS: tl.constexpr):
+    """`found` with one more digit: the largest value that `wanted` keys reach."""
+    o = tl.arange(0, COUNTERS)
+    digit = tl.arange(0, VALUES)
+    counts = tl.sum(tl.load(partial + o[:, None] * VALUES + digit[None, :], mask=o[:, None] < counters, other=0), 0)
+    best = tl.max(tl.where((counts >= wanted) | (digit == 0), digit, 0), 0)
+    tl.store(found, tl.load(found) | (best << SHIFT))
+
+
+@triton.jit
+def _count_digit(keys, found, partial, size, SHIFT: tl.constexpr, VALUES: tl.constexpr, TILE: tl.constexpr):
+    """How many keys reach each value of the next digit; this program's share."""
+    digit = tl.arange(0, VALUES)
+    trial = tl.load(found) | (digit << SHIFT)
+    counts = tl.zeros((VALUES,), tl.int32)
+    for start in range(tl.program_id(0) * TILE, size, tl.num_programs(0) * TILE):
+        o = start + tl.arange(0, TILE)
+        key = tl.load(keys + o, mask=o < size, other=-1).to(tl.int32)
+        counts += tl.sum((key[:, None] >= trial[None, :]).to(tl.int32), 0)
+    tl.store(partial + tl.program_id(0) * VALUES + digit, counts)
+
+
+@triton.jit
+def _load_reaching(scores, maxima, row, group, groups, n, low, MEMBERS: tl.constexpr):
+    """Latents and keys of those groups of a row whose maximum reaches `low`; other keys are -1."""
+    largest = tl.load(maxima + row * groups + group, mask=group < groups, other=-1).to(tl.int32)
+    latent = group[:, None] * MEMBERS + tl.arange(0, MEMBERS)[None, :]
+    wanted = (largest >= low)[:, None] & (latent < n)
+    return latent, tl.load(scores + row * n + latent, mask=wanted, other=-1).to(tl.int32)
+
+
+@triton.jit
+def _histogram(scores, maxima, bound, bins, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    low = tl.maximum(tl.load(bound), 1)
+    for first in range(0, groups, TILE):
+        _, keys = _load_reaching(scores, maxima, row, first + tl.arange(0, TILE), groups, n, low, MEMBERS)
+        tl.atomic_add(bins + keys, 1, mask=keys >= low, sem="relaxed")
+
+
+@triton.jit
+def _count(scores, maxima, last, above, tied, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    low = tl.load(last)
+    more = 0
+    equal = 0
+    for first in range(0, groups, TILE):
+        _, keys = _load_reaching(scores, maxima, row, first + tl.arange(0, TILE), groups, n, low, MEMBERS)
+        more += tl.sum(tl.sum((keys > low).to(tl.int32), 1), 0)
+        equal += tl.sum(tl.sum((keys == low).to(tl.int32), 1), 0)
+    tl.store(above + row, more)
+    tl.store(tied + row, equal)
+
+
+@triton.jit
+def _write(
+    scores,
+    maxima,
+    last,
+    quota,
+    offsets,
+    acts,
+    indices,
+    sort_keys,
+    tokens,
+    n,
+    groups,
+    shift,
+    capacity,
+    MEMBERS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    low = tl.load(last)
+    spare = tl.load(quota + row)
+    place = tl.load(offsets + row)
+    for first in range(0, groups, TILE):
+        latent, keys = _load_reaching(scores, maxima, row, first + tl.arange(0, TILE), groups, n, low, MEMBERS)
+        latent = tl.reshape(latent, (TILE * MEMBERS,))
+        keys = tl.reshape(keys, (TILE * MEMBERS,))
+        tie = (keys == low).to(tl.int32)
+        kept = ((keys > low) | ((tie == 1) & (tl.cumsum(tie, 0) <= spare))).to(tl.int32)
+        to = place + tl.cumsum(kept, 0) - 1
+        mask = (kept == 1) & (to < capacity)
+        tl.store(acts + to, (keys << 16).to(tl.float32, bitcast=True), mask=mask)
+        tl.store(indices + to, latent, mask=mask)
+        tl.store(sort_keys + to, (latent - shift).to(sort_keys.dtype.element_ty), mask=mask)
+        tl.store(tokens + to, tl.zeros_like(latent) + row.to(tl.int32), mask=mask)
+        spare -= tl.sum(tie, 0)
+        place += tl.sum(kept, 0)
+
+
+class BatchTopKEncoder:
+    """The largest B k of ReLU(x W^T + b) over the batch of all ranks, in buffers made once.
+
+    `pairs` holds this rank's of the last call, `smallest` (0-dim float32) the least kept on any rank, 0 where none was.
+    Scores are bfloat16; equal ones go to the first tokens, then to the lowest latents. A rank has places for twice its
+    mean share; a batch that gave it more would come out as NaN.
+
+    Args:
+        rows, first_row: this rank's tokens, and the place of the first in the global batch.
+        world: ranks; all have as many rows.
+        reduce: sums over ranks.
+    """
+
+    def __init__(
+        self, rows: int, num_latents: int, k: int, device: torch.device, world: int, first_row: int, reduce: Reduce
+    ) -> None:
+        self.num_latents = num_latents
+        self._rows, self._world, self._rank, self._reduce = rows, world, first_row // rows, reduce
+        self._wanted_here, self._wanted = rows * k, rows * world * k
+        capacity = rows * k * min(world, 2)
+        short = num_latents < 2**16
+        self.pairs = ActivePairs(
+            torch.zeros(capacity, device=device),
+            torch.zeros(capacity, dtype=torch.int32, device=device),
+            torch.empty(capacity, dtype=torch.int16 if short else torch.int32, device=device),
+            2**15 if short else 0,
+            torch.zeros(rows + 1, dtype=torch.int32, device=device),
+            torch.zeros(capacity, dtype=torch.int32, device=device),
+            max(16, min(USUAL, triton.next_power_of_2(2 * k))),
+        )
+        self.smallest = torch.zeros((), device=device)
+        self._members = members_of_group(num_latents, k)
+        self._groups = triton.cdiv(num_latents, self._members)
+        self._scores_BN = torch.empty(rows, num_latents, dtype=torch.bfloat16, device=device)
+        self._maxima = torch.empty(rows, self._groups, dtype=torch.int16, device=device)
+        self._partial = torch.empty(COUNTERS, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
+        self._above_B = torch.empty(rows, dtype=torch.int32, device=device)
+        self._tied_B = torch.empty(rows, dtype=torch.int32, device=device)
+        self._steps = torch.arange(world, device=device)
+
+    def __call__(self, x_BD: Tensor, w_ND: Tensor, b_N: Tensor) -> None:
+        """Encode `x_BD` (bfloat16, already less b_dec)."""
+        torch.addmm(b_N, x_BD, w_ND.t(), out=self._scores_BN)
+        self.select(self._scores_BN)
+
+    def select(self, scores_BN: Tensor) -> None:
+        """The largest of `scores_BN` [B, N], bfloat16."""
+        rows, pairs = self._rows, self.pairs
+        assert pairs.offsets_B1 is not None
+        keys = scores_BN.view(torch.int16)
+        maxima_of_groups(keys, self._maxima, self._members)
+        tile = min(MAXIMA_A_PROGRAM, triton.next_power_of_2(self._groups))
+        groups = (self.num_latents, self._groups, self._members, tile)
+        found = (keys, self._maxima)
+
+        bins = torch.zeros(BINS, dtype=torch.int32, device=keys.device)
+        _histogram[(rows,)](*found, self._bound(), bins, *groups, num_warps=4)
+        reached = self._reduce(bins.long()).flip(0).cumsum(0).flip(0)
+        wanted = reached[1].clamp(max=self._wanted)
+        last = (reached[1:] >= wanted).sum(dtype=torch.int32)
+        more = torch.cat([reached, reached.new_zeros(1)]).index_select(0, last.view(1) + 1).squeeze(0)
+        self.smallest.copy_(torch.where(wanted > 0, (last << 16).view(torch.float32), 0.0))
+
+        _count[(rows,)](*found, last, self._above_B, self._tied_B, *groups, num_warps=4)
+        tied_B = self._tied_B.long()
+        quota_B = (wanted - more - self._ties_before(tied_B) - (tied_B.cumsum(0) - tied_B)).clamp(min=0)
+        ends_B = (self._above_B + torch.minimum(tied_B, quota_B)).cumsum(0)
+        capacity = len(pairs.acts_P)
+        pairs.offsets_B1[1:].copy_(ends_B.clamp(max=capacity))
+        pairs.sort_keys_P.fill_(self.num_latents - pairs.shift)
+        _write[(rows,)](
+            *found,
+            last,
+            quota_B,
+            pairs.offsets_B1,
+            pairs.acts_P,
+            pairs.indices_P,
+            pairs.sort_keys_P,
+            pairs.token_P,
+            *groups[:2],
+            pairs.shift,
+            capacity,
+            *groups[2:],
+            num_warps=4,
+        )
+        if self._world > 2:
+            pairs.acts_P.add_(torch.where(ends_B[-1] > capacity, torch.nan, 0.0))
+
+    def _bound(self) -> Tensor:
+        """A value that enough scores of all ranks reach, or 0: int32, 0-dim."""
+        found = torch.zeros((), dtype=torch.int32, device=self._maxima.device)
+        keys = self._maxima.view(-1)
+        programs = min(COUNTERS, triton.cdiv(len(keys), 1024))
+        for digit in reversed(range(DIGITS)):
+            shift = digit * DIGIT_BITS
+            _count_digit[(programs,)](keys, found, self._partial, len(keys), shift, 1 << DIGIT_BITS, 1024, num_warps=4)
+            _bound[(1,)](
+                self._partial, self._wanted_here, found, programs, shift, 1 << DIGIT_BITS, COUNTERS, num_warps=4
+            )
+        if self._world > 1:
+            # On every rank as many scores as its mean share reach its bound, so all of them reach the least bound.
+            found = self._reduce(torch.where(self._steps == self._rank, found, 0)).min().int()
+        return found
+
+    def _ties_before(self, tied_B: Tensor) -> Tensor | int:
+        if self._world == 1:
+            return 0
+        ties = self._reduce(torch.where(self._steps == self._rank, tied_B.sum(), 0))
+        return torch.where(self._steps < self._rank, ties, 0).sum()

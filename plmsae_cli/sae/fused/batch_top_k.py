@@ -15,13 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from plmsae_cli.sae.fused.pairs import ActivePairs
-from plmsae_cli.sae.fused.top_k import MAXIMA_A_PROGRAM, maxima_of_groups, members_of_group
+from plmsae_cli.sae.fused.top_k import maxima_of_groups, members_of_group
 from plmsae_cli.sae.interface import Reduce
 
 BINS = 2**15
 DIGIT_BITS = 5
 DIGITS = 3
-COUNTERS = 256
+COUNTERS = 1024
+KEYS_A_PROGRAM = 1024
+SCORES_A_TILE = 1024
 USUAL = 256
 """Most pairs of a token whose decoder rows are held at once."""
 
@@ -50,31 +52,45 @@ def _count_digit(keys, found, partial, size, SHIFT: tl.constexpr, VALUES: tl.con
 
 
 @triton.jit
-def _load_reaching(scores, maxima, row, group, groups, n, low, MEMBERS: tl.constexpr):
-    """Latents and keys of those groups of a row whose maximum reaches `low`; other keys are -1."""
+def _list_reaching(maxima, bound, lists, lengths, groups, GROUPS: tl.constexpr):
+    """The groups of a row whose maximum reaches the bound, in order, and how many they are."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
     largest = tl.load(maxima + row * groups + group, mask=group < groups, other=-1).to(tl.int32)
+    reaching = (largest >= tl.maximum(tl.load(bound), 1)).to(tl.int32)
+    place = tl.cumsum(reaching, 0) - 1
+    tl.store(lists + row * groups + place, group.to(lists.dtype.element_ty), mask=reaching == 1)
+    tl.store(lengths + row, tl.sum(reaching, 0))
+
+
+@triton.jit
+def _load_listed(scores, lists, row, slot, length, groups, n, MEMBERS: tl.constexpr):
+    """Latents and keys of the listed groups; keys beyond the list are -1."""
+    group = tl.load(lists + row * groups + slot, mask=slot < length, other=0).to(tl.int32)
     latent = group[:, None] * MEMBERS + tl.arange(0, MEMBERS)[None, :]
-    wanted = (largest >= low)[:, None] & (latent < n)
+    wanted = (slot < length)[:, None] & (latent < n)
     return latent, tl.load(scores + row * n + latent, mask=wanted, other=-1).to(tl.int32)
 
 
 @triton.jit
-def _histogram(scores, maxima, bound, bins, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr):
+def _histogram(scores, lists, lengths, bound, bins, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     low = tl.maximum(tl.load(bound), 1)
-    for first in range(0, groups, TILE):
-        _, keys = _load_reaching(scores, maxima, row, first + tl.arange(0, TILE), groups, n, low, MEMBERS)
+    length = tl.load(lengths + row)
+    for first in range(0, length, TILE):
+        _, keys = _load_listed(scores, lists, row, first + tl.arange(0, TILE), length, groups, n, MEMBERS)
         tl.atomic_add(bins + keys, 1, mask=keys >= low, sem="relaxed")
 
 
 @triton.jit
-def _count(scores, maxima, last, above, tied, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr):
+def _count(scores, lists, lengths, last, above, tied, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     low = tl.load(last)
+    length = tl.load(lengths + row)
     more = 0
     equal = 0
-    for first in range(0, groups, TILE):
-        _, keys = _load_reaching(scores, maxima, row, first + tl.arange(0, TILE), groups, n, low, MEMBERS)
+    for first in range(0, length, TILE):
+        _, keys = _load_listed(scores, lists, row, first + tl.arange(0, TILE), length, groups, n, MEMBERS)
         more += tl.sum(tl.sum((keys > low).to(tl.int32), 1), 0)
         equal += tl.sum(tl.sum((keys == low).to(tl.int32), 1), 0)
     tl.store(above + row, more)
@@ -84,7 +100,8 @@ def _count(scores, maxima, last, above, tied, n, groups, MEMBERS: tl.constexpr, 
 @triton.jit
 def _write(
     scores,
-    maxima,
+    lists,
+    lengths,
     last,
     quota,
     offsets,
@@ -103,8 +120,10 @@ def _write(
     low = tl.load(last)
     spare = tl.load(quota + row)
     place = tl.load(offsets + row)
-    for first in range(0, groups, TILE):
-        latent, keys = _load_reaching(scores, maxima, row, first + tl.arange(0, TILE), groups, n, low, MEMBERS)
+    length = tl.load(lengths + row)
+    for first in range(0, length, TILE):
+        slot = first + tl.arange(0, TILE)
+        latent, keys = _load_listed(scores, lists, row, slot, length, groups, n, MEMBERS)
         latent = tl.reshape(latent, (TILE * MEMBERS,))
         keys = tl.reshape(keys, (TILE * MEMBERS,))
         tie = (keys == low).to(tl.int32)
@@ -154,6 +173,8 @@ class BatchTopKEncoder:
         self._groups = triton.cdiv(num_latents, self._members)
         self._scores_BN = torch.empty(rows, num_latents, dtype=torch.bfloat16, device=device)
         self._maxima = torch.empty(rows, self._groups, dtype=torch.int16, device=device)
+        self._lists = torch.empty(rows, self._groups, dtype=torch.int32, device=device)
+        self._lengths_B = torch.empty(rows, dtype=torch.int32, device=device)
         self._partial = torch.empty(COUNTERS, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
         self._above_B = torch.empty(rows, dtype=torch.int32, device=device)
         self._tied_B = torch.empty(rows, dtype=torch.int32, device=device)
@@ -170,19 +191,25 @@ class BatchTopKEncoder:
         assert pairs.offsets_B1 is not None
         keys = scores_BN.view(torch.int16)
         maxima_of_groups(keys, self._maxima, self._members)
-        tile = min(MAXIMA_A_PROGRAM, triton.next_power_of_2(self._groups))
-        groups = (self.num_latents, self._groups, self._members, tile)
-        found = (keys, self._maxima)
+        bound = self._bound()
+        GROUPS = triton.next_power_of_2(self._groups)
+        warps = max(1, min(8, GROUPS // 512))
+        _list_reaching[(rows,)](
+            self._maxima, bound, self._lists, self._lengths_B, self._groups, GROUPS, num_warps=warps
+        )
+        tile = max(1, SCORES_A_TILE // self._members)
+        listed = (keys, self._lists, self._lengths_B)
+        sizes = (self.num_latents, self._groups, self._members, tile)
 
         bins = torch.zeros(BINS, dtype=torch.int32, device=keys.device)
-        _histogram[(rows,)](*found, self._bound(), bins, *groups, num_warps=4)
+        _histogram[(rows,)](*listed, bound, bins, *sizes, num_warps=2)
         reached = self._reduce(bins.long()).flip(0).cumsum(0).flip(0)
         wanted = reached[1].clamp(max=self._wanted)
         last = (reached[1:] >= wanted).sum(dtype=torch.int32)
         more = torch.cat([reached, reached.new_zeros(1)]).index_select(0, last.view(1) + 1).squeeze(0)
         self.smallest.copy_(torch.where(wanted > 0, (last << 16).view(torch.float32), 0.0))
 
-        _count[(rows,)](*found, last, self._above_B, self._tied_B, *groups, num_warps=4)
+        _count[(rows,)](*listed, last, self._above_B, self._tied_B, *sizes, num_warps=2)
         tied_B = self._tied_B.long()
         quota_B = (wanted - more - self._ties_before(tied_B) - (tied_B.cumsum(0) - tied_B)).clamp(min=0)
         ends_B = (self._above_B + torch.minimum(tied_B, quota_B)).cumsum(0)
@@ -190,7 +217,7 @@ class BatchTopKEncoder:
         pairs.offsets_B1[1:].copy_(ends_B.clamp(max=capacity))
         pairs.sort_keys_P.fill_(self.num_latents - pairs.shift)
         _write[(rows,)](
-            *found,
+            *listed,
             last,
             quota_B,
             pairs.offsets_B1,
@@ -198,11 +225,11 @@ class BatchTopKEncoder:
             pairs.indices_P,
             pairs.sort_keys_P,
             pairs.token_P,
-            *groups[:2],
+            *sizes[:2],
             pairs.shift,
             capacity,
-            *groups[2:],
-            num_warps=4,
+            *sizes[2:],
+            num_warps=2,
         )
         if self._world > 2:
             pairs.acts_P.add_(torch.where(ends_B[-1] > capacity, torch.nan, 0.0))
@@ -211,10 +238,12 @@ class BatchTopKEncoder:
         """A value that enough scores of all ranks reach, or 0: int32, 0-dim."""
         found = torch.zeros((), dtype=torch.int32, device=self._maxima.device)
         keys = self._maxima.view(-1)
-        programs = min(COUNTERS, triton.cdiv(len(keys), 1024))
+        programs = min(COUNTERS, triton.cdiv(len(keys), KEYS_A_PROGRAM))
         for digit in reversed(range(DIGITS)):
             shift = digit * DIGIT_BITS
-            _count_digit[(programs,)](keys, found, self._partial, len(keys), shift, 1 << DIGIT_BITS, 1024, num_warps=4)
+            _count_digit[(programs,)](
+                keys, found, self._partial, len(keys), shift, 1 << DIGIT_BITS, KEYS_A_PROGRAM, num_warps=4
+            )
             _bound[(1,)](
                 self._partial, self._wanted_here, found, programs, shift, 1 << DIGIT_BITS, COUNTERS, num_warps=4
             )

@@ -70,6 +70,6 @@ def test_all_kernels_compile(capability: int) -> None:
         [sys.executable, "-c", PROGRAM, str(capability)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = """_add_rows _bound _centre _columns _count _count_digit _gradients _histogram _keep_top _long _maxima
-        _permute _residual _residual_of_many _select _update _write collect finish"""
+    expected = """_add_rows _bound _centre _columns _count _count_digit _gradients _histogram _keep_top _list_reaching _long
+        _maxima _permute _residual _residual_of_many _select _update _write collect finish"""
     assert done.stdout.split() == expected.split()

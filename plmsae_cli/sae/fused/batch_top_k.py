@@ -19,13 +19,13 @@ from plmsae_cli.sae.fused.top_k import maxima_of_groups, members_of_group
 from plmsae_cli.sae.interface import Reduce
 
 BINS = 2**15
+BINS_APART = 8
+"""Numbers from one bin to the next, so that additions to neighbours do not queue for the same sector."""
 DIGIT_BITS = 5
 DIGITS = 3
 COUNTERS = 1024
 KEYS_A_PROGRAM = 1024
 SCORES_A_TILE = 1024
-USUAL = 256
-"""Most pairs of a token whose decoder rows are held at once."""
 
 
 @triton.jit
@@ -73,13 +73,15 @@ def _load_listed(scores, lists, row, slot, length, groups, n, MEMBERS: tl.conste
 
 
 @triton.jit
-def _histogram(scores, lists, lengths, bound, bins, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr):
+def _histogram(
+    scores, lists, lengths, bound, bins, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr, APART: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     low = tl.maximum(tl.load(bound), 1)
     length = tl.load(lengths + row)
     for first in range(0, length, TILE):
         _, keys = _load_listed(scores, lists, row, first + tl.arange(0, TILE), length, groups, n, MEMBERS)
-        tl.atomic_add(bins + keys, 1, mask=keys >= low, sem="relaxed")
+        tl.atomic_add(bins + keys * APART, 1, mask=keys >= low, sem="relaxed")
 
 
 @triton.jit
@@ -166,7 +168,6 @@ class BatchTopKEncoder:
             2**15 if short else 0,
             torch.zeros(rows + 1, dtype=torch.int32, device=device),
             torch.zeros(capacity, dtype=torch.int32, device=device),
-            max(16, min(USUAL, triton.next_power_of_2(2 * k))),
         )
         self.smallest = torch.zeros((), device=device)
         self._members = members_of_group(num_latents, k)
@@ -201,9 +202,9 @@ class BatchTopKEncoder:
         listed = (keys, self._lists, self._lengths_B)
         sizes = (self.num_latents, self._groups, self._members, tile)
 
-        bins = torch.zeros(BINS, dtype=torch.int32, device=keys.device)
-        _histogram[(rows,)](*listed, bound, bins, *sizes, num_warps=2)
-        reached = self._reduce(bins.long()).flip(0).cumsum(0).flip(0)
+        bins = torch.zeros(BINS, BINS_APART, dtype=torch.int32, device=keys.device)
+        _histogram[(rows,)](*listed, bound, bins, *sizes, BINS_APART, num_warps=2)
+        reached = self._reduce(bins[:, 0].long()).flip(0).cumsum(0).flip(0)
         wanted = reached[1].clamp(max=self._wanted)
         last = (reached[1:] >= wanted).sum(dtype=torch.int32)
         more = torch.cat([reached, reached.new_zeros(1)]).index_select(0, last.view(1) + 1).squeeze(0)

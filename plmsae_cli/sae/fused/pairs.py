@@ -27,5 +27,3 @@ class ActivePairs:
     """int32."""
     token_P: Tensor | None = None
     """int32; with `offsets_B1`."""
-    usual: int = 0
-    """Pairs of a token that are read at once; with `offsets_B1`, some tokens have more."""

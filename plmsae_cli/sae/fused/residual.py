@@ -9,6 +9,9 @@ from torch import Tensor
 
 from plmsae_cli.sae.fused.pairs import ActivePairs
 
+MOST_HELD = 256
+"""Pairs of a token up to which, where tokens differ, their decoder rows are held at once."""
+
 
 @triton.jit
 def _centre(raw, mean, b_dec, x, square, scale, d: tl.constexpr, D: tl.constexpr):
@@ -50,6 +53,7 @@ def _residual(
     d: tl.constexpr,
     k,
     rows,
+    more_than,
     RAGGED: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
@@ -60,7 +64,7 @@ def _residual(
     if RAGGED:
         begin = tl.load(offsets + row).to(tl.int64)
         end = tl.load(offsets + row + 1).to(tl.int64)
-        if end - begin > K:  # left to `_residual_of_many`
+        if (end - begin > K) | (end - begin <= more_than):
             return
     else:
         begin = row * k
@@ -111,16 +115,17 @@ def _residual_of_many(
     energy,
     d: tl.constexpr,
     rows,
+    more_than,
     G: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    """What `_residual` computes, for tokens of more than K pairs: the decoder's rows are read twice, K at a time."""
+    """What `_residual` computes, for tokens of more pairs: the decoder's rows are read twice, K at a time."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets + row).to(tl.int64)
     end = tl.load(offsets + row + 1).to(tl.int64)
-    if end - begin <= K:
+    if end - begin <= more_than:
         return
     prefix = tl.arange(0, PLACES)
     later = (prefix[None, :] >= prefix[:, None]).to(tl.float32).to(tl.bfloat16)
@@ -180,6 +185,7 @@ def residuals(
     residual_BGD: Tensor,
     slope_P: Tensor,
     energy_2B: Tensor,
+    most_held: int = MOST_HELD,
 ) -> None:
     """Decode and differentiate with one read of the decoder's rows.
 
@@ -188,14 +194,20 @@ def residuals(
     """
     rows, d = x_BD.shape
     k, groups = len(pairs.acts_P) // rows, residual_BGD.shape[1]
-    ragged = pairs.offsets_B1 is not None
-    K = pairs.usual if ragged else max(16, triton.next_power_of_2(k))
-    D, places = max(16, min(64, 4096 // K)), max(16, triton.next_power_of_2(groups))
+    ragged, places = pairs.offsets_B1 is not None, max(16, triton.next_power_of_2(groups))
     data = (x_BD, w_dec_ND, pairs.acts_P, pairs.indices_P, pairs.offsets_B1)
     out = (prefixes_G, residual_BGD, slope_P, energy_2B)
-    _residual[(rows,)](*data, *out, d, k, rows, ragged, groups, K, D, places, num_warps=1)
+    # Tokens by how many pairs they have: a launch each, in which the other tokens' programs end at once.
+    smallest, more_than = max(16, triton.next_power_of_2(k)), -1
+    larger = [smallest << i for i in range(1, 4) if smallest << i <= most_held] if ragged else []
+    for K in (smallest, *larger):
+        D = max(16, min(64, 4096 // K))
+        _residual[(rows,)](*data, *out, d, k, rows, more_than, ragged, groups, K, D, places, num_warps=1)
+        more_than = K
     if ragged:
-        _residual_of_many[(rows,)](*data, *out, d, rows, groups, K, D, places, num_warps=1)
+        K = min(more_than, most_held)
+        D = max(16, min(64, 4096 // K))
+        _residual_of_many[(rows,)](*data, *out, d, rows, more_than, groups, K, D, places, num_warps=1)
 
 
 def tile_of(d: int, largest: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,16 +74,15 @@ def test_tokens_of_many_pairs_have_the_residuals_of_few(groups: int) -> None:
     x_BD, w_ND = (torch.randn(shape, generator=generator).bfloat16().to(DEVICE) for shape in ((rows, d), (n, d)))
     prefixes_G = torch.tensor([n // 8, n // 2, n][-groups:], dtype=torch.int32, device=DEVICE)
     found = []
-    for usual in (16, 256):
+    for most_held in (16, 256):
         encoder = BatchTopKEncoder(rows, n, k, DEVICE, 1, 0, one_process)
-        encoder.pairs = replace(encoder.pairs, usual=usual)
         encoder.select(scores_BN.to(DEVICE))
         out = (
             torch.zeros(rows, groups, d, dtype=torch.bfloat16, device=DEVICE),
             torch.zeros(rows * k, device=DEVICE),
             torch.zeros(2, rows, device=DEVICE),
         )
-        residuals(x_BD, w_ND, encoder.pairs, prefixes_G, *out)
+        residuals(x_BD, w_ND, encoder.pairs, prefixes_G, *out, most_held)
         found.append(out)
     assert encoder.pairs.offsets_B1 is not None
     assert int(encoder.pairs.offsets_B1.diff().max()) > 64, "one token is to have many pairs"

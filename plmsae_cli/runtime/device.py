@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,24 +22,44 @@ ALLOWED = "PLMSAE_GPUS"
 """Environment variable by which an executor tells its processes how many GPUs the launch wants."""
 
 
-# Words of a GPU's name -> dense TFLOP/s in bfloat16 (float32 sums) and in float32 without TF32, of NVIDIA's data sheets and
-# architecture white papers (H100 2023, H200 2024, HGX B200 2024, A100 2021, L4, L40S 2023, Ada 2022, GA102 2021, V100 2018,
-# T4 2019); where a sheet has sparse figures alone, half of those. The first entry whose words all occur counts.
-_PEAK_TFLOPS: tuple[tuple[frozenset[str], float | None, float], ...] = (
-    (frozenset({"B200"}), 2250.0, 75.0),
-    (frozenset({"H200"}), 989.4, 66.9),
-    (frozenset({"H100", "PCIe"}), 756.0, 51.2),
-    (frozenset({"H100", "NVL"}), 835.0, 60.0),
-    (frozenset({"H100"}), 989.4, 66.9),
-    (frozenset({"A100"}), 312.0, 19.5),
-    (frozenset({"A40"}), 149.7, 37.4),
-    (frozenset({"L40S"}), 362.0, 91.6),
-    (frozenset({"L4"}), 121.0, 30.3),
-    (frozenset({"4090"}), 165.2, 82.6),
-    (frozenset({"3090"}), 71.0, 35.6),
-    (frozenset({"V100"}), None, 15.7),
-    (frozenset({"T4"}), None, 8.1),
+@dataclass(frozen=True)
+class GPU:
+    """What a data sheet says: dense products with float32 sums, and memory."""
+
+    tflops_bfloat16: float | None
+    tflops_float32: float
+    """Without TF32."""
+    gigabytes_per_second: float
+    nvlink: bool
+
+
+# Words of a GPU's name, of NVIDIA's data sheets and architecture white papers (H100 2023, H200 2024, HGX B200 2024, A100
+# 2021, L4, L40S 2023, Ada 2022, GA102 2021, V100 2018, T4 2019); where a sheet has sparse figures alone, half of those. The
+# first entry whose words all occur counts.
+_GPUS: tuple[tuple[frozenset[str], GPU], ...] = (
+    (frozenset({"B200"}), GPU(2250.0, 75.0, 8000.0, True)),
+    (frozenset({"H200"}), GPU(989.4, 66.9, 4800.0, True)),
+    (frozenset({"H100", "PCIe"}), GPU(756.0, 51.2, 2000.0, False)),
+    (frozenset({"H100", "NVL"}), GPU(835.0, 60.0, 3900.0, False)),
+    (frozenset({"H100"}), GPU(989.4, 66.9, 3350.0, True)),
+    (frozenset({"A100", "40GB"}), GPU(312.0, 19.5, 1555.0, True)),
+    (frozenset({"A100"}), GPU(312.0, 19.5, 2039.0, True)),
+    (frozenset({"A40"}), GPU(149.7, 37.4, 696.0, False)),
+    (frozenset({"L40S"}), GPU(362.0, 91.6, 864.0, False)),
+    (frozenset({"L4"}), GPU(121.0, 30.3, 300.0, False)),
+    (frozenset({"4090"}), GPU(165.2, 82.6, 1008.0, False)),
+    (frozenset({"3090"}), GPU(71.0, 35.6, 936.0, False)),
+    (frozenset({"V100"}), GPU(None, 15.7, 900.0, True)),
+    (frozenset({"T4"}), GPU(None, 8.1, 320.0, False)),
 )
+
+
+def known_gpu(name: str) -> GPU | None:
+    """The data sheet of the GPU that calls itself so; None where it is unknown, or a part of one."""
+    words = set(re.split(r"[\s-]+", name))
+    if "MIG" in words:  # a part of a GPU, under the name of the whole
+        return None
+    return next((gpu for wanted, gpu in _GPUS if wanted <= words), None)
 
 
 def peak_flops(device: torch.device, compute: torch.dtype) -> float | None:
@@ -47,14 +68,11 @@ def peak_flops(device: torch.device, compute: torch.dtype) -> float | None:
 
     if device.type != "cuda":
         return None
-    words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device)))
-    if "MIG" in words:  # a part of a GPU, under the name of the whole
+    gpu = known_gpu(torch.cuda.get_device_name(device))
+    if gpu is None:
         return None
-    for wanted, bfloat16, float32 in _PEAK_TFLOPS:
-        if wanted <= words:
-            found = {torch.bfloat16: bfloat16, torch.float32: float32}.get(compute)
-            return None if found is None else found * 1e12
-    return None
+    found = {torch.bfloat16: gpu.tflops_bfloat16, torch.float32: gpu.tflops_float32}.get(compute)
+    return None if found is None else found * 1e12
 
 
 def visible_gpus() -> int:

@@ -8,4 +8,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 .venv/bin/mypy
 # Tests start many processes: threads that wait must not spin on the cores that others need (the command sets this too).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-exec .venv/bin/python -m pytest -q -m "not slow and not gpu" "$@"
+# A worker a core; files stay whole, since their fixtures are dear.
+exec .venv/bin/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu" "$@"

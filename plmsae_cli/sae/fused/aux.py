@@ -14,7 +14,6 @@ from torch import Tensor
 
 from plmsae_cli.sae.auxk import fitted_length
 from plmsae_cli.sae.fused.gradients import WeightGradients
-from plmsae_cli.sae.interface import Reduce
 
 LONGEST_LAG = 16
 """Most steps between counts of the nearly dead."""
@@ -64,6 +63,8 @@ def _add_rows(
     n,
     d: tl.constexpr,
     S: tl.constexpr,
+    DEC: tl.constexpr,
+    ENC: tl.constexpr,
     D: tl.constexpr,
 ):
     place = tl.program_id(0)
@@ -73,22 +74,31 @@ def _add_rows(
         mask = o < d
         to = latent.to(tl.int64) * d + o
         source = place.to(tl.int64) * d + o
-        before = mask & (tl.load(touched + latent) > 0)
-        extra = tl.load(dec + source, mask=mask, other=0.0).to(tl.float32)
-        row = tl.load(w_dec + to, mask=mask, other=0.0).to(tl.float32)
-        total_dec = (tl.load(grad_dec + to, mask=before, other=0.0).to(tl.float32) + extra).to(tl.bfloat16)
-        total_enc = tl.load(grad_enc + to, mask=before, other=0.0).to(tl.float32)
-        total_enc = (total_enc + tl.load(enc + source, mask=mask, other=0.0).to(tl.float32)).to(tl.bfloat16)
-        tl.store(grad_dec + to, total_dec, mask=mask)
-        tl.store(grad_enc + to, total_enc, mask=mask)
-        a = total_dec.to(tl.float32)
-        b = total_enc.to(tl.float32)
-        tl.store(square + latent, tl.sum(a * a + b * b, 0))
-        for part in tl.static_range(1, S):
-            tl.store(square + part * n + latent, 0.0)
-        tl.store(along + latent, tl.load(along + latent) + tl.sum(extra * row, 0))
-        tl.store(grad_b + latent, tl.load(grad_b + latent) + tl.load(bias + place))
-        tl.store(touched + latent, 1)
+        # Apart, untouched rows hold zeros: other ranks add theirs.
+        before = mask
+        if DEC and ENC:
+            before = mask & (tl.load(touched + latent) > 0)
+        squares = 0.0
+        if DEC:
+            extra = tl.load(dec + source, mask=mask, other=0.0).to(tl.float32)
+            row = tl.load(w_dec + to, mask=mask, other=0.0).to(tl.float32)
+            total_dec = (tl.load(grad_dec + to, mask=before, other=0.0).to(tl.float32) + extra).to(tl.bfloat16)
+            tl.store(grad_dec + to, total_dec, mask=mask)
+            a = total_dec.to(tl.float32)
+            squares += tl.sum(a * a, 0)
+            tl.store(along + latent, tl.load(along + latent) + tl.sum(extra * row, 0))
+            tl.store(grad_b + latent, tl.load(grad_b + latent) + tl.load(bias + place))
+        if ENC:
+            total_enc = tl.load(grad_enc + to, mask=before, other=0.0).to(tl.float32)
+            total_enc = (total_enc + tl.load(enc + source, mask=mask, other=0.0).to(tl.float32)).to(tl.bfloat16)
+            tl.store(grad_enc + to, total_enc, mask=mask)
+            b = total_enc.to(tl.float32)
+            squares += tl.sum(b * b, 0)
+        if DEC and ENC:
+            tl.store(square + latent, squares)
+            for part in tl.static_range(1, S):
+                tl.store(square + part * n + latent, 0.0)
+            tl.store(touched + latent, 1)
 
 
 def keep_top_(acts_BC: Tensor, k: int) -> None:
@@ -108,55 +118,84 @@ def compact(mask_N: Tensor, places: int) -> Tensor:
 
 
 class AuxK:
-    """Adds AuxK's gradients to those of the reconstruction; formulas in `sae.auxk`."""
+    """Adds AuxK's gradients to those of the reconstruction; formulas in `sae.auxk`.
 
-    def __init__(self, k_aux: int, coefficient: float, fitted: bool, reduce: Reduce) -> None:
-        self._k_aux, self._coefficient, self._fitted, self._reduce = k_aux, coefficient, fitted, reduce
+    `reconstruct`, then `differentiate`, then `add` on one rank's tokens; what passes between them lies in buffers made
+    once for a number of places, so that each may be a CUDA graph of its own.
+    """
 
-    def __call__(
+    def __init__(self, k_aux: int, coefficient: float, fitted: bool) -> None:
+        self._k_aux, self._coefficient, self._fitted = k_aux, coefficient, fitted
+        self._places = self._room = 0
+
+    def _make(self, places: int, x_BD: Tensor) -> None:
+        """Buffers for so many places; those of more serve, so that graphs of more stay what they are."""
+        (rows, d), device = x_BD.shape, x_BD.device
+        self._places = places
+        if places > self._room:
+            self._room = places
+            self._dead_R = torch.empty(places, dtype=torch.int32, device=device)
+            self._bias_R = torch.empty(places, device=device)
+            self._acts = x_BD.new_empty(rows * places)
+            self._rows_3RD = x_BD.new_empty(3, places, d)
+            self._misfit_BD = torch.empty_like(x_BD)
+        self._dead_C, self._bias_C = self._dead_R[:places], self._bias_R[:places]
+        self._acts_BC = self._acts[: rows * places].view(rows, places)
+        self._w_dec_CD, self._dec_CD, self._enc_CD = self._rows_3RD[:, :places]
+
+    def reconstruct(
         self,
         dead_N: Tensor,
         places: int,
         x_BD: Tensor,
         error_BD: Tensor,
-        energy: Tensor,
         w_enc_ND: Tensor,
         b_enc_N: Tensor,
         w_dec_ND: Tensor,
-        gradients: WeightGradients,
     ) -> Tensor:
-        """This rank's share of the loss before its coefficient.
+        """<ehat, e> and ||ehat||^2, this rank's shares: [2].
 
-        `places`: an upper bound of the number of dead; `error_BD`: the full residual, bfloat16; `energy`: its
-        squared norm over all ranks.
+        `places`: an upper bound of the number of dead; `error_BD`: the full residual, bfloat16.
         """
-        n, d = w_enc_ND.shape
-        dead_C = compact(dead_N, places)
-        row_C = dead_C.clamp(max=n - 1)
-        w_enc_CD, w_dec_CD = w_enc_ND[row_C], w_dec_ND[row_C]
-        acts_BC = torch.addmm(b_enc_N[row_C], x_BD, w_enc_CD.t()).relu_().mul_(dead_C < n)
+        self._make(places, x_BD)
+        n = len(w_enc_ND)
+        self._dead_C.copy_(compact(dead_N, places))
+        row_C = self._dead_C.clamp(max=n - 1)
+        torch.index_select(w_dec_ND, 0, row_C, out=self._w_dec_CD)
+        acts_BC = torch.addmm(b_enc_N[row_C], x_BD, w_enc_ND[row_C].t(), out=self._acts_BC)
+        acts_BC.relu_().mul_(self._dead_C < n)
         if self._k_aux < places:
             keep_top_(acts_BC, self._k_aux)
+        torch.mm(acts_BC, self._w_dec_CD, out=self._misfit_BD)
+        along = (self._misfit_BD * error_BD).sum(dtype=torch.float32)
+        return torch.stack([along, torch.linalg.vector_norm(self._misfit_BD, dtype=torch.float32).square()])
+
+    def differentiate(
+        self, dead_N: Tensor, x_BD: Tensor, error_BD: Tensor, energy: Tensor, along: Tensor, length: Tensor
+    ) -> Tensor:
+        """This rank's share of the loss before its coefficient; `energy`, ||e||^2, and the others over all ranks."""
+        acts_BC, misfit_BD = self._acts_BC, self._misfit_BD
         ramp = (dead_N.sum() / self._k_aux).clamp(max=1.0)
         share = torch.where(energy > 0, ramp / energy, 0.0)
-        misfit_BD, factor = acts_BC @ w_dec_CD, share.new_ones(())
-        if self._fitted:
-            length = torch.linalg.vector_norm(misfit_BD, dtype=torch.float32).square()
-            along = (misfit_BD * error_BD).sum(dtype=torch.float32)
-            along, length = self._reduce(torch.stack([along, length])).unbind()
-            factor = fitted_length(along, length, energy)
-        misfit_BD = misfit_BD.mul_(factor).sub_(error_BD)
+        factor = fitted_length(along, length, energy) if self._fitted else share.new_ones(())
+        misfit_BD.mul_(factor).sub_(error_BD)
         aux = share * torch.linalg.vector_norm(misfit_BD, dtype=torch.float32).square()
         slope_BD = misfit_BD.mul_(2 * self._coefficient * share * factor)
-        dec_CD = acts_BC.t() @ slope_BD
-        slope_BC = (slope_BD @ w_dec_CD.t()).mul_(acts_BC > 0)
-        enc_CD = slope_BC.t() @ x_BD
+        torch.mm(acts_BC.t(), slope_BD, out=self._dec_CD)
+        slope_BC = (slope_BD @ self._w_dec_CD.t()).mul_(acts_BC > 0)
+        torch.mm(slope_BC.t(), x_BD, out=self._enc_CD)
+        torch.sum(slope_BC, 0, dtype=torch.float32, out=self._bias_C)
+        return aux
+
+    def add(self, w_dec_ND: Tensor, gradients: WeightGradients, decoder: bool = True, encoder: bool = True) -> None:
+        """To the gradients of one matrix or of both, as in `WeightGradients.sum`."""
+        n, d = w_dec_ND.shape
         D = triton.next_power_of_2(d)
-        _add_rows[(places,)](
-            dead_C,
-            dec_CD,
-            enc_CD,
-            slope_BC.sum(0, dtype=torch.float32),
+        _add_rows[(self._places,)](
+            self._dead_C,
+            self._dec_CD,
+            self._enc_CD,
+            self._bias_C,
             w_dec_ND,
             gradients.grad_dec_ND,
             gradients.grad_enc_ND,
@@ -167,10 +206,11 @@ class AuxK:
             n,
             d,
             len(gradients.square_SN),
+            decoder,
+            encoder,
             D,
             num_warps=max(1, min(16, D // 512)),
         )
-        return aux
 
 
 class DeadBound:

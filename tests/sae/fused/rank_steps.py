@@ -17,8 +17,9 @@ from plmsae_cli.sae.fused.step import Batch, FusedStep  # noqa: E402
 from plmsae_cli.sae.fused.update import AdamOptions  # noqa: E402
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK  # noqa: E402
 from plmsae_cli.sae.topk import TopK  # noqa: E402
+from plmsae_cli.training.shard import Shard  # noqa: E402
 
-D, N, K, ROWS = 32, 64, 4, 16
+D, N, K, ROWS = 32, 63, 4, 16  # of two ranks, one has a latent less
 
 
 def steps(kind: type[TopK], gang: Gang) -> dict[str, torch.Tensor]:
@@ -30,19 +31,23 @@ def steps(kind: type[TopK], gang: Gang) -> dict[str, torch.Tensor]:
         model.b_enc_N[::4] = -9.0
     model.normalize_decoder()
     state = {}
-    for name, parameter in model.named_parameters():
+    shard = Shard(model, gang)
+    for name, parameter in shard.parameters.items():
         state |= {f"{name}.{what}": torch.zeros_like(parameter) for what in ("exp_avg", "exp_avg_sq")}
         state[f"{name}.step"] = torch.zeros(())
     ages_N = torch.zeros(N, dtype=torch.int64)
     ages_N[::4] = 10**6  # dead from the start
-    batch = Batch(ROWS // gang.world, gang.world, torch.zeros(D), 1.0, 1000)
+    batch = Batch(ROWS // gang.world, torch.zeros(D), 1.0, 1000)
     # A large eps: where a gradient is all rounding, Adam's step would be as well.
-    step = FusedStep(model, state, ages_N, batch, AdamOptions((0.9, 0.999), 1e-3, 0.05), gang.sum)
+    masters = {name: p.detach() for name, p in shard.parameters.items()}
+    step = FusedStep(model, masters, state, ages_N, batch, AdamOptions((0.9, 0.999), 1e-3, 0.05), gang)
     out = {}
     for index in range(2):
         rows_BD = torch.randn(ROWS, D, generator=generator).chunk(gang.world)[gang.rank]
         for name, value in step(rows_BD, index, 1e-2).items():
             out[f"figure.{index}.{name}"] = gang.sum(value.clone().double())
+    step.settle()
+    shard.give_back()
     return out | {name: p.detach().clone() for name, p in model.named_parameters()} | {"ages_N": ages_N}
 
 

@@ -39,18 +39,34 @@ JITFunction.run = compile_only
 from plmsae_cli.sae.fused.aux import keep_top_
 from plmsae_cli.sae.fused.step import Batch, FusedStep
 from plmsae_cli.sae.fused.update import AdamOptions
-from plmsae_cli.sae.interface import one_process
+from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
+from plmsae_cli.training.shard import Shard
 
-for kind, d, n, k, moments in ((TopK, 768, 4096, 32, torch.bfloat16), (MatryoshkaTopK, 80, 320, 10, torch.float32)):
+class Second:  # of two ranks, as far as kernels go
+    rank, world = 1, 2
+    def sum(self, tensor): return tensor
+    def sum_later(self, tensor): return self
+    def sum_rows_later(self, full, own): return self
+    def gather_rows_later(self, own, full): return self
+    def wait(self): pass
+
+
+for kind, d, n, k, moments, ranks in (
+    (TopK, 768, 4096, 32, torch.bfloat16, Gang()),
+    (MatryoshkaTopK, 80, 320, 10, torch.float32, Gang()),
+    (TopK, 768, 4096, 32, torch.float32, Second()),
+    (MatryoshkaTopK, 80, 321, 10, torch.bfloat16, Second()),
+):
     model = kind(d, n, k)
-    state = {}
-    for name, p in model.named_parameters():
+    state, masters = {}, Shard(model, ranks).parameters
+    for name, p in masters.items():
         state |= {f"{name}.{what}": torch.zeros_like(p, dtype=moments) for what in ("exp_avg", "exp_avg_sq")}
         state[f"{name}.step"] = torch.zeros(())
     ages = torch.full((n,), 10**6)
-    step = FusedStep(model, state, ages, Batch(64, 1, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), one_process)
+    masters = {name: p.detach() for name, p in masters.items()}
+    step = FusedStep(model, masters, state, ages, Batch(64, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), ranks)
     step(torch.zeros(64, d, dtype=torch.bfloat16), 0, 1e-3)
     keep_top_(torch.zeros(64, 6000, dtype=torch.bfloat16), 40)
 print(*sorted(names))

@@ -27,6 +27,9 @@ class Ranks(Protocol):
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
 
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Largest over ranks, in place."""
+
     def sum_later(self, tensor: Tensor) -> Pending:
         """`sum`, beside what follows."""
 

@@ -20,6 +20,7 @@ MOST_ACTIVE = 512
 """Active latents a token for which a block of decoder rows fits every supported GPU's shared memory."""
 
 if TYPE_CHECKING:
+    from plmsae_cli.sae.fused.latents import FusedLatentStep
     from plmsae_cli.sae.fused.step import FusedStep
 
 
@@ -66,12 +67,15 @@ def fused_step(
     window: int,
     max_norm: float | None,
     ranks: Ranks,
-) -> FusedStep:
-    """The fused step on these tensors, where `goes_fused`."""
+    latents: bool,
+) -> FusedStep | FusedLatentStep:
+    """The fused step on these tensors, where `goes_fused`; `latents`: they are spread over ranks."""
+    from plmsae_cli.sae.fused.latents import FusedLatentStep
     from plmsae_cli.sae.fused.step import Batch, FusedStep
     from plmsae_cli.sae.fused.update import AdamOptions
 
     assert isinstance(model, TopK)
     batch = Batch(options.batch_tokens // ranks.world, mean_D, scale, window)
     adam = AdamOptions((options.betas[0], options.betas[1]), options.eps, max_norm)
-    return FusedStep(model, parameters, state, ages_N, batch, adam, ranks)
+    kind = FusedLatentStep if latents else FusedStep
+    return kind(model, parameters, state, ages_N, batch, adam, ranks)

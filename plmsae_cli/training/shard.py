@@ -13,14 +13,17 @@ from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.ranks import Rows
 from plmsae_cli.store.checkpoint import Part
 
-PER_LATENT = frozenset({"w_enc_ND", "b_enc_N", "w_dec_ND", "tokens_since_fired_N"})
-"""Last or last but one in the names of tensors with a row a latent: the parameters', their moments' and the ages'."""
+PER_LATENT = frozenset({"w_enc_ND", "b_enc_N", "w_dec_ND"})
+"""Parameters with a row a latent; their names are in those of their moments."""
+AGES = "tokens_since_fired_N"
 
 
 class Shard:
     """This rank's latents of a dictionary: parameters of their own, taken from the whole and given back to it."""
 
-    def __init__(self, model: Dictionary, gang: Gang) -> None:
+    def __init__(self, model: Dictionary, gang: Gang, ages: bool = False) -> None:
+        """`ages`: whether it holds those of its latents alone."""
+        self._spread = PER_LATENT | {AGES} if ages else PER_LATENT
         self.rows = Rows(model.num_latents, gang.rank, gang.world)
         self._model, self._gang = model, gang
         self.parameters = {
@@ -28,6 +31,7 @@ class Shard:
             for name, p in model.named_parameters()
         }
         """All that this rank trains, by name."""
+        self.first_rows = {name: self.rows.first for name in self.parameters if name in PER_LATENT}
 
     @torch.no_grad()
     def take(self) -> None:
@@ -53,16 +57,16 @@ class Shard:
     def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Part]:
         """The same by name, those with a row a latent as parts of the whole."""
         return {
-            name: Part(tensor, self.rows.first, self.rows.num_latents) if _per_latent(name, tensor) else tensor
+            name: Part(tensor, self.rows.first, self.rows.num_latents) if self._is_spread(name, tensor) else tensor
             for name, tensor in tensors.items()
         }
 
     def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's parts of whole tensors."""
         return {
-            name: tensor[self.rows.latents] if _per_latent(name, tensor) else tensor for name, tensor in tensors.items()
+            name: tensor[self.rows.latents] if self._is_spread(name, tensor) else tensor
+            for name, tensor in tensors.items()
         }
 
-
-def _per_latent(name: str, tensor: Tensor) -> bool:
-    return tensor.ndim > 0 and not PER_LATENT.isdisjoint(name.split("."))
+    def _is_spread(self, name: str, tensor: Tensor) -> bool:
+        return tensor.ndim > 0 and not self._spread.isdisjoint(name.split("."))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from plmsae_cli.config.training import SAE, Train
 from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.store.checkpoint import Part
 from plmsae_cli.training.sae_objective import SAEObjective
 from plmsae_cli.training.stream import BlockStream
 
@@ -31,6 +32,10 @@ KINDS: dict[str, SAE] = {
     "gated": SAE(num_latents=N, architecture="gated"),
     "relu_l1": SAE(num_latents=N, architecture="relu_l1"),
     "switch": SAE(num_latents=N, architecture="switch", k=3, num_experts=4),
+    "latents_topk": SAE(num_latents=N, k=3),
+    "latents_wide": SAE(num_latents=N, k=20, k_aux=60),
+    "latents_annealed": SAE(num_latents=N, k=3, k_start=9, k_anneal=1.0),
+    "latents_matryoshka_topk": SAE(num_latents=N, architecture="matryoshka_topk", k=3),
 }
 
 
@@ -51,6 +56,8 @@ def steps(kind: str, gang: Gang) -> tuple[dict[str, torch.Tensor], list[dict[str
     """State, gradients of the last step, and figures of every step, summed over ranks."""
     # A large eps: where a gradient is all rounding, Adam's step would be as well.
     options = Train(sae=KINDS[kind], batch_tokens=BATCH, dead_tokens=BATCH, lr=1e-3, eps=1e-3, grad_clip=0.5)
+    if kind.startswith("latents"):
+        options = options.model_copy(update={"parallel": "latents"})
     stream = cast(BlockStream, Rows(gang.rank, gang.world))
     objective = SAEObjective(
         options, stream, torch.zeros(D), 1.0, STEPS, gang, torch.device("cpu"), torch.float32
@@ -62,11 +69,22 @@ def steps(kind: str, gang: Gang) -> tuple[dict[str, torch.Tensor], list[dict[str
     for step in range(STEPS):
         found = {name: gang.sum(value.detach().clone().double()) for name, value in objective.step(step).items()}
         figures.append({name: float(value) for name, value in found.items()})
-    tensors = {name: tensor.clone() for name, tensor in objective.tensors().items()}
-    for name, parameter in objective.model.named_parameters():
+    tensors = {name: whole(tensor, gang) for name, tensor in objective.tensors().items()}
+    shard = objective._shard
+    trained = dict(objective.model.named_parameters()) if shard is None else shard.parameters
+    for name, parameter in trained.items():
         assert parameter.grad is not None
-        tensors[f"grad.{name}"] = parameter.grad.clone()
+        grad = parameter.grad
+        tensors[f"grad.{name}"] = whole(grad if shard is None else shard.parts({name: grad})[name], gang)
     return tensors, figures
+
+
+def whole(tensor: torch.Tensor | Part, gang: Gang) -> torch.Tensor:
+    if not isinstance(tensor, Part):
+        return tensor.clone()
+    found = tensor.rows.new_empty(tensor.length, *tensor.rows.shape[1:])
+    gang.gather_rows_later(tensor.rows.detach().contiguous(), found).wait()
+    return found
 
 
 def main(rank: int, folder: Path) -> None:

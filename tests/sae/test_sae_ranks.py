@@ -63,12 +63,14 @@ def test_the_steps_compared_show_what_they_should(alone: dict[str, Any], kind: s
     """All gradients are there, latents died and were looked after, L0 is as the architecture has it."""
     tensors, figures = alone[kind]
     assert all(tensor.any() for name, tensor in tensors.items() if name.startswith("grad."))
-    if kind in ("topk", "batch_topk"):
+    if kind in ("topk", "batch_topk", "latents_topk"):
         assert figures[-1]["dead"] > 0
         assert figures[-1]["aux"] > 0
     l0 = [line["l0"] for line in figures]
-    if kind == "annealed":
+    if kind.endswith("annealed"):
         assert l0 == [9, 7, 5]
+    elif kind == "latents_wide":
+        assert l0 == pytest.approx([20] * 3, abs=0.5)
     elif "topk" in kind:
         assert l0 == [3, 3, 3]
     if "batch" in kind:

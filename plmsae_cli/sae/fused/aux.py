@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plmsae_cli.sae.auxk import fitted_length
 from plmsae_cli.sae.fused.gradients import WeightGradients
+from plmsae_cli.sae.ranks import Ranks
 
 LONGEST_LAG = 16
 """Most steps between counts of the nearly dead."""
@@ -117,6 +118,12 @@ def compact(mask_N: Tensor, places: int) -> Tensor:
     return out[:-1]
 
 
+def products(ehat_BD: Tensor, error_BD: Tensor) -> Tensor:
+    """<ehat, e> and ||ehat||^2 over these tokens: [2]."""
+    along = (ehat_BD * error_BD).sum(dtype=torch.float32)
+    return torch.stack([along, torch.linalg.vector_norm(ehat_BD, dtype=torch.float32).square()])
+
+
 class AuxK:
     """Adds AuxK's gradients to those of the reconstruction; formulas in `sae.auxk`.
 
@@ -128,7 +135,7 @@ class AuxK:
         self._k_aux, self._coefficient, self._fitted = k_aux, coefficient, fitted
         self._places = self._room = 0
 
-    def _make(self, places: int, x_BD: Tensor) -> None:
+    def prepare(self, places: int, x_BD: Tensor) -> None:
         """Buffers for so many places; those of more serve, so that graphs of more stay what they are."""
         (rows, d), device = x_BD.shape, x_BD.device
         self._places = places
@@ -140,7 +147,7 @@ class AuxK:
             self._rows_3RD = x_BD.new_empty(3, places, d)
             self._misfit_BD = torch.empty_like(x_BD)
         self._dead_C, self._bias_C = self._dead_R[:places], self._bias_R[:places]
-        self._acts_BC = self._acts[: rows * places].view(rows, places)
+        self.acts_BC = self._acts[: rows * places].view(rows, places)
         self._w_dec_CD, self._dec_CD, self._enc_CD = self._rows_3RD[:, :places]
 
     def reconstruct(
@@ -157,35 +164,54 @@ class AuxK:
 
         `places`: an upper bound of the number of dead; `error_BD`: the full residual, bfloat16.
         """
-        self._make(places, x_BD)
+        acts_BC = self.activate(dead_N, places, x_BD, w_enc_ND, b_enc_N, w_dec_ND)
+        if self._k_aux < places:
+            keep_top_(acts_BC, self._k_aux)
+        return products(self.decode(), error_BD)
+
+    def activate(
+        self, dead_N: Tensor, places: int, x_BD: Tensor, w_enc_ND: Tensor, b_enc_N: Tensor, w_dec_ND: Tensor
+    ) -> Tensor:
+        """Activations of the dead, all of them; to be cut to the k_aux largest of each token in place."""
+        self.prepare(places, x_BD)
         n = len(w_enc_ND)
         self._dead_C.copy_(compact(dead_N, places))
         row_C = self._dead_C.clamp(max=n - 1)
         torch.index_select(w_dec_ND, 0, row_C, out=self._w_dec_CD)
-        acts_BC = torch.addmm(b_enc_N[row_C], x_BD, w_enc_ND[row_C].t(), out=self._acts_BC)
-        acts_BC.relu_().mul_(self._dead_C < n)
-        if self._k_aux < places:
-            keep_top_(acts_BC, self._k_aux)
-        torch.mm(acts_BC, self._w_dec_CD, out=self._misfit_BD)
-        along = (self._misfit_BD * error_BD).sum(dtype=torch.float32)
-        return torch.stack([along, torch.linalg.vector_norm(self._misfit_BD, dtype=torch.float32).square()])
+        acts_BC = torch.addmm(b_enc_N[row_C], x_BD, w_enc_ND[row_C].t(), out=self.acts_BC)
+        return acts_BC.relu_().mul_(self._dead_C < n)
+
+    def decode(self) -> Tensor:
+        """ehat of these activations."""
+        return torch.mm(self.acts_BC, self._w_dec_CD, out=self._misfit_BD)
 
     def differentiate(
         self, dead_N: Tensor, x_BD: Tensor, error_BD: Tensor, energy: Tensor, along: Tensor, length: Tensor
     ) -> Tensor:
         """This rank's share of the loss before its coefficient; `energy`, ||e||^2, and the others over all ranks."""
-        acts_BC, misfit_BD = self._acts_BC, self._misfit_BD
-        ramp = (dead_N.sum() / self._k_aux).clamp(max=1.0)
+        aux = self.slope_(self._misfit_BD, dead_N.sum(), error_BD, energy, along, length)
+        self.gradients(self._misfit_BD, x_BD)
+        return aux
+
+    def slope_(
+        self, ehat_BD: Tensor, dead: Tensor, error_BD: Tensor, energy: Tensor, along: Tensor, length: Tensor
+    ) -> Tensor:
+        """The loss of these tokens before its coefficient; `ehat_BD` becomes its derivative by ehat, coefficient included."""
+        ramp = (dead / self._k_aux).clamp(max=1.0)
         share = torch.where(energy > 0, ramp / energy, 0.0)
         factor = fitted_length(along, length, energy) if self._fitted else share.new_ones(())
-        misfit_BD.mul_(factor).sub_(error_BD)
-        aux = share * torch.linalg.vector_norm(misfit_BD, dtype=torch.float32).square()
-        slope_BD = misfit_BD.mul_(2 * self._coefficient * share * factor)
+        ehat_BD.mul_(factor).sub_(error_BD)
+        aux = share * torch.linalg.vector_norm(ehat_BD, dtype=torch.float32).square()
+        ehat_BD.mul_(2 * self._coefficient * share * factor)
+        return aux
+
+    def gradients(self, slope_BD: Tensor, x_BD: Tensor) -> None:
+        """Of the activated latents, from the derivative by ehat."""
+        acts_BC = self.acts_BC
         torch.mm(acts_BC.t(), slope_BD, out=self._dec_CD)
         slope_BC = (slope_BD @ self._w_dec_CD.t()).mul_(acts_BC > 0)
         torch.mm(slope_BC.t(), x_BD, out=self._enc_CD)
         torch.sum(slope_BC, 0, dtype=torch.float32, out=self._bias_C)
-        return aux
 
     def add(self, w_dec_ND: Tensor, gradients: WeightGradients, decoder: bool = True, encoder: bool = True) -> None:
         """To the gradients of one matrix or of both, as in `WeightGradients.sum`."""
@@ -220,8 +246,9 @@ class DeadBound:
     first at once. It is a function of the ages alone, and `state` continues it exactly.
     """
 
-    def __init__(self, ages_N: Tensor, window: int, tokens_a_step: int) -> None:
-        self._ages_N = ages_N
+    def __init__(self, ages_N: Tensor, window: int, tokens_a_step: int, spread: Ranks | None = None) -> None:
+        """`spread`: the ranks that hold as many other latents each; the bound then is of the one with most dead."""
+        self._ages_N, self._spread = ages_N, spread
         self.lag = min(LONGEST_LAG, max(1, window // tokens_a_step // 8))
         self._nearly = window - 2 * self.lag * tokens_a_step
         self._window = window
@@ -239,18 +266,18 @@ class DeadBound:
         return min(size, -(-len(self._ages_N) // 16) * 16)
 
     def state(self) -> list[int]:
-        """The bound in use and the one that follows; waits for the device."""
-        return [] if self._bound is None else [self._bound, self._arrived()]
+        """The bound in use, the one that follows, and of how many latents; waits for the device."""
+        return [] if self._bound is None else [self._bound, self._arrived(), len(self._ages_N)]
 
     def load(self, state: list[int]) -> None:
-        """Continue from `state`, taken with the ages that hold now."""
-        if state:
-            self._bound, pending = state
+        """Continue from `state`, taken with the ages that hold now; if spread otherwise, from a new count."""
+        if state and state[2:] in ([], [len(self._ages_N)]):
+            self._bound, pending = state[:2]
             self._pending = (torch.tensor(pending), None)
 
     def _next_bound(self, step: int) -> int:
         if self._nearly <= 0:  # in a run of a few steps everything is nearly dead: wait for the true number
-            return int((self._ages_N >= self._window).sum())
+            return int(self._agreed((self._ages_N >= self._window).sum()))
         if self._bound is None:
             self._pending = self._count()
             self._bound = self._arrived()
@@ -260,7 +287,7 @@ class DeadBound:
         return self._bound
 
     def _count(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        count = (self._ages_N >= self._nearly).sum(dtype=torch.int32)
+        count = self._agreed((self._ages_N >= self._nearly).sum(dtype=torch.int32))
         if not count.is_cuda:
             return count, None
         host = torch.empty((), dtype=torch.int32, pin_memory=True)
@@ -268,6 +295,9 @@ class DeadBound:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return host, event
+
+    def _agreed(self, count: Tensor) -> Tensor:
+        return count if self._spread is None else self._spread.maximum(count)
 
     def _arrived(self) -> int:
         assert self._pending is not None

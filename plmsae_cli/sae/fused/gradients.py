@@ -317,7 +317,8 @@ class WeightGradients:
 
     def of_decoder_bias(self, residual_BGD: Tensor, w_enc_ND: Tensor, factor: float) -> None:
         """grad_b_SD, from the residuals and, through x - b_dec, from the encoder's bias."""
-        rows, n, d, _ = self._shape
+        rows = len(residual_BGD)
+        _, n, d, _ = self._shape
         tile = tile_of(d, 128)
         _columns[(SPLITS, triton.cdiv(d, tile))](
             residual_BGD,

@@ -126,7 +126,7 @@ class FusedStep:
     def _together(self, places: int) -> None:
         replay, ranks, grads = self._replay, self._ranks, self._gradients
         self._arrived("w_enc_ND", "b_enc_N")
-        replay("encode", places, self._product)
+        replay("encode", 0, self._product)
         self._arrived("w_dec_ND")
         replay("residual", places, self._errors)
         if places:
@@ -141,9 +141,9 @@ class FusedStep:
             pending.wait()
         replay("norm", places, self._norm)
         ranks.sum(self._update.partial)
-        replay("update encoder", places, self._update_encoder)
+        replay("update encoder", 0, self._update_encoder)
         self._gather("w_enc_ND", "b_enc_N")
-        replay("update decoder", places, self._update_decoder)
+        replay("update decoder", 0, self._update_decoder)
         self._gather("w_dec_ND")
 
     def _gather(self, *names: str) -> None:

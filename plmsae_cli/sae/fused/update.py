@@ -193,8 +193,11 @@ class Update:
         state: Mapping[str, Tensor],
         options: AdamOptions,
         rows: Rows,
+        others: bool = True,
     ) -> None:
-        """Of the matrices and b_enc, `parameters` and `state` hold the latents in `rows`.
+        """`others`: whether there are copies, ages and gradients of the other ranks' latents too.
+
+        Of the matrices and b_enc, `parameters` and `state` hold the latents in `rows`.
 
         `state`: `<parameter>.<step | exp_avg | exp_avg_sq>`; moments float32, or bfloat16 as in `RoundedAdam`.
         """
@@ -209,14 +212,15 @@ class Update:
         """What `finish` goes by: its sum over ranks."""
         self._scalars = torch.zeros(5, device=device)
         self._grad_b_D = torch.zeros_like(parameters["b_dec_D"])
-        places = rows.padded * rows.world
+        self._first, self._num = (rows.first, rows.num_latents) if others else (0, rows.num)
+        places = rows.padded * rows.world if others else rows.num
         self.whole = {
             name: torch.zeros(places, *shape, dtype=torch.bfloat16, device=device)
             for name, shape in (("w_enc_ND", (d,)), ("w_dec_ND", (d,)), ("b_enc_N", ()))
         }
         """The bfloat16 copies of all latents, and padding; `own` is this rank's part, with as much padding as any."""
-        self.own = {name: tensor[rows.places] for name, tensor in self.whole.items()}
-        self.w_enc_ND, self.w_dec_ND, self.b_enc_N = (tensor[: rows.num_latents] for tensor in self.whole.values())
+        self.own = {name: tensor[rows.places] if others else tensor for name, tensor in self.whole.items()}
+        self.w_enc_ND, self.w_dec_ND, self.b_enc_N = (tensor[: self._num] for tensor in self.whole.values())
         self.copy_parameters()
 
     def copy_parameters(self) -> None:
@@ -241,8 +245,8 @@ class Update:
             self._grad_b_D,
             sums.aux,
             self.partial,
-            self._rows.num_latents,
-            self._rows.first,
+            self._num,
+            self._first,
             self._rows.num,
             sums.energy_2B.shape[1],
             len(self._grad_b_D),

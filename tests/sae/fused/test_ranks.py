@@ -34,8 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["TopK", "MatryoshkaTopK"])
-def test_two_ranks_are_one_process(kind: str, folder: Path) -> None:
-    one, first, second = (load_file(folder / f"{kind}-{place}.safetensors") for place in ("0-of-1", "0-of-2", "1-of-2"))
+@pytest.mark.parametrize("shared", ["data", "latents"])
+def test_two_ranks_are_one_process(kind: str, shared: str, folder: Path) -> None:
+    first, second = (load_file(folder / f"{shared}-{kind}-{rank}-of-2.safetensors") for rank in range(2))
+    alone = "data" if kind == "MatryoshkaTopK" else shared
+    one = load_file(folder / f"{alone}-{kind}-0-of-1.safetensors")
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), f"the ranks differ in {name}"
     assert one["figure.0.aux"] > 0

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from plmsae_cli.config.training import SAE, Train
 from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.store import checkpoint
 from plmsae_cli.store.checkpoint import Part
 from plmsae_cli.training.sae_objective import SAEObjective
 from plmsae_cli.training.stream import BlockStream
@@ -79,6 +80,37 @@ def steps(kind: str, gang: Gang) -> tuple[dict[str, torch.Tensor], list[dict[str
     return tensors, figures
 
 
+def training(gang: Gang, parallel: str) -> SAEObjective:
+    options = Train(
+        sae=SAE(num_latents=N, k=3), batch_tokens=BATCH, dead_tokens=BATCH, lr=1e-3, eps=1e-3, parallel=parallel
+    )
+    stream = cast(BlockStream, Rows(gang.rank, gang.world))
+    return SAEObjective(options, stream, torch.zeros(D), 1.0, STEPS, gang, torch.device("cpu"), torch.float32)
+
+
+def begin(gang: Gang, folder: Path) -> dict[str, torch.Tensor]:
+    """Two steps with the latents spread, saved; the state saved, whole."""
+    objective = training(gang, "latents")
+    objective.start(torch.randn(200, D, generator=torch.Generator().manual_seed(99)))
+    for step in range(2):
+        objective.step(step)
+    saved = checkpoint.Checkpoint(2, objective.tensors(), {})
+    checkpoint.save(folder, saved, 2, gang.rank, gang.world, gang.barrier)
+    return {name: whole(tensor, gang) for name, tensor in saved.tensors.items()}
+
+
+def resume(gang: Gang, folder: Path, parallel: str) -> dict[str, torch.Tensor]:
+    """The third step, from what `begin` saved; parameters as exported."""
+    objective = training(gang, parallel)
+    found = checkpoint.load_newest(folder)
+    assert found is not None
+    objective.start(torch.randn(200, D, generator=torch.Generator().manual_seed(99)))
+    objective.load(found.tensors)
+    objective.step(found.step)
+    objective.release()
+    return {name: p.detach().clone() for name, p in objective.model.named_parameters()}
+
+
 def whole(tensor: torch.Tensor | Part, gang: Gang) -> torch.Tensor:
     if not isinstance(tensor, Part):
         return tensor.clone()
@@ -99,6 +131,14 @@ def main(rank: int, folder: Path) -> None:
             save_file(tensors, folder / f"{kind}-{rank}-of-{world}.safetensors")
             every[kind] = figures
         (folder / f"figures-{rank}-of-{world}.json").write_text(json.dumps(every))
+        save_file(
+            begin(Gang(rank, world, rank), folder / f"saved-by-{world}"),
+            folder / f"whole-{rank}-of-{world}.safetensors",
+        )
+        if world == 2:
+            for parallel in ("latents", "data"):
+                resumed = resume(Gang(rank, world, rank), folder / "saved-by-4", parallel)
+                save_file(resumed, folder / f"resumed-{parallel}-{rank}.safetensors")
         dist.barrier()
         dist.destroy_process_group()
 

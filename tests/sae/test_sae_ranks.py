@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from plmsae_cli.store import checkpoint
+
 SCRIPT = Path(__file__).with_name("rank_steps.py")
 SPEC = importlib.util.spec_from_file_location("rank_steps", SCRIPT)
 assert SPEC is not None
@@ -56,6 +58,33 @@ def test_ranks_train_what_one_process_trains(folder: Path, alone: dict[str, Any]
     assert all(other == figures for other in others)
     for ours, theirs in zip(figures, want_figures, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_ranks_saved_of_their_latents_is_the_whole(folder: Path, world: int) -> None:
+    found = checkpoint.load_newest(folder / f"saved-by-{world}")
+    assert found is not None
+    for rank in range(world):
+        want = load_file(folder / f"whole-{rank}-of-{world}.safetensors")
+        assert found.tensors.keys() == want.keys()
+        assert all(torch.equal(found.tensors[name], tensor) for name, tensor in want.items())
+
+
+def test_spread_latents_continue_at_another_number_of_ranks(folder: Path) -> None:
+    """Saved by four; continued by two, spread or not, and by one: each what one process trains from the start."""
+    alone = rank_steps.training(rank_steps.Gang(), "data")
+    alone.start(torch.randn(200, rank_steps.D, generator=torch.Generator().manual_seed(99)))
+    for step in range(3):
+        alone.step(step)
+    every = {f"{parallel}-{rank}": load_file(folder / f"resumed-{parallel}-{rank}.safetensors")
+             for parallel in ("latents", "data") for rank in range(2)}  # fmt: skip
+    every["alone"] = rank_steps.resume(rank_steps.Gang(), folder / "saved-by-4", "auto")
+    for who, found in every.items():
+        for name, parameter in alone.model.named_parameters():
+            torch.testing.assert_close(
+                found[name], parameter.detach(), rtol=1e-4, atol=1e-6, msg=lambda t, w=who: f"{w}: {t}"
+            )
+    assert all(torch.equal(every["latents-0"][name], tensor) for name, tensor in every["latents-1"].items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

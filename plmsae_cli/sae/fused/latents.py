@@ -169,7 +169,8 @@ class FusedLatentStep:
 
     def _all_dead(self, places: int) -> Tensor:
         whole = self._ranks.world * self._global_rows
-        return self._dead_WBC[: whole * places].view(whole, places)
+        dead_WBC: Tensor = self._dead_WBC[: whole * places].view(whole, places)
+        return dead_WBC
 
     def _decode_dead(self, places: int) -> None:
         assert self._aux is not None

@@ -37,6 +37,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 JITFunction.run = compile_only
 
 from plmsae_cli.sae.fused.aux import keep_top_
+from plmsae_cli.sae.fused.latents import FusedLatentStep
 from plmsae_cli.sae.fused.step import Batch, FusedStep
 from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.runtime.dist import Gang
@@ -50,23 +51,26 @@ class Second:  # of two ranks, as far as kernels go
     def sum_later(self, tensor): return self
     def sum_rows_later(self, full, own): return self
     def gather_rows_later(self, own, full): return self
+    def maximum(self, tensor): return tensor
     def wait(self): pass
 
 
-for kind, d, n, k, moments, ranks in (
-    (TopK, 768, 4096, 32, torch.bfloat16, Gang()),
-    (MatryoshkaTopK, 80, 320, 10, torch.float32, Gang()),
-    (TopK, 768, 4096, 32, torch.float32, Second()),
-    (MatryoshkaTopK, 80, 321, 10, torch.bfloat16, Second()),
+for kind, d, n, k, moments, ranks, step_kind in (
+    (TopK, 768, 4096, 32, torch.bfloat16, Gang(), FusedStep),
+    (MatryoshkaTopK, 80, 320, 10, torch.float32, Gang(), FusedStep),
+    (TopK, 768, 4096, 32, torch.float32, Second(), FusedStep),
+    (MatryoshkaTopK, 80, 321, 10, torch.bfloat16, Second(), FusedStep),
+    (TopK, 2560, 4096, 64, torch.float32, Second(), FusedLatentStep),
+    (MatryoshkaTopK, 80, 320, 10, torch.bfloat16, Second(), FusedLatentStep),
 ):
     model = kind(d, n, k)
     state, masters = {}, Shard(model, ranks).parameters
     for name, p in masters.items():
         state |= {f"{name}.{what}": torch.zeros_like(p, dtype=moments) for what in ("exp_avg", "exp_avg_sq")}
         state[f"{name}.step"] = torch.zeros(())
-    ages = torch.full((n,), 10**6)
+    ages = torch.full((n if step_kind is FusedStep else n // 2,), 10**6)
     masters = {name: p.detach() for name, p in masters.items()}
-    step = FusedStep(model, masters, state, ages, Batch(64, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), ranks)
+    step = step_kind(model, masters, state, ages, Batch(64, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), ranks)
     step(torch.zeros(64, d, dtype=torch.bfloat16), 0, 1e-3)
     keep_top_(torch.zeros(64, 6000, dtype=torch.bfloat16), 40)
 print(*sorted(names))
@@ -80,5 +84,8 @@ def test_all_kernels_compile(capability: int) -> None:
         [sys.executable, "-c", PROGRAM, str(capability)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = "_add_rows _centre _columns _gradients _keep_top _long _maxima _permute _residual _select _update collect finish"
+    expected = (
+        "_add_rows _centre _columns _decode _errors _gradients _keep_top _long _maxima _permute _residual _select _slopes "
+        "_update collect finish"
+    )
     assert done.stdout.split() == expected.split()

@@ -80,6 +80,11 @@ def steps(kind: str, gang: Gang) -> tuple[dict[str, torch.Tensor], list[dict[str
     return tensors, figures
 
 
+def sum_terms(world: int) -> torch.Tensor:
+    """What each rank adds to a sum, as it sends it."""
+    return torch.randn(world, 80_000, generator=torch.Generator().manual_seed(world)).bfloat16()
+
+
 def training(gang: Gang, parallel: str) -> SAEObjective:
     options = Train(
         sae=SAE(num_latents=N, k=3), batch_tokens=BATCH, dead_tokens=BATCH, lr=1e-3, eps=1e-3, parallel=parallel
@@ -135,6 +140,10 @@ def main(rank: int, folder: Path) -> None:
             begin(Gang(rank, world, rank), folder / f"saved-by-{world}"),
             folder / f"whole-{rank}-of-{world}.safetensors",
         )
+        terms_WN = sum_terms(world)
+        own_P = terms_WN.new_empty(terms_WN.shape[1] // world)
+        Gang(rank, world, rank).sum_rows_later(terms_WN[rank].clone(), own_P).wait()
+        save_file({"own_P": own_P}, folder / f"sum-{rank}-of-{world}.safetensors")
         if world == 2:
             for parallel in ("latents", "data"):
                 resumed = resume(Gang(rank, world, rank), folder / "saved-by-4", parallel)

@@ -268,24 +268,26 @@ class WeightGradients:
         self._shift = 0
         self._order_P = torch.empty(pairs, dtype=torch.int64, device=device)
 
-    def sort(self, acts_BK: Tensor, sort_keys_BK: Tensor, shift: int, slope_BK: Tensor) -> None:
-        """Bring the pairs in order of latent, then token; keys as in `TopKEncoder`."""
-        _, _, _, k = self._shape
+    def order(self, sort_keys_BK: Tensor, shift: int) -> None:
+        """Find the order of the pairs by latent, then token; keys as in `TopKEncoder`."""
         if self._sorted_P is None:
             self._sorted_P = torch.empty_like(sort_keys_BK.view(-1))
         torch.sort(sort_keys_BK.view(-1), stable=True, out=(self._sorted_P, self._order_P))
         wanted_N1 = (self._latents_N1 - shift).to(self._sorted_P.dtype)
         torch.searchsorted(self._sorted_P, wanted_N1, out_int32=True, out=self._offsets_N1)
-        pairs = len(self._order_P)
+        self._shift = shift
+
+    def permute(self, acts_BK: Tensor, slope_BK: Tensor) -> None:
+        """Bring the pairs into that order."""
+        pairs, k = len(self._order_P), self._shape[3]
         _permute[(triton.cdiv(pairs, PAIRS_A_PROGRAM),)](
             self._order_P, acts_BK, slope_BK, self._token_P, self._act_P, self._slope_P, pairs, k, PAIRS_A_PROGRAM
         )
-        self._shift = shift
 
     def sum(
         self, x_BD: Tensor, residual_BGD: Tensor, factor: float, decoder: bool = True, encoder: bool = True
     ) -> None:
-        """Gradients of the pairs sorted last, with dL/dr = `factor` * residual; all but `grad_b_SD`.
+        """Gradients of the pairs brought last, with dL/dr = `factor` * residual; all but `grad_b_SD`.
 
         Of one matrix or of both; what belongs to neither comes with the decoder's. Apart, there are no squares.
         """

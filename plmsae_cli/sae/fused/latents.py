@@ -97,7 +97,9 @@ class FusedLatentStep:
             replay("dead", places, self._revive)
         choice.wait()
         replay("decode", 0, self._decode)
-        ranks.sum_rows_later(self._parts_BGD, self._xhat_RGD).wait()
+        xhat = ranks.sum_rows_later(self._parts_BGD, self._xhat_RGD)
+        replay("order", 0, self._order)
+        xhat.wait()
         replay("error", 0, self._error)
         residual = ranks.gather_rows_later(self._residual_BGD[self._mine], self._residual_BGD)
         if places:
@@ -123,6 +125,9 @@ class FusedLatentStep:
         silent = self._n - encode.shift
         encode.sort_keys_BK.masked_fill_(encode.acts_BK <= 0, silent)
         decode(self._update.w_dec_ND, encode.acts_BK, encode.indices_BK, self._prefixes_G, self._parts_BGD)
+
+    def _order(self, places: int) -> None:
+        self._gradients.order(self._encode.sort_keys_BK, self._encode.shift)
 
     def _among_best(self, all_WBK: Tensor, k: int) -> Tensor:
         """This rank's [B, K] of all ranks', 0 where not among a token's k largest; a rank's come by ascending latent."""
@@ -195,7 +200,7 @@ class FusedLatentStep:
         update, encode, grads = self._update, self._encode, self._gradients
         pairs = (encode.acts_BK, encode.indices_BK, self._prefixes_G)
         slopes(update.w_dec_ND, *pairs, self._residual_BGD, self._slope_BK)
-        grads.sort(encode.acts_BK, encode.sort_keys_BK, encode.shift, self._slope_BK)
+        grads.permute(encode.acts_BK, self._slope_BK)
         grads.sum(self._x_BD, self._residual_BGD, self._factor)
         if self._aux is not None and places:
             self._aux.gradients(self._aux_slope_BD, self._x_BD)

@@ -118,6 +118,7 @@ class FusedStep:
         self._product(places)
         self._errors(places)
         self._half_gradients(places, decoder=True, encoder=True)
+        self._centre_gradient()
         g = self._gradients
         self._collect(places, g.square_SN, g.along_N, g.grad_b_N, g.counts_N, g.grad_b_SD)
         self._finish()
@@ -136,9 +137,12 @@ class FusedStep:
         decoder = ranks.sum_rows_later(grads.whole_dec, own_dec_PD)
         replay("encoder", places, lambda places: self._half_gradients(places, decoder=False, encoder=True))
         encoder = ranks.sum_rows_later(grads.whole_enc, own_enc_PD)
+        replay("small", 0, self._small_gradients)
         vectors = ranks.sum_later(self._vectors)
-        for pending in (decoder, encoder, vectors):
-            pending.wait()
+        decoder.wait()
+        replay("decoder norm", 0, lambda _: self._squares(0))
+        encoder.wait()
+        vectors.wait()
         replay("norm", places, self._norm)
         ranks.sum(self._update.partial)
         replay("update encoder", 0, self._update_encoder)
@@ -174,7 +178,8 @@ class FusedStep:
         grads, x_BD, residual_BGD = self._gradients, self._x_BD, self._residual_BGD
         if decoder:
             encode = self._encode
-            grads.sort(encode.acts_BK, encode.sort_keys_BK, encode.shift, self._slope_BK)
+            grads.order(encode.sort_keys_BK, encode.shift)
+            grads.permute(encode.acts_BK, self._slope_BK)
         grads.sum(x_BD, residual_BGD, self._factor, decoder, encoder)
         if self._aux is not None and places:
             if decoder:
@@ -182,16 +187,23 @@ class FusedStep:
                 aux = self._aux.differentiate(dead_N, x_BD, residual_BGD[:, -1], *self._products_3.unbind())
                 self._aux_loss.copy_(aux)
             self._aux.add(self._update.w_dec_ND, grads, decoder, encoder)
-        if encoder:
-            grads.of_decoder_bias(residual_BGD, self._update.w_enc_ND, self._factor)
-            if self._ranks.world > 1:
-                parts = (grads.grad_b_N, grads.along_N, grads.counts_N.float(), grads.grad_b_SD.sum(0))
-                torch.cat(parts, out=self._vectors)
+
+    def _centre_gradient(self) -> None:
+        self._gradients.of_decoder_bias(self._residual_BGD, self._update.w_enc_ND, self._factor)
+
+    def _small_gradients(self, places: int) -> None:
+        self._centre_gradient()
+        grads = self._gradients
+        parts = (grads.grad_b_N, grads.along_N, grads.counts_N.float(), grads.grad_b_SD.sum(0))
+        torch.cat(parts, out=self._vectors)
+
+    def _squares(self, matrix: int) -> None:
+        own_PD = self._own_2PD[matrix, : self._rows.num]
+        torch.linalg.vector_norm(own_PD, dim=1, dtype=torch.float32, out=self._square_2P[matrix]).square_()
 
     def _norm(self, places: int) -> None:
         n, d = self._model.num_latents, self._model.d
-        own_2PD = self._own_2PD[:, : self._rows.num]
-        torch.linalg.vector_norm(own_2PD, dim=2, dtype=torch.float32, out=self._square_2P).square_()
+        self._squares(1)
         grad_b_N, along_N, counts_N, grad_b_D = torch.split(self._vectors, [n, n, n, d])
         self._collect(places, self._square_2P, along_N, grad_b_N, counts_N, grad_b_D.unsqueeze(0))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import interpreter
 import torch
@@ -12,13 +14,19 @@ from safetensors.torch import save_file
 
 interpreter.correct()
 
+from plmsae_cli.config.training import SAE, Train  # noqa: E402
 from plmsae_cli.runtime.dist import Gang  # noqa: E402
+from plmsae_cli.sae.fused import gradients, update  # noqa: E402
 from plmsae_cli.sae.fused.latents import FusedLatentStep  # noqa: E402
 from plmsae_cli.sae.fused.step import Batch, FusedStep  # noqa: E402
 from plmsae_cli.sae.fused.update import AdamOptions  # noqa: E402
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK  # noqa: E402
 from plmsae_cli.sae.topk import TopK  # noqa: E402
+from plmsae_cli.store import checkpoint  # noqa: E402
+from plmsae_cli.training import sae_kernels  # noqa: E402
+from plmsae_cli.training.sae_objective import SAEObjective  # noqa: E402
 from plmsae_cli.training.shard import Shard  # noqa: E402
+from plmsae_cli.training.stream import BlockStream  # noqa: E402
 
 D, K, ROWS = 32, 4, 16
 
@@ -66,8 +74,33 @@ def steps(kind: type[TopK], n: int, latents: bool, gang: Gang) -> dict[str, torc
     return out | {name: p.detach().clone() for name, p in model.named_parameters()} | {"ages_N": ages_N}
 
 
+class Rows:
+    """The global batch of each step, of which a rank reads its share."""
+
+    def __init__(self, gang: Gang) -> None:
+        self.blocks, self.wait_seconds, self._gang = SimpleNamespace(d=D), 0.0, gang
+
+    def rows(self, step: int) -> torch.Tensor:
+        rows_BD = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(step))
+        return rows_BD.chunk(self._gang.world)[self._gang.rank]
+
+
+def training(gang: Gang, parallel: str) -> SAEObjective:
+    """As `plmsae train` has it, but on a CPU; some latents are dead from the start."""
+    sae_kernels.why_plain = lambda *_: None
+    options = Train(
+        sae=SAE(num_latents=32, k=K, k_aux=3, init="random"), batch_tokens=ROWS, dead_tokens=ROWS, lr=1e-2, eps=1e-3,
+        parallel=parallel, moments="bfloat16",
+    )  # fmt: skip
+    stream = cast(BlockStream, Rows(gang))
+    objective = SAEObjective(options, stream, torch.zeros(D), 1.0, 3, gang, torch.device("cpu"), torch.bfloat16)
+    objective.start(torch.randn(50, D, generator=torch.Generator().manual_seed(99)))
+    return objective
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    update.PROGRAMS, gradients.SPLITS = 8, 4  # as many as a GPU is given would only take time
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     for name, (kind, num_latents) in CASES.items():
@@ -76,6 +109,19 @@ def main(rank: int, world: int, folder: Path) -> None:
             continue  # that of data
         tensors = steps(kind, num_latents, latents, Gang(rank, world, rank))
         save_file(tensors, folder / f"{name}-{rank}-of-{world}.safetensors")
+    gang = Gang(rank, world, rank)
+    for parallel in ("data", "latents") if world > 1 else ("data",):
+        objective = training(gang, parallel)
+        for step in range(2):
+            objective.step(step)
+        if world > 1:
+            saved = checkpoint.Checkpoint(2, objective.tensors(), {})
+            checkpoint.save(folder / f"saved-{parallel}", saved, 2, rank, world, gang.barrier)
+        else:
+            objective.step(2)
+        objective.release()
+        state = {name: p.detach().clone() for name, p in objective.model.named_parameters()}
+        save_file(state, folder / f"trained-{parallel}-{rank}-of-{world}.safetensors")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

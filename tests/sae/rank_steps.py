@@ -140,6 +140,8 @@ def main(rank: int, folder: Path) -> None:
             begin(Gang(rank, world, rank), folder / f"saved-by-{world}"),
             folder / f"whole-{rank}-of-{world}.safetensors",
         )
+        again, _ = steps("latents_topk", Gang(rank, world, rank))
+        save_file(again, folder / f"again-{rank}-of-{world}.safetensors")
         terms_WN = sum_terms(world)
         own_P = terms_WN.new_empty(terms_WN.shape[1] // world)
         Gang(rank, world, rank).sum_rows_later(terms_WN[rank].clone(), own_P).wait()

@@ -61,6 +61,13 @@ def test_ranks_train_what_one_process_trains(folder: Path, alone: dict[str, Any]
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_spread_latents_repeat_bit_for_bit(folder: Path, world: int) -> None:
+    for rank in range(world):
+        first, again = (load_file(folder / f"{run}-{rank}-of-{world}.safetensors") for run in ("latents_topk", "again"))
+        assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_what_ranks_saved_of_their_latents_is_the_whole(folder: Path, world: int) -> None:
     found = checkpoint.load_newest(folder / f"saved-by-{world}")
     assert found is not None

@@ -32,10 +32,10 @@ D, K, ROWS = 32, 4, 16
 
 
 CASES = {
-    "data-TopK": (TopK, 63),  # of two ranks, one has a latent less
-    "data-MatryoshkaTopK": (MatryoshkaTopK, 64),
-    "latents-TopK": (TopK, 64),
-    "latents-MatryoshkaTopK": (MatryoshkaTopK, 64),
+    "data-TopK": (TopK, 31),  # of two ranks, one has a latent less
+    "data-MatryoshkaTopK": (MatryoshkaTopK, 32),
+    "latents-TopK": (TopK, 32),
+    "latents-MatryoshkaTopK": (MatryoshkaTopK, 32),
 }
 
 
@@ -89,7 +89,7 @@ def training(gang: Gang, parallel: str) -> SAEObjective:
     """As `plmsae train` has it, but on a CPU; some latents are dead from the start."""
     sae_kernels.why_plain = lambda *_: None
     options = Train(
-        sae=SAE(num_latents=32, k=K, k_aux=3, init="random"), batch_tokens=ROWS, dead_tokens=ROWS, lr=1e-2, eps=1e-3,
+        sae=SAE(num_latents=16, k=K, k_aux=3, init="random"), batch_tokens=ROWS, dead_tokens=ROWS, lr=1e-2, eps=1e-3,
         parallel=parallel, moments="bfloat16",
     )  # fmt: skip
     stream = cast(BlockStream, Rows(gang))

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from plmsae_cli.sae.fused.aux import AuxK, DeadBound, keep_top_, products
+from plmsae_cli.sae.fused.aux import AuxK, keep_top_, products
 from plmsae_cli.sae.fused.collect import FIGURES
+from plmsae_cli.sae.fused.dead_bound import DeadBound
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.graphs import Graphs, launched
 from plmsae_cli.sae.fused.partial import decode, errors, slopes

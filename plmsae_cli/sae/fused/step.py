@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plmsae_cli.sae.fused.aux import AuxK, DeadBound
+from plmsae_cli.sae.fused.aux import AuxK
 from plmsae_cli.sae.fused.collect import FIGURES
+from plmsae_cli.sae.fused.dead_bound import DeadBound
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.graphs import Graphs, launched
 from plmsae_cli.sae.fused.residual import centre, residuals

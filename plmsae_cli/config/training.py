@@ -253,6 +253,9 @@ class Train(Section):
     kernels: Literal["auto", "fused", "plain"] = "auto"
     """The training step of an SAE: `fused` CUDA kernels (TopK, BatchTopK and their Matryoshkas with Adam in
     bfloat16), `plain` PyTorch, or the fused one where it can be."""
+    parallel: Literal["auto", "data", "latents"] = "auto"
+    """How several ranks share an SAE: `data`, the tokens of a batch; `latents`, the dictionary (TopK and its Matryoshka),
+    which sends activations instead of gradients; `auto`, with fused kernels what sends less, else `data`."""
     log_every: Count = 50
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Count = 1000
@@ -276,8 +279,19 @@ class Train(Section):
                     f"batch_tokens ({self.batch_tokens}) is not a multiple of plm.pack_tokens ({self.plm.pack_tokens})",
                     f"nearest: {max(1, round(self.batch_tokens / self.plm.pack_tokens)) * self.plm.pack_tokens}",
                 )
+            if self.parallel != "auto":
+                raise rule("parallel", "parallel has no effect with kind: plm", "remove it")
         elif self.plm is not None:
             raise rule("plm", "a plm section has no effect with kind: sae", "set kind: plm or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _latents_can_be_shared(self) -> Train:
+        kind = self.autoencoder().architecture
+        if self.parallel == "latents" and self.kind == "sae" and kind not in ("topk", "matryoshka_topk"):
+            raise rule("parallel", f"parallel: latents has no way to share {kind}", "use data, or architecture: topk")
+        if self.parallel == "latents" and self.optimizer == "muon":
+            raise rule("parallel", "parallel: latents splits the matrices that muon needs whole", "use data, or adam")
         return self
 
     @model_validator(mode="after")

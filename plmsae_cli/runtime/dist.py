@@ -7,11 +7,22 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from plmsae_cli.runtime.device import pick_device
+
+# Older releases of torch have other names for the two.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class _Done:
+    """What nobody needs to wait for."""
+
+    def wait(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,24 @@ class Gang:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_later(self, tensor: torch.Tensor) -> Any:
+        """`sum` beside what follows, until the result's `wait`; see `sae.ranks.Ranks`."""
+        return _Done() if self.world == 1 else dist.all_reduce(tensor, async_op=True)
+
+    def sum_rows_later(self, full: torch.Tensor, own: torch.Tensor) -> Any:
+        """`own`, this rank's part of the sum of `full` over ranks; as `sum_later`."""
+        if self.world == 1:
+            own.copy_(full)
+            return _Done()
+        return _reduce_scatter(own, full, async_op=True)
+
+    def gather_rows_later(self, own: torch.Tensor, full: torch.Tensor) -> Any:
+        """`full`, every rank's `own` in order; as `sum_later`."""
+        if self.world == 1:
+            full.copy_(own)
+            return _Done()
+        return _all_gather(full, own, async_op=True)
 
     def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.world > 1:

@@ -50,7 +50,7 @@ class _Nested(TopK):
         groups = len(self.fractions)
         group_P = torch.searchsorted(self.prefixes_G, pairs.indices_P, right=True)
         parts_RD = sparse_decode(acts_P, self.w_dec_ND, pairs.split(group_P, groups))
-        error, xhat_BD = _NestedError.apply(  # type: ignore[no-untyped-call]
+        error, xhat_BD = NestedError.apply(  # type: ignore[no-untyped-call]
             parts_RD.view(-1, groups, self.d), self.b_dec_D, x_BD
         )
         return error / groups, xhat_BD
@@ -106,7 +106,7 @@ class MatryoshkaBatchTopK(_Nested, BatchTopK):
         self._nest(fractions)
 
 
-class _NestedError(torch.autograd.Function):
+class NestedError(torch.autograd.Function):
     """sum_g ||x - xhat_g||^2 over all tokens, xhat_g = b_dec + the parts up to g; and xhat_G, a constant.
 
     With r_g = xhat_g - x, the gradient of part h is 2 sum_{g >= h} r_g: a running sum each way.

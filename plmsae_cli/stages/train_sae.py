@@ -83,6 +83,8 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
                 fit(list(trainings.values()), ranks, progress, lost)
             done = {folder: t.total_steps for folder, t in trainings.items() if folder not in failed}
             facts = {f: {"steps": steps, "tokens": steps * shared.batch_tokens} for f, steps in done.items()}
+            for folder in done:
+                objectives[folder].release()  # as large as the copy that folding makes
             if ranks.first and done:
                 common = {name: manifest[name] for name in ("layer", "num_layers", "weights", "fasta")}
                 common |= {"dataset": dataset.key, "dataset_rows": manifest["rows"], "gamma": statistics.gamma}

@@ -27,8 +27,26 @@ COMMIT = "CHECKPOINT.json"
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rows of a tensor of which each rank holds some: those from `first` on, of `length` over all ranks."""
+
+    rows: torch.Tensor
+    first: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A whole training state."""
+    """A whole training state; on a rank that saves it, of some tensors a `Part`."""
+
+    step: int
+    tensors: Mapping[str, torch.Tensor | Part]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds, put together from the ranges of all ranks."""
 
     step: int
     tensors: Mapping[str, torch.Tensor]
@@ -49,13 +67,17 @@ def save(
 ) -> None:
     """Write this rank's range; rank 0 commits and drops all but the newest `keep`.
 
-    Every rank holds all tensors (data parallel) and calls this at the same step.
+    Every rank calls this at the same step with tensors of the same names: whole ones, or its parts.
     """
     store = Store()
     target = folder / f"step-{checkpoint.step:08d}"
     ranges: dict[str, list[int]] = {}
     mine: dict[str, torch.Tensor] = {}
     for name, tensor in checkpoint.tensors.items():
+        if isinstance(tensor, Part):
+            ranges[name] = [tensor.first, tensor.first + len(tensor.rows), tensor.length]
+            mine[name] = tensor.rows.detach().cpu().contiguous()
+            continue
         if tensor.ndim == 0:
             if rank == 0:
                 mine[name] = tensor.detach().cpu()
@@ -93,7 +115,7 @@ def _rotate(folder: Path, keep: int) -> None:
             shutil.rmtree(stray)
 
 
-def load_newest(folder: Path, say: Callable[[str], None] | None = None) -> Checkpoint | None:
+def load_newest(folder: Path, say: Callable[[str], None] | None = None) -> Restored | None:
     """The newest checkpoint that verifies; damaged ones are passed over, and said to be.
 
     Raises:
@@ -116,7 +138,7 @@ def load_newest(folder: Path, say: Callable[[str], None] | None = None) -> Check
     return None
 
 
-def _load(path: Path) -> Checkpoint:
+def _load(path: Path) -> Restored:
     body = json.loads(path.read_text())
     commit = body["commit"]
     if _digest(commit) != body["xxh3"]:
@@ -136,4 +158,4 @@ def _load(path: Path) -> Checkpoint:
     for key, parts in pieces.items():
         parts.sort(key=lambda part: part[0])
         tensors[key] = parts[0][1] if len(parts) == 1 else torch.cat([part for _, part in parts])
-    return Checkpoint(commit["step"], tensors, commit["state"])
+    return Restored(commit["step"], tensors, commit["state"])

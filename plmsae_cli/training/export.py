@@ -31,10 +31,9 @@ class Finished(NamedTuple):
 def export_saes(
     finished: Sequence[Finished], blocks: Blocks, mean_D: torch.Tensor, scale: float, store: Store
 ) -> list[list[FileRecord]]:
-    """Fold the normalisation in, measure every latent's maximum in one reading for all, write both files of each."""
+    """Of released objectives: fold the scaling in, measure every latent's maximum in one reading, write both files of each."""
     models = []
     for objective, _, _ in finished:
-        objective.release()  # as large as the copy that folding makes
         models.append(fold(objective.model, mean_D.to(objective.device), scale))
     rows = min(blocks.num_rows, MAXIMUM_ROWS)
     measure_maximum(models, blocks, rows)

@@ -48,8 +48,8 @@ class Objective(Protocol):
     def flops_per_step(self) -> float:
         """Floating-point operations that the mathematics of a step needs, over all ranks."""
 
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Everything that must be restored, by name."""
+    def tensors(self) -> Mapping[str, torch.Tensor | checkpoints.Part]:
+        """Everything that must be restored, by name; of what is spread over ranks, this one's part."""
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
 

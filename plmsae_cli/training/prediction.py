@@ -7,6 +7,7 @@ tokens share at the rates the caches gave them. Beside measured steps of four sh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from plmsae_cli.runtime.device import GPU
@@ -45,7 +46,7 @@ def step_seconds(shape: StepShape, gpu: GPU, gpus: int) -> float | None:
     rows, n, d = shape.tokens / gpus, shape.latents, shape.d
     peak, memory = gpu.tflops_bfloat16 * 1e12, gpu.gigabytes_per_second * 1e9
     products = 2 * rows * n * d / (PRODUCTS * peak)
-    scores = (2 * rows * n + 60 * rows * (n * shape.k) ** 0.5) / (MEMORY * memory)
+    scores = (2 * rows * n + 60 * rows * math.sqrt(n * shape.k)) / (MEMORY * memory)
     pairs = (2 / SCATTERED + 4 / GATHERED) * rows * shape.k * d / peak
     gradients = 4 * n * d / (MEMORY * memory)
     update = 2 * n * d / gpus * (2 * (4 + shape.state_bytes) + 4) / (MEMORY * memory)

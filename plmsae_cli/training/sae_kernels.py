@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -14,24 +14,26 @@ from plmsae_cli.config.experiment import Train
 from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
+from plmsae_cli.sae.ranks import Ranks
 from plmsae_cli.sae.topk import TopK
 
 MOST_ACTIVE = 512
 """Active latents a token for which a block of decoder rows fits every supported GPU's shared memory."""
 
 if TYPE_CHECKING:
+    from plmsae_cli.sae.fused.latents import FusedLatentStep
     from plmsae_cli.sae.fused.step import FusedStep
 
 
-def why_plain(model: Dictionary, options: Train, device: torch.device, compute: torch.dtype, world: int) -> str | None:
+def why_plain(model: Dictionary, options: Train, device: torch.device, compute: torch.dtype) -> str | None:
     """What stands against the fused step; None where nothing does."""
     if type(model) not in (TopK, MatryoshkaTopK, BatchTopK, MatryoshkaBatchTopK):
         return f"architecture: {options.autoencoder().architecture} has none"
     assert isinstance(model, TopK)
     if model.k_start is not None:
         return "k_start changes k while training"
-    if isinstance(model, BatchTopK) and model.selection == "local" and world > 1:
-        return "selection: local over several ranks"
+    if isinstance(model, BatchTopK) and model.selection == "local":
+        return "selection: local"
     if options.optimizer != "adam":
         return f"optimizer: {options.optimizer}; it updates by adam"
     if model.k > MOST_ACTIVE:
@@ -45,37 +47,38 @@ def why_plain(model: Dictionary, options: Train, device: torch.device, compute: 
     return None if find_spec("triton") else "the package triton is not installed"
 
 
+def goes_fused(model: Dictionary, options: Train, device: torch.device, compute: torch.dtype) -> bool:
+    """Whether `fused_step` trains it, as `train.kernels` and the case have it.
+
+    Raises:
+        UserError: `train.kernels: fused` where it cannot be.
+    """
+    reason = "train.kernels is plain" if options.kernels == "plain" else why_plain(model, options, device, compute)
+    if reason is not None and options.kernels == "fused":
+        raise UserError(f"train.kernels: fused cannot be had here: {reason}", "set train.kernels: auto")
+    return reason is None
+
+
 def fused_step(
     model: Dictionary,
     options: Train,
+    parameters: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     ages_N: Tensor,
     mean_D: Tensor,
     scale: float,
     window: int,
     max_norm: float | None,
-    world: int,
-    reduce: Callable[[Tensor], Tensor],
-    compute: torch.dtype,
-) -> FusedStep | None:
-    """The fused step on these tensors, or None where `train.kernels` or the case asks for the plain one.
-
-    Raises:
-        UserError: `train.kernels: fused` where it cannot be.
-    """
-    reason = (
-        "train.kernels is plain"
-        if options.kernels == "plain"
-        else why_plain(model, options, ages_N.device, compute, world)
-    )
-    if reason is not None:
-        if options.kernels == "fused":
-            raise UserError(f"train.kernels: fused cannot be had here: {reason}", "set train.kernels: auto")
-        return None
+    ranks: Ranks,
+    latents: bool,
+) -> FusedStep | FusedLatentStep:
+    """The fused step on these tensors, where `goes_fused`; `latents`: they are spread over ranks."""
+    from plmsae_cli.sae.fused.latents import FusedLatentStep
     from plmsae_cli.sae.fused.step import Batch, FusedStep
     from plmsae_cli.sae.fused.update import AdamOptions
 
     assert isinstance(model, TopK)
-    batch = Batch(options.batch_tokens // world, world, mean_D, scale, window)
+    batch = Batch(options.batch_tokens // ranks.world, mean_D, scale, window)
     adam = AdamOptions((options.betas[0], options.betas[1]), options.eps, max_norm)
-    return FusedStep(model, state, ages_N, batch, adam, reduce)
+    kind = FusedLatentStep if latents else FusedStep
+    return kind(model, parameters, state, ages_N, batch, adam, ranks)

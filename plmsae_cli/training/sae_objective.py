@@ -13,10 +13,15 @@ from plmsae_cli.sae.architectures import ARCHITECTURES
 from plmsae_cli.sae.dead import DeadLatents, dead_window
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.initialise import initialise
+from plmsae_cli.sae.latent_shard import LatentShard
 from plmsae_cli.sae.topk import TopK
+from plmsae_cli.store.checkpoint import Part
+from plmsae_cli.training.latent_step import LatentStep
 from plmsae_cli.training.optimizers import Group, build_optimizer
-from plmsae_cli.training.sae_kernels import fused_step
+from plmsae_cli.training.parallel import sharing
+from plmsae_cli.training.sae_kernels import fused_step, goes_fused
 from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
+from plmsae_cli.training.shard import Shard
 from plmsae_cli.training.stream import BlockStream
 
 DEAD_BOUND = "dead_bound"
@@ -62,8 +67,17 @@ class SAEObjective:
         self._options, self._stream, self._gang = options, stream, gang
         self._mean_D, self._scale, self.compute = mean_D.to(device), scale, compute
         self._total_steps = total_steps
-        self._optimizer = build_optimizer(options, [Group("sae", dict(self.model.named_parameters()))])
-        self._dead = DeadLatents(self.model.num_latents, device)
+        fused = goes_fused(self.model, options, device, compute)
+        self.sharing = sharing(self.model, options, gang.world, fused)
+        """What ranks share: `data` or `latents`."""
+        spread = gang.world > 1 and (fused or self.sharing == "latents")
+        self._shard = Shard(self.model, gang, ages=self.sharing == "latents") if spread else None
+        trained, first_rows = dict(self.model.named_parameters()), {}
+        if self._shard is not None:
+            trained, first_rows = self._shard.parameters, self._shard.first_rows
+        self._optimizer = build_optimizer(options, [Group("sae", trained, first_rows=first_rows)])
+        own = self.model.num_latents if self.sharing == "data" else len(trained["w_enc_ND"])
+        self._dead = DeadLatents(own, device)
         tokens = total_steps * options.batch_tokens
         self._window = dead_window(tokens) if options.dead_tokens == "auto" else options.dead_tokens
         auto = sae_learning_rate(options.optimizer, self.model.num_latents)
@@ -72,30 +86,52 @@ class SAEObjective:
         self._max_norm = None if options.grad_clip is None else options.grad_clip / self.model.d
         wanted = options.lr_warmup_steps
         self._warmup = min(1000, total_steps // 20) if wanted == "auto" else wanted
-        prefix = "sae."
-        self._fused = fused_step(
-            self.model,
-            options,
-            {name.removeprefix(prefix): tensor for name, tensor in self._optimizer.state_tensors().items()},
-            self._dead.tokens_since_fired_N,
-            self._mean_D,
-            scale,
-            self._window,
-            self._max_norm,
-            gang.world,
-            gang.sum,
-            compute,
-        )
+        self._latents: LatentStep | None = None
+        if self.sharing == "latents" and not fused:
+            assert self._shard is not None
+            assert isinstance(self.model, TopK)
+            self._latents = LatentStep(
+                LatentShard(self.model, self._shard.rows, self._shard.parameters, gang),
+                self._optimizer,
+                self._dead,
+                self._window,
+                self._max_norm,
+                self.standardise,
+                compute,
+                total_steps,
+                gang,
+            )
+        self._fused = None
+        if fused:
+            self._fused = fused_step(
+                self.model,
+                options,
+                {name: parameter.detach() for name, parameter in trained.items()},
+                {name.removeprefix("sae."): tensor for name, tensor in self._optimizer.state_tensors().items()},
+                self._dead.tokens_since_fired_N,
+                self._mean_D,
+                scale,
+                self._window,
+                self._max_norm,
+                gang,
+                latents=self.sharing == "latents",
+            )
 
     def start(self, sample_RD: torch.Tensor) -> None:
         """Initialise from a sample of raw rows (the first of the dataset, the same on every rank)."""
         initialise(self.model, self._options.seed, self.standardise(sample_RD), self._options.autoencoder().init)
+        if self._shard is not None:
+            self._shard.take()
         self._renew()
 
     def release(self) -> None:
-        """Free what only training needs; `step` may not follow."""
+        """Free what only training needs and make `model` whole, on all ranks; `step` may not follow."""
+        if self._fused is not None:
+            self._fused.settle()
         self._fused = None
         self._optimizer.zero_grad()
+        if self._shard is not None:
+            self._shard.give_back()
 
     def _renew(self) -> None:
         if self._fused is not None:
@@ -110,6 +146,8 @@ class SAEObjective:
         self.model.schedule(step, self._total_steps)
         if self._fused is not None:
             return self._fused(rows_BD, step, self._rate(step))
+        if self._latents is not None:
+            return self._latents(rows_BD, step, self._rate(step))
         batch = self.tokens_per_step
         x_BD = self.standardise(rows_BD)
         dead_N = self._dead.mask(self._window)
@@ -150,17 +188,28 @@ class SAEObjective:
         """What the mathematics of a step needs, over all ranks."""
         return self.tokens_per_step * self.model.flops_per_token()
 
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        model = {f"model.{name}": tensor for name, tensor in self.model.trained().items()}
-        optimizer = {f"optimizer.{name}": t for name, t in self._optimizer.state_tensors().items()}
-        state = {**model, **optimizer, "tokens_since_fired_N": self._dead.tokens_since_fired_N}
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """The live tensors that training changes: the model's, or this rank's part of them."""
+        if self._shard is None:
+            return self.model.trained()
+        return {name: parameter.detach() for name, parameter in self._shard.parameters.items()}
+
+    def tensors(self) -> Mapping[str, torch.Tensor | Part]:
+        tensors = {f"model.{name}": tensor for name, tensor in self._trained().items()}
+        tensors |= {f"optimizer.{name}": t for name, t in self._optimizer.state_tensors().items()}
+        tensors["tokens_since_fired_N"] = self._dead.tokens_since_fired_N
+        state: dict[str, torch.Tensor | Part] = dict(tensors)
+        if self._shard is not None:
+            state |= self._shard.parts(tensors)
         if self._fused is not None and (bound := self._fused.dead_bound.state()):
             state[DEAD_BOUND] = torch.tensor(bound)
         return state
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in self.model.trained().items():
+        if self._shard is not None:
+            tensors = self._shard.own(tensors)
+        for name, tensor in self._trained().items():
             tensor.copy_(tensors[f"model.{name}"])
         prefix = "optimizer."
         state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

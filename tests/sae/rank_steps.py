@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from plmsae_cli.config.training import SAE, Train
 from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.store import checkpoint
+from plmsae_cli.store.checkpoint import Part
 from plmsae_cli.training.sae_objective import SAEObjective
 from plmsae_cli.training.stream import BlockStream
 
@@ -31,6 +33,10 @@ KINDS: dict[str, SAE] = {
     "gated": SAE(num_latents=N, architecture="gated"),
     "relu_l1": SAE(num_latents=N, architecture="relu_l1"),
     "switch": SAE(num_latents=N, architecture="switch", k=3, num_experts=4),
+    "latents_topk": SAE(num_latents=N, k=3),
+    "latents_wide": SAE(num_latents=N, k=20, k_aux=60),
+    "latents_annealed": SAE(num_latents=N, k=3, k_start=9, k_anneal=1.0),
+    "latents_matryoshka_topk": SAE(num_latents=N, architecture="matryoshka_topk", k=3),
 }
 
 
@@ -51,6 +57,8 @@ def steps(kind: str, gang: Gang) -> tuple[dict[str, torch.Tensor], list[dict[str
     """State, gradients of the last step, and figures of every step, summed over ranks."""
     # A large eps: where a gradient is all rounding, Adam's step would be as well.
     options = Train(sae=KINDS[kind], batch_tokens=BATCH, dead_tokens=BATCH, lr=1e-3, eps=1e-3, grad_clip=0.5)
+    if kind.startswith("latents"):
+        options = options.model_copy(update={"parallel": "latents"})
     stream = cast(BlockStream, Rows(gang.rank, gang.world))
     objective = SAEObjective(
         options, stream, torch.zeros(D), 1.0, STEPS, gang, torch.device("cpu"), torch.float32
@@ -62,11 +70,58 @@ def steps(kind: str, gang: Gang) -> tuple[dict[str, torch.Tensor], list[dict[str
     for step in range(STEPS):
         found = {name: gang.sum(value.detach().clone().double()) for name, value in objective.step(step).items()}
         figures.append({name: float(value) for name, value in found.items()})
-    tensors = {name: tensor.clone() for name, tensor in objective.tensors().items()}
-    for name, parameter in objective.model.named_parameters():
+    tensors = {name: whole(tensor, gang) for name, tensor in objective.tensors().items()}
+    shard = objective._shard
+    trained = dict(objective.model.named_parameters()) if shard is None else shard.parameters
+    for name, parameter in trained.items():
         assert parameter.grad is not None
-        tensors[f"grad.{name}"] = parameter.grad.clone()
+        grad = parameter.grad
+        tensors[f"grad.{name}"] = whole(grad if shard is None else shard.parts({name: grad})[name], gang)
     return tensors, figures
+
+
+def sum_terms(world: int) -> torch.Tensor:
+    """What each rank adds to a sum, as it sends it."""
+    return torch.randn(world, 80_000, generator=torch.Generator().manual_seed(world)).bfloat16()
+
+
+def training(gang: Gang, parallel: str) -> SAEObjective:
+    options = Train(
+        sae=SAE(num_latents=N, k=3), batch_tokens=BATCH, dead_tokens=BATCH, lr=1e-3, eps=1e-3, parallel=parallel
+    )
+    stream = cast(BlockStream, Rows(gang.rank, gang.world))
+    return SAEObjective(options, stream, torch.zeros(D), 1.0, STEPS, gang, torch.device("cpu"), torch.float32)
+
+
+def begin(gang: Gang, folder: Path) -> dict[str, torch.Tensor]:
+    """Two steps with the latents spread, saved; the state saved, whole."""
+    objective = training(gang, "latents")
+    objective.start(torch.randn(200, D, generator=torch.Generator().manual_seed(99)))
+    for step in range(2):
+        objective.step(step)
+    saved = checkpoint.Checkpoint(2, objective.tensors(), {})
+    checkpoint.save(folder, saved, 2, gang.rank, gang.world, gang.barrier)
+    return {name: whole(tensor, gang) for name, tensor in saved.tensors.items()}
+
+
+def resume(gang: Gang, folder: Path, parallel: str) -> dict[str, torch.Tensor]:
+    """The third step, from what `begin` saved; parameters as exported."""
+    objective = training(gang, parallel)
+    found = checkpoint.load_newest(folder)
+    assert found is not None
+    objective.start(torch.randn(200, D, generator=torch.Generator().manual_seed(99)))
+    objective.load(found.tensors)
+    objective.step(found.step)
+    objective.release()
+    return {name: p.detach().clone() for name, p in objective.model.named_parameters()}
+
+
+def whole(tensor: torch.Tensor | Part, gang: Gang) -> torch.Tensor:
+    if not isinstance(tensor, Part):
+        return tensor.clone()
+    found = tensor.rows.new_empty(tensor.length, *tensor.rows.shape[1:])
+    gang.gather_rows_later(tensor.rows.detach().contiguous(), found).wait()
+    return found
 
 
 def main(rank: int, folder: Path) -> None:
@@ -81,6 +136,20 @@ def main(rank: int, folder: Path) -> None:
             save_file(tensors, folder / f"{kind}-{rank}-of-{world}.safetensors")
             every[kind] = figures
         (folder / f"figures-{rank}-of-{world}.json").write_text(json.dumps(every))
+        save_file(
+            begin(Gang(rank, world, rank), folder / f"saved-by-{world}"),
+            folder / f"whole-{rank}-of-{world}.safetensors",
+        )
+        again, _ = steps("latents_topk", Gang(rank, world, rank))
+        save_file(again, folder / f"again-{rank}-of-{world}.safetensors")
+        terms_WN = sum_terms(world)
+        own_P = terms_WN.new_empty(terms_WN.shape[1] // world)
+        Gang(rank, world, rank).sum_rows_later(terms_WN[rank].clone(), own_P).wait()
+        save_file({"own_P": own_P}, folder / f"sum-{rank}-of-{world}.safetensors")
+        if world == 2:
+            for parallel in ("latents", "data"):
+                resumed = resume(Gang(rank, world, rank), folder / "saved-by-4", parallel)
+                save_file(resumed, folder / f"resumed-{parallel}-{rank}.safetensors")
         dist.barrier()
         dist.destroy_process_group()
 

@@ -97,3 +97,19 @@ def test_saved_state_continues_bit_for_bit_and_a_bad_step_changes_nothing() -> N
             two.step(0.1, 1.0)
     assert torch.equal(straight, resumed)
     assert all(torch.equal(t, two.state_tensors()[name]) for name, t in one.state_tensors().items())
+
+
+def test_some_rows_are_rounded_as_in_the_whole() -> None:
+    generator = torch.Generator().manual_seed(5)
+    whole = Parameter(torch.randn(6, 4, generator=generator))
+    part = Parameter(whole.detach()[2:5].clone())
+    one = RoundedAdam([Group("all", {"w": whole})], (0.9, 0.999), 1e-8)
+    two = RoundedAdam([Group("all", {"w": part}, first_rows={"w": 2})], (0.9, 0.999), 1e-8)
+    for _ in range(3):
+        whole.grad = torch.randn(6, 4, generator=generator)
+        part.grad = whole.grad[2:5].clone()
+        one.step(1e-2)
+        two.step(1e-2)
+    assert torch.equal(whole[2:5], part)
+    for name, tensor in two.state_tensors().items():
+        assert torch.equal(tensor, one.state_tensors()[name][2:5] if tensor.ndim else one.state_tensors()[name])

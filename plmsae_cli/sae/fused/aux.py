@@ -1,7 +1,6 @@
 """AuxK on the dead latents alone: dense products over their rows, gathered into a fixed number of places.
 
-How many places is known on the host without asking the device: a latent dead now was already nearly dead some steps
-ago, and that count has long arrived (`DeadBound`).
+How many places is known on the host without asking the device: `dead_bound.DeadBound`.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
@@ -14,11 +13,6 @@ from torch import Tensor
 
 from plmsae_cli.sae.auxk import fitted_length
 from plmsae_cli.sae.fused.gradients import WeightGradients
-from plmsae_cli.sae.interface import Reduce
-
-LONGEST_LAG = 16
-"""Most steps between counts of the nearly dead."""
-SMALLEST = 256
 
 
 @triton.jit
@@ -64,6 +58,8 @@ def _add_rows(
     n,
     d: tl.constexpr,
     S: tl.constexpr,
+    DEC: tl.constexpr,
+    ENC: tl.constexpr,
     D: tl.constexpr,
 ):
     place = tl.program_id(0)
@@ -73,22 +69,31 @@ def _add_rows(
         mask = o < d
         to = latent.to(tl.int64) * d + o
         source = place.to(tl.int64) * d + o
-        before = mask & (tl.load(touched + latent) > 0)
-        extra = tl.load(dec + source, mask=mask, other=0.0).to(tl.float32)
-        row = tl.load(w_dec + to, mask=mask, other=0.0).to(tl.float32)
-        total_dec = (tl.load(grad_dec + to, mask=before, other=0.0).to(tl.float32) + extra).to(tl.bfloat16)
-        total_enc = tl.load(grad_enc + to, mask=before, other=0.0).to(tl.float32)
-        total_enc = (total_enc + tl.load(enc + source, mask=mask, other=0.0).to(tl.float32)).to(tl.bfloat16)
-        tl.store(grad_dec + to, total_dec, mask=mask)
-        tl.store(grad_enc + to, total_enc, mask=mask)
-        a = total_dec.to(tl.float32)
-        b = total_enc.to(tl.float32)
-        tl.store(square + latent, tl.sum(a * a + b * b, 0))
-        for part in tl.static_range(1, S):
-            tl.store(square + part * n + latent, 0.0)
-        tl.store(along + latent, tl.load(along + latent) + tl.sum(extra * row, 0))
-        tl.store(grad_b + latent, tl.load(grad_b + latent) + tl.load(bias + place))
-        tl.store(touched + latent, 1)
+        # Apart, untouched rows hold zeros: other ranks add theirs.
+        before = mask
+        if DEC and ENC:
+            before = mask & (tl.load(touched + latent) > 0)
+        squares = 0.0
+        if DEC:
+            extra = tl.load(dec + source, mask=mask, other=0.0).to(tl.float32)
+            row = tl.load(w_dec + to, mask=mask, other=0.0).to(tl.float32)
+            total_dec = (tl.load(grad_dec + to, mask=before, other=0.0).to(tl.float32) + extra).to(tl.bfloat16)
+            tl.store(grad_dec + to, total_dec, mask=mask)
+            a = total_dec.to(tl.float32)
+            squares += tl.sum(a * a, 0)
+            tl.store(along + latent, tl.load(along + latent) + tl.sum(extra * row, 0))
+            tl.store(grad_b + latent, tl.load(grad_b + latent) + tl.load(bias + place))
+        if ENC:
+            total_enc = tl.load(grad_enc + to, mask=before, other=0.0).to(tl.float32)
+            total_enc = (total_enc + tl.load(enc + source, mask=mask, other=0.0).to(tl.float32)).to(tl.bfloat16)
+            tl.store(grad_enc + to, total_enc, mask=mask)
+            b = total_enc.to(tl.float32)
+            squares += tl.sum(b * b, 0)
+        if DEC and ENC:
+            tl.store(square + latent, squares)
+            for part in tl.static_range(1, S):
+                tl.store(square + part * n + latent, 0.0)
+            tl.store(touched + latent, 1)
 
 
 def keep_top_(acts_BC: Tensor, k: int) -> None:
@@ -107,56 +112,110 @@ def compact(mask_N: Tensor, places: int) -> Tensor:
     return out[:-1]
 
 
+def products(ehat_BD: Tensor, error_BD: Tensor) -> Tensor:
+    """<ehat, e> and ||ehat||^2 over these tokens: [2]."""
+    along = (ehat_BD * error_BD).sum(dtype=torch.float32)
+    return torch.stack([along, torch.linalg.vector_norm(ehat_BD, dtype=torch.float32).square()])
+
+
 class AuxK:
-    """Adds AuxK's gradients to those of the reconstruction; formulas in `sae.auxk`."""
+    """Adds AuxK's gradients to those of the reconstruction; formulas in `sae.auxk`.
 
-    def __init__(self, k_aux: int, coefficient: float, fitted: bool, reduce: Reduce) -> None:
-        self._k_aux, self._coefficient, self._fitted, self._reduce = k_aux, coefficient, fitted, reduce
+    `reconstruct`, then `differentiate`, then `add` on one rank's tokens; what passes between them lies in buffers made
+    once for a number of places, so that each may be a CUDA graph of its own.
+    """
 
-    def __call__(
+    def __init__(self, k_aux: int, coefficient: float, fitted: bool) -> None:
+        self._k_aux, self._coefficient, self._fitted = k_aux, coefficient, fitted
+        self._places = self._room = 0
+
+    def prepare(self, places: int, x_BD: Tensor) -> None:
+        """Buffers for so many places; those of more serve, so that graphs of more stay what they are."""
+        (rows, d), device = x_BD.shape, x_BD.device
+        self._places = places
+        if places > self._room:
+            self._room = places
+            self._dead_R = torch.empty(places, dtype=torch.int32, device=device)
+            self._bias_R = torch.empty(places, device=device)
+            self._acts = x_BD.new_empty(rows * places)
+            self._rows_3RD = x_BD.new_empty(3, places, d)
+            self._misfit_BD = torch.empty_like(x_BD)
+        self._dead_C, self._bias_C = self._dead_R[:places], self._bias_R[:places]
+        self.acts_BC = self._acts[: rows * places].view(rows, places)
+        self._w_dec_CD, self._dec_CD, self._enc_CD = self._rows_3RD[:, :places]
+
+    def reconstruct(
         self,
         dead_N: Tensor,
         places: int,
         x_BD: Tensor,
         error_BD: Tensor,
-        energy: Tensor,
         w_enc_ND: Tensor,
         b_enc_N: Tensor,
         w_dec_ND: Tensor,
-        gradients: WeightGradients,
     ) -> Tensor:
-        """This rank's share of the loss before its coefficient.
+        """<ehat, e> and ||ehat||^2, this rank's shares: [2].
 
-        `places`: an upper bound of the number of dead; `error_BD`: the full residual, bfloat16; `energy`: its
-        squared norm over all ranks.
+        `places`: an upper bound of the number of dead; `error_BD`: the full residual, bfloat16.
         """
-        n, d = w_enc_ND.shape
-        dead_C = compact(dead_N, places)
-        row_C = dead_C.clamp(max=n - 1)
-        w_enc_CD, w_dec_CD = w_enc_ND[row_C], w_dec_ND[row_C]
-        acts_BC = torch.addmm(b_enc_N[row_C], x_BD, w_enc_CD.t()).relu_().mul_(dead_C < n)
+        acts_BC = self.activate(dead_N, places, x_BD, w_enc_ND, b_enc_N, w_dec_ND)
         if self._k_aux < places:
             keep_top_(acts_BC, self._k_aux)
-        ramp = (dead_N.sum() / self._k_aux).clamp(max=1.0)
+        return products(self.decode(), error_BD)
+
+    def activate(
+        self, dead_N: Tensor, places: int, x_BD: Tensor, w_enc_ND: Tensor, b_enc_N: Tensor, w_dec_ND: Tensor
+    ) -> Tensor:
+        """Activations of the dead, all of them; to be cut to the k_aux largest of each token in place."""
+        self.prepare(places, x_BD)
+        n = len(w_enc_ND)
+        self._dead_C.copy_(compact(dead_N, places))
+        row_C = self._dead_C.clamp(max=n - 1)
+        torch.index_select(w_dec_ND, 0, row_C, out=self._w_dec_CD)
+        acts_BC = torch.addmm(b_enc_N[row_C], x_BD, w_enc_ND[row_C].t(), out=self.acts_BC)
+        return acts_BC.relu_().mul_(self._dead_C < n)
+
+    def decode(self) -> Tensor:
+        """ehat of these activations."""
+        return torch.mm(self.acts_BC, self._w_dec_CD, out=self._misfit_BD)
+
+    def differentiate(
+        self, dead_N: Tensor, x_BD: Tensor, error_BD: Tensor, energy: Tensor, along: Tensor, length: Tensor
+    ) -> Tensor:
+        """This rank's share of the loss before its coefficient; `energy`, ||e||^2, and the others over all ranks."""
+        aux = self.slope_(self._misfit_BD, dead_N.sum(), error_BD, energy, along, length)
+        self.gradients(self._misfit_BD, x_BD)
+        return aux
+
+    def slope_(
+        self, ehat_BD: Tensor, dead: Tensor, error_BD: Tensor, energy: Tensor, along: Tensor, length: Tensor
+    ) -> Tensor:
+        """The loss of these tokens before its coefficient; `ehat_BD` becomes its derivative by ehat, coefficient included."""
+        ramp = (dead / self._k_aux).clamp(max=1.0)
         share = torch.where(energy > 0, ramp / energy, 0.0)
-        misfit_BD, factor = acts_BC @ w_dec_CD, share.new_ones(())
-        if self._fitted:
-            length = torch.linalg.vector_norm(misfit_BD, dtype=torch.float32).square()
-            along = (misfit_BD * error_BD).sum(dtype=torch.float32)
-            along, length = self._reduce(torch.stack([along, length])).unbind()
-            factor = fitted_length(along, length, energy)
-        misfit_BD = misfit_BD.mul_(factor).sub_(error_BD)
-        aux = share * torch.linalg.vector_norm(misfit_BD, dtype=torch.float32).square()
-        slope_BD = misfit_BD.mul_(2 * self._coefficient * share * factor)
-        dec_CD = acts_BC.t() @ slope_BD
-        slope_BC = (slope_BD @ w_dec_CD.t()).mul_(acts_BC > 0)
-        enc_CD = slope_BC.t() @ x_BD
+        factor = fitted_length(along, length, energy) if self._fitted else share.new_ones(())
+        ehat_BD.mul_(factor).sub_(error_BD)
+        aux = share * torch.linalg.vector_norm(ehat_BD, dtype=torch.float32).square()
+        ehat_BD.mul_(2 * self._coefficient * share * factor)
+        return aux
+
+    def gradients(self, slope_BD: Tensor, x_BD: Tensor) -> None:
+        """Of the activated latents, from the derivative by ehat."""
+        acts_BC = self.acts_BC
+        torch.mm(acts_BC.t(), slope_BD, out=self._dec_CD)
+        slope_BC = (slope_BD @ self._w_dec_CD.t()).mul_(acts_BC > 0)
+        torch.mm(slope_BC.t(), x_BD, out=self._enc_CD)
+        torch.sum(slope_BC, 0, dtype=torch.float32, out=self._bias_C)
+
+    def add(self, w_dec_ND: Tensor, gradients: WeightGradients, decoder: bool = True, encoder: bool = True) -> None:
+        """To the gradients of one matrix or of both, as in `WeightGradients.sum`."""
+        n, d = w_dec_ND.shape
         D = triton.next_power_of_2(d)
-        _add_rows[(places,)](
-            dead_C,
-            dec_CD,
-            enc_CD,
-            slope_BC.sum(0, dtype=torch.float32),
+        _add_rows[(self._places,)](
+            self._dead_C,
+            self._dec_CD,
+            self._enc_CD,
+            self._bias_C,
             w_dec_ND,
             gradients.grad_dec_ND,
             gradients.grad_enc_ND,
@@ -167,71 +226,8 @@ class AuxK:
             n,
             d,
             len(gradients.square_SN),
+            decoder,
+            encoder,
             D,
             num_warps=max(1, min(16, D // 512)),
         )
-        return aux
-
-
-class DeadBound:
-    """An upper bound of the number of dead latents that the host knows without waiting for the device.
-
-    The nearly dead are counted every `lag` steps; a count is used from `lag` to 2 `lag` steps after it was taken, the
-    first at once. It is a function of the ages alone, and `state` continues it exactly.
-    """
-
-    def __init__(self, ages_N: Tensor, window: int, tokens_a_step: int) -> None:
-        self._ages_N = ages_N
-        self.lag = min(LONGEST_LAG, max(1, window // tokens_a_step // 8))
-        self._nearly = window - 2 * self.lag * tokens_a_step
-        self._window = window
-        self._bound: int | None = None
-        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
-
-    def places(self, step: int) -> int:
-        """Places for the dead of `step`: 0, or a size that few steps outgrow. Called for every step, in order."""
-        bound = self._next_bound(step)
-        if bound == 0:
-            return 0
-        size = SMALLEST
-        while size < bound:
-            size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-        return min(size, -(-len(self._ages_N) // 16) * 16)
-
-    def state(self) -> list[int]:
-        """The bound in use and the one that follows; waits for the device."""
-        return [] if self._bound is None else [self._bound, self._arrived()]
-
-    def load(self, state: list[int]) -> None:
-        """Continue from `state`, taken with the ages that hold now."""
-        if state:
-            self._bound, pending = state
-            self._pending = (torch.tensor(pending), None)
-
-    def _next_bound(self, step: int) -> int:
-        if self._nearly <= 0:  # in a run of a few steps everything is nearly dead: wait for the true number
-            return int((self._ages_N >= self._window).sum())
-        if self._bound is None:
-            self._pending = self._count()
-            self._bound = self._arrived()
-        elif step % self.lag == 0:
-            self._bound = self._arrived()
-            self._pending = self._count()
-        return self._bound
-
-    def _count(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        count = (self._ages_N >= self._nearly).sum(dtype=torch.int32)
-        if not count.is_cuda:
-            return count, None
-        host = torch.empty((), dtype=torch.int32, pin_memory=True)
-        host.copy_(count, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return host, event
-
-    def _arrived(self) -> int:
-        assert self._pending is not None
-        count, event = self._pending
-        if event is not None:
-            event.synchronize()
-        return int(count)

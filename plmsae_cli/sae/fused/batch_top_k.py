@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.top_k import maxima_of_groups, members_of_group
-from plmsae_cli.sae.interface import Reduce
+from plmsae_cli.sae.ranks import Ranks
 
 BINS = 2**15
 BINS_APART = 8
@@ -147,17 +147,12 @@ class BatchTopKEncoder:
     Scores are bfloat16; equal ones go to the first tokens, then to the lowest latents. A rank has places for twice its
     mean share; a batch that gave it more would come out as NaN.
 
-    Args:
-        rows, first_row: this rank's tokens, and the place of the first in the global batch.
-        world: ranks; all have as many rows.
-        reduce: sums over ranks.
+    `rows` are this rank's tokens; all ranks have as many.
     """
 
-    def __init__(
-        self, rows: int, num_latents: int, k: int, device: torch.device, world: int, first_row: int, reduce: Reduce
-    ) -> None:
+    def __init__(self, rows: int, num_latents: int, k: int, device: torch.device, ranks: Ranks) -> None:
         self.num_latents = num_latents
-        self._rows, self._world, self._rank, self._reduce = rows, world, first_row // rows, reduce
+        self._rows, self._ranks, world = rows, ranks, ranks.world
         self._wanted_here, self._wanted = rows * k, rows * world * k
         capacity = rows * k * min(world, 2)
         short = num_latents < 2**16
@@ -179,7 +174,7 @@ class BatchTopKEncoder:
         self._partial = torch.empty(COUNTERS, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
         self._above_B = torch.empty(rows, dtype=torch.int32, device=device)
         self._tied_B = torch.empty(rows, dtype=torch.int32, device=device)
-        self._steps = torch.arange(world, device=device)
+        self._places = torch.arange(world, device=device)
 
     def __call__(self, x_BD: Tensor, w_ND: Tensor, b_N: Tensor) -> None:
         """Encode `x_BD` (bfloat16, already less b_dec)."""
@@ -204,7 +199,7 @@ class BatchTopKEncoder:
 
         bins = torch.zeros(BINS, BINS_APART, dtype=torch.int32, device=keys.device)
         _histogram[(rows,)](*listed, bound, bins, *sizes, BINS_APART, num_warps=2)
-        reached = self._reduce(bins[:, 0].long()).flip(0).cumsum(0).flip(0)
+        reached = self._ranks.sum(bins[:, 0].long()).flip(0).cumsum(0).flip(0)
         wanted = reached[1].clamp(max=self._wanted)
         last = (reached[1:] >= wanted).sum(dtype=torch.int32)
         more = torch.cat([reached, reached.new_zeros(1)]).index_select(0, last.view(1) + 1).squeeze(0)
@@ -232,7 +227,7 @@ class BatchTopKEncoder:
             *sizes[2:],
             num_warps=2,
         )
-        if self._world > 2:
+        if self._ranks.world > 2:
             pairs.acts_P.add_(torch.where(ends_B[-1] > capacity, torch.nan, 0.0))
 
     def _bound(self) -> Tensor:
@@ -248,13 +243,21 @@ class BatchTopKEncoder:
             _bound[(1,)](
                 self._partial, self._wanted_here, found, programs, shift, 1 << DIGIT_BITS, COUNTERS, num_warps=4
             )
-        if self._world > 1:
+        if self._ranks.world > 1:
             # On every rank as many scores as its mean share reach its bound, so all of them reach the least bound.
-            found = self._reduce(torch.where(self._steps == self._rank, found, 0)).min().int()
+            found = self._ranks.maximum(-found).neg_()
         return found
 
     def _ties_before(self, tied_B: Tensor) -> Tensor | int:
-        if self._world == 1:
+        if self._ranks.world == 1:
             return 0
-        ties = self._reduce(torch.where(self._steps == self._rank, tied_B.sum(), 0))
-        return torch.where(self._steps < self._rank, ties, 0).sum()
+        ties = self._ranks.sum(torch.where(self._places == self._ranks.rank, tied_B.sum(), 0))
+        return torch.where(self._places < self._ranks.rank, ties, 0).sum()
+
+    def spread(self) -> Tensor:
+        """Standard deviation of the number of active latents over the tokens of all ranks."""
+        assert self.pairs.offsets_B1 is not None
+        active_B = self.pairs.offsets_B1.diff().double()
+        sums = self._ranks.sum(torch.stack([active_B.sum(), active_B.square().sum()]))
+        mean, square = (sums / (self._rows * self._ranks.world)).unbind()
+        return (square - mean.square()).clamp(min=0.0).sqrt()

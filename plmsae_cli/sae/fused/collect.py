@@ -29,17 +29,24 @@ def collect(
     input_square,
     grad_b_parts,
     grad_b_dec,
+    aux,
     partial,
     n,
+    own_first,
+    own,
     rows,
     d,
     window,
     global_rows,
+    with_centre,
     S: tl.constexpr,
     SPLITS: tl.constexpr,
     T: tl.constexpr,
 ):
-    """This program's share of: squared gradient, nested error, error, ||x||^2, active pairs, dead; ages move on."""
+    """This program's share of: squared gradient, nested error, error, ||x||^2, active pairs, dead, aux; ages move on.
+
+    Sums over latents are over the `own` from `own_first` on; `square` holds theirs alone. `with_centre`: b_dec's count.
+    """
     first = tl.program_id(0) * T
     stride = tl.num_programs(0) * T
     o = tl.arange(0, T)
@@ -49,16 +56,18 @@ def collect(
     for start in range(first, n, stride):
         latent = start + o
         mask = latent < n
+        place = latent - own_first
+        mine = mask & (place >= 0) & (place < own)
         for part in tl.static_range(S):
-            squares += tl.load(square + part * n + latent, mask=mask, other=0.0)
+            squares += tl.load(square + part * own + place, mask=mine, other=0.0)
         # Without its part along the decoder row, a gradient is that much shorter.
-        parallel = tl.load(along + latent, mask=mask, other=0.0)
-        bias = tl.load(grad_b + latent, mask=mask, other=0.0)
+        parallel = tl.load(along + latent, mask=mine, other=0.0)
+        bias = tl.load(grad_b + latent, mask=mine, other=0.0)
         squares += bias * bias - parallel * parallel
         count = tl.load(counts + latent, mask=mask, other=0)
-        active += count.to(tl.float32)
+        active += tl.where(mine, count, 0).to(tl.float32)
         age = tl.load(ages + latent, mask=mask, other=0)
-        dead += (mask & (age >= window)).to(tl.float32)
+        dead += (mine & (age >= window)).to(tl.float32)
         tl.store(ages + latent, tl.where(count > 0, 0, age + global_rows), mask=mask)
     for start in range(first, d, stride):
         column = start + o
@@ -67,7 +76,7 @@ def collect(
         for split in range(SPLITS):
             total += tl.load(grad_b_parts + split * d + column, mask=mask, other=0.0)
         tl.store(grad_b_dec + column, total, mask=mask)
-        squares += total * total
+        squares += total * total * with_centre
     nested = tl.zeros((T,), tl.float32)
     full = tl.zeros((T,), tl.float32)
     inputs = tl.zeros((T,), tl.float32)
@@ -84,12 +93,12 @@ def collect(
     tl.store(out + 3, tl.sum(inputs, 0))
     tl.store(out + 4, tl.sum(active, 0))
     tl.store(out + 5, tl.sum(dead, 0))
+    tl.store(out + 6, tl.where(tl.program_id(0) == 0, tl.load(aux), 0.0))
 
 
 @triton.jit
 def finish(
     partial,
-    aux,
     rate,
     step0,
     step1,
@@ -128,7 +137,7 @@ def finish(
     tl.store(scalars + 3, tl.where(finite, 1.0, 0.0))
     tl.store(scalars + 4, t)
     nested = tl.sum(tl.load(partial + o * 8 + 1), 0) * per_error
-    aux_share = tl.load(aux) * share
+    aux_share = tl.sum(tl.load(partial + o * 8 + 6), 0) * share
     tl.store(figures, nested + aux_coefficient * aux_share)
     tl.store(figures + 1, nested)
     tl.store(figures + 2, aux_share)

@@ -49,6 +49,8 @@ def _sums(
     mask,
     d: tl.constexpr,
     G: tl.constexpr,
+    DEC: tl.constexpr,
+    ENC: tl.constexpr,
     U: tl.constexpr,
     D: tl.constexpr,
 ):
@@ -58,13 +60,15 @@ def _sums(
         p = start + tl.arange(0, U)
         here = p < end
         row = tl.load(token + p, mask=here, other=0).to(tl.int64)
-        a = tl.load(act + p, mask=here, other=0.0)
-        s = tl.load(slope + p, mask=here, other=0.0)
         both = here[:, None] & mask[None, :]
-        r = tl.load(residual + (row * G + group)[:, None] * d + o[None, :], mask=both, other=0.0).to(tl.float32)
-        v = tl.load(x + row[:, None] * d + o[None, :], mask=both, other=0.0).to(tl.float32)
-        dec += tl.sum(a[:, None] * r, 0)
-        enc += tl.sum(s[:, None] * v, 0)
+        if DEC:
+            a = tl.load(act + p, mask=here, other=0.0)
+            r = tl.load(residual + (row * G + group)[:, None] * d + o[None, :], mask=both, other=0.0).to(tl.float32)
+            dec += tl.sum(a[:, None] * r, 0)
+        if ENC:
+            s = tl.load(slope + p, mask=here, other=0.0)
+            v = tl.load(x + row[:, None] * d + o[None, :], mask=both, other=0.0).to(tl.float32)
+            enc += tl.sum(s[:, None] * v, 0)
     return dec, enc
 
 
@@ -92,6 +96,8 @@ def _long(
     d: tl.constexpr,
     CHUNK: tl.constexpr,
     G: tl.constexpr,
+    DEC: tl.constexpr,
+    ENC: tl.constexpr,
     U: tl.constexpr,
     D: tl.constexpr,
 ):
@@ -105,9 +111,11 @@ def _long(
             mask = o < d
             group = _group_of(latent, prefixes, G)
             end = tl.minimum(begin + CHUNK, end)
-            dec, enc = _sums(begin, end, group, token, act, slope, x, residual, o, mask, d, G, U, D)
-            tl.store(partial + chunk * (2 * d) + o, dec, mask=mask)
-            tl.store(partial + chunk * (2 * d) + d + o, enc, mask=mask)
+            dec, enc = _sums(begin, end, group, token, act, slope, x, residual, o, mask, d, G, DEC, ENC, U, D)
+            if DEC:
+                tl.store(partial + chunk * (2 * d) + o, dec, mask=mask)
+            if ENC:
+                tl.store(partial + chunk * (2 * d) + d + o, enc, mask=mask)
 
 
 @triton.jit
@@ -133,6 +141,8 @@ def _gradients(
     WRITE_ZEROS: tl.constexpr,
     CHUNK: tl.constexpr,
     G: tl.constexpr,
+    DEC: tl.constexpr,
+    ENC: tl.constexpr,
     U: tl.constexpr,
     D: tl.constexpr,
 ):
@@ -150,20 +160,25 @@ def _gradients(
         # A long list begins with what is left of the chunk it begins in; whole chunks were summed by `_long`.
         whole = tl.where(count > CHUNK, (begin + CHUNK - 1) // CHUNK, (end + CHUNK - 1) // CHUNK)
         head = tl.minimum(whole * CHUNK, end)
-        dec, enc = _sums(begin, head, group, token, act, slope, x, residual, o, mask, d, G, U, D)
+        dec, enc = _sums(begin, head, group, token, act, slope, x, residual, o, mask, d, G, DEC, ENC, U, D)
         for chunk in range(whole, (end + CHUNK - 1) // CHUNK):
             base = partial + chunk * (2 * d) + o
-            dec += tl.load(base, mask=mask, other=0.0)
-            enc += tl.load(base + d, mask=mask, other=0.0)
+            if DEC:
+                dec += tl.load(base, mask=mask, other=0.0)
+            if ENC:
+                enc += tl.load(base + d, mask=mask, other=0.0)
     dec = (dec * factor).to(tl.bfloat16)
     enc = (enc * factor).to(tl.bfloat16)
     if WRITE_ZEROS or count > 0:
-        tl.store(grad_dec + latent.to(tl.int64) * d + o, dec, mask=mask)
-        tl.store(grad_enc + latent.to(tl.int64) * d + o, enc, mask=mask)
-    dec = dec.to(tl.float32)
-    enc = enc.to(tl.float32)
-    tl.store(square + part * n + latent, tl.sum(dec * dec + enc * enc, 0))
-    if part == 0:
+        if DEC:
+            tl.store(grad_dec + latent.to(tl.int64) * d + o, dec, mask=mask)
+        if ENC:
+            tl.store(grad_enc + latent.to(tl.int64) * d + o, enc, mask=mask)
+    if DEC and ENC:  # apart, they are only terms of a sum over ranks
+        dec = dec.to(tl.float32)
+        enc = enc.to(tl.float32)
+        tl.store(square + part * n + latent, tl.sum(dec * dec + enc * enc, 0))
+    if DEC and part == 0:
         bias = 0.0
         parallel = 0.0
         for start in range(begin, end, 128):
@@ -220,8 +235,8 @@ class WeightGradients:
 
     grad_dec_ND and grad_enc_ND (bfloat16; not yet without the part along the decoder row), grad_b_N; `counts_N`, on
     how many tokens each latent fired; `square_SN`, parts of each latent's squared gradient norm; `along_N`, <gradient
-    of its decoder row, that row>; `touched_N`: whose gradient is not 0. Other rows are left as they were unless
-    `write_zeros`. `grad_b_SD` sums over its splits to the gradient of b_dec.
+    of its decoder row, that row>; `touched_N`: whose gradient is not 0. Other rows are left as they were unless there
+    are terms of other ranks to add. `grad_b_SD` sums over its splits to the gradient of b_dec.
     """
 
     def __init__(
@@ -232,14 +247,16 @@ class WeightGradients:
         pairs: int,
         prefixes_G: Tensor,
         device: torch.device,
-        write_zeros: bool,
+        padded: int | None = None,
     ) -> None:
-        """`pairs`: places for active ones, those of `ActivePairs`."""
+        """`pairs`: places for active ones, as in `ActivePairs`; `padded`: rows of the matrices that are summed over ranks,
+        at least N, None where none are.
+        """
         self._shape = (rows, num_latents, d)
-        self.prefixes_G, self._write_zeros = prefixes_G, write_zeros
+        self.prefixes_G, self._write_zeros = prefixes_G, padded is not None
         self._tile = tile_of(d, 512)
-        self.grad_2ND = torch.zeros(2, num_latents, d, dtype=torch.bfloat16, device=device)
-        self.grad_dec_ND, self.grad_enc_ND = self.grad_2ND
+        self.whole_dec, self.whole_enc = torch.zeros(2, padded or num_latents, d, dtype=torch.bfloat16, device=device)
+        self.grad_dec_ND, self.grad_enc_ND = self.whole_dec[:num_latents], self.whole_enc[:num_latents]
         self.grad_b_N = torch.zeros(num_latents, device=device)
         self.along_N = torch.zeros(num_latents, device=device)
         self.square_SN = torch.zeros(triton.cdiv(d, self._tile), num_latents, device=device)
@@ -250,28 +267,47 @@ class WeightGradients:
         self._act_P = torch.empty(pairs, device=device)
         self._slope_P = torch.empty(pairs, device=device)
         self._latents_N1 = torch.arange(num_latents + 1, dtype=torch.int32, device=device)
+        self._offsets_N1 = torch.empty_like(self._latents_N1)
         self._partial = torch.empty(triton.cdiv(pairs, CHUNK), 2, d, device=device)
+        self._sorted_P: Tensor | None = None
+        self._shift = 0
+        self._order_P = torch.empty(pairs, dtype=torch.int64, device=device)
 
-    def __call__(self, x_BD: Tensor, residual_BGD: Tensor, active: ActivePairs, slope_P: Tensor, factor: float) -> None:
-        """All but grad_b_SD, with dL/dr = `factor` * residual."""
-        rows, n, d = self._shape
-        pairs, groups = len(active.acts_P), residual_BGD.shape[1]
-        sorted_P, order_P = active.sort_keys_P.sort(stable=True)
-        offsets_N1 = torch.searchsorted(sorted_P, (self._latents_N1 - active.shift).to(sorted_P.dtype), out_int32=True)
-        of_sorted = (self._token_P, self._act_P, self._slope_P)
+    def order(self, active: ActivePairs) -> None:
+        """Find the order of the pairs by latent, then token."""
+        if self._sorted_P is None:
+            self._sorted_P = torch.empty_like(active.sort_keys_P)
+        torch.sort(active.sort_keys_P, stable=True, out=(self._sorted_P, self._order_P))
+        wanted_N1 = (self._latents_N1 - active.shift).to(self._sorted_P.dtype)
+        torch.searchsorted(self._sorted_P, wanted_N1, out_int32=True, out=self._offsets_N1)
+        self._shift = active.shift
+
+    def permute(self, active: ActivePairs, slope_P: Tensor) -> None:
+        """Bring the pairs into that order."""
+        pairs, ragged = len(self._order_P), active.token_P is not None
+        sorted_ = (self._token_P, self._act_P, self._slope_P)
         _permute[(triton.cdiv(pairs, PAIRS_A_PROGRAM),)](
-            order_P, active.acts_P, slope_P, active.token_P, *of_sorted, pairs, pairs // rows,
-            active.token_P is not None, PAIRS_A_PROGRAM,
+            self._order_P, active.acts_P, slope_P, active.token_P, *sorted_,
+            pairs, pairs // self._shape[0], ragged, PAIRS_A_PROGRAM,
         )  # fmt: skip
-        pair_data = (*of_sorted, x_BD, residual_BGD, self.prefixes_G, self._partial)
+
+    def sum(
+        self, x_BD: Tensor, residual_BGD: Tensor, factor: float, decoder: bool = True, encoder: bool = True
+    ) -> None:
+        """Gradients of the pairs brought last, with dL/dr = `factor` * residual; all but `grad_b_SD`.
+
+        Of one matrix or of both; what belongs to neither comes with the decoder's. Apart, there are no squares.
+        """
+        _, n, d = self._shape
+        pair_data = (self._token_P, self._act_P, self._slope_P, x_BD, residual_BGD, self.prefixes_G, self._partial)
         tiles = len(self.square_SN)
-        sizes = (CHUNK, groups, UNROLL, self._tile)
+        sizes = (CHUNK, residual_BGD.shape[1], decoder, encoder, UNROLL, self._tile)
         warps = max(1, self._tile // 256)  # a warp then holds whole rows: no sum crosses warps
         _long[(len(self._partial), tiles)](
-            offsets_N1, sorted_P, *pair_data, active.shift, n, d, *sizes, num_warps=warps
+            self._offsets_N1, self._sorted_P, *pair_data, self._shift, n, d, *sizes, num_warps=warps
         )
         _gradients[(n, tiles)](
-            offsets_N1,
+            self._offsets_N1,
             *pair_data,
             self.grad_dec_ND,
             self.grad_enc_ND,
@@ -290,7 +326,8 @@ class WeightGradients:
 
     def of_decoder_bias(self, residual_BGD: Tensor, w_enc_ND: Tensor, factor: float) -> None:
         """grad_b_SD, from the residuals and, through x - b_dec, from the encoder's bias."""
-        rows, n, d = self._shape
+        rows = len(residual_BGD)
+        _, n, d = self._shape
         tile = tile_of(d, 128)
         _columns[(SPLITS, triton.cdiv(d, tile))](
             residual_BGD,

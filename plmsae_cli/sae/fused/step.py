@@ -1,24 +1,25 @@
-"""The whole training step of TopK, BatchTopK and Matryoshka on CUDA, replayed as one graph."""
+"""The whole training step of the TopK family on CUDA: one graph, or on several GPUs graphs with collectives between."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from plmsae_cli.sae.batch_topk import BatchTopK
-from plmsae_cli.sae.fused.aux import AuxK, DeadBound
+from plmsae_cli.sae.fused.aux import AuxK
 from plmsae_cli.sae.fused.batch_top_k import BatchTopKEncoder
 from plmsae_cli.sae.fused.collect import FIGURES
+from plmsae_cli.sae.fused.dead_bound import DeadBound
 from plmsae_cli.sae.fused.gradients import WeightGradients
+from plmsae_cli.sae.fused.graphs import Graphs, launched
 from plmsae_cli.sae.fused.residual import centre, residuals
 from plmsae_cli.sae.fused.top_k import TopKEncoder
-from plmsae_cli.sae.fused.update import AdamOptions, Update
-from plmsae_cli.sae.interface import Reduce
+from plmsae_cli.sae.fused.update import AdamOptions, Sums, Update
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
+from plmsae_cli.sae.ranks import Pending, Ranks, Rows
 from plmsae_cli.sae.topk import TopK
 
 
@@ -28,7 +29,6 @@ class Batch:
 
     rows: int
     """Tokens of a step on this rank."""
-    world: int
     mean_D: Tensor
     scale: float
     """The input is (raw - mean) * scale."""
@@ -39,134 +39,209 @@ class Batch:
 class FusedStep:
     """One optimiser step a call, without waiting for the device; all state lives in the tensors it is given.
 
+    Several ranks are data parallel: each computes the gradients of its tokens, and of their sum each gets the rows of
+    its latents (`Rows`), which it alone updates; all then gather the bfloat16 copies that the next step's products use
+    (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054, section 5: stages 1 and 2). The decoder's gradients travel while
+    the encoder's are computed, the encoder's copies while the decoder is updated, and the decoder's while the next step
+    encodes.
+
     Args:
-        model: its parameters, float32, are the masters and are updated in place.
+        model: its settings; of its tensors theta alone, which follows the training where there is one.
+        parameters: float32 masters by name, updated in place; of all but b_dec, the latents in `Rows` alone.
         state: Adam's state, `<parameter>.<step | exp_avg | exp_avg_sq>`, updated in place; see `Update`.
-        ages_N: global tokens since each latent fired, int64, updated in place.
+        ages_N: global tokens since each latent fired, int64, updated in place; all of them on every rank.
         batch, adam: constants.
-        reduce: sums over ranks, in place.
     """
 
     def __init__(
         self,
         model: TopK,
+        parameters: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
         ages_N: Tensor,
         batch: Batch,
         adam: AdamOptions,
-        reduce: Reduce,
+        ranks: Ranks,
     ) -> None:
         device, n, d, rows = ages_N.device, model.num_latents, model.d, batch.rows
-        self._model, self._batch, self._reduce, self._ages_N = model, batch, reduce, ages_N
-        self._global_rows = rows * batch.world
-        prefixes_G = torch.tensor([n], device=device)
+        self._model, self._batch, self._ranks, self._ages_N = model, batch, ranks, ages_N
+        self._b_dec_D = parameters["b_dec_D"]
+        self._global_rows = rows * ranks.world
+        prefixes_G = torch.tensor([n])
         if isinstance(model, MatryoshkaTopK | MatryoshkaBatchTopK):
             prefixes_G = model.prefixes_G
+        prefixes_G = prefixes_G.to(device, torch.int32)
         self._groups = len(prefixes_G)
-        self._update = Update({name: p.detach() for name, p in model.named_parameters()}, state, adam)
+        self._factor = -2.0 / (self._groups * self._global_rows * d)
+        self._rows = Rows(n, ranks.rank, ranks.world)
+        self._update = Update(parameters, state, adam, self._rows)
         self._encode = (
-            BatchTopKEncoder(rows, n, model.k, device, batch.world, model.first_row, reduce)
+            BatchTopKEncoder(rows, n, model.k, device, ranks)
             if isinstance(model, BatchTopK)
             else TopKEncoder(rows, n, model.k, device)
         )
-        places = len(self._encode.pairs.acts_P)
-        self._gradients = WeightGradients(rows, n, d, places, prefixes_G.int(), device, write_zeros=batch.world > 1)
-        self._aux = (
-            AuxK(model.k_aux, model.aux_coefficient, model.aux_fitted, reduce) if model.aux_coefficient else None
-        )
+        pairs = len(self._encode.pairs.acts_P)
+        padded = self._rows.padded * ranks.world if ranks.world > 1 else None
+        self._gradients = WeightGradients(rows, n, d, pairs, prefixes_G, device, padded)
+        self._aux = AuxK(model.k_aux, model.aux_coefficient, model.aux_fitted) if model.aux_coefficient else None
         self.dead_bound = DeadBound(ages_N, batch.window, self._global_rows)
         self._x_BD = torch.empty(rows, d, dtype=torch.bfloat16, device=device)
         self._residual_BGD = torch.empty(rows, self._groups, d, dtype=torch.bfloat16, device=device)
-        self._slope_P = torch.zeros(places, device=device)
+        self._slope_P = torch.zeros(pairs, device=device)
+        self._l0_std = torch.zeros((), device=device)
         self._energy_2B = torch.empty(2, rows, device=device)
         self._square_B = torch.empty(rows, device=device)
-        self._l0_std = torch.zeros((), device=device)
-        self._no_aux = torch.zeros((), device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
-        self._pool: Any = None
+        self._products_3 = torch.zeros(3, device=device)  # of AuxK: ||e||^2, <ehat, e>, ||ehat||^2
+        self._aux_loss, self._no_aux = torch.zeros(2, device=device)
+        self._replay: Callable[[str, int, Callable[[int], None]], None] = Graphs() if ages_N.is_cuda else launched
+        self._gathers: dict[str, Pending] = {}
+        if ranks.world > 1:
+            self._own_2PD = torch.zeros(2, self._rows.padded, d, dtype=torch.bfloat16, device=device)
+            self._square_2P = torch.zeros(2, self._rows.num, device=device)
+            self._vectors = torch.zeros(3 * n + d, device=device)  # gradients of b_enc, along rows, counts, b_dec
+            self._touched_P = torch.ones(self._rows.num, dtype=torch.int32, device=device)
+            self._gather("w_enc_ND", "b_enc_N", "w_dec_ND")
 
     def copy_parameters(self) -> None:
-        """To be called after the parameters were set from outside."""
+        """To be called, by all ranks, after the parameters were set from outside."""
+        self.settle()
         self._update.copy_parameters()
+        self._gather("w_enc_ND", "b_enc_N", "w_dec_ND")
+
+    def settle(self) -> None:
+        """Wait for what other ranks still send: after the last step, before a group of ranks is left."""
+        self._arrived(*self._gathers)
 
     def __call__(self, raw_BD: Tensor, step: int, rate: float) -> dict[str, Tensor]:
         """Train on this rank's raw rows. Figures are shares of a sum over ranks, valid until the next call."""
         batch = self._batch
-        centre(raw_BD, batch.mean_D, batch.scale, self._model.b_dec_D, self._x_BD, self._square_B)
+        centre(raw_BD, batch.mean_D, batch.scale, self._b_dec_D, self._x_BD, self._square_B)
         self._update.rate.fill_(rate)
-        self._replay(self.dead_bound.places(step) if self._aux is not None else 0)
+        places = self.dead_bound.places(step) if self._aux is not None else 0
+        with torch.no_grad():
+            if self._ranks.world == 1:
+                self._replay("step", places, self._alone)
+            else:
+                self._together(places)
         figures = dict(zip(FIGURES, self._update.figures.unbind(), strict=True))
         return figures if self._encode.pairs.offsets_B1 is None else figures | {"l0_std": self._l0_std}
 
-    def _replay(self, places: int) -> None:
-        # The first such step compiles kernels and lets libraries choose. Ranks launch every step: a communicator cannot be
-        # closed while a graph holds its calls.
-        if places not in self._graphs or not self._x_BD.is_cuda or self._batch.world > 1:
-            self._graphs[places] = None
-            self._run(places)
-            return
-        graph = self._graphs[places]
-        if graph is None:
-            # The number of dead grows in steps: graphs of smaller numbers give their memory back.
-            self._graphs = {size: g for size, g in self._graphs.items() if size == 0 or size >= places}
-            graph = self._graphs[places] = torch.cuda.CUDAGraph()
-            # Other threads (the loader, NCCL) go on calling CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._run(places)
-            self._pool = self._pool or graph.pool()
-        graph.replay()
+    def _alone(self, places: int) -> None:
+        self._product(places)
+        self._errors(places)
+        self._half_gradients(places, decoder=True, encoder=True)
+        self._centre_gradient()
+        g = self._gradients
+        self._collect(places, g.square_SN, g.along_N, g.grad_b_N, g.counts_N, g.grad_b_SD)
+        self._finish()
+        self._update.apply(g.touched_N, g.grad_enc_ND, g.grad_dec_ND, g.grad_b_N)
 
-    @torch.no_grad()
-    def _run(self, places: int) -> None:
-        batch, grads, update, encode = self._batch, self._gradients, self._update, self._encode
-        x_BD, residual_BGD, energy_2B, square_B = self._x_BD, self._residual_BGD, self._energy_2B, self._square_B
-        encode(x_BD, update.w_enc_ND, update.b_enc_N)
-        if isinstance(self._model, BatchTopK):
-            assert isinstance(encode, BatchTopKEncoder)
-            self._model.follow(encode.smallest)
-        residuals(x_BD, update.w_dec_ND, encode.pairs, grads.prefixes_G, residual_BGD, self._slope_P, energy_2B)
-        factor = -2.0 / (self._groups * self._global_rows * self._model.d)
-        grads(x_BD, residual_BGD, encode.pairs, self._slope_P, factor)
-        if batch.world > 1:
-            sums_3 = self._reduce(torch.stack([*energy_2B.sum(1), square_B.sum()]))
-            energy_2B, square_B = sums_3[:2, None], sums_3[2:]
-        aux = self._no_aux
+    def _together(self, places: int) -> None:
+        replay, ranks, grads = self._replay, self._ranks, self._gradients
+        self._arrived("w_enc_ND", "b_enc_N")
+        # BatchTopK's choice asks all ranks, which no graph may hold.
+        (launched if isinstance(self._model, BatchTopK) else replay)("encode", 0, self._product)
+        self._arrived("w_dec_ND")
+        replay("residual", places, self._errors)
+        if places:
+            ranks.sum(self._products_3)
+        own_dec_PD, own_enc_PD = self._own_2PD
+        replay("decoder", places, lambda places: self._half_gradients(places, decoder=True, encoder=False))
+        decoder = ranks.sum_rows_later(grads.whole_dec, own_dec_PD)
+        replay("encoder", places, lambda places: self._half_gradients(places, decoder=False, encoder=True))
+        encoder = ranks.sum_rows_later(grads.whole_enc, own_enc_PD)
+        replay("small", 0, self._small_gradients)
+        vectors = ranks.sum_later(self._vectors)
+        decoder.wait()
+        replay("decoder norm", 0, lambda _: self._squares(0))
+        encoder.wait()
+        vectors.wait()
+        replay("norm", places, self._norm)
+        ranks.sum(self._update.partial)
+        replay("update encoder", 0, self._update_encoder)
+        self._gather("w_enc_ND", "b_enc_N")
+        replay("update decoder", 0, self._update_decoder)
+        self._gather("w_dec_ND")
+
+    def _gather(self, *names: str) -> None:
+        update = self._update
+        if self._ranks.world > 1:
+            for name in names:
+                self._gathers[name] = self._ranks.gather_rows_later(update.own[name], update.whole[name])
+
+    def _arrived(self, *names: str) -> None:
+        for name in names:
+            if name in self._gathers:
+                self._gathers.pop(name).wait()
+
+    def _product(self, places: int) -> None:
+        encode, model = self._encode, self._model
+        encode(self._x_BD, self._update.w_enc_ND, self._update.b_enc_N)
+        if isinstance(model, BatchTopK) and isinstance(encode, BatchTopKEncoder):
+            model.follow(encode.smallest)
+            self._l0_std.copy_(encode.spread() / self._ranks.world)
+
+    def _errors(self, places: int) -> None:
+        update, energy_2B = self._update, self._energy_2B
+        pairs = (self._encode.pairs, self._gradients.prefixes_G)
+        residuals(self._x_BD, update.w_dec_ND, *pairs, self._residual_BGD, self._slope_P, energy_2B)
         if self._aux is not None and places:
-            dead_N = self._ages_N >= batch.window
-            error_BD, weights = residual_BGD[:, -1], (update.w_enc_ND, update.b_enc_N, update.w_dec_ND)
-            aux = self._aux(dead_N, places, x_BD, error_BD, energy_2B[1].sum(), *weights, grads)
-        grads.of_decoder_bias(residual_BGD, update.w_enc_ND, factor)
-        if batch.world > 1:
-            aux = self._sum_over_ranks(aux)
-        update(
-            grads,
-            self._ages_N,
-            batch.window,
-            energy_2B,
-            square_B,
-            aux,
-            self._model.aux_coefficient,
-            self._groups,
-            self._global_rows,
-            batch.world,
-        )
-        if encode.pairs.offsets_B1 is not None:
-            active_B = encode.pairs.offsets_B1.diff().double()
-            mean, square = (
-                self._reduce(torch.stack([active_B.sum(), active_B.square().sum()])) / self._global_rows
-            ).unbind()
-            self._l0_std.copy_((square - mean.square()).clamp(min=0.0).sqrt() / batch.world)
+            dead_N, error_BD = self._ages_N >= self._batch.window, self._residual_BGD[:, -1]
+            weights = (update.w_enc_ND, update.b_enc_N, update.w_dec_ND)
+            self._products_3[0] = energy_2B[1].sum()
+            self._products_3[1:] = self._aux.reconstruct(dead_N, places, self._x_BD, error_BD, *weights)
 
-    def _sum_over_ranks(self, aux: Tensor) -> Tensor:
+    def _half_gradients(self, places: int, decoder: bool, encoder: bool) -> None:
+        grads, x_BD, residual_BGD = self._gradients, self._x_BD, self._residual_BGD
+        if decoder:
+            grads.order(self._encode.pairs)
+            grads.permute(self._encode.pairs, self._slope_P)
+        grads.sum(x_BD, residual_BGD, self._factor, decoder, encoder)
+        if self._aux is not None and places:
+            if decoder:
+                dead_N = self._ages_N >= self._batch.window
+                aux = self._aux.differentiate(dead_N, x_BD, residual_BGD[:, -1], *self._products_3.unbind())
+                self._aux_loss.copy_(aux)
+            self._aux.add(self._update.w_dec_ND, grads, decoder, encoder)
+
+    def _centre_gradient(self) -> None:
+        self._gradients.of_decoder_bias(self._residual_BGD, self._update.w_enc_ND, self._factor)
+
+    def _small_gradients(self, places: int) -> None:
+        self._centre_gradient()
         grads = self._gradients
-        small = (grads.grad_b_SD, grads.grad_b_N, grads.along_N, grads.counts_N, aux)
-        flat = self._reduce(torch.cat([part.float().flatten() for part in small]))
-        *sums, aux = torch.split(flat, [part.numel() for part in small])
-        for part, total in zip(small, sums, strict=False):
-            part.copy_(total.view_as(part))
-        self._reduce(grads.grad_2ND)
-        grads.square_SN.zero_()
-        torch.linalg.vector_norm(grads.grad_2ND, dim=(0, 2), dtype=torch.float32, out=grads.square_SN[0])
-        grads.square_SN[0].square_()
-        grads.touched_N.fill_(1)
-        return aux
+        parts = (grads.grad_b_N, grads.along_N, grads.counts_N.float(), grads.grad_b_SD.sum(0))
+        torch.cat(parts, out=self._vectors)
+
+    def _squares(self, matrix: int) -> None:
+        own_PD = self._own_2PD[matrix, : self._rows.num]
+        torch.linalg.vector_norm(own_PD, dim=1, dtype=torch.float32, out=self._square_2P[matrix]).square_()
+
+    def _norm(self, places: int) -> None:
+        n, d = self._model.num_latents, self._model.d
+        self._squares(1)
+        grad_b_N, along_N, counts_N, grad_b_D = torch.split(self._vectors, [n, n, n, d])
+        self._collect(places, self._square_2P, along_N, grad_b_N, counts_N, grad_b_D.unsqueeze(0))
+
+    def _collect(
+        self, places: int, square_SP: Tensor, along_N: Tensor, grad_b_N: Tensor, counts_N: Tensor, grad_b_SD: Tensor
+    ) -> None:
+        aux = self._aux_loss if places else self._no_aux
+        sums = Sums(square_SP, along_N, grad_b_N, counts_N, grad_b_SD, self._energy_2B, self._square_B, aux)
+        centre_here = self._ranks.rank == 0
+        self._update.collect(sums, self._ages_N, self._batch.window, self._global_rows, centre_here)
+
+    def _finish(self) -> None:
+        self._update.finish(self._model.aux_coefficient, self._groups, self._global_rows, self._ranks.world)
+
+    def _update_encoder(self, places: int) -> None:
+        self._finish()
+        self._apply(decoder=False, encoder=True)
+
+    def _update_decoder(self, places: int) -> None:
+        self._apply(decoder=True, encoder=False)
+
+    def _apply(self, decoder: bool, encoder: bool) -> None:
+        dec_PD, enc_PD = self._own_2PD
+        grad_b_N = self._vectors[: self._model.num_latents]
+        self._update.apply(self._touched_P, enc_PD, dec_PD, grad_b_N[self._rows.latents], decoder, encoder)

@@ -107,7 +107,7 @@ def maxima_of_groups(keys_BN: Tensor, maxima: Tensor, members: int) -> None:
 class TopKEncoder:
     """ReLU(TopK_k(x W^T + b)) for B rows, in buffers made once; `pairs` holds the result of the last call.
 
-    The scores are bfloat16; k-th places tie often among them and go to the lowest latent.
+    `acts_BK` and `indices_BK` are it, too. The scores are bfloat16; k-th places tie often among them and go to the lowest latent.
     """
 
     def __init__(self, rows: int, num_latents: int, k: int, device: torch.device) -> None:
@@ -123,6 +123,8 @@ class TopKEncoder:
             torch.empty(rows * k, dtype=torch.int16 if short else torch.int32, device=device),
             2**15 if short else 0,
         )
+        self.acts_BK = self.pairs.acts_P.view(rows, k)
+        self.indices_BK = self.pairs.indices_P.view(rows, k)
         self._scores_TN = torch.empty(self.tile, num_latents, dtype=torch.bfloat16, device=device)
         self._maxima = torch.empty(self.tile, self.groups, dtype=torch.int16, device=device)
         self._K = triton.next_power_of_2(k)

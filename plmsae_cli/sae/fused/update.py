@@ -1,138 +1,19 @@
 """One pass over parameters and moments: clip, projection, Adam, renormalisation, and the bfloat16 copies."""
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from plmsae_cli.sae.fused.adam import update_rows
 from plmsae_cli.sae.fused.collect import FIGURES, PROGRAMS, collect, finish
-from plmsae_cli.sae.fused.gradients import WeightGradients
-
-
-@triton.jit
-def _mix(h):
-    h = (h ^ (h >> 16)) * 0x7FEB352D
-    h = (h ^ (h >> 15)) * 0x846CA68B
-    return h ^ (h >> 16)
-
-
-@triton.jit
-def _store_moment(pointer, at, value, mask, step, SALT: tl.constexpr):
-    """As float32, or in bfloat16 by the stochastic rounding of `training.rounding`."""
-    if pointer.dtype.element_ty == tl.bfloat16:
-        salted = _mix(_mix(tl.full((1,), SALT, tl.uint32)) ^ step.to(tl.uint32))
-        random = _mix(salted ^ at.to(tl.uint32)) >> 16
-        bits = (value.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
-        value = bits.to(tl.float32, bitcast=True)
-    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _adam(
-    value,
-    average,
-    square,
-    at,
-    mask,
-    gradient,
-    rate,
-    correction,
-    beta1,
-    beta2,
-    rest1,
-    rest2,
-    eps,
-    step,
-    FIRST: tl.constexpr,
-):
-    """The new values (the caller stores them); stores the moments. rest = 1 - beta, exactly; FIRST: salt of the first moment."""
-    m = beta1 * tl.load(average + at, mask=mask, other=0.0).to(tl.float32) + rest1 * gradient
-    v = beta2 * tl.load(square + at, mask=mask, other=0.0).to(tl.float32) + rest2 * gradient * gradient
-    _store_moment(average, at, m, mask, step, FIRST)
-    _store_moment(square, at, v, mask, step, FIRST + 1)
-    return value - rate * m / (tl.sqrt(v) * correction + eps)
-
-
-@triton.jit
-def _update(
-    touched,
-    enc,
-    enc_avg,
-    enc_sq,
-    enc_copy,
-    enc_grad,
-    dec,
-    dec_avg,
-    dec_sq,
-    dec_copy,
-    dec_grad,
-    bias,
-    bias_avg,
-    bias_sq,
-    bias_copy,
-    bias_grad,
-    centre,
-    centre_avg,
-    centre_sq,
-    centre_grad,
-    scalars,
-    n,
-    d: tl.constexpr,
-    beta1,
-    beta2,
-    rest1,
-    rest2,
-    eps,
-    D: tl.constexpr,
-):
-    latent = tl.program_id(0)
-    if tl.load(scalars + 3) > 0:
-        rate = tl.load(scalars)
-        correction = tl.load(scalars + 1)
-        clip = tl.load(scalars + 2)
-        step = tl.load(scalars + 4).to(tl.int32)
-        o = tl.arange(0, D)
-        mask = o < d
-        if latent < n:
-            fired = mask & (tl.load(touched + latent) > 0)
-            at = latent.to(tl.int64) * d + o
-            row = tl.load(dec + at, mask=mask, other=0.0)
-            slope = tl.load(dec_grad + at, mask=fired, other=0.0).to(tl.float32)
-            slope = (slope - tl.sum(slope * row, 0) / tl.sum(row * row, 0) * row) * clip
-            row = _adam(
-                row, dec_avg, dec_sq, at, mask, slope, rate, correction, beta1, beta2, rest1, rest2, eps, step, 4
-            )
-            row = row / tl.sqrt(tl.sum(tl.where(mask, row * row, 0.0), 0))
-            tl.store(dec + at, row, mask=mask)
-            tl.store(dec_copy + at, row.to(tl.bfloat16), mask=mask)
-
-            row = tl.load(enc + at, mask=mask, other=0.0)
-            slope = tl.load(enc_grad + at, mask=fired, other=0.0).to(tl.float32) * clip
-            row = _adam(
-                row, enc_avg, enc_sq, at, mask, slope, rate, correction, beta1, beta2, rest1, rest2, eps, step, 0
-            )
-            tl.store(enc + at, row, mask=mask)
-            tl.store(enc_copy + at, row.to(tl.bfloat16), mask=mask)
-
-            one = latent + tl.arange(0, 1)
-            b = tl.load(bias + one)
-            g = tl.load(bias_grad + one) * clip
-            b = _adam(b, bias_avg, bias_sq, one, one < n, g, rate, correction, beta1, beta2, rest1, rest2, eps, step, 2)
-            tl.store(bias + one, b)
-            tl.store(bias_copy + one, b.to(tl.bfloat16))
-        else:
-            c = tl.load(centre + o, mask=mask, other=0.0)
-            gc = tl.load(centre_grad + o, mask=mask, other=0.0) * clip
-            c = _adam(c, centre_avg, centre_sq, o, mask, gc, rate, correction, beta1, beta2, rest1, rest2, eps, step, 6)
-            tl.store(centre + o, c, mask=mask)
-
+from plmsae_cli.sae.ranks import Rows
 
 PARAMETERS = ("w_enc_ND", "b_enc_N", "w_dec_ND", "b_dec_D")
 """In the order that numbers the salts of their moments' rounding."""
@@ -147,77 +28,108 @@ class AdamOptions:
     max_norm: float | None
 
 
+class Sums(NamedTuple):
+    """What `Update.collect` adds up, of this rank's tokens and of the latents whose state it holds."""
+
+    square_SP: Tensor
+    """Parts of the squared gradients' norms of its latents' rows."""
+    along_N: Tensor
+    grad_b_N: Tensor
+    counts_N: Tensor
+    """Of all latents whose ages are here, over all tokens; as in `WeightGradients`."""
+    grad_b_SD: Tensor
+    energy_2B: Tensor
+    """Nested and full error by row, and ||x||^2:"""
+    square_B: Tensor
+    aux: Tensor
+
+
 class Update:
     """What `project_gradients`, `Optimizer.step` and `normalize_decoder` do, ages and figures included.
 
-    Nothing but the ages changes where the gradient is not finite.
+    Nothing but the ages changes where the gradient is not finite. `collect`, `finish`, then `apply`.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], options: AdamOptions) -> None:
-        """`state`: `<parameter>.<step | exp_avg | exp_avg_sq>`; moments float32, or bfloat16 as in `RoundedAdam`."""
-        self._parameters, self._options = parameters, options
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        options: AdamOptions,
+        rows: Rows,
+        others: bool = True,
+    ) -> None:
+        """`others`: whether there are copies, ages and gradients of the other ranks' latents too.
+
+        Of the matrices and b_enc, `parameters` and `state` hold the latents in `rows`.
+
+        `state`: `<parameter>.<step | exp_avg | exp_avg_sq>`; moments float32, or bfloat16 as in `RoundedAdam`.
+        """
+        self._parameters, self._options, self._rows = parameters, options, rows
         self._state = state
-        device = parameters["w_enc_ND"].device
+        d, device = len(parameters["b_dec_D"]), parameters["b_dec_D"].device
         self.rate = torch.zeros((), device=device)
         """The learning rate; fill it before a step."""
         self.figures = torch.zeros(len(FIGURES), device=device)
         """Those of `FIGURES`, as this rank's share of a sum over ranks."""
+        self.partial = torch.zeros(PROGRAMS, 8, device=device)
+        """What `finish` goes by: its sum over ranks."""
         self._scalars = torch.zeros(5, device=device)
-        self._partial = torch.zeros(PROGRAMS, 8, device=device)
         self._grad_b_D = torch.zeros_like(parameters["b_dec_D"])
-        self.w_enc_ND = parameters["w_enc_ND"].bfloat16()
-        self.w_dec_ND = parameters["w_dec_ND"].bfloat16()
-        self.b_enc_N = parameters["b_enc_N"].bfloat16()
+        self._first, self._num = (rows.first, rows.num_latents) if others else (0, rows.num)
+        places = rows.padded * rows.world if others else rows.num
+        self.whole = {
+            name: torch.zeros(places, *shape, dtype=torch.bfloat16, device=device)
+            for name, shape in (("w_enc_ND", (d,)), ("w_dec_ND", (d,)), ("b_enc_N", ()))
+        }
+        """The bfloat16 copies of all latents, and padding; `own` is this rank's part, with as much padding as any."""
+        self.own = {name: tensor[rows.places] if others else tensor for name, tensor in self.whole.items()}
+        self.w_enc_ND, self.w_dec_ND, self.b_enc_N = (tensor[: self._num] for tensor in self.whole.values())
+        self.copy_parameters()
 
     def copy_parameters(self) -> None:
-        """Renew the bfloat16 copies after the parameters were changed from outside."""
-        for name in ("w_enc_ND", "w_dec_ND", "b_enc_N"):
-            getattr(self, name).copy_(self._parameters[name])
+        """Renew this rank's part of the copies after the parameters were changed from outside."""
+        for name, tensor in self.own.items():
+            tensor[: self._rows.num].copy_(self._parameters[name])
 
-    def __call__(
-        self,
-        gradients: WeightGradients,
-        ages_N: Tensor,
-        window: int,
-        energy_2B: Tensor,
-        square_B: Tensor,
-        aux: Tensor,
-        aux_coefficient: float,
-        groups: int,
-        global_rows: int,
-        world: int,
-    ) -> None:
-        """`energy_2B`, `square_B`: nested and full error and ||x||^2 by row, or one column of their sums over ranks."""
-        g, p, s = gradients, self._parameters, self._state
-        beta1, beta2 = self._options.betas
-        max_norm = self._options.max_norm
-        n, d = p["w_enc_ND"].shape
-        share = 1.0 / world
+    def collect(self, sums: Sums, ages_N: Tensor, window: int, global_rows: int, with_centre: bool) -> None:
+        """Add up what the norm and the figures are made of, as `partial`; move `ages_N` on.
+
+        `with_centre`: count the gradient of b_dec, which all ranks hold whole.
+        """
         collect[(PROGRAMS,)](
-            g.square_SN,
-            g.along_N,
-            g.grad_b_N,
-            g.counts_N,
+            sums.square_SP,
+            sums.along_N,
+            sums.grad_b_N,
+            sums.counts_N,
             ages_N,
-            energy_2B,
-            square_B,
-            g.grad_b_SD,
+            sums.energy_2B,
+            sums.square_B,
+            sums.grad_b_SD,
             self._grad_b_D,
-            self._partial,
-            n,
-            energy_2B.shape[1],
-            d,
+            sums.aux,
+            self.partial,
+            self._num,
+            self._first,
+            self._rows.num,
+            sums.energy_2B.shape[1],
+            len(self._grad_b_D),
             window,
             global_rows,
-            len(g.square_SN),
-            len(g.grad_b_SD),
+            int(with_centre),
+            len(sums.square_SP),
+            len(sums.grad_b_SD),
             256,
         )
+
+    def finish(self, aux_coefficient: float, groups: int, global_rows: int, world: int) -> None:
+        """The norm, what Adam needs of it, and the figures, from `partial` over all ranks."""
+        beta1, beta2 = self._options.betas
+        max_norm = self._options.max_norm
+        share, d = 1.0 / world, len(self._grad_b_D)
         finish[(1,)](
-            self._partial,
-            aux,
+            self.partial,
             self.rate,
-            *(s[f"{name}.step"] for name in PARAMETERS),
+            *(self._state[f"{name}.step"] for name in PARAMETERS),
             self._scalars,
             self.figures,
             max_norm or 0.0,
@@ -225,28 +137,42 @@ class Update:
             -math.log(beta2) if beta2 else math.inf,
             share / (groups * global_rows * d),
             share / global_rows,
-            share / n,
+            share / self._rows.num_latents,
             share,
             aux_coefficient,
             share * d,
             max_norm is not None,
             PROGRAMS,
         )
+
+    def apply(
+        self,
+        touched_P: Tensor,
+        grad_enc_PD: Tensor,
+        grad_dec_PD: Tensor,
+        grad_b_P: Tensor,
+        decoder: bool = True,
+        encoder: bool = True,
+    ) -> None:
+        """Update this rank's latents of one matrix or of both, b_enc with the encoder, b_dec with the decoder."""
+        beta1, beta2 = self._options.betas
+        n, d = self._rows.num, len(self._grad_b_D)
         tile = triton.next_power_of_2(d)
-        _update[(n + 1,)](
-            g.touched_N,
+        update_rows[(n + 1,)](
+            touched_P,
             *self._of("w_enc_ND"),
-            self.w_enc_ND,
-            g.grad_enc_ND,
+            self.own["w_enc_ND"],
+            grad_enc_PD,
             *self._of("w_dec_ND"),
-            self.w_dec_ND,
-            g.grad_dec_ND,
+            self.own["w_dec_ND"],
+            grad_dec_PD,
             *self._of("b_enc_N"),
-            self.b_enc_N,
-            g.grad_b_N,
+            self.own["b_enc_N"],
+            grad_b_P,
             *self._of("b_dec_D"),
             self._grad_b_D,
             self._scalars,
+            self._rows.first,
             n,
             d,
             beta1,
@@ -254,6 +180,8 @@ class Update:
             1 - beta1,
             1 - beta2,
             self._options.eps,
+            decoder,
+            encoder,
             tile,
             num_warps=max(1, min(16, tile // 2048)),
         )

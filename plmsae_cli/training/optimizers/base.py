@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Group:
     """Decoupled (AdamW, Loshchilov & Hutter 2019): each step first shrinks weights by rate * weight_decay."""
     lr_scale: float = 1.0
     """This group's rate is the step's rate times this."""
+    first_rows: Mapping[str, int] = field(default_factory=dict)
+    """Of parameters that are some rows of a larger tensor: where in it they begin."""
     linear_maps: bool = True
     """Its 2-D parameters multiply vectors, as Muon expects; an embedding's rows are looked up instead."""
 
@@ -33,13 +35,15 @@ class Optimizer(ABC):
         self._named = {f"{group.name}.{name}": p for group in groups for name, p in group.parameters.items()}
 
     @torch.no_grad()
-    def step(self, learning_rate: float, max_norm: float | None = None) -> Tensor:
+    def step(self, learning_rate: float, max_norm: float | None = None, norm: Tensor | None = None) -> Tensor:
         """Update all parameters by their gradients, whose global norm is first scaled down to `max_norm`.
 
-        Returns the norm before scaling, on the device: nothing waits for it. Where it is not finite, nothing
-        is changed (on any rank, as all hold the same gradients). Gradients may be scaled in place.
+        `norm`: that norm, where ranks hold different parameters. Returns the norm before scaling, on the device: nothing
+        waits for it. Where it is not finite, nothing is changed (on any rank, as all know the same norm). Gradients may
+        be scaled in place.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
+        if norm is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
         divisor = None if max_norm is None else (norm / max_norm).clamp(min=1.0).float()
         self.update(learning_rate, divisor, ~norm.isfinite())
         return norm

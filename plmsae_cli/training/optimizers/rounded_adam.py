@@ -51,7 +51,8 @@ class RoundedAdam(Optimizer):
             size = torch.where(skip, 0.0, rate / correction1)
             shrink = torch.where(skip, 1.0, 1.0 - rate * group.weight_decay)
             flat = (parameter.view(-1), gradient.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
-            start = 0
+            short = name.removeprefix(f"{group.name}.")
+            start = group.first_rows.get(short, 0) * parameter[0].numel()
             for w, g, first, second in zip(*(torch.split(tensor, _TILE) for tensor in flat), strict=True):
                 index = _indices(start, w)
                 start += w.numel()

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plmsae_cli.sae.fused.aux import DeadBound, compact, keep_top_
+from plmsae_cli.sae.fused.aux import compact, keep_top_
+from plmsae_cli.sae.fused.dead_bound import DeadBound
 from plmsae_cli.sae.selection import top_k
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

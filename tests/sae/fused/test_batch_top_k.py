@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.batch_selection import keep_largest
 from plmsae_cli.sae.fused.batch_top_k import BatchTopKEncoder
 from plmsae_cli.sae.fused.residual import residuals
@@ -18,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def check(scores_BN: torch.Tensor, k: int) -> None:
     """What the kernels keep is what `keep_largest` keeps, token by token, latents ascending."""
     rows, n = scores_BN.shape
-    encoder = BatchTopKEncoder(rows, n, k, DEVICE, 1, 0, one_process)
+    encoder = BatchTopKEncoder(rows, n, k, DEVICE, Gang())
     encoder.select(scores_BN.to(DEVICE))
     acts_BN = scores_BN.float().relu()
     kept_BN, smallest = keep_largest(acts_BN, rows * k, 0, rows, one_process)
@@ -75,7 +76,7 @@ def test_tokens_of_many_pairs_have_the_residuals_of_few(groups: int) -> None:
     prefixes_G = torch.tensor([n // 8, n // 2, n][-groups:], dtype=torch.int32, device=DEVICE)
     found = []
     for most_held in (16, 256):
-        encoder = BatchTopKEncoder(rows, n, k, DEVICE, 1, 0, one_process)
+        encoder = BatchTopKEncoder(rows, n, k, DEVICE, Gang())
         encoder.select(scores_BN.to(DEVICE))
         out = (
             torch.zeros(rows, groups, d, dtype=torch.bfloat16, device=DEVICE),

@@ -37,26 +37,43 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 JITFunction.run = compile_only
 
 from plmsae_cli.sae.fused.aux import keep_top_
+from plmsae_cli.sae.fused.latents import FusedLatentStep
 from plmsae_cli.sae.fused.step import Batch, FusedStep
 from plmsae_cli.sae.fused.update import AdamOptions
-from plmsae_cli.sae.interface import one_process
+from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
+from plmsae_cli.training.shard import Shard
 
-for kind, d, n, k, moments in (
-    (TopK, 768, 4096, 32, torch.bfloat16),
-    (MatryoshkaTopK, 80, 320, 10, torch.float32),
-    (BatchTopK, 2560, 4096, 64, torch.float32),
-    (MatryoshkaBatchTopK, 80, 70_000, 200, torch.bfloat16),
+class Second:  # of two ranks, as far as kernels go
+    rank, world = 1, 2
+    def sum(self, tensor): return tensor
+    def sum_later(self, tensor): return self
+    def sum_rows_later(self, full, own): return self
+    def gather_rows_later(self, own, full): return self
+    def maximum(self, tensor): return tensor
+    def wait(self): pass
+
+
+for kind, d, n, k, moments, ranks, step_kind in (
+    (TopK, 768, 4096, 32, torch.bfloat16, Gang(), FusedStep),
+    (MatryoshkaTopK, 80, 320, 10, torch.float32, Gang(), FusedStep),
+    (TopK, 768, 4096, 32, torch.float32, Second(), FusedStep),
+    (MatryoshkaTopK, 80, 321, 10, torch.bfloat16, Second(), FusedStep),
+    (TopK, 2560, 4096, 64, torch.float32, Second(), FusedLatentStep),
+    (MatryoshkaTopK, 80, 320, 10, torch.bfloat16, Second(), FusedLatentStep),
+    (BatchTopK, 2560, 4096, 64, torch.float32, Gang(), FusedStep),
+    (MatryoshkaBatchTopK, 80, 70_000, 200, torch.bfloat16, Second(), FusedStep),
 ):
     model = kind(d, n, k)
-    state = {}
-    for name, p in model.named_parameters():
+    state, masters = {}, Shard(model, ranks).parameters
+    for name, p in masters.items():
         state |= {f"{name}.{what}": torch.zeros_like(p, dtype=moments) for what in ("exp_avg", "exp_avg_sq")}
         state[f"{name}.step"] = torch.zeros(())
-    ages = torch.full((n,), 10**6)
-    step = FusedStep(model, state, ages, Batch(64, 1, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), one_process)
+    ages = torch.full((n if step_kind is FusedStep else n // 2,), 10**6)
+    masters = {name: p.detach() for name, p in masters.items()}
+    step = step_kind(model, masters, state, ages, Batch(64, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), ranks)
     step(torch.zeros(64, d, dtype=torch.bfloat16), 0, 1e-3)
     keep_top_(torch.zeros(64, 6000, dtype=torch.bfloat16), 40)
 print(*sorted(names))
@@ -70,6 +87,8 @@ def test_all_kernels_compile(capability: int) -> None:
         [sys.executable, "-c", PROGRAM, str(capability)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = """_add_rows _bound _centre _columns _count _count_digit _gradients _histogram _keep_top _list_reaching _long
-        _maxima _permute _residual _residual_of_many _select _update _write collect finish"""
+    expected = (
+        "_add_rows _bound _centre _columns _count _count_digit _decode _errors _gradients _histogram _keep_top "
+        "_list_reaching _long _maxima _permute _residual _residual_of_many _select _slopes _write collect finish update_rows"
+    )
     assert done.stdout.split() == expected.split()

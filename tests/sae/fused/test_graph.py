@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.batch_topk import BatchTopK
+from plmsae_cli.sae.fused.graphs import Graphs, launched
 from plmsae_cli.sae.fused.step import Batch, FusedStep
 from plmsae_cli.sae.fused.update import AdamOptions
-from plmsae_cli.sae.interface import one_process
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
@@ -30,16 +31,16 @@ class Run:
             self.model.b_enc_N[::3] = -3.0  # these die
             self.model.b_enc_N[5] = 3.0  # this fires on every token
         self.model = self.model.cuda()
-        state = {}
+        state, masters = {}, {name: p.detach() for name, p in self.model.named_parameters()}
         for name, parameter in self.model.named_parameters():
             state |= {f"{name}.{what}": torch.zeros_like(parameter) for what in ("exp_avg", "exp_avg_sq")}
             state[f"{name}.step"] = torch.zeros((), device="cuda")
         self.ages_N = torch.zeros(N, dtype=torch.int64, device="cuda")
-        batch = Batch(ROWS, 1, torch.zeros(D, device="cuda"), 1.0, window)
+        batch = Batch(ROWS, torch.zeros(D, device="cuda"), 1.0, window)
         adam = AdamOptions((0.9, 0.999), 6.25e-10, 1.0 / D)
-        self.step = FusedStep(self.model, state, self.ages_N, batch, adam, one_process)
+        self.step = FusedStep(self.model, masters, state, self.ages_N, batch, adam, Gang())
         if not graphs:
-            self.step._replay = self.step._run  # type: ignore[method-assign]
+            self.step._replay = launched
         self.batches = [torch.randn(ROWS, D, generator=generator).cuda() for _ in range(3)]
 
     def go(self, steps: int = STEPS) -> torch.Tensor:
@@ -55,7 +56,8 @@ def test_replayed_steps_are_the_launched_ones(kind: type[TopK]) -> None:
     replayed, launched = Run(kind), Run(kind, graphs=False)
     figures = replayed.go()
     assert figures[-1, 5] > 0.1, "some latents were to die, so that AuxK has work"
-    assert len(replayed.step._graphs) > 1, "graphs with and without the dead"
+    assert isinstance(replayed.step._replay, Graphs)
+    assert len(replayed.step._replay.graphs) > 1, "graphs with and without the dead"
     assert torch.equal(figures, launched.go())
     for name, parameter in replayed.model.named_parameters():
         assert torch.equal(parameter, launched.model.get_parameter(name)), name

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.dead import DeadLatents
 from plmsae_cli.sae.fused import gradients
 from plmsae_cli.sae.fused.step import Batch, FusedStep
 from plmsae_cli.sae.fused.update import AdamOptions
-from plmsae_cli.sae.interface import Reduce, one_process
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
@@ -31,8 +31,9 @@ class Setup:
     batch: Batch
     adam: AdamOptions
 
-    def step(self, reduce: Reduce = one_process) -> FusedStep:
-        return FusedStep(self.model, self.state, self.ages_N, self.batch, self.adam, reduce)
+    def step(self) -> FusedStep:
+        masters = {name: p.detach() for name, p in self.model.named_parameters()}
+        return FusedStep(self.model, masters, self.state, self.ages_N, self.batch, self.adam, Gang())
 
 
 def setup(kind: type[TopK] = TopK, window: int = NEVER, moments: torch.dtype = torch.float32, k_aux: int = 5) -> Setup:
@@ -53,7 +54,7 @@ def setup(kind: type[TopK] = TopK, window: int = NEVER, moments: torch.dtype = t
     raw_BD = (torch.randn(ROWS, D, generator=generator) * 2).to(DEVICE) + mean_D
     ages_N = torch.zeros(N, dtype=torch.int64, device=DEVICE)
     return Setup(
-        model, state, ages_N, raw_BD, Batch(ROWS, 1, mean_D, 0.5, window), AdamOptions((0.9, 0.999), 6.25e-10, 0.01)
+        model, state, ages_N, raw_BD, Batch(ROWS, mean_D, 0.5, window), AdamOptions((0.9, 0.999), 6.25e-10, 0.01)
     )
 
 

@@ -1,0 +1,54 @@
+"""How several ranks share an SAE: the tokens of a batch, or the dictionary's latents."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.training import Train
+from plmsae_cli.sae.dictionary import Dictionary
+from plmsae_cli.sae.matryoshka import MatryoshkaTopK
+from plmsae_cli.sae.topk import TopK
+
+Sharing = Literal["data", "latents"]
+
+
+def why_not_latents(model: Dictionary, options: Train, world: int) -> str | None:
+    """What stands against spreading the latents; None where nothing does."""
+    if type(model) not in (TopK, MatryoshkaTopK):
+        return f"architecture: {options.autoencoder().architecture} chooses its latents otherwise than topk"
+    if options.optimizer == "muon":
+        return "optimizer: muon needs whole matrices"
+    if model.num_latents % world:
+        return f"{model.num_latents} latents do not split evenly over {world} ranks"
+    return None
+
+
+def bytes_sent(model: Dictionary, batch_tokens: int) -> dict[Sharing, int]:
+    """Bytes that reach a rank in a step of the fused kernels, over (W - 1) / W; candidates and vectors aside.
+
+    `data`: both matrices' gradients and then their copies, bfloat16. `latents`: raw rows and the error in bfloat16, each
+    prefix's reconstruction in float32.
+    """
+    prefixes = len(model.prefixes_G) if isinstance(model, MatryoshkaTopK) else 1
+    return {
+        "data": 2 * model.num_latents * model.d * 2 * 2,
+        "latents": batch_tokens * model.d * (2 + (4 + 2) * prefixes),
+    }
+
+
+def sharing(model: Dictionary, options: Train, world: int, fused: bool) -> Sharing:
+    """What `train.parallel` and the case make of it; `auto` takes what sends less where kernels are `fused`, else `data`.
+
+    Raises:
+        UserError: `train.parallel: latents` where it cannot be.
+    """
+    if world == 1 or options.parallel == "data":
+        return "data"
+    reason = why_not_latents(model, options, world)
+    if options.parallel == "latents":
+        if reason is not None:
+            raise UserError(f"train.parallel: latents cannot be had here: {reason}", "set train.parallel: auto")
+        return "latents"
+    sent = bytes_sent(model, options.batch_tokens)
+    return "latents" if fused and reason is None and sent["latents"] < sent["data"] else "data"

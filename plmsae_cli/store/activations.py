@@ -14,6 +14,7 @@ import torch
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.fs import FileRecord, Store, StoreError, join
 from plmsae_cli.store.manifest import read_manifest
+from plmsae_cli.store.quantise import CALIBRATION, SCALE_BYTES, Quantiser
 from plmsae_cli.store.tensorfile import TensorFile, write_tensors
 
 ACTS = "acts"
@@ -140,6 +141,7 @@ class ActivationShards:
         self._folder = folder
         self._names = list(names) if names is not None else _shard_names(store, folder, heldout)
         self._files: dict[int, TensorFile] = {}
+        self._quantiser: Quantiser | None = None
 
     @property
     def start(self) -> int:
@@ -152,16 +154,31 @@ class ActivationShards:
         return self._end(len(self._names) - 1) if self._names else 0
 
     @property
+    def width(self) -> int:
+        """Numbers of a row as stored: d, or d + 2 where rows are int8 with their scale."""
+        return self._any().shape(ACTS)[1]
+
+    @property
     def d(self) -> int:
         """Dimensions of a row."""
-        return self._any().shape(ACTS)[1]
+        return self.width - (SCALE_BYTES if self.dtype == torch.int8 else 0)
 
     @property
     def dtype(self) -> torch.dtype:
         return self._any().dtype(ACTS)
 
+    def read(self, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Rows [start, stop) as float32 [R, d] on the device, decoded there where they are quantised."""
+        rows_RW = torch.empty(stop - start, self.width, dtype=self.dtype)
+        self.read_into(start, rows_RW)
+        if rows_RW.dtype != torch.int8:
+            return rows_RW.to(device).float()
+        if self._quantiser is None or self._quantiser.mean_D.device != torch.device(device):
+            self._quantiser = Quantiser.read(self._store, join(self._folder, CALIBRATION)).to(device)
+        return self._quantiser.decode(rows_RW.to(device))
+
     def read_into(self, row_start: int, out_RD: torch.Tensor) -> None:
-        """Fill `out_RD` (contiguous, on the CPU, the shards' dtype) with the rows from `row_start`.
+        """Fill `out_RD` ([R, width], contiguous, on the CPU, the shards' dtype) with the rows from `row_start`, as stored.
 
         Rows outside [start, stop) are a ValueError; shards that do not follow on one another a StoreError.
         """

@@ -88,6 +88,20 @@ def done_tasks(store: Store, folder: str) -> set[str]:
     return {part.task for part in parts if all(sizes.get(file.name) == file.size for file in part.files)}
 
 
+def delete_parts(store: Store, folder: str, tasks: Iterable[str]) -> None:
+    """Remove the files of these tasks and the tasks' records."""
+    for task_id in tasks:
+        path = join(folder, _PARTS, f"{task_id}.json")
+        try:
+            files = _parse_part(path, store.read(path)).files
+        except MissingError:
+            continue
+        # The record goes last: killed between the two, the next start finds the record and goes on.
+        for file in files:
+            store.delete(join(folder, file.name))
+        store.delete(path)
+
+
 def write_manifest(store: Store, folder: str, body: Mapping[str, Any]) -> None:
     """Write `MANIFEST.json`, which makes the folder an artifact: to be called last.
 

@@ -61,6 +61,9 @@ class SAEObjective:
         self.model.first_row = gang.rank * (options.batch_tokens // gang.world)
         self._options, self._stream, self._gang = options, stream, gang
         self._mean_D, self._scale, self.compute = mean_D.to(device), scale, compute
+        quantiser = stream.blocks.quantiser
+        self._raw = None if quantiser is None else quantiser.to(device)
+        self._standard = None if self._raw is None else self._raw.folded(self._mean_D, scale)
         self._total_steps = total_steps
         self._optimizer = build_optimizer(options, [Group("sae", dict(self.model.named_parameters()))])
         self._dead = DeadLatents(self.model.num_latents, device)
@@ -102,13 +105,16 @@ class SAEObjective:
             self._fused.copy_parameters()
 
     def standardise(self, rows_BD: torch.Tensor) -> torch.Tensor:
-        """Raw rows as the model sees them, float32."""
+        """Rows as stored, as the model sees them, float32; one step where they are quantised."""
+        if self._standard is not None:
+            return self._standard.decode(rows_BD.to(self.device))
         return (rows_BD.to(self.device).float() - self._mean_D) * self._scale
 
     def step(self, step: int) -> Mapping[str, torch.Tensor]:
         rows_BD = self._stream.rows(step)
         if self._fused is not None:
-            return self._fused(rows_BD, step, self._rate(step))
+            raw_BD = rows_BD if self._raw is None else self._raw.decode(rows_BD)
+            return self._fused(raw_BD, step, self._rate(step))
         batch = self.tokens_per_step
         x_BD = self.standardise(rows_BD)
         dead_N = self._dead.mask(self._window)

@@ -35,7 +35,7 @@ from plmsae_cli.stages.common import (
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import delete_parts, done_tasks, read_manifest
-from plmsae_cli.store.passes import Passes, shuffle_effort
+from plmsae_cli.store.passes import Level, Passes, shuffle_effort
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -106,15 +106,18 @@ def _tasks(passes: Passes, folder: str, source: str, seed: int, memory: int) -> 
         )
         for i in range(levels[0].groups)
     ]
+
+    def merged(group: int, before: Level) -> range:
+        return range(group * passes.fan, min((group + 1) * passes.fan, before.groups))
+
     found = [maps]
     for before, level in pairwise(levels):
-        needs = tuple(task.id for task in found[-1])
         merges = [
             Task(
                 level.name(part, group),
                 "shuffle",
                 (folder,),
-                needs=needs,
+                needs=tuple(before.name(p, g) for p in before.parts(*level.span(part)) for g in merged(group, before)),
                 resources=held,
                 cost=float(rows / level.num_files),
                 args={
@@ -122,7 +125,7 @@ def _tasks(passes: Passes, folder: str, source: str, seed: int, memory: int) -> 
                     "level": level.number,
                     "slice": part,
                     "group": group,
-                    "merged": list(range(group * passes.fan, min((group + 1) * passes.fan, before.groups))),
+                    "merged": list(merged(group, before)),
                 },
             )
             for part in range(level.slices)

@@ -115,8 +115,7 @@ class Buckets:
 
     def load(self, start: int, stop: int) -> tuple[torch.Tensor, Places]:
         """Rows whose places are in [start, stop), as they lie in the files, and their places."""
-        step = self._level.slice_rows
-        wanted = [(part, group) for part in range(start // step, -(-stop // step)) for group in self._groups]
+        wanted = [(part, group) for part in self._level.parts(start, stop) for group in self._groups]
         segments = [s for s in self._each(lambda at: self._segment(at, start, stop), wanted) if len(s.places_R)]
         ends = np.cumsum([0, *(len(s.places_R) for s in segments)])
         rows_RD = torch.empty(int(ends[-1]), self.d, dtype=self.dtype)

@@ -7,6 +7,7 @@ places into ever finer slices and merge ever more files, so that the last finds 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -55,7 +56,7 @@ def num_passes(data_bytes: int, held_bytes: int, read_bytes: int) -> int:
 
 def ceil_root(value: int, degree: int) -> int:
     """The smallest x with x^degree >= value."""
-    root = max(1, round(float(value) ** (1 / degree)))
+    root = max(1, round(math.exp(math.log(value) / degree)))
     while root**degree < value:
         root += 1
     while root > 1 and (root - 1) ** degree >= value:
@@ -88,6 +89,10 @@ class Level:
     def name(self, part: int, group: int) -> str:
         """The task that makes the file (slice `part`, `group`), and the file's stem."""
         return f"map-{group:05d}" if self.number == 0 else f"merge{self.number}-{part:05d}-{group:05d}"
+
+    def parts(self, start: int, stop: int) -> range:
+        """The slices that the places [start, stop) lie in."""
+        return range(start // self.slice_rows, -(-stop // self.slice_rows))
 
     def span(self, part: int) -> tuple[int, int]:
         """Places [start, stop) of slice `part`."""

@@ -65,8 +65,7 @@ class Quantiser:
 
     def folded(self, mean_D: torch.Tensor, scale: float) -> Quantiser:
         """One whose `decode` gives (x - mean) * scale: decoding and a model's normalisation in one step."""
-        folded = Quantiser((self.mean_D - mean_D.to(self.mean_D.device)) * scale, self.deviation_D * scale, self.count)
-        return folded
+        return Quantiser((self.mean_D - mean_D.to(self.mean_D.device)) * scale, self.deviation_D * scale, self.count)
 
     def to(self, device: torch.device | str) -> Quantiser:
         return Quantiser(self.mean_D.to(device), self.deviation_D.to(device), self.count)

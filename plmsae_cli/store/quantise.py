@@ -60,7 +60,8 @@ class Quantiser:
     def decode(self, rows_RW: torch.Tensor) -> torch.Tensor:
         """int8 [R, D + 2] -> float32 [R, D], on the rows' device, where this quantiser must be."""
         d = self.mean_D.numel()
-        scale_R1 = rows_RW[:, d:].contiguous().view(torch.float16).float()
+        # A copy even where the two bytes lie alone: they may begin at an odd address.
+        scale_R1 = rows_RW[:, d:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
         return torch.addcmul(self.mean_D, rows_RW[:, :d].float().mul_(scale_R1), self.deviation_D)
 
     def folded(self, mean_D: torch.Tensor, scale: float) -> Quantiser:

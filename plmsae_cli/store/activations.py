@@ -184,12 +184,15 @@ class ActivationShards:
         """
         row, row_stop = row_start, row_start + len(out_RD)
         if not self.start <= row <= row_stop <= self.stop:
+            self._require_order()
+        if not self.start <= row <= row_stop <= self.stop:
             raise ValueError(f"{self._folder} has rows {self.start:,} to {self.stop:,}, not {row:,} to {row_stop:,}")
         while row < row_stop:
             # Of empty shards and the one after them, which all begin at one row, this finds the last.
             shard = bisect_right(range(len(self._names)), row, key=self._offset) - 1
             stop = min(row_stop, self._end(shard))
             if stop <= row:
+                self._require_order()
                 raise StoreError(
                     f"{self._path(shard)} ends before row {row:,} and no shard has that row",
                     "a shard is missing; delete MANIFEST.json and start embed again: it makes what is absent",
@@ -197,6 +200,16 @@ class ActivationShards:
             part_RD = out_RD[row - row_start : stop - row_start]
             self._file(shard).read_into(ACTS, part_RD, row - self._offset(shard))
             row = stop
+
+    def _require_order(self) -> None:
+        """Raises StoreError, naming the first shard that begins after the one that should follow it."""
+        for shard in range(len(self._names) - 1):
+            if self._offset(shard) > self._offset(shard + 1):
+                raise StoreError(
+                    f"{self._path(shard)} begins at row {self._offset(shard):,}, the shard after it at row"
+                    f" {self._offset(shard + 1):,}: one was exchanged for another",
+                    f"`plmsae verify {self._folder}` names every such file and says how to make it again",
+                )
 
     def _path(self, shard: int) -> str:
         return join(self._folder, self._names[shard])

@@ -53,24 +53,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
         fitting = max(1, held_rows(memory, row_bytes) // per_chunk)
         chosen = read_plan(store, ref.folder) or {"rows": rows, "chunk_rows": per_chunk, "chunks_per_task": fitting}
         step = chosen["chunks_per_task"]
-        reduces = [
-            Task(
-                f"reduce-{i:05d}",
-                "optimize",
-                (ref.folder,),
-                resources=Resources(memory=memory),
-                cost=float(min(step * per_chunk, rows - i * step * per_chunk)),
-                args={
-                    "source": source,
-                    "first": i * step,
-                    "last": min((i + 1) * step, num_chunks),
-                    "chunk_rows": per_chunk,
-                    "rows": rows,
-                    "memory": memory,
-                },
-            )
-            for i in range(math.ceil(num_chunks / step))
-        ]
+        reduces = reduce_tasks(ref.folder, source, rows, per_chunk, step, memory)
         facts = {
             "layer": layer,
             "rows": rows,
@@ -94,6 +77,30 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             **measured_facts(store, ref.folder),
         }
     return Plan("optimize", tasks, artifacts, figures)
+
+
+def reduce_tasks(folder: str, source: str, rows: int, chunk_rows: int, chunks_per_task: int, memory: int) -> list[Task]:
+    """Tasks that fill `chunks_per_task` chunks each."""
+    num_chunks = math.ceil(rows / chunk_rows)
+    step = chunks_per_task
+    return [
+        Task(
+            f"reduce-{i:05d}",
+            "optimize",
+            (folder,),
+            resources=Resources(memory=memory),
+            cost=float(min(step * chunk_rows, rows - i * step * chunk_rows)),
+            args={
+                "source": source,
+                "first": i * step,
+                "last": min((i + 1) * step, num_chunks),
+                "chunk_rows": chunk_rows,
+                "rows": rows,
+                "memory": memory,
+            },
+        )
+        for i in range(math.ceil(num_chunks / step))
+    ]
 
 
 def work(task: Task, context: Context) -> Mapping[str, Result]:

@@ -58,7 +58,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             "middle": passes.middle,
         }
         source = lineage.embed(layer).folder
-        each = _tasks(passes, ref.folder, source, shuffle.seed, int(shuffle.memory))
+        each = level_tasks(passes, ref.folder, source, shuffle.seed, int(shuffle.memory))
         facts = {"d": lineage.d, "layer": layer, "source": source, **chosen}
         needed = [task for level in each for task in level]
         if passes.middle:
@@ -81,7 +81,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     return Plan("shuffle", tasks, artifacts, figures)
 
 
-def _tasks(passes: Passes, folder: str, source: str, seed: int, memory: int) -> list[list[Task]]:
+def level_tasks(passes: Passes, folder: str, source: str, seed: int, memory: int) -> list[list[Task]]:
     """The tasks of each level; from the second on the last of a level frees the files of the one before."""
     levels = passes.levels()
     step, rows = passes.map_rows, passes.rows
@@ -168,15 +168,15 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
 
 def _map(task: Task, context: Context) -> Mapping[str, Result]:
     import numpy as np
-    import torch
 
     from plmsae_cli.store.activations import ActivationShards
+    from plmsae_cli.store.buckets import empty_rows
     from plmsae_cli.store.permutation import Permutation
 
     begun = time.monotonic()
     start, stop = task.args["start"], task.args["stop"]
     shards = ActivationShards(context.store, task.args["source"])
-    rows_RD = torch.empty(stop - start, shards.width, dtype=shards.dtype)
+    rows_RD = empty_rows(stop - start, shards.width, shards.dtype)
     shards.read_into(start, rows_RD)
     context.progress(1, 3)
     context.check_stop()

@@ -22,7 +22,7 @@ from plmsae_cli.store.tensorfile import Streamed, TensorFile, write_tensors
 Places = npt.NDArray[np.int64]
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-_PIECE = 1 << 20
+_PIECE = 1 << 19
 """Bytes gathered at a time: still in a core's cache when they are hashed and written."""
 _READS = {False: 1, True: 16}
 """Segments read at a time, from a disk and from S3."""
@@ -33,6 +33,16 @@ def bytes_of(rows_RD: torch.Tensor) -> Bytes2D:
     width = rows_RD.shape[1] * rows_RD.element_size()
     view: Bytes2D = rows_RD.detach().view(-1).view(torch.uint8).numpy().reshape(rows_RD.shape[0], width)
     return view
+
+
+def empty_rows(count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Room for rows [count, width] that are about to be read.
+
+    From numpy, which asks for huge pages where torch does not: filling it takes less than half the time, and gathering from
+    it misses fewer translations.
+    """
+    raw_RW = np.empty((count, width * dtype.itemsize), np.uint8)
+    return torch.from_numpy(raw_RW).view(dtype)
 
 
 class Ordered:
@@ -118,7 +128,7 @@ class Buckets:
         wanted = [(part, group) for part in self._level.parts(start, stop) for group in self._groups]
         segments = [s for s in self._each(lambda at: self._segment(at, start, stop), wanted) if len(s.places_R)]
         ends = np.cumsum([0, *(len(s.places_R) for s in segments)])
-        rows_RD = torch.empty(int(ends[-1]), self.d, dtype=self.dtype)
+        rows_RD = empty_rows(int(ends[-1]), self.d, self.dtype)
 
         def read(i: int) -> None:
             segment = segments[i]

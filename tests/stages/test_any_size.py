@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.worker import LocalContext, run_task
 from plmsae_cli.runtime.task import Task
-from plmsae_cli.stages import shuffle
+from plmsae_cli.stages import optimize, shuffle
 from plmsae_cli.stages.common import finish_task
 from plmsae_cli.store.activations import Statistics
 from plmsae_cli.store.blocks import Blocks
@@ -68,7 +67,7 @@ class Line:
         self.context = LocalContext(EXPERIMENT, lambda *_, **__: None)
 
     def shuffle_tasks(self) -> list[Task]:
-        levels = shuffle._tasks(self.passes, self.shuffled, self.source, SEED, self.memory)
+        levels = shuffle.level_tasks(self.passes, self.shuffled, self.source, SEED, self.memory)
         needed = shuffle._not_superseded(Store(), self.shuffled, levels)
         names = ("rows", "map_rows", "fan", "middle")
         shape = {k: getattr(self.passes, k) for k in names} | {"bucket_rows": self.passes.first_bucket_rows}
@@ -82,13 +81,10 @@ class Line:
             run_task(task, self.context)
 
     def optimize(self, chunk_rows: int, chunks_per_task: int = 1) -> None:
-        chunks = math.ceil(self.passes.rows / chunk_rows)
-        common = {"source": self.shuffled, "chunk_rows": chunk_rows, "rows": self.passes.rows, "memory": self.memory}
-        tasks = [
-            Task(f"reduce-{i:05d}", "optimize", (self.blocks,), args={**common, "first": i, "last": last})
-            for i in range(0, chunks, chunks_per_task)
-            for last in [min(i + chunks_per_task, chunks)]
-        ]
+        tasks = optimize.reduce_tasks(
+            self.blocks, self.shuffled, self.passes.rows, chunk_rows, chunks_per_task, self.memory
+        )
+        common = {"source": self.shuffled, "chunk_rows": chunk_rows, "rows": self.passes.rows}
         facts = {"layer": 0, "d": self.width, "width": self.width, "activations": self.source, **common}
         for task in [*tasks, finish_task("optimize", [Ref("optimize", "o", self.blocks)], tasks, facts)]:
             run_task(task, self.context)
@@ -186,7 +182,7 @@ def test_killed_after_any_task_and_continued(tmp_path: Path) -> None:
         assert [p.name for p in ours] == [p.name for p in theirs]
         assert [p.read_bytes() for p in ours] == [p.read_bytes() for p in theirs]
         # Freed a second time, as after a kill between the files and their records: nothing to do and no error.
-        free = next(t for t in shuffle._tasks(passes, line.shuffled, source, SEED, 4000)[1] if t.id == "free-0")
+        free = next(t for t in shuffle.level_tasks(passes, line.shuffled, source, SEED, 4000)[1] if t.id == "free-0")
         run_task(replace(free), line.context)
 
 

@@ -120,7 +120,7 @@ def show_data(folder: Path, as_json: bool) -> int:
     lines = {
         "rows": f"{found['rows']:,}" + (f" and {found['heldout_rows']:,} held out" if "heldout_rows" in found else ""),
         "size": f"{size(found['bytes'])} in {found['files']:,} files",
-        "chunks": f"{found['chunks']:,} of {found['chunk_rows']:,} rows" if "chunks" in found else None,
+        "chunks": f"{found['chunks']:,} of up to {found['chunk_rows']:,} rows" if "chunks" in found else None,
         "type": f"{found['dtype']}, {found['d']:,} dimensions" if "d" in found else found["dtype"],
         "layer": f"{found['layer']} of {found.get('num_layers', '?')}" if found["layer"] is not None else None,
         "model": f"{weights['name']} (sha256 {weights['sha256'][:12]})" if weights else None,

@@ -116,7 +116,8 @@ def measured_speed(store: Store, *folders: str) -> float | None:
 def measured_facts(store: Store, folder: str) -> dict[str, Any]:
     """What the tasks of a finished artifact took, for its figures."""
     manifest = read_manifest(store, folder) or {}
-    return {f"measured_{name}": manifest[name] for name in ("seconds", "peak_memory") if name in manifest}
+    names = {"seconds_measured": "seconds", "memory_measured": "peak_memory"}
+    return {shown: manifest[name] for shown, name in names.items() if name in manifest}
 
 
 def require_same_rows(store: Store, source: str, before: str | None, parts: Sequence[Part]) -> dict[str, Any]:

@@ -76,16 +76,17 @@ def test_every_row_is_where_the_bijection_says_and_can_be_traced_back(build: Bui
     places = pi(np.arange(len(rows)))
     assert torch.equal(placed[places], rows)
 
-    # A row of a block, back to its protein and residue: embedding that residue alone gives the row.
+    # Every row of every block, back to its protein and residue: embedding that protein anew gives the row.
     model = load_plm(experiment.model.weights, store)
     table = read_proteins(store, join(folder, "proteins.parquet"), split="train")
-    chosen = np.array([0, 63, 64, len(rows) - 1])
-    protein, residue = locate_rows(table, pi.inverse(chosen))
-    for place, p, r in zip(chosen, protein, residue, strict=True):
-        packed = pack([encode(table["sequence"][int(p)].as_py())])
+    protein, residue = locate_rows(table, pi.inverse(np.arange(len(rows))))
+    for p, sequence in enumerate(table["sequence"].to_pylist()):
+        packed = pack([encode(sequence)])
         with torch.inference_mode():
             hidden = model(packed.tokens_T, packed.documents, layers=[2]).hidden[2]
-        torch.testing.assert_close(placed[place], hidden[1 + r], rtol=1e-4, atol=1e-5)
+        of_p = np.flatnonzero(protein == p)
+        assert sorted(residue[of_p]) == list(range(len(sequence)))
+        torch.testing.assert_close(placed[of_p], hidden[1 + residue[of_p]], rtol=1e-4, atol=1e-5)
 
 
 def content(folder: str) -> dict[str, str]:

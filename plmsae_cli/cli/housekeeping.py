@@ -68,6 +68,7 @@ def _folders(target: str) -> Iterator[tuple[Store, str]]:
         )
     found = {path.parent for path in Path(target).rglob("MANIFEST.json")}
     found |= {path.parent for path in Path(target).rglob("parts") if path.is_dir()}
+    found |= {path.parent for path in Path(target).rglob("status.json")}
     if not found:
         raise UserError(f"{target} holds nothing that plmsae wrote", "`plmsae ls` lists what there is")
     for folder in sorted(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plmsae_cli.store.fs import DamagedError, MissingError, Store, StoreError, join
+from plmsae_cli.store.fs import DamagedError, FileRecord, MissingError, Store, StoreError, join
 from plmsae_cli.store.manifest import MANIFEST, canonical_json, read_manifest, read_parts, verify
 from plmsae_cli.store.records import is_temporary
 
 FREED = "FREED.json"
 """The record of an artifact whose data were given up: its manifest without the files."""
 DATA_FOLDER = re.compile(r"(embed|shuffle|optimize|tokens)-[0-9a-f]{16}")
+CHECKPOINTS = "checkpoints"
 _OWN = (MANIFEST, FREED, "plan.json")
 
 
@@ -34,6 +36,8 @@ class Damage:
     @property
     def remedy(self) -> str:
         """What to do about it."""
+        if CHECKPOINTS in self.path.removeprefix(self.folder).split("/"):
+            return "training goes on from the checkpoint before it: nothing is to be done, or delete the folder of this one"
         made = f"task {self.task} made it" if self.task else "it is no task's alone"
         if self.problem == "missing":
             return f"{made}: delete {join(self.folder, MANIFEST)}, then start its experiment again: that task alone is redone"
@@ -51,10 +55,29 @@ def damages(store: Store, folder: str) -> list[Damage]:
         problems = verify(store, folder)
     else:
         problems = [line for part in parts.values() for file in part.files if (line := _differs(store, folder, file))]
+    problems += _checkpoints(store, folder)
     found = []
     for line in problems:
         path, _, problem = line.partition(": ")
         found.append(Damage(path, problem, maker.get(path.removeprefix(join(folder, "x")[:-1])), folder))
+    return found
+
+
+def _checkpoints(store: Store, folder: str) -> list[str]:
+    """Problems of a run's checkpoints, of those that were committed."""
+    root = join(folder, CHECKPOINTS)
+    found = []
+    for name in sorted(store.list(root)):
+        step, _, file = name.partition("/")
+        if file != "CHECKPOINT.json":
+            continue
+        try:
+            ranks = json.loads(store.read(join(root, name)))["commit"]["ranks"]
+            records = [FileRecord(f"{step}/rank-{i}.safetensors", r["size"], r["xxh3"]) for i, r in enumerate(ranks)]
+        except (KeyError, TypeError, ValueError) as error:
+            found.append(f"{join(root, name)}: not a checkpoint's record ({error})")
+            continue
+        found += [line for record in records if (line := _differs(store, root, record))]
     return found
 
 

@@ -43,6 +43,19 @@ def test_a_damaged_shard_is_named_and_its_remedy_makes_it_again(plmsae: Plmsae, 
     assert plmsae("verify", path).code == 0
 
 
+def test_a_damaged_checkpoint_is_named_and_is_no_reason_to_begin_anew(
+    plmsae: Plmsae, write: Write, tmp_path: Path
+) -> None:
+    path = write(data=tmp_path / "data")
+    assert plmsae("run", path).code == 0
+    newest = sorted((tmp_path / "runs").rglob("rank-0.safetensors"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    damaged = plmsae("verify", tmp_path / "runs")
+    assert damaged.code == 1
+    assert f"{newest}: content differs" in damaged.out
+    assert "checkpoint before it" in damaged.out
+
+
 def test_verify_of_what_is_not_there(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:
     for target in (tmp_path / "nowhere", write(data=tmp_path / "data"), tmp_path):
         missed = plmsae("verify", target)

@@ -118,6 +118,22 @@ def test_memory_decides_the_tasks_and_not_the_blocks(build: Build, go: Go, tmp_p
     assert content(folders[0]) == content(folders[1])
 
 
+def test_a_middle_pass_runs_on_workers_and_gives_the_same_blocks(build: Build, go: Go, tmp_path: Path) -> None:
+    large = build(root=str(tmp_path / "large"), shuffle__memory="64MB")
+    tiny = build(root=str(tmp_path / "tiny"), shuffle__memory="8kB", launch__workers=2)
+    plan = plan_stage("shuffle", tiny, Store())
+    assert plan.figures["layer-2"]["passes"] == 3
+    assert plan.figures["layer-2"]["bytes_temporary"] > 0
+    for experiment in (large, tiny):
+        go(experiment, DATA)
+    lineages = [Lineage(e, Store()) for e in (large, tiny)]
+    assert content(lineages[0].optimize(2).folder) == content(lineages[1].optimize(2).folder)
+    shuffled = Path(lineages[1].shuffle(2).folder)
+    assert not list(shuffled.glob("map-*"))  # freed when the middle pass was through
+    assert verify(Store(), str(shuffled)) == []
+    assert plan_stage("shuffle", tiny, Store()).done
+
+
 def test_a_second_start_does_nothing(build: Build, go: Go) -> None:
     experiment = build()
     assert set(go(experiment).stages) == {"embed", "shuffle", "optimize", "train", "eval"}

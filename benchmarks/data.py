@@ -215,6 +215,7 @@ LEFT = ("shuffle", "optimize", "copy", "copy2", "litdata", "ray")
 
 def measure(folder: Path, who: str, *arguments: Any) -> dict[str, Any] | None:
     """Run one contender in a process of its own: wall seconds, CPU seconds with children, its own figures."""
+    _cool(folder)
     command = [sys.executable, "-m", "benchmarks.data", "one", str(folder), who, *map(str, arguments)]
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     for name in LEFT:
@@ -226,6 +227,14 @@ def measure(folder: Path, who: str, *arguments: Any) -> dict[str, Any] | None:
         raise SystemExit(f"{who} failed:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _cool(folder: Path) -> None:
+    """Put the rows out of the page cache (of a disk; /dev/shm has nothing else)."""
+    for path in (folder / "embed").glob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def certain(folder: Path, who: str, *arguments: Any) -> dict[str, Any]:

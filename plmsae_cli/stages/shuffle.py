@@ -73,6 +73,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             "passes": passes.count,
             "maps": passes.levels()[0].groups,
             "rows_per_map": passes.map_rows,
+            "buckets_per_map": -(-rows // passes.first_bucket_rows),
             **({"merges": sum(level.num_files for level in passes.levels()[1:])} if passes.middle else {}),
             "memory_per_task": int(shuffle.memory),
             **effort_figures(effort, experiment, ref.folder, measured_speed(store, ref.folder, source)),
@@ -150,7 +151,8 @@ def _not_superseded(store: Store, folder: str, each: Sequence[Sequence[Task]]) -
     for number, level in enumerate(each):
         if all(task.id in done for task in level if not task.id.startswith("free")):
             first = number
-    return [task for level in each[first:] for task in level]
+    # A free task that was overtaken still has its level to free.
+    return [*(level[-1] for level in each[1:first]), *(task for level in each[first:] for task in level)]
 
 
 def work(task: Task, context: Context) -> Mapping[str, Result]:
@@ -178,6 +180,7 @@ def _map(task: Task, context: Context) -> Mapping[str, Result]:
     shards = ActivationShards(context.store, task.args["source"])
     rows_RD = empty_rows(stop - start, shards.width, shards.dtype)
     shards.read_into(start, rows_RD)
+    shards.prefetch(stop, 2 * stop - start)
     context.progress(1, 3)
     context.check_stop()
     places_R = Permutation(task.args["rows"], task.args["seed"], domain="shuffle")(

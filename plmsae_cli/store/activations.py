@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from threading import Thread
 
 import torch
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.store.fs import FileRecord, Store, StoreError, join
+from plmsae_cli.store.fs import FileRecord, Store, StoreError, is_remote, join
 from plmsae_cli.store.manifest import read_manifest
 from plmsae_cli.store.quantise import CALIBRATION, SCALE_BYTES, Quantiser
 from plmsae_cli.store.tensorfile import TensorFile, write_tensors
@@ -200,6 +202,24 @@ class ActivationShards:
             part_RD = out_RD[row - row_start : stop - row_start]
             self._file(shard).read_into(ACTS, part_RD, row - self._offset(shard))
             row = stop
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Begin to read rows [start, stop), as far as there are any, into the page cache, in the background."""
+        stop = min(stop, self.stop)
+
+        def ahead() -> None:
+            row = start
+            with suppress(StoreError):  # whoever reads it in earnest will tell
+                while row < stop:
+                    shard = bisect_right(range(len(self._names)), row, key=self._offset) - 1
+                    first, end = self._offset(shard), min(stop, self._end(shard))
+                    if end <= row:
+                        return
+                    self._file(shard).prefetch(ACTS, row - first, end - first)
+                    row = end
+
+        if not is_remote(self._folder) and start < stop:
+            Thread(target=ahead, daemon=True, name="prefetch").start()
 
     def _require_order(self) -> None:
         """Raises StoreError, naming the first shard that begins after the one that should follow it."""

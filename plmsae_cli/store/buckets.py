@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from threading import Thread
 from typing import TypeVar
 
 import numpy as np
@@ -155,6 +157,19 @@ class Buckets:
             )
         return Ordered(rows_RD, order_R)
 
+    def prefetch(self, start: int, stop: int) -> None:
+        """Begin to read the rows of the places [start, stop), as far as there are any, in the background; from a disk alone."""
+        stop = min(stop, self._level.rows)
+
+        def ahead() -> None:
+            with suppress(StoreError):  # whoever reads it in earnest will tell
+                for at in ((part, group) for part in self._level.parts(start, stop) for group in self._groups):
+                    segment = self._segment(at, start, stop)
+                    segment.file.prefetch("rows", segment.first, segment.first + len(segment.places_R))
+
+        if self._threads == 1 and start < stop:
+            Thread(target=ahead, daemon=True, name="prefetch").start()
+
     def _segment(self, at: tuple[int, int], start: int, stop: int) -> _Segment:
         file, size = self._file(at), self._level.bucket_rows
         base, end = self._level.span(at[0])
@@ -197,6 +212,7 @@ class Windows:
                 self._window = None  # its memory is needed for the next
                 self._begin, self._end = start, min(start + self._held, self._stop)
                 self._window = self._buckets.window(self._begin, self._end)
+                self._buckets.prefetch(self._end, self._end + self._held)  # also for the task after this one
             end = min(stop, self._end)
             yield from self._window.pieces(start - self._begin, end - self._begin)
             start = end

@@ -185,6 +185,12 @@ class TensorFile:
         if out.numel():
             self._store.read_into(self.path, entry.start + start * row_bytes, _bytes_of(out))
 
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """Have the disk read rows [start, stop) ahead."""
+        entry = self._entry(name)
+        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        self._store.prefetch(self.path, entry.start + start * row_bytes, (stop - start) * row_bytes)
+
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             known = ", ".join(self._entries) or "none"

@@ -6,8 +6,7 @@ statistics. A shard's training rows are contiguous in the training numbering, it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plmsae_cli.config.errors import UserError
@@ -186,6 +185,7 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
     from plmsae_cli.store.activations import Statistics
     from plmsae_cli.store.buckets import bytes_of
     from plmsae_cli.store.proteins import read_proteins
+    from plmsae_cli.store.quantise import as_stored
     from plmsae_cli.store.rowsum import hexed, row_sum
     from plmsae_cli.store.tensorfile import write_tensors
 
@@ -210,7 +210,7 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
     )
     results = {}
     for folder, layer in layer_of.items():
-        stored = _stored(embedded.pop(layer) if len(layer_of) == 1 else embedded[layer], store, folder, embed.dtype)
+        stored = as_stored(embedded.pop(layer) if len(layer_of) == 1 else embedded[layer], store, folder, embed.dtype)
         train_RD, heldout_RD = stored.train_RW, stored.heldout_RW
         metadata = {
             "weights": lineage.weights.name,
@@ -250,24 +250,6 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
             },
         )
     return results
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Rows as they lie on the disk, and how they become numbers again."""
-
-    train_RW: Any
-    heldout_RW: Any
-    decode: Callable[[Any], Any]
-
-
-def _stored(rows: tuple[Any, Any], store: Store, folder: str, dtype: str) -> _Stored:
-    from plmsae_cli.store.quantise import CALIBRATION, Quantiser
-
-    if dtype != "int8":
-        return _Stored(*rows, lambda part: part)
-    quantiser = Quantiser.read(store, join(folder, CALIBRATION))
-    return _Stored(quantiser.encode(rows[0]), quantiser.encode(rows[1]), quantiser.decode)
 
 
 def _finish(task: Task, context: Context) -> Mapping[str, Result]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,12 +32,13 @@ from plmsae_cli.store.rowsum import hexed, row_sum
 from plmsae_cli.store.tensorfile import write_tensors
 
 SEED = 5
+LOCAL = Store()
 EXPERIMENT = Experiment.model_validate({"embed": {"fasta": "x", "layers": [0]}, "shuffle": {"seed": SEED}})
 
 
-def embedded(folder: Path, rows_RD: torch.Tensor, cuts: Sequence[int] = (), row_total: str | None = None) -> str:
+def embedded(folder: Path | str, rows_RD: torch.Tensor, cuts: Sequence[int] = (), store: Store = LOCAL) -> str:
     """Rows as a finished embedding, in shards that begin at the cuts."""
-    store, root = Store(), str(folder / "embed")
+    root = f"{folder}/embed"
     bounds = [0, *cuts, len(rows_RD)]
     files = []
     for i in range(len(bounds) - 1):
@@ -50,7 +52,7 @@ def embedded(folder: Path, rows_RD: torch.Tensor, cuts: Sequence[int] = (), row_
         d -= 2
         Quantiser(torch.zeros(d), torch.ones(d)).write(store, join(root, CALIBRATION))
     Statistics(d).write(store, join(root, "stats.safetensors"))
-    total = hexed(row_sum(bytes_of(rows_RD))) if row_total is None else row_total
+    total = hexed(row_sum(bytes_of(rows_RD)))
     names = {"num_layers": 1, "weights": {}, "fasta": {}, "heldout_rows": 0, "counts": {}, "layer": 0}
     dtype = str(rows_RD.dtype).removeprefix("torch.")
     body = {"format": "f", "stage": "embed", "key": "k", "config": {}, "inputs": {}, "created": 0.0, "files": files}
@@ -61,19 +63,28 @@ def embedded(folder: Path, rows_RD: torch.Tensor, cuts: Sequence[int] = (), row_
 class Line:
     """One embedding through shuffle and optimize, task by task."""
 
-    def __init__(self, folder: Path, source: str, width: int, passes: Passes, memory: int) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        source: str,
+        width: int,
+        passes: Passes,
+        memory: int,
+        experiment: Experiment = EXPERIMENT,
+    ) -> None:
         self.passes, self.source, self.memory, self.width = passes, source, memory, width
-        self.shuffled, self.blocks = str(folder / "shuffle"), str(folder / "optimize")
-        self.context = LocalContext(EXPERIMENT, lambda *_, **__: None)
+        self.shuffled, self.blocks = f"{folder}/shuffle", f"{folder}/optimize"
+        self.context = LocalContext(experiment, lambda *_, **__: None)
+        self.store = self.context.store
 
     def shuffle_tasks(self) -> list[Task]:
         levels = shuffle.level_tasks(self.passes, self.shuffled, self.source, SEED, self.memory)
-        needed = shuffle._not_superseded(Store(), self.shuffled, levels)
+        needed = shuffle._not_superseded(self.store, self.shuffled, levels)
         names = ("rows", "map_rows", "fan", "middle")
         shape = {k: getattr(self.passes, k) for k in names} | {"bucket_rows": self.passes.first_bucket_rows}
         facts = {"d": self.width, "layer": 0, "source": self.source, **shape}
         finish = finish_task("shuffle", [Ref("shuffle", "s", self.shuffled)], needed, facts)
-        done = done_tasks(Store(), self.shuffled)
+        done = done_tasks(self.store, self.shuffled)
         return [task for task in [*needed, finish] if task.id not in done or task.id == "finish"]
 
     def shuffle(self) -> None:
@@ -91,7 +102,7 @@ class Line:
 
     def in_order(self) -> torch.Tensor:
         """The dataset's rows as the bijection says they were before."""
-        blocks = Blocks(Store(), self.blocks)
+        blocks = Blocks(self.store, self.blocks)
         placed = blocks.read(0, blocks.num_rows)
         return placed[
             torch.from_numpy(Permutation(self.passes.rows, SEED, domain="shuffle")(np.arange(self.passes.rows)))
@@ -128,6 +139,24 @@ def test_three_and_four_passes_give_the_bytes_of_two(tmp_path: Path) -> None:
         assert same(line.in_order(), rows)
         made.append(content(line.blocks))
     assert made[0] == made[1] == made[2]
+
+
+def test_three_passes_on_s3_give_the_bytes_of_two_on_a_disk(s3: Any, tmp_path: Path) -> None:
+    rows = rows_of(700, 5, torch.int8)
+    local = Line(tmp_path, embedded(tmp_path, rows), 5, Passes(700, 700, 0, 0, 1024), 100_000)
+    experiment = EXPERIMENT.model_copy(update={"storage": s3.storage()})
+    source = embedded(s3.url("data"), rows, [300], s3.store())
+    remote = Line(s3.url("data"), source, 5, Passes(700, 150, 3, 1, 1024), 3000, experiment)
+    for line in (local, remote):
+        line.shuffle()
+        line.optimize(200)
+    assert same(remote.in_order(), rows)
+    for i in range(4):
+        name = f"chunk-0-{i}.bin"
+        assert s3.store().read(f"{remote.blocks}/{name}") == (Path(local.blocks) / name).read_bytes()
+    left = s3.store().list(remote.shuffled)
+    assert any(name.startswith("merge1-") for name in left)
+    assert not any(name.startswith("map-") for name in left)
 
 
 def test_tiny_budgets_bring_middle_passes_by_themselves() -> None:

@@ -16,6 +16,7 @@ from plmsae_cli.store.manifest import Part, done_tasks, read_manifest, read_part
 from plmsae_cli.store.passes import Effort, Passes, divide
 
 FINISH = "finish"
+_SAMPLED_PARTS = 32
 
 
 def read_plan(store: Store, folder: str) -> dict[str, Any] | None:
@@ -101,16 +102,22 @@ def effort_figures(effort: Effort, experiment: Experiment, folder: str, measured
     return found
 
 
-def measured_speed(store: Store, *folders: str) -> float | None:
-    """Bytes a second each way of the finished tasks of the first of these artifacts that has any."""
-    for folder in folders:
-        manifest = read_manifest(store, folder)
-        facts = [part.facts for part in read_parts(store, folder).values()] if manifest is None else [manifest]
-        timed = [(float(f["bytes"]), float(f["seconds"])) for f in facts if f.get("seconds") and f.get("bytes")]
-        if timed:
-            # A task reads as many bytes as it writes.
-            return sum(size for size, _ in timed) / sum(seconds for _, seconds in timed)
-    return None
+def measured_speed(store: Store, folder: str, before: str | None = None) -> float | None:
+    """Bytes a second each way of an artifact's finished tasks (a few will do), else of the artifact before it."""
+    facts = [manifest for f in (folder, before) if f is not None and (manifest := read_manifest(store, f)) is not None][
+        :1
+    ]
+    facts = facts or [dict(part.facts) for part in _some_parts(store, folder)]
+    timed = [(float(f["bytes"]), float(f["seconds"])) for f in facts if f.get("seconds") and f.get("bytes")]
+    # A task reads as many bytes as it writes.
+    return sum(size for size, _ in timed) / sum(seconds for _, seconds in timed) if timed else None
+
+
+def _some_parts(store: Store, folder: str) -> list[Part]:
+    try:
+        return list(read_parts(store, folder, most=_SAMPLED_PARTS).values())
+    except DamagedError:  # its task is done again
+        return []
 
 
 def measured_facts(store: Store, folder: str) -> dict[str, Any]:

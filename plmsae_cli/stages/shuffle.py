@@ -76,7 +76,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             "buckets_per_map": -(-rows // passes.first_bucket_rows),
             **({"merges": sum(level.num_files for level in passes.levels()[1:])} if passes.middle else {}),
             "memory_per_task": int(shuffle.memory),
-            **effort_figures(effort, experiment, ref.folder, measured_speed(store, ref.folder, source)),
+            **effort_figures(effort, experiment, ref.folder, measured_speed(store, ref.folder)),
             **measured_facts(store, ref.folder),
         }
     return Plan("shuffle", tasks, artifacts, figures)

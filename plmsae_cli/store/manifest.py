@@ -58,15 +58,15 @@ def write_part(store: Store, folder: str, task_id: str, files: Sequence[FileReco
         store.write(path, [data])
 
 
-def read_parts(store: Store, folder: str) -> dict[str, Part]:
-    """Every task's part by the task's id. A damaged record is a DamagedError."""
+def read_parts(store: Store, folder: str, most: int | None = None) -> dict[str, Part]:
+    """Every task's part by the task's id, or of the first `most` of them. A damaged record is a DamagedError."""
 
     def load(name: str) -> Part:
         path = join(folder, _PARTS, name)
         return _parse_part(path, store.read(path))
 
     names = [name for name in store.list(join(folder, _PARTS)) if name.endswith(".json")]
-    return {part.task: part for part in _each(folder, load, sorted(names))}
+    return {part.task: part for part in _each(folder, load, sorted(names)[:most])}
 
 
 def done_tasks(store: Store, folder: str) -> set[str]:

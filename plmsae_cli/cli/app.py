@@ -254,6 +254,49 @@ def status(
     raise typer.Exit(show_status(run, json))
 
 
+@_tool_verb(
+    epilog="""
+    plmsae verify runs/data/optimize-KEY    one artifact
+    plmsae verify exp.yaml                  what an experiment has made
+    plmsae verify runs                      everything below a folder
+    """
+)
+def verify(
+    targets: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH|YAML...", help="Artifacts, local or s3://; folders of them; experiments."),
+    ],
+    json: Json = False,
+) -> None:
+    """Read finished data again and compare every file with the hash recorded when it was written.
+
+    A damaged file is named, with the task that made it and how to make it again. Exit code 1 if there is one. For
+    data in a bucket that needs settings, name the experiment.
+    """
+    from plmsae_cli.cli.housekeeping import verify_targets
+
+    raise typer.Exit(verify_targets(targets, json))
+
+
+@_tool_verb()
+def clean(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of runs; runs/ unless named.")] = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed. Without it nothing is touched.")] = False,
+    older: Annotated[
+        float, typer.Option("--older", metavar="HOURS", help="Leave alone what was written to more recently.")
+    ] = 24.0,
+    unused: Annotated[bool, typer.Option("--unused", help="Also finished data that no run under ROOT uses.")] = False,
+    json: Json = False,
+) -> None:
+    """List what no longer serves: writes that were cut short, files of lost attempts, rests of freed data.
+
+    What a run points to, and what is being written, is never on the list. `--yes` deletes it, manifests first.
+    """
+    from plmsae_cli.cli.housekeeping import clean_root
+
+    raise typer.Exit(clean_root(root, yes, older, unused, json))
+
+
 @_tool_verb()
 def schema() -> None:
     """Print the JSON schema of experiments, for editors."""

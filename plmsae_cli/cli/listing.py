@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ def list_root(root: Path, as_json: bool) -> int:
 
         if not root.is_dir():
             raise UserError(f"{root} is not a folder", "name the root of your runs: `plmsae ls my-root`")
+        if (root / "MANIFEST.json").is_file():
+            return show_data(root, as_json)
         runs = [_run(path.parent, root) for path in sorted(root.rglob("status.json")) if "logs" not in path.parts]
         users: dict[str, list[str]] = {}
         for found in runs:
             for pointer in found["artifacts"].values():
                 users.setdefault(os.path.normpath(pointer["folder"]), []).append(found["name"])
-        data = [_data(path.parent, users) for path in sorted(root.rglob("MANIFEST.json"))]
+        finished = {path.parent: path for name in ("FREED.json", "MANIFEST.json") for path in root.rglob(name)}
+        data = [_data(path, users) for _, path in sorted(finished.items())]
         if as_json:
             print(json.dumps({"schema": 1, "runs": runs, "data": data}))
             return DONE
@@ -38,7 +42,13 @@ def list_root(root: Path, as_json: bool) -> int:
         if data:
             print()
             cells = [
-                [d["folder"], f"{d['rows']:,}", size(d["bytes"]), d["dtype"], ", ".join(d["used_by"]) or "-"]
+                [
+                    d["folder"],
+                    f"{d['rows']:,}",
+                    "freed" if "freed" in d else size(d["bytes"]),
+                    d["dtype"],
+                    ", ".join(d["used_by"]) or "-",
+                ]
                 for d in data
             ]
             print(table(cells, ["data", "rows", "size", "type", "used by"]))
@@ -76,20 +86,54 @@ def live_state(status: dict[str, Any]) -> str:
     return state
 
 
-def _data(folder: Path, users: dict[str, list[str]]) -> dict[str, Any]:
+def _data(path: Path, users: dict[str, list[str]]) -> dict[str, Any]:
+    """Facts of an artifact, from its manifest or from the record of one that was freed."""
     from plmsae_cli.runtime.run_folder import read_json
 
-    manifest = read_json(folder / "MANIFEST.json")
+    folder, manifest = path.parent, read_json(path)
+    assert manifest is not None
+    files = manifest.get("files", [])
+    chunks = sum(file["name"].startswith("chunk-") for file in files)
+    facts = ("d", "heldout_rows", "chunk_rows", "seed", "weights", "fasta", "num_layers", "inputs", "created", "freed")
     return {
         "folder": str(folder),
         "stage": manifest["stage"],
         "key": manifest["key"],
         "rows": manifest.get("rows", manifest.get("tokens", 0)),
-        "bytes": sum(file["size"] for file in manifest["files"]),
+        "bytes": sum(file["size"] for file in files),
+        "files": len(files),
+        **({"chunks": chunks} if chunks else {}),
+        **{name: manifest[name] for name in facts if name in manifest},
         "dtype": manifest.get("dtype") or "-",
         "layer": manifest.get("layer"),
         "used_by": users.get(os.path.normpath(folder), []),
     }
+
+
+def show_data(folder: Path, as_json: bool) -> int:
+    """One artifact: how much, in which form, from where."""
+    found = _data(folder / "MANIFEST.json", {})
+    if as_json:
+        print(json.dumps({"schema": 1, **found}))
+        return DONE
+    weights, fasta = found.get("weights"), found.get("fasta")
+    lines = {
+        "rows": f"{found['rows']:,}" + (f" and {found['heldout_rows']:,} held out" if "heldout_rows" in found else ""),
+        "size": f"{size(found['bytes'])} in {found['files']:,} files",
+        "chunks": f"{found['chunks']:,} of up to {found['chunk_rows']:,} rows" if "chunks" in found else None,
+        "type": f"{found['dtype']}, {found['d']:,} dimensions" if "d" in found else found["dtype"],
+        "layer": f"{found['layer']} of {found.get('num_layers', '?')}" if found["layer"] is not None else None,
+        "model": f"{weights['name']} (sha256 {weights['sha256'][:12]})" if weights else None,
+        "proteins": f"{fasta['name']} (sha256 {fasta['sha256'][:12]})" if fasta else None,
+        "seed": str(found["seed"]) if "seed" in found else None,
+        "made from": ", ".join(f"{name} {value[:16]}" for name, value in found.get("inputs", {}).items()),
+        "made": time.strftime("%Y-%m-%d %H:%M", time.localtime(found["created"])) if "created" in found else None,
+    }
+    print(f"{found['folder']}: {found['stage']}")
+    for name, value in lines.items():
+        if value:
+            print(f"  {name}: {value}")
+    return DONE
 
 
 def _figure(figures: dict[str, float], name: str) -> str:

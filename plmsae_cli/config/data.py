@@ -35,6 +35,9 @@ class Launch(Section):
     """Processes of one training run (torchrun); `auto` is one a GPU, one on a CPU."""
     workers: Auto | Count = "auto"
     """Processes that share the tasks of the other stages; `auto` is one a GPU, one on a CPU."""
+    io_speed: Bytes | None = None
+    """Bytes a second that a machine reads, and writes meanwhile, for the times that `--dry-run` predicts; null: as
+    measured by tasks that have run, else 1GB."""
 
 
 class Model(Section):
@@ -66,8 +69,8 @@ class Embed(Section):
     holdout: Annotated[Fraction, SCIENCE] = 0.01
     """Share of the proteins held out of training for `eval`, chosen by a hash of the sequence; at least 32
     proteins, at most half."""
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], SCIENCE] = "bfloat16"
-    """Stored type: 2, 2 or 4 bytes a number."""
+    dtype: Annotated[Literal["bfloat16", "float16", "float32", "int8"], SCIENCE] = "bfloat16"
+    """Stored type: 2, 2 or 4 bytes a number. `int8` is one byte, standardised by dimension, and two bytes more a row."""
     compute: Auto | Literal["bfloat16", "float16", "float32"] = "auto"
     """Arithmetic of the forward pass; `auto` is bfloat16 on GPUs that have it, float16 on older ones, float32 on
     a CPU."""
@@ -83,7 +86,28 @@ class Shuffle(Section):
     seed: Annotated[int, SCIENCE] = 0
     """Seed of the order: the same seed gives the same bytes on any number of workers."""
     memory: Bytes = Field(default="4GB", validate_default=True)
-    """Peak memory of one task; about half of it holds rows. Fixed by the first start."""
+    """Peak memory of one task; all but 512 MB (a quarter, of little) holds rows. Fixed by the first start."""
+
+
+class Keep(Section):
+    """What stays on the disk when its purpose is served. A freed folder leaves a record and is made again only where
+    something asks for it."""
+
+    activations: bool = True
+    """Activations, once the dataset made from them is finished and verified; false frees them."""
+    buckets: bool = True
+    """What `shuffle` wrote, once the dataset made from it is finished and verified; false frees it."""
+
+
+class Price(Section):
+    """What things cost, in dollars; where set, dollars stand beside hours, bytes and requests in `--dry-run`."""
+
+    gpu_hour: Annotated[float, Field(ge=0.0)] | None = None
+    """One GPU for an hour."""
+    tb_day: Annotated[float, Field(ge=0.0)] | None = None
+    """Keeping 10^12 bytes for a day."""
+    million_requests: Annotated[float, Field(ge=0.0)] | None = None
+    """A million requests to the object store."""
 
 
 class Optimize(Section):

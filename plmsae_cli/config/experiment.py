@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from plmsae_cli.config.base import SCIENCE, Auto, Count, Name, Section, rule
-from plmsae_cli.config.data import Embed, Launch, Model, Optimize, Shuffle, Storage
+from plmsae_cli.config.data import Embed, Keep, Launch, Model, Optimize, Price, Shuffle, Storage
 from plmsae_cli.config.sweep import Sweep
 from plmsae_cli.config.training import PLM, SAE, Train
 
 __all__ = [
-    "PLM", "SAE", "Embed", "Eval", "Experiment", "Fidelity", "Launch", "Model", "Optimize", "Shuffle", "Storage",
-    "Sweep", "Train", "Wandb",
+    "PLM", "SAE", "Embed", "Eval", "Experiment", "Fidelity", "Keep", "Launch", "Model", "Optimize", "Price", "Shuffle",
+    "Storage", "Sweep", "Train", "Wandb",
 ]  # fmt: skip
 
 STAGES = ("embed", "shuffle", "optimize", "train", "sweep", "eval")
@@ -82,6 +82,10 @@ class Experiment(Section):
     """Evidence of what was learnt."""
     wandb: Wandb = Wandb()
     """Weights & Biases."""
+    keep: Keep = Keep()
+    """What stays on the disk when its purpose is served."""
+    price: Price = Price()
+    """What things cost, for the dry run."""
 
     @model_validator(mode="after")
     def _stages_have_their_inputs(self) -> Experiment:

@@ -51,9 +51,7 @@ def reconstruction(
     activation_N = torch.zeros(model.num_latents, dtype=torch.float64, device=device)
     top_row_N = torch.full((model.num_latents,), -1, dtype=torch.int64, device=device)
     for start in range(0, rows, batch):
-        raw_BD = torch.empty(min(batch, rows - start), shards.d, dtype=shards.dtype)
-        shards.read_into(start, raw_BD)
-        x_BD = raw_BD.to(device).float()
+        x_BD = shards.read(start, min(start + batch, rows), device)
         latents = model.encode(x_BD)
         before_N = figures.maximum_N.clone()
         figures.update(x_BD, model.decode(latents), latents, mean_D.to(device))

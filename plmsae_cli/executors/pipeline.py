@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.keep import free_unkept
 from plmsae_cli.executors.local import LocalExecutor, PlanChanged
 from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
 from plmsae_cli.runtime.dist import in_gang
@@ -158,6 +159,8 @@ def _run_stages(
                 worked = "sweep" not in stages and _each_trial(experiment, ["eval"], run, executor, reporter)
             else:
                 worked = _stage(stage, experiment, store, run, executor, reporter)
+            if stage == "optimize":
+                free_unkept(experiment, store, reporter)
             if worked:
                 seconds[stage] = round(time.monotonic() - begun, 2)
                 run.status(stage_seconds={stage: seconds[stage]})

@@ -8,12 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.task import Artifact, Result, Task
-from plmsae_cli.store.fs import Store, join
-from plmsae_cli.store.lineage import Ref
-from plmsae_cli.store.manifest import done_tasks, read_manifest
+from plmsae_cli.store.fs import DamagedError, Store, is_remote, join
+from plmsae_cli.store.lineage import Lineage, Ref
+from plmsae_cli.store.manifest import Part, done_tasks, read_manifest, read_parts, verify
+from plmsae_cli.store.passes import Effort, Passes, divide
 
 FINISH = "finish"
+_SAMPLED_PARTS = 32
 
 
 def read_plan(store: Store, folder: str) -> dict[str, Any] | None:
@@ -73,3 +76,94 @@ def require_manifest(store: Store, folder: str) -> dict[str, Any]:
             "run the stage that makes it, or the whole experiment with `plmsae run`",
         )
     return manifest
+
+
+def effort_figures(effort: Effort, experiment: Experiment, folder: str, measured: float | None) -> dict[str, Any]:
+    """What a stage moves, how long that takes at which speed, and what it costs where prices are known."""
+    given = experiment.launch.io_speed
+    speed, origin = (
+        (float(given), "launch.io_speed") if given else (measured, "measured") if measured else (1e9, "assumed")
+    )
+    found: dict[str, Any] = {
+        "files": effort.files,
+        "bytes_read": effort.bytes_read,
+        "bytes_written": effort.bytes_written,
+        "bytes_temporary": effort.temporary_bytes,
+        "predicted_seconds": round(effort.seconds(speed), 1),
+        "bytes_a_second": f"{speed / 1e6:,.0f} MB each way, {origin}",
+    }
+    price = experiment.price
+    if is_remote(folder):
+        found["requests"] = effort.requests
+        if price.million_requests is not None:
+            found["usd_requests"] = round(effort.requests / 1e6 * price.million_requests, 2)
+    if price.tb_day is not None:
+        found["usd_storage_a_day"] = round(effort.bytes_written / 1e12 * price.tb_day, 2)
+    return found
+
+
+def measured_speed(store: Store, folder: str, before: str | None = None) -> float | None:
+    """Bytes a second each way of an artifact's finished tasks (a few will do), else of the artifact before it."""
+    facts = [manifest for f in (folder, before) if f is not None and (manifest := read_manifest(store, f)) is not None][
+        :1
+    ]
+    facts = facts or [dict(part.facts) for part in _some_parts(store, folder)]
+    timed = [(float(f["bytes"]), float(f["seconds"])) for f in facts if f.get("seconds") and f.get("bytes")]
+    # A task reads as many bytes as it writes.
+    return sum(size for size, _ in timed) / sum(seconds for _, seconds in timed) if timed else None
+
+
+def _some_parts(store: Store, folder: str) -> list[Part]:
+    try:
+        return list(read_parts(store, folder, most=_SAMPLED_PARTS).values())
+    except DamagedError:  # its task is done again
+        return []
+
+
+def measured_facts(store: Store, folder: str) -> dict[str, Any]:
+    """What the tasks of a finished artifact took, for its figures."""
+    manifest = read_manifest(store, folder) or {}
+    names = {"seconds_measured": "seconds", "memory_measured": "peak_memory"}
+    return {shown: manifest[name] for shown, name in names.items() if name in manifest}
+
+
+def require_same_rows(store: Store, source: str, before: str | None, parts: Sequence[Part]) -> dict[str, Any]:
+    """What the parts say together: the checksum of their rows, which must be that of the source, time and memory.
+
+    Raises:
+        DamagedError: a row was changed between the two; the source is read again to name the file.
+    """
+    from plmsae_cli.store.rowsum import joined  # numpy: planning needs none
+
+    total = joined(part.facts["row_sum"] for part in parts)
+    if before is not None and total != before:
+        problems = verify(store, source)
+        raise DamagedError(
+            f"the rows read from {source} are not those that were written to it"
+            + (":\n  " + "\n  ".join(problems) if problems else "; its files are sound now"),
+            f"`plmsae verify {source}` says how to make a damaged file again; then delete the folder this stage has begun"
+            if problems
+            else "memory or a disk is faulty: delete the folder this stage has begun and start again, on another machine",
+        )
+    return {
+        "row_sum": total,
+        "seconds": round(sum(part.facts["seconds"] for part in parts), 3),
+        "bytes": sum(part.facts["bytes"] for part in parts),
+        "peak_memory": max((part.facts["peak_memory"] for part in parts), default=0),
+    }
+
+
+def shuffle_passes(experiment: Experiment, lineage: Lineage, store: Store, layer: int) -> Passes:
+    """The shape of a layer's shuffle: as its first start fixed it, else as this one would."""
+    assert experiment.shuffle is not None
+    folder = lineage.shuffle(layer).folder
+    rows = lineage.scan.num_rows
+    chosen = read_plan(store, folder)
+    if chosen is None:
+        return divide(rows, lineage.row_bytes, int(experiment.shuffle.memory), is_remote(folder))
+    return as_passes({"rows": rows, **chosen})
+
+
+def as_passes(body: Mapping[str, Any]) -> Passes:
+    """From plan.json or a manifest; those written before there were middle passes have none."""
+    return Passes(body["rows"], body["map_rows"], body.get("fan", 0), body.get("middle", 0), body["bucket_rows"])

@@ -16,6 +16,11 @@ from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_fac
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage, Ref
 
+CALIBRATION_ROWS = 1_000_000
+"""Rows that int8's means and deviations are taken from."""
+_CALIBRATION_PASS = 65_536
+"""Of these, in memory at a time."""
+
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
     """Tasks that embed `layers` (default: all of the section's)."""
@@ -27,15 +32,25 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     row_bytes = lineage.row_bytes
     ranges = _shard_ranges(store, refs, lambda: scan.shard_ranges(max(1, int(embed.shard) // row_bytes)))
 
+    quantised = embed.dtype == "int8"
     offsets = scan.rows_before([start for start, _ in ranges])
     folders = tuple(ref.folder for ref in refs.values())
     proteins = Task("proteins", "embed", folders, cost=scan.num_proteins / 1e4, args={"ranges": ranges})
+    calibrate = Task(
+        "calibrate",
+        "embed",
+        folders,
+        resources=Resources(gpus=1),
+        cost=float(min(scan.num_rows, CALIBRATION_ROWS)),
+        args={"layers": {ref.folder: layer for layer, ref in refs.items()}},
+    )
+    first = [proteins, calibrate] if quantised else [proteins]
     shards = [
         Task(
             f"shard-{i:05d}",
             "embed",
             folders,
-            needs=(proteins.id,),
+            needs=tuple(task.id for task in first),
             resources=Resources(gpus=1, memory=2 * len(refs) * int(embed.shard)),
             cost=float(scan.lengths_P[start:stop].sum()),
             args={
@@ -54,7 +69,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
         "counts": dict(scan.counts),
         "layers": {ref.folder: layer for layer, ref in refs.items()},
     }
-    tasks = [proteins, *shards, finish_task("embed", list(refs.values()), [proteins, *shards], facts)]
+    tasks = [*first, *shards, finish_task("embed", list(refs.values()), [*first, *shards], facts)]
     rows = scan.num_rows + scan.num_heldout_rows
     return Plan(
         "embed",
@@ -95,6 +110,8 @@ def _shard_ranges(store: Store, refs: Mapping[int, Ref], fresh: Any) -> list[lis
 def work(task: Task, context: Context) -> Mapping[str, Result]:
     if task.id == "proteins":
         return _proteins(task, context)
+    if task.id == "calibrate":
+        return _calibrate(task, context)
     if task.id == FINISH:
         return _finish(task, context)
     return _shard(task, context)
@@ -119,10 +136,57 @@ def _proteins(task: Task, context: Context) -> Mapping[str, Result]:
     }
 
 
-def _shard(task: Task, context: Context) -> Mapping[str, Result]:
+def _calibrate(task: Task, context: Context) -> Mapping[str, Result]:
+    """Freeze what int8 rows are standardised by, on the training proteins with the smallest keyed hashes."""
     from plmsae_cli.runtime.embedding import Embedder
     from plmsae_cli.store.activations import Statistics
+    from plmsae_cli.store.quantise import CALIBRATION, Quantiser
+    from plmsae_cli.store.scan import sampled_proteins
+
+    experiment, store = context.experiment, context.store
+    embed = experiment.embed
+    assert embed is not None
+    lineage = Lineage(experiment, store)
+    layer_of: dict[str, int] = {f: task.args["layers"][f] for f in task.folders}
+    embedder = Embedder.shared(experiment.model.weights, store, embed.compute)
+    statistics = {folder: Statistics(lineage.d) for folder in layer_of}
+    layers = sorted(set(layer_of.values()))
+    done = 0
+    for sequences in sampled_proteins(lineage.fasta, lineage.scan, embed, CALIBRATION_ROWS, _CALIBRATION_PASS):
+
+        def seen(step: float, _: float, *, _before: int = done, **figures: Any) -> None:
+            context.progress(_before + step, min(CALIBRATION_ROWS, lineage.scan.num_rows), **figures)
+
+        embedded = embedder.run(
+            sequences,
+            layers,
+            [False] * len(sequences),
+            embedder.compute,
+            embed.batch_tokens,
+            seen,
+            context.check_stop,
+        )
+        for folder, layer in layer_of.items():
+            statistics[folder].update(embedded[layer][0])
+        done += sum(map(len, sequences))
+    return {
+        folder: Result(
+            [Quantiser(s.mean_D, s.variance_D.sqrt(), s.count).write(store, join(folder, CALIBRATION))],
+            {"rows": s.count},
+        )
+        for folder, s in statistics.items()
+    }
+
+
+def _shard(task: Task, context: Context) -> Mapping[str, Result]:
+    import torch
+
+    from plmsae_cli.runtime.embedding import Embedder
+    from plmsae_cli.store.activations import Statistics
+    from plmsae_cli.store.buckets import bytes_of
     from plmsae_cli.store.proteins import read_proteins
+    from plmsae_cli.store.quantise import as_stored
+    from plmsae_cli.store.rowsum import hexed, row_sum
     from plmsae_cli.store.tensorfile import write_tensors
 
     experiment, store = context.experiment, context.store
@@ -139,14 +203,15 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
         sequences,
         sorted(set(layer_of.values())),
         heldout,
-        embed.dtype,
+        embedder.compute if embed.dtype == "int8" else embed.dtype,
         embed.batch_tokens,
         context.progress,
         context.check_stop,
     )
     results = {}
     for folder, layer in layer_of.items():
-        train_RD, heldout_RD = embedded[layer]
+        stored = as_stored(embedded.pop(layer) if len(layer_of) == 1 else embedded[layer], store, folder, embed.dtype)
+        train_RD, heldout_RD = stored.train_RW, stored.heldout_RW
         metadata = {
             "weights": lineage.weights.name,
             "weights_sha256": lineage.weights.sha256,
@@ -159,7 +224,8 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
             "attention": embedder.attention,
         }
         statistics = Statistics(lineage.d)
-        statistics.update(train_RD)
+        for part_RW in torch.split(train_RD, 65_536):
+            statistics.update(stored.decode(part_RW))
         name = f"shard-{index:05d}.safetensors"
         results[folder] = Result(
             [
@@ -177,7 +243,11 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
                 ),
                 write_tensors(store, join(folder, "statistics", name), statistics.to_tensors(), {}),
             ],
-            {"rows": train_RD.shape[0], "heldout_rows": heldout_RD.shape[0]},
+            {
+                "rows": train_RD.shape[0],
+                "heldout_rows": heldout_RD.shape[0],
+                "row_sum": hexed(row_sum(bytes_of(train_RD))),
+            },
         )
     return results
 
@@ -185,6 +255,7 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
 def _finish(task: Task, context: Context) -> Mapping[str, Result]:
     from plmsae_cli.store.activations import Statistics
     from plmsae_cli.store.manifest import read_parts
+    from plmsae_cli.store.rowsum import joined
     from plmsae_cli.store.tensorfile import TensorFile
 
     lineage = Lineage(context.experiment, context.store)
@@ -208,5 +279,8 @@ def _finish(task: Task, context: Context) -> Mapping[str, Result]:
             "weights": {"name": lineage.weights.name, "sha256": lineage.weights.sha256},
             "fasta": {"sha256": lineage.scan.sha256, "name": lineage.fasta.name},
         }
+        shards = [part.facts for name, part in parts.items() if name.startswith("shard-")]
+        if all("row_sum" in found for found in shards):  # those of an earlier version have none
+            facts["row_sum"] = joined(found["row_sum"] for found in shards)
         results[folder] = Result([record], manifest_facts(task, folder, facts).facts)
     return results

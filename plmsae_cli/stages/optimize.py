@@ -7,14 +7,30 @@ A task fills the places of one or more whole chunks from all map files. `finish`
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task
-from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, read_plan, remaining
+from plmsae_cli.stages.common import (
+    FINISH,
+    artifact,
+    as_passes,
+    effort_figures,
+    finish_task,
+    manifest_facts,
+    measured_facts,
+    measured_speed,
+    read_plan,
+    remaining,
+    require_manifest,
+    require_same_rows,
+    shuffle_passes,
+)
 from plmsae_cli.store.blocks import chunk_name, chunk_rows
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.lineage import Lineage
+from plmsae_cli.store.passes import held_rows, optimize_effort
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -25,54 +41,66 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     assert shuffle is not None
     assert optimize is not None
     lineage = Lineage(experiment, store)
-    rows, d = lineage.scan.num_rows, lineage.d
-    row_bytes = lineage.row_bytes
+    rows, row_bytes = lineage.scan.num_rows, lineage.row_bytes
+    memory = int(shuffle.memory)
     tasks: list[Task] = []
     artifacts = {}
     figures = {}
     for layer in embed.layers if layers is None else layers:
-        ref = lineage.optimize(layer)
-        per_chunk = chunk_rows(int(optimize.chunk), optimize.block_rows, d, getattr(torch, embed.dtype))
+        ref, source = lineage.optimize(layer), lineage.shuffle(layer).folder
+        per_chunk = chunk_rows(int(optimize.chunk), optimize.block_rows, lineage.width, getattr(torch, embed.dtype))
         num_chunks = math.ceil(rows / per_chunk)
-        # Half the memory holds the chunks being filled, the other half the segment being read.
-        fitting = max(1, int(shuffle.memory) // 2 // (per_chunk * row_bytes))
+        fitting = max(1, held_rows(memory, row_bytes) // per_chunk)
         chosen = read_plan(store, ref.folder) or {"rows": rows, "chunk_rows": per_chunk, "chunks_per_task": fitting}
         step = chosen["chunks_per_task"]
-        reduces = [
-            Task(
-                f"reduce-{i:05d}",
-                "optimize",
-                (ref.folder,),
-                resources=Resources(memory=int(shuffle.memory)),
-                cost=float(min(step * per_chunk, rows - i * step * per_chunk)),
-                args={
-                    "source": lineage.shuffle(layer).folder,
-                    "first": i * step,
-                    "last": min((i + 1) * step, num_chunks),
-                    "chunk_rows": per_chunk,
-                    "rows": rows,
-                },
-            )
-            for i in range(math.ceil(num_chunks / step))
-        ]
+        reduces = reduce_tasks(ref.folder, source, rows, per_chunk, step, memory)
         facts = {
             "layer": layer,
             "rows": rows,
-            "d": d,
+            "d": lineage.d,
+            "width": lineage.width,
             "chunk_rows": per_chunk,
             "activations": lineage.embed(layer).folder,
+            "source": source,
         }
         tasks += remaining(store, [*reduces, finish_task("optimize", [ref], reduces, facts)])
         artifacts[f"layer-{layer}"] = artifact(store, ref, rows, rows * row_bytes, chosen)
+        passes = shuffle_passes(experiment, lineage, store, layer)
+        effort = optimize_effort(passes, row_bytes, per_chunk, step, memory)
         figures[f"layer-{layer}"] = {
             "rows": rows,
             "chunks": num_chunks,
             "chunk_bytes": per_chunk * row_bytes,
             "reduces": len(reduces),
-            "bytes_read": rows * (row_bytes + 8),
-            "bytes_written": rows * row_bytes,
+            "memory_per_task": memory,
+            **effort_figures(effort, experiment, ref.folder, measured_speed(store, ref.folder, source)),
+            **measured_facts(store, ref.folder),
         }
     return Plan("optimize", tasks, artifacts, figures)
+
+
+def reduce_tasks(folder: str, source: str, rows: int, chunk_rows: int, chunks_per_task: int, memory: int) -> list[Task]:
+    """Tasks that fill `chunks_per_task` chunks each."""
+    num_chunks = math.ceil(rows / chunk_rows)
+    step = chunks_per_task
+    return [
+        Task(
+            f"reduce-{i:05d}",
+            "optimize",
+            (folder,),
+            resources=Resources(memory=memory),
+            cost=float(min(step * chunk_rows, rows - i * step * chunk_rows)),
+            args={
+                "source": source,
+                "first": i * step,
+                "last": min((i + 1) * step, num_chunks),
+                "chunk_rows": chunk_rows,
+                "rows": rows,
+                "memory": memory,
+            },
+        )
+        for i in range(math.ceil(num_chunks / step))
+    ]
 
 
 def work(task: Task, context: Context) -> Mapping[str, Result]:
@@ -80,50 +108,57 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
 
 
 def _reduce(task: Task, context: Context) -> Mapping[str, Result]:
-    import torch
+    from plmsae_cli.runtime.peak import peak_memory, reset_peak
+    from plmsae_cli.store.blocks import stream_chunk
+    from plmsae_cli.store.buckets import Buckets, Windows
+    from plmsae_cli.store.rowsum import hexed
 
-    from plmsae_cli.stages.common import require_manifest
-    from plmsae_cli.store.blocks import write_chunk
-    from plmsae_cli.store.buckets import Buckets
-
+    begun = time.monotonic()
+    reset_peak()
     source = task.args["source"]
-    manifest = require_manifest(context.store, source)
-    names = [file["name"] for file in manifest["files"] if file["name"].startswith("map-")]
-    buckets = Buckets(context.store, source, names, manifest["bucket_rows"])
+    passes = as_passes(require_manifest(context.store, source))
+    buckets = Buckets(context.store, source, passes.levels()[-1])
+    row_bytes = buckets.d * buckets.dtype.itemsize
     first, last, per_chunk = task.args["first"], task.args["last"], task.args["chunk_rows"]
     start, stop = first * per_chunk, min(last * per_chunk, task.args["rows"])
-    rows_RD = torch.empty(stop - start, buckets.d, dtype=buckets.dtype)
-    buckets.gather(start, rows_RD)
+    windows = Windows(buckets, stop, held_rows(task.args["memory"], row_bytes))
     (folder,) = task.folders
     files = []
     for chunk in range(first, last):
         context.check_stop()
-        low = (chunk - first) * per_chunk
-        files.append(write_chunk(context.store, join(folder, chunk_name(chunk)), rows_RD[low : low + per_chunk]))
+        low, high = chunk * per_chunk, min((chunk + 1) * per_chunk, stop)
+        pieces = windows.pieces(low, high)
+        files.append(stream_chunk(context.store, join(folder, chunk_name(chunk)), pieces, (high - low) * row_bytes))
         context.progress(chunk + 1 - first, last - first)
-    return {folder: Result(files, {"rows": stop - start})}
+    facts = {"rows": stop - start, "row_sum": hexed(windows.sum), "bytes": (stop - start) * row_bytes}
+    return {folder: Result(files, {**facts, "seconds": time.monotonic() - begun, "peak_memory": peak_memory()})}
 
 
 def _finish(task: Task, context: Context) -> Mapping[str, Result]:
     import torch
 
-    from plmsae_cli.stages.common import require_manifest
     from plmsae_cli.store.blocks import index_json
+    from plmsae_cli.store.manifest import read_parts
+    from plmsae_cli.store.quantise import CALIBRATION
 
     store = context.store
     (folder,) = task.folders
     source = task.args["activations"]
     activations = require_manifest(store, source)
+    parts = [part for part in read_parts(store, folder).values() if part.task.startswith("reduce-")]
+    before = require_manifest(store, task.args["source"]).get("row_sum")
+    facts = require_same_rows(store, task.args["source"], before, parts)
     copies: list[FileRecord] = []
     for file in activations["files"]:
         name = file["name"]
-        if name in ("proteins.parquet", "stats.safetensors") or name.startswith("heldout/"):
+        if name in ("proteins.parquet", "stats.safetensors", CALIBRATION) or name.startswith("heldout/"):
             copies.append(store.write(join(folder, name), [store.read(join(source, name))]))
-    rows, per_chunk, d = task.args["rows"], task.args["chunk_rows"], task.args["d"]
+    rows, per_chunk = task.args["rows"], task.args["chunk_rows"]
     chunks = [(chunk_name(i), min(per_chunk, rows - i * per_chunk)) for i in range(math.ceil(rows / per_chunk))]
-    index = index_json(chunks, d, getattr(torch, activations["dtype"]))
+    quantised = activations["dtype"] == "int8"
+    index = index_json(chunks, task.args["width"], getattr(torch, activations["dtype"]), quantised)
     records = [*copies, store.write(join(folder, "index.json"), [index])]
     keep = ("layer", "num_layers", "weights", "fasta", "dtype", "heldout_rows", "counts")
-    facts = {"rows": rows, "d": d, "chunk_rows": per_chunk, **{k: activations[k] for k in keep}}
+    facts |= {"rows": rows, "d": task.args["d"], "chunk_rows": per_chunk, **{k: activations[k] for k in keep}}
     shuffled = {"seed": context.experiment.shuffle.seed} if context.experiment.shuffle else {}
     return {folder: Result(records, manifest_facts(task, folder, {**facts, **shuffled}).facts)}

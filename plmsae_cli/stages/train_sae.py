@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-import torch
-
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment, Train
 from plmsae_cli.runtime.device import pick_device, training_dtype
@@ -66,8 +64,7 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
             leave(next(folder for folder, t in trainings.items() if t is training), error, training.reached)
 
         with BlockStream(blocks, shared.batch_tokens, shared.seed, ranks.rank, ranks.world, device=device) as stream:
-            sample_RD = torch.empty(min(MEDIAN_ROWS, blocks.num_rows), blocks.d, dtype=blocks.dtype)
-            blocks.read_into(0, sample_RD)
+            sample_RD = blocks.read(0, min(MEDIAN_ROWS, blocks.num_rows))
             for folder, experiment in members.items():
                 train = _train(experiment)
                 steps = train.steps(stream.steps_per_epoch)

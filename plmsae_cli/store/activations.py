@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from threading import Thread
 
 import torch
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.store.fs import FileRecord, Store, StoreError, join
+from plmsae_cli.store.fs import FileRecord, Store, StoreError, is_remote, join
 from plmsae_cli.store.manifest import read_manifest
+from plmsae_cli.store.quantise import CALIBRATION, SCALE_BYTES, Quantiser
 from plmsae_cli.store.tensorfile import TensorFile, write_tensors
 
 ACTS = "acts"
@@ -140,6 +143,7 @@ class ActivationShards:
         self._folder = folder
         self._names = list(names) if names is not None else _shard_names(store, folder, heldout)
         self._files: dict[int, TensorFile] = {}
+        self._quantiser: Quantiser | None = None
 
     @property
     def start(self) -> int:
@@ -152,20 +156,37 @@ class ActivationShards:
         return self._end(len(self._names) - 1) if self._names else 0
 
     @property
+    def width(self) -> int:
+        """Numbers of a row as stored: d, or d + 2 where rows are int8 with their scale."""
+        return self._any().shape(ACTS)[1]
+
+    @property
     def d(self) -> int:
         """Dimensions of a row."""
-        return self._any().shape(ACTS)[1]
+        return self.width - (SCALE_BYTES if self.dtype == torch.int8 else 0)
 
     @property
     def dtype(self) -> torch.dtype:
         return self._any().dtype(ACTS)
 
+    def read(self, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Rows [start, stop) as float32 [R, d] on the device, decoded there where they are quantised."""
+        rows_RW = torch.empty(stop - start, self.width, dtype=self.dtype)
+        self.read_into(start, rows_RW)
+        if rows_RW.dtype != torch.int8:
+            return rows_RW.to(device).float()
+        if self._quantiser is None or self._quantiser.mean_D.device != torch.device(device):
+            self._quantiser = Quantiser.read(self._store, join(self._folder, CALIBRATION)).to(device)
+        return self._quantiser.decode(rows_RW.to(device))
+
     def read_into(self, row_start: int, out_RD: torch.Tensor) -> None:
-        """Fill `out_RD` (contiguous, on the CPU, the shards' dtype) with the rows from `row_start`.
+        """Fill `out_RD` ([R, width], contiguous, on the CPU, the shards' dtype) with the rows from `row_start`, as stored.
 
         Rows outside [start, stop) are a ValueError; shards that do not follow on one another a StoreError.
         """
         row, row_stop = row_start, row_start + len(out_RD)
+        if not self.start <= row <= row_stop <= self.stop:
+            self._require_order()
         if not self.start <= row <= row_stop <= self.stop:
             raise ValueError(f"{self._folder} has rows {self.start:,} to {self.stop:,}, not {row:,} to {row_stop:,}")
         while row < row_stop:
@@ -173,6 +194,7 @@ class ActivationShards:
             shard = bisect_right(range(len(self._names)), row, key=self._offset) - 1
             stop = min(row_stop, self._end(shard))
             if stop <= row:
+                self._require_order()
                 raise StoreError(
                     f"{self._path(shard)} ends before row {row:,} and no shard has that row",
                     "a shard is missing; delete MANIFEST.json and start embed again: it makes what is absent",
@@ -180,6 +202,34 @@ class ActivationShards:
             part_RD = out_RD[row - row_start : stop - row_start]
             self._file(shard).read_into(ACTS, part_RD, row - self._offset(shard))
             row = stop
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Begin to read rows [start, stop), as far as there are any, into the page cache, in the background."""
+        stop = min(stop, self.stop)
+
+        def ahead() -> None:
+            row = start
+            with suppress(StoreError):  # whoever reads it in earnest will tell
+                while row < stop:
+                    shard = bisect_right(range(len(self._names)), row, key=self._offset) - 1
+                    first, end = self._offset(shard), min(stop, self._end(shard))
+                    if end <= row:
+                        return
+                    self._file(shard).prefetch(ACTS, row - first, end - first)
+                    row = end
+
+        if not is_remote(self._folder) and start < stop:
+            Thread(target=ahead, daemon=True, name="prefetch").start()
+
+    def _require_order(self) -> None:
+        """Raises StoreError, naming the first shard that begins after the one that should follow it."""
+        for shard in range(len(self._names) - 1):
+            if self._offset(shard) > self._offset(shard + 1):
+                raise StoreError(
+                    f"{self._path(shard)} begins at row {self._offset(shard):,}, the shard after it at row"
+                    f" {self._offset(shard + 1):,}: one was exchanged for another",
+                    f"`plmsae verify {self._folder}` names every such file and says how to make it again",
+                )
 
     def _path(self, shard: int) -> str:
         return join(self._folder, self._names[shard])

@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.store.fs import FileRecord, Store, join
+from plmsae_cli.store.fs import Buffer, FileRecord, Store, join
+from plmsae_cli.store.quantise import CALIBRATION, SCALE_BYTES, Quantiser
 
 INDEX_NAME = "index.json"
 HEADER_BYTES = 12
@@ -65,14 +67,20 @@ def write_chunk(store: Store, path: str, rows_RD: torch.Tensor) -> FileRecord:
     assert rows_RD.ndim == 2, f"rows are [R, D], not {tuple(rows_RD.shape)}"
     assert rows_RD.dtype in _DTYPE_INDEX, f"blocks do not hold {rows_RD.dtype}"
     data = _memory(rows_RD)
-    size = HEADER_BYTES + data.nbytes
+    return stream_chunk(store, path, [data], data.nbytes)
+
+
+def stream_chunk(store: Store, path: str, buffers: Iterable[Buffer], num_bytes: int) -> FileRecord:
+    """The same from rows that come piece by piece, `num_bytes` in all."""
+    size = HEADER_BYTES + num_bytes
     assert HEADER_BYTES < size <= MAX_CHUNK_BYTES, "chunk_rows() plans chunks that fit"
-    return store.write(path, [struct.pack("<III", 1, HEADER_BYTES, size), data], size=size)
+    return store.write(path, chain([struct.pack("<III", 1, HEADER_BYTES, size)], buffers), size=size)
 
 
-def index_json(chunks: Sequence[tuple[str, int]], d: int, dtype: torch.dtype) -> bytes:
+def index_json(chunks: Sequence[tuple[str, int]], d: int, dtype: torch.dtype, quantised: bool = False) -> bytes:
     """The content of index.json for chunks (name, rows) in the order of their rows.
 
+    `d` is what a row has in the file: of rows that are quantised, their scale's two bytes included.
     It depends on its arguments alone: litdata's `updated_at` is "0", its word for no date.
     """
     row_bytes = d * dtype.itemsize
@@ -90,7 +98,12 @@ def index_json(chunks: Sequence[tuple[str, int]], d: int, dtype: torch.dtype) ->
         "item_loader": "TokensLoader",
         "types": "tensor",
     }
-    index = {"chunks": listed, "config": config, "updated_at": "0", _OUR_KEY: {"d": d}}
+    index = {
+        "chunks": listed,
+        "config": config,
+        "updated_at": "0",
+        _OUR_KEY: {"d": d, **({"quantised": True} if quantised else {})},
+    }
     return json.dumps(index, sort_keys=True).encode()
 
 
@@ -112,7 +125,9 @@ class Blocks:
 
     Attributes:
         num_rows: rows in all chunks (`n` is the same).
-        d: elements of a row; for int8 with its scale, d + 2 bytes of the activations' d.
+        width: elements of a row as stored; of quantised rows d + 2 bytes.
+        d: dimensions of the activations: the width, less the scale of quantised rows.
+        quantised: whether rows are int8 with their scale; `decode` makes numbers of them.
         dtype: torch.bfloat16, float16, float32 or int8.
 
     Raises:
@@ -131,8 +146,10 @@ class Blocks:
         try:
             index = json.loads(text)
             self.dtype = _plain_dtype(index["config"], path)
-            self.d = _row_width(index, path)
-            rows = [_num_rows(chunk, self.d, self.dtype, path) for chunk in index["chunks"]]
+            self.width = _row_width(index, path)
+            self.quantised = bool(index[_OUR_KEY].get("quantised"))
+            self.d = self.width - (SCALE_BYTES if self.quantised else 0)
+            rows = [_num_rows(chunk, self.width, self.dtype, path) for chunk in index["chunks"]]
             self._paths = [join(folder, chunk["filename"]) for chunk in index["chunks"]]
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
@@ -146,10 +163,21 @@ class Blocks:
         return self.num_rows
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) as a new CPU tensor [stop - start, d]."""
-        out_RD = torch.empty(stop - start, self.d, dtype=self.dtype)
+        """Rows [start, stop) as stored, a new CPU tensor [stop - start, width]."""
+        out_RD = torch.empty(stop - start, self.width, dtype=self.dtype)
         self.read_into(start, out_RD)
         return out_RD
+
+    @cached_property
+    def quantiser(self) -> Quantiser | None:
+        """What decodes the rows; None where they are plain numbers."""
+        return Quantiser.read(self.store, join(self.folder, CALIBRATION)) if self.quantised else None
+
+    def decode(self, rows_RW: torch.Tensor) -> torch.Tensor:
+        """Rows as stored, on any device -> float32 [R, d] there."""
+        if self.quantiser is None:
+            return rows_RW.float()
+        return self.quantiser.to(rows_RW.device).decode(rows_RW)
 
     def read_into(self, row_start: int, out_RD: torch.Tensor) -> None:
         """Fill `out_RD`, contiguous on the CPU, with the rows from `row_start`, across chunks where need be.
@@ -160,13 +188,13 @@ class Blocks:
         """
         num_rows = out_RD.shape[0]
         assert out_RD.dtype == self.dtype, f"{out_RD.dtype} is not {self.dtype}"
-        assert out_RD.shape == (num_rows, self.d), f"{tuple(out_RD.shape)} is not [R, {self.d}]"
+        assert out_RD.shape == (num_rows, self.width), f"{tuple(out_RD.shape)} is not [R, {self.width}]"
         if not 0 <= row_start <= row_start + num_rows <= self.num_rows:
             raise UserError(f"{self.folder} has {self.num_rows} rows, not {row_start} to {row_start + num_rows}")
         if num_rows == 0:
             return
         buffer = _memory(out_RD)
-        row_bytes = self.d * self.dtype.itemsize
+        row_bytes = self.width * self.dtype.itemsize
         chunk, done = bisect_right(self._ends, row_start), 0
         while done < num_rows:
             first = self._ends[chunk - 1] if chunk else 0

@@ -123,6 +123,11 @@ class Store:
         if buffer.nbytes:
             self._at(path).read_into(path, start, buffer.cast("B"))
 
+    def prefetch(self, path: str, start: int, length: int) -> None:
+        """Have the disk read this range into the page cache, if it likes; of S3 nothing is asked. May take as long as reading."""
+        if not is_remote(path):
+            self._local.prefetch(path, start, length)
+
     def hash(self, path: str) -> FileRecord:
         """Read the whole file again, in pieces, and say what it is now."""
         return self._at(path).hash(path)

@@ -78,7 +78,13 @@ class Lineage:
     def row_bytes(self) -> int:
         """Bytes of one stored row of one layer."""
         assert self.experiment.embed is not None
-        return self.d * {"bfloat16": 2, "float16": 2, "float32": 4}[self.experiment.embed.dtype]
+        return self.width * {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}[self.experiment.embed.dtype]
+
+    @property
+    def width(self) -> int:
+        """Numbers of one stored row: d, and of int8 two bytes more, its scale."""
+        assert self.experiment.embed is not None
+        return self.d + (2 if self.experiment.embed.dtype == "int8" else 0)
 
     @cached_property
     def fasta(self) -> Path:

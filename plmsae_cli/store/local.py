@@ -114,6 +114,15 @@ class LocalFiles:
             finally:
                 os.close(descriptor)
 
+    def prefetch(self, path: str, start: int, length: int) -> None:
+        with suppress(OSError):  # whoever reads it in earnest will tell
+            descriptor = os.open(os.path.expanduser(path), os.O_RDONLY)
+            try:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
     def hash(self, path: str) -> FileRecord:
         hasher = xxhash.xxh3_128()
         size = 0

@@ -58,15 +58,15 @@ def write_part(store: Store, folder: str, task_id: str, files: Sequence[FileReco
         store.write(path, [data])
 
 
-def read_parts(store: Store, folder: str) -> dict[str, Part]:
-    """Every task's part by the task's id. A damaged record is a DamagedError."""
+def read_parts(store: Store, folder: str, most: int | None = None) -> dict[str, Part]:
+    """Every task's part by the task's id, or of the first `most` of them. A damaged record is a DamagedError."""
 
     def load(name: str) -> Part:
         path = join(folder, _PARTS, name)
         return _parse_part(path, store.read(path))
 
     names = [name for name in store.list(join(folder, _PARTS)) if name.endswith(".json")]
-    return {part.task: part for part in _each(folder, load, sorted(names))}
+    return {part.task: part for part in _each(folder, load, sorted(names)[:most])}
 
 
 def done_tasks(store: Store, folder: str) -> set[str]:
@@ -86,6 +86,20 @@ def done_tasks(store: Store, folder: str) -> set[str]:
     names = [name for name in sizes if name.startswith(f"{_PARTS}/") and name.endswith(".json")]
     parts = [part for part in _each(folder, load, names) if part is not None]
     return {part.task for part in parts if all(sizes.get(file.name) == file.size for file in part.files)}
+
+
+def delete_parts(store: Store, folder: str, tasks: Iterable[str]) -> None:
+    """Remove the files of these tasks and the tasks' records."""
+    for task_id in tasks:
+        path = join(folder, _PARTS, f"{task_id}.json")
+        try:
+            files = _parse_part(path, store.read(path)).files
+        except MissingError:
+            continue
+        # The record goes last: killed between the two, the next start finds the record and goes on.
+        for file in files:
+            store.delete(join(folder, file.name))
+        store.delete(path)
 
 
 def write_manifest(store: Store, folder: str, body: Mapping[str, Any]) -> None:

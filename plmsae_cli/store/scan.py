@@ -18,10 +18,13 @@ import numpy.typing as npt
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.fasta import Entry, entries
 from plmsae_cli.store.fasta_index import KNOWN_LETTERS, FastaIndex, fasta_index
+from plmsae_cli.store.permutation import counter_hash
 from plmsae_cli.store.split import heldout
 
 _TO_X = {ord(letter): "X" for letter in map(chr, range(33, 127)) if letter not in KNOWN_LETTERS}
 Mask = npt.NDArray[np.bool_]
+_SAMPLE_SEED = 1
+"""Of the keyed hash that samples training proteins: another order than that of the split."""
 
 
 class Policies(Protocol):
@@ -226,6 +229,32 @@ def kept_proteins(path: Path, scanned: Scan, options: Policies) -> Iterator[Prot
         yield protein
     if record + 1 != len(scanned.kept_R):
         raise changed
+
+
+def sampled_proteins(path: Path, scanned: Scan, options: Policies, rows: int, batch_rows: int) -> Iterator[list[str]]:
+    """Training proteins as embedded, those with the smallest keyed hashes, of `rows` rows or just above, or all.
+
+    In FASTA order, in lists of `batch_rows` rows or just above. The same for any order of the file's records but for that.
+    """
+    hashes_P = fasta_index(path).hashes_R[scanned.kept_R]
+    keyed_P = counter_hash(_SAMPLE_SEED, hashes_P)
+    order_P = np.argsort(keyed_P, kind="stable")
+    order_P = order_P[~scanned.heldout_P[order_P]]
+    before_P = np.cumsum(scanned.lengths_P[order_P], dtype=np.int64) - scanned.lengths_P[order_P]
+    chosen_P = np.zeros(scanned.num_proteins, bool)
+    chosen_P[order_P[before_P < rows]] = True
+    batch: list[str] = []
+    held = 0
+    for chosen, protein in zip(chosen_P, kept_proteins(path, scanned, options), strict=True):
+        if not chosen:
+            continue
+        batch.append(protein.sequence)
+        held += len(protein.sequence)
+        if held >= batch_rows:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def _protein(entry: Entry, options: Policies) -> Protein:

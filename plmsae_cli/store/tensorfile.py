@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,23 @@ def _whole(number: object) -> int:
     return number
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that comes in pieces while it is written, so that it is never whole in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    buffers: Iterable[Buffer]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
 def write_tensors(
-    store: Store, path: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    store: Store, path: str, tensors: Mapping[str, torch.Tensor | Streamed], metadata: Mapping[str, str] | None = None
 ) -> FileRecord:
     """Write `tensors` and `metadata` to `path`, atomically; contiguous CPU tensors are not copied."""
     # Widest elements first: each tensor then starts at a multiple of its element size.
@@ -67,7 +82,11 @@ def write_tensors(
     def buffers() -> Iterator[Buffer]:
         yield len(text).to_bytes(8, "little") + text
         for name in order:
-            yield _bytes_of(tensors[name].detach().to("cpu").contiguous())
+            tensor = tensors[name]
+            if isinstance(tensor, Streamed):
+                yield from tensor.buffers
+            else:
+                yield _bytes_of(tensor.detach().to("cpu").contiguous())
 
     return store.write(path, buffers(), size=8 + len(text) + place)
 
@@ -165,6 +184,12 @@ class TensorFile:
         row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
         if out.numel():
             self._store.read_into(self.path, entry.start + start * row_bytes, _bytes_of(out))
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """Have the disk read rows [start, stop) ahead."""
+        entry = self._entry(name)
+        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        self._store.prefetch(self.path, entry.start + start * row_bytes, (stop - start) * row_bytes)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:

@@ -58,9 +58,7 @@ def measure_maximum(models: Sequence[Dictionary], blocks: Blocks, rows: int, bat
     """Set each model's `maximum_N` to its latents' largest activations over the first `rows` rows (they are shuffled)."""
     maxima = [torch.zeros_like(model.maximum_N) for model in models]
     for start in range(0, rows, batch):
-        raw_BD = torch.empty(min(batch, rows - start), blocks.d, dtype=blocks.dtype)
-        blocks.read_into(start, raw_BD)
-        raw_BD = raw_BD.to(maxima[0].device).float()
+        raw_BD = blocks.decode(blocks.read(start, min(start + batch, rows)).to(maxima[0].device))
         for model, maximum_N in zip(models, maxima, strict=True):
             latents = model.encode(raw_BD)
             maximum_N.scatter_reduce_(0, latents.indices_BK.flatten(), latents.acts_BK.flatten(), "amax")

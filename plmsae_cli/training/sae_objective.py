@@ -66,6 +66,9 @@ class SAEObjective:
         self.model.first_row = gang.rank * (options.batch_tokens // gang.world)
         self._options, self._stream, self._gang = options, stream, gang
         self._mean_D, self._scale, self.compute = mean_D.to(device), scale, compute
+        quantiser = stream.blocks.quantiser
+        self._raw = None if quantiser is None else quantiser.to(device)
+        self._standard = None if self._raw is None else self._raw.folded(self._mean_D, scale)
         self._total_steps = total_steps
         fused = goes_fused(self.model, options, device, compute)
         self.sharing = sharing(self.model, options, gang.world, fused)
@@ -138,14 +141,20 @@ class SAEObjective:
             self._fused.copy_parameters()
 
     def standardise(self, rows_BD: torch.Tensor) -> torch.Tensor:
-        """Raw rows as the model sees them, float32."""
+        """Rows as stored, as the model sees them, float32; one step where they are quantised."""
+        if self._standard is not None:
+            return self._standard.decode(rows_BD.to(self.device))
         return (rows_BD.to(self.device).float() - self._mean_D) * self._scale
+
+    def _in_full(self, rows_BD: torch.Tensor) -> torch.Tensor:
+        """Raw rows as numbers: int8 ones decoded."""
+        return rows_BD if self._raw is None else self._raw.decode(rows_BD)
 
     def step(self, step: int) -> Mapping[str, torch.Tensor]:
         rows_BD = self._stream.rows(step)
         self.model.schedule(step, self._total_steps)
         if self._fused is not None:
-            return self._fused(rows_BD, step, self._rate(step))
+            return self._fused(self._in_full(rows_BD), step, self._rate(step))
         if self._latents is not None:
             return self._latents(rows_BD, step, self._rate(step))
         batch = self.tokens_per_step

@@ -121,7 +121,7 @@ class BlockStream:
         self._pool = ThreadPoolExecutor(prefetch + 1, thread_name_prefix="blocks")
 
     def _new_slot(self) -> _Slot:
-        shape, dtype = (self._share_rows, self.blocks.d), self.blocks.dtype
+        shape, dtype = (self._share_rows, self.blocks.width), self.blocks.dtype
         host_RD = torch.empty(shape, dtype=dtype, pin_memory=self._cuda)
         if not self._cuda:
             return _Slot(host_RD, host_RD)

@@ -17,8 +17,8 @@ class Rows:
         self.rows_RD = rows_RD
         self.d, self.dtype = rows_RD.shape[1], rows_RD.dtype
 
-    def read_into(self, start: int, out_RD: Tensor) -> None:
-        out_RD.copy_(self.rows_RD[start : start + len(out_RD)])
+    def read(self, start: int, stop: int, device: torch.device) -> Tensor:
+        return self.rows_RD[start:stop].to(device).float()
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ data_root: {data}
 storage: {{endpoint_url: {endpoint}, allow_http: true}}
 model: {{weights: {weights}}}
 embed: {{fasta: {fasta}, layers: [2], holdout: 0.1, dtype: float32, shard: 200kB}}
-shuffle: {{seed: 3, memory: 400kB}}
+shuffle: {{seed: 3, memory: 200kB}}
 optimize: {{chunk: 128kB, block_rows: 64}}
 train:
   sae: {{expansion: 2, k: {k}}}

@@ -76,16 +76,17 @@ def test_every_row_is_where_the_bijection_says_and_can_be_traced_back(build: Bui
     places = pi(np.arange(len(rows)))
     assert torch.equal(placed[places], rows)
 
-    # A row of a block, back to its protein and residue: embedding that residue alone gives the row.
+    # Every row of every block, back to its protein and residue: embedding that protein anew gives the row.
     model = load_plm(experiment.model.weights, store)
     table = read_proteins(store, join(folder, "proteins.parquet"), split="train")
-    chosen = np.array([0, 63, 64, len(rows) - 1])
-    protein, residue = locate_rows(table, pi.inverse(chosen))
-    for place, p, r in zip(chosen, protein, residue, strict=True):
-        packed = pack([encode(table["sequence"][int(p)].as_py())])
+    protein, residue = locate_rows(table, pi.inverse(np.arange(len(rows))))
+    for p, sequence in enumerate(table["sequence"].to_pylist()):
+        packed = pack([encode(sequence)])
         with torch.inference_mode():
             hidden = model(packed.tokens_T, packed.documents, layers=[2]).hidden[2]
-        torch.testing.assert_close(placed[place], hidden[1 + r], rtol=1e-4, atol=1e-5)
+        of_p = np.flatnonzero(protein == p)
+        assert sorted(residue[of_p]) == list(range(len(sequence)))
+        torch.testing.assert_close(placed[of_p], hidden[1 + residue[of_p]], rtol=1e-4, atol=1e-5)
 
 
 def content(folder: str) -> dict[str, str]:
@@ -115,6 +116,22 @@ def test_memory_decides_the_tasks_and_not_the_blocks(build: Build, go: Go, tmp_p
         go(experiment, DATA)
     folders = [Lineage(e, Store()).optimize(2).folder for e in (small, large)]
     assert content(folders[0]) == content(folders[1])
+
+
+def test_a_middle_pass_runs_on_workers_and_gives_the_same_blocks(build: Build, go: Go, tmp_path: Path) -> None:
+    large = build(root=str(tmp_path / "large"), shuffle__memory="64MB")
+    tiny = build(root=str(tmp_path / "tiny"), shuffle__memory="8kB", launch__workers=2)
+    plan = plan_stage("shuffle", tiny, Store())
+    assert plan.figures["layer-2"]["passes"] == 3
+    assert plan.figures["layer-2"]["bytes_temporary"] > 0
+    for experiment in (large, tiny):
+        go(experiment, DATA)
+    lineages = [Lineage(e, Store()) for e in (large, tiny)]
+    assert content(lineages[0].optimize(2).folder) == content(lineages[1].optimize(2).folder)
+    shuffled = Path(lineages[1].shuffle(2).folder)
+    assert not list(shuffled.glob("map-*"))  # freed when the middle pass was through
+    assert verify(Store(), str(shuffled)) == []
+    assert plan_stage("shuffle", tiny, Store()).done
 
 
 def test_a_second_start_does_nothing(build: Build, go: Go) -> None:

@@ -276,6 +276,9 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     gap = ActivationShards(Store(), folder, [records[0].name, records[2].name])
     with pytest.raises(StoreError, match=r"shard-00000.safetensors ends before row 10"):
         gap.read_into(0, torch.empty(30, 2))
+    swapped = ActivationShards(Store(), folder, [records[i].name for i in (1, 0, 2)])
+    with pytest.raises(StoreError, match=r"shard-00001.safetensors begins at row 10.*exchanged"):
+        swapped.read_into(0, torch.empty(10, 2))
     write_tensors(Store(), join(folder, "other.safetensors"), {"acts": x_BD})
     with pytest.raises(StoreError, match=r"other.safetensors is not a shard of activations"):
         ActivationShards(Store(), folder, ["other.safetensors"]).read_into(0, torch.empty(1, 2))

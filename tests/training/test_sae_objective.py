@@ -22,6 +22,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.blocks = self
+        self.quantiser = None
         self.d = D
 
     def rows(self, step: int) -> torch.Tensor:

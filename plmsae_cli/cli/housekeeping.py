@@ -1,0 +1,134 @@
+"""`verify` and `clean`: is it still what was written, and what may go."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plmsae_cli.cli.exits import DONE, FAILED, checked
+from plmsae_cli.cli.show import size, table
+from plmsae_cli.cli.stage import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from plmsae_cli.store.fs import Store
+
+
+def verify_targets(targets: list[str], as_json: bool) -> int:
+    """Read every file of the named artifacts again; 1 if any is not what was recorded."""
+
+    def work() -> int:
+        from plmsae_cli.store.housekeeping import damages
+
+        bodies, damaged = [], 0
+        for store, folder in (found for target in targets for found in _folders(target)):
+            found = damages(store, folder)
+            damaged += len(found)
+            bodies.append(
+                {
+                    "folder": folder,
+                    "damaged": [
+                        {"path": d.path, "problem": d.problem, "task": d.task, "remedy": d.remedy} for d in found
+                    ],
+                }
+            )
+            if not as_json:
+                print(f"{folder}: {'sound' if not found else f'{len(found)} file(s) damaged'}")
+                for one in found:
+                    print(f"  {one.path}: {one.problem}\n    {one.remedy}")
+        if as_json:
+            print(json.dumps({"schema": SCHEMA_VERSION, "verified": bodies}))
+        return FAILED if damaged else DONE
+
+    return checked(work)
+
+
+def _folders(target: str) -> Iterator[tuple[Store, str]]:
+    """The artifacts and runs that a target names: an experiment's, a folder itself, or all below it."""
+    from plmsae_cli.config.errors import UserError
+    from plmsae_cli.store.fs import Store, is_remote, join
+
+    if target.endswith((".yaml", ".yml")):
+        yield from _of_experiment(Path(target))
+        return
+    store = Store()
+    if store.exists(join(target, "MANIFEST.json")) or is_remote(target):
+        if not store.exists(join(target, "MANIFEST.json")):
+            raise UserError(
+                f"{target} is not a finished artifact: it has no MANIFEST.json", "name its folder, or a YAML"
+            )
+        yield store, target.rstrip("/")
+        return
+    if not Path(target).is_dir():
+        raise UserError(
+            f"{target} is not a folder", "name an artifact's folder, a root of runs, or an experiment's YAML"
+        )
+    found = {path.parent for path in Path(target).rglob("MANIFEST.json")}
+    found |= {path.parent for path in Path(target).rglob("parts") if path.is_dir()}
+    found |= {path.parent for path in Path(target).rglob("status.json")}
+    if not found:
+        raise UserError(f"{target} holds nothing that plmsae wrote", "`plmsae ls` lists what there is")
+    for folder in sorted(found):
+        yield store, str(folder)
+
+
+def _of_experiment(path: Path) -> Iterator[tuple[Store, str]]:
+    from plmsae_cli.cli.stage import load_for
+    from plmsae_cli.config.errors import UserError
+    from plmsae_cli.store.fs import Store, join
+    from plmsae_cli.store.lineage import Lineage
+    from plmsae_cli.store.manifest import read_manifest
+
+    experiment = load_for(path, None, False).experiment
+    store = Store(experiment.storage)
+    lineage = Lineage(experiment, store)
+    stages = [s for s in ("embed", "shuffle", "optimize") if getattr(experiment, s) is not None]
+    layers = experiment.embed.layers if experiment.embed is not None else []
+    folders = [getattr(lineage, stage)(layer).folder for layer in layers for stage in stages]
+    if experiment.train is not None and experiment.train.kind == "plm":
+        folders.append(lineage.tokens().folder)
+    if experiment.train is not None and experiment.train.data is not None:
+        folders.append(experiment.train.data.rstrip("/"))
+    there = [folder for folder in folders if read_manifest(store, folder) is not None]
+    run = lineage.run_folder()
+    if store.list(join(run, "parts")):
+        there.append(run)
+    if not there:
+        raise UserError(f"nothing of {path} exists yet", f"`plmsae run {path}` makes it")
+    yield from ((store, folder) for folder in there)
+
+
+def clean_root(root: Path, yes: bool, older_hours: float, unused: bool, as_json: bool) -> int:
+    """List what may go, and with `yes` delete it."""
+
+    def work() -> int:
+        from plmsae_cli.config.errors import UserError
+        from plmsae_cli.runtime.run_folder import read_json
+        from plmsae_cli.store.housekeeping import leavings, remove
+
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder", "name the root of your runs; data in a bucket is not cleaned")
+        used: set[str] = set()
+        for path in root.rglob("artifacts.json"):
+            pointers: dict[str, Any] = read_json(path) or {}
+            used |= {os.path.normpath(pointer["folder"]) for pointer in pointers.values()}
+        found = list(leavings(root, used, older_hours * 3600, unused))
+        total = sum(one.bytes for one in found)
+        if as_json:
+            listed = [{"path": one.path, "bytes": one.bytes, "why": one.why} for one in found]
+            print(json.dumps({"schema": SCHEMA_VERSION, "deleted": yes, "bytes": total, "found": listed}))
+        elif found:
+            print(table([[one.path, size(one.bytes), one.why] for one in found], ["path", "size", "why"]))
+        if yes:
+            for one in found:
+                remove(one)
+        said = f"{len(found)} thing(s), {size(total)}"
+        print(
+            f"deleted {said}" if yes else f"{said}; nothing was deleted (--yes deletes what is listed)", file=sys.stderr
+        )
+        return DONE
+
+    return checked(work)

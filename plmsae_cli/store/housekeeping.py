@@ -1,0 +1,209 @@
+"""What is damaged, what is left over, and how artifacts are freed: the bytes' side of `verify`, `clean` and `keep`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plmsae_cli.store.fs import DamagedError, FileRecord, MissingError, Store, StoreError, join
+from plmsae_cli.store.manifest import MANIFEST, canonical_json, read_manifest, read_parts, verify
+from plmsae_cli.store.records import is_temporary
+
+FREED = "FREED.json"
+"""The record of an artifact whose data were given up: its manifest without the files."""
+DATA_FOLDER = re.compile(r"(embed|shuffle|optimize|tokens)-[0-9a-f]{16}")
+CHECKPOINTS = "checkpoints"
+_OWN = (MANIFEST, FREED, "plan.json")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not what was recorded."""
+
+    path: str
+    problem: str
+    """`missing`, or what differs."""
+    task: str | None
+    """The task that made it, where a record says so."""
+    folder: str
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        if CHECKPOINTS in self.path.removeprefix(self.folder).split("/"):
+            return "training goes on from the checkpoint before it: nothing is to be done, or delete the folder of this one"
+        made = f"task {self.task} made it" if self.task else "it is no task's alone"
+        if self.problem == "missing":
+            return f"{made}: delete {join(self.folder, MANIFEST)}, then start its experiment again: that task alone is redone"
+        return (
+            f"{made}: delete it and {join(self.folder, MANIFEST)}, then start its experiment again:"
+            " what is absent is made anew, the rest stays"
+        )
+
+
+def damages(store: Store, folder: str) -> list[Damage]:
+    """Every damaged file of an artifact, finished or not, or of a run: all that a manifest or a task's record lists."""
+    parts = read_parts(store, folder)
+    maker = {file.name: part.task for part in parts.values() for file in part.files}
+    if read_manifest(store, folder) is not None:
+        problems = verify(store, folder)
+    else:
+        problems = [line for part in parts.values() for file in part.files if (line := _differs(store, folder, file))]
+    problems += _checkpoints(store, folder)
+    found = []
+    for line in problems:
+        path, _, problem = line.partition(": ")
+        found.append(Damage(path, problem, maker.get(path.removeprefix(join(folder, "x")[:-1])), folder))
+    return found
+
+
+def _checkpoints(store: Store, folder: str) -> list[str]:
+    """Problems of a run's checkpoints, of those that were committed."""
+    root = join(folder, CHECKPOINTS)
+    found = []
+    for name in sorted(store.list(root)):
+        step, _, file = name.partition("/")
+        if file != "CHECKPOINT.json":
+            continue
+        try:
+            ranks = json.loads(store.read(join(root, name)))["commit"]["ranks"]
+            records = [FileRecord(f"{step}/rank-{i}.safetensors", r["size"], r["xxh3"]) for i, r in enumerate(ranks)]
+        except (KeyError, TypeError, ValueError) as error:
+            found.append(f"{join(root, name)}: not a checkpoint's record ({error})")
+            continue
+        found += [line for record in records if (line := _differs(store, root, record))]
+    return found
+
+
+def _differs(store: Store, folder: str, wanted: Any) -> str | None:
+    path = join(folder, wanted.name)
+    try:
+        found = store.hash(path)
+    except MissingError:
+        return f"{path}: missing"
+    if (found.size, found.xxh3) != (wanted.size, wanted.xxh3):
+        return f"{path}: content differs, {wanted.size} bytes recorded, {found.size} found"
+    return None
+
+
+def free(store: Store, folder: str) -> int:
+    """Give up an artifact's data, its manifest first; a record of what it was stays. Returns the bytes freed."""
+    manifest = read_manifest(store, folder)
+    assert manifest is not None, "only finished artifacts are freed"
+    freed = sum(int(file["size"]) for file in manifest["files"])
+    kept = {k: v for k, v in manifest.items() if k not in ("files", "parts")}
+    # Record, then manifest, then data: wherever this is cut short, the next `clean` finds a record and what to delete.
+    store.write(join(folder, FREED), [canonical_json({**kept, "bytes": freed, "freed": time.time()})])
+    store.delete(join(folder, MANIFEST))
+    for name in store.list(folder):
+        if name not in _OWN:
+            store.delete(join(folder, name))
+    store.delete(join(folder, "plan.json"))
+    _prune(folder)
+    return freed
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Something that no longer serves."""
+
+    path: str
+    bytes: int
+    why: str
+    whole: bool = False
+    """A folder with all it holds, rather than one file."""
+
+
+def leavings(root: Path, used: Collection[str], older: float, unused: bool) -> Iterator[Leaving]:
+    """What may go under a local root.
+
+    Args:
+        used: data folders that runs point to.
+        older: seconds since something unfinished was last written; what is younger may still be at work.
+        unused: finished artifacts that no run points to as well.
+    """
+    now = time.time()
+    for parent, folders, names in os.walk(root):
+        folder = Path(parent)
+        yield from _temporaries(folder, names, now - older)
+        if not DATA_FOLDER.fullmatch(folder.name):
+            folders.sort()
+            continue
+        folders.clear()
+        for below, _, inner in os.walk(folder):
+            if below != parent:
+                yield from _temporaries(Path(below), inner, now - older)
+        yield from _of_artifact(folder, os.path.normpath(folder) in used, now - older, unused)
+
+
+def _temporaries(folder: Path, names: Collection[str], before: float) -> Iterator[Leaving]:
+    for name in sorted(names):
+        if is_temporary(name) and not _writer_lives(name, folder / name, before):
+            yield Leaving(str(folder / name), _size(folder / name), "a write that was not finished")
+
+
+def _writer_lives(name: str, path: Path, before: float) -> bool:
+    """Whether the process that a temporary name tells of may still write: it runs here, or elsewhere and lately."""
+    found = re.search(r"\.(\d+)-[0-9a-f]+\.tmp$", name)
+    try:
+        if found is not None and os.path.exists("/proc/self"):
+            lately = path.stat().st_mtime > before
+            return lately if not os.path.exists(f"/proc/{found[1]}") else True
+        return path.stat().st_mtime > before
+    except FileNotFoundError:
+        return True
+
+
+def _of_artifact(folder: Path, used: bool, before: float, unused: bool) -> Iterator[Leaving]:
+    store, sizes = Store(), Store().list(str(folder))
+    try:
+        manifest = read_manifest(store, str(folder))
+        parts = read_parts(store, str(folder))
+    except (DamagedError, StoreError):
+        return  # `verify` says what is wrong; nothing is deleted on a damaged record's word
+    if manifest is None and FREED in sizes:
+        for name in sorted(set(sizes) - {FREED}):
+            yield Leaving(str(folder / name), sizes[name], "its folder was freed")
+        return
+    if manifest is not None and unused and not used:
+        yield Leaving(str(folder), sum(sizes.values()), "no run here uses it", whole=True)
+        return
+    known = {file.name for part in parts.values() for file in part.files}
+    if manifest is not None:
+        known |= {file["name"] for file in manifest["files"]}
+    strays = sorted(n for n in sizes if n not in known and n not in _OWN and not n.startswith("parts/"))
+    for name in strays:
+        if (folder / name).stat().st_mtime <= before:
+            why = "no record lists it" if manifest is not None else "an attempt that was lost: no record lists it"
+            yield Leaving(str(folder / name), sizes[name], why)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def remove(leaving: Leaving) -> None:
+    """Delete it; of an artifact the manifest first."""
+    from plmsae_cli.store.manifest import delete_artifact
+
+    if not leaving.whole:
+        Path(leaving.path).unlink(missing_ok=True)
+        return
+    delete_artifact(Store(), leaving.path)
+    _prune(leaving.path)
+
+
+def _prune(folder: str) -> None:
+    """Remove the empty folders of a local artifact; S3 has none."""
+    for parent, _, _ in os.walk(folder, topdown=False):
+        if not os.listdir(parent):
+            os.rmdir(parent)

@@ -1,0 +1,113 @@
+"""The planner's arithmetic: against the published example, and against its own definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plmsae_cli.store.passes import (
+    LOCAL_READ,
+    REMOTE_READ,
+    RESERVE,
+    Effort,
+    Passes,
+    bucket_rows,
+    ceil_root,
+    divide,
+    held_rows,
+    num_passes,
+    optimize_effort,
+    shuffle_effort,
+    usable,
+)
+
+GB, TB, PB = 10**9, 10**12, 10**15
+
+
+@pytest.mark.parametrize(("data", "passes"), [(100 * GB, 1), (10 * TB, 2), (1 * PB, 3), (100 * PB, 4)])
+def test_published_example_100_gb_of_memory_and_files_of_1_gb(data: int, passes: int) -> None:
+    assert num_passes(data, 100 * GB, 1 * GB) == passes
+    if passes < 3:  # 1 PB is the most that three passes sort; the others lie at the edge of theirs
+        assert num_passes(data + 1, 100 * GB, 1 * GB) == passes + 1
+
+
+@pytest.mark.parametrize(
+    ("held", "read", "most"),
+    [(4 * GB, LOCAL_READ, 16 * TB), (16 * GB, REMOTE_READ, 64 * TB), (32 * GB, REMOTE_READ, 256 * TB)],
+)
+def test_two_passes_are_enough_up_to(held: int, read: int, most: int) -> None:
+    assert num_passes(most, held, read) == 2
+    assert num_passes(most + 1, held, read) == 3
+
+
+@given(value=st.integers(1, 10**15), degree=st.integers(1, 6))
+def test_roots_are_exact(value: int, degree: int) -> None:
+    root = ceil_root(value, degree)
+    assert root**degree >= value
+    assert root == 1 or (root - 1) ** degree < value
+
+
+@given(
+    rows=st.integers(1, 10**14),
+    row_bytes=st.integers(2, 20_000),
+    memory=st.integers(1000, 10**12),
+    remote=st.booleans(),
+)
+def test_any_division_covers_every_place_once_and_fits_the_memory(
+    rows: int, row_bytes: int, memory: int, remote: bool
+) -> None:
+    passes = divide(rows, row_bytes, memory, remote)
+    assert passes.map_rows == 1 or passes.map_rows * row_bytes <= usable(memory)
+    before = None
+    for level in passes.levels():
+        assert level.span(0)[0] == 0
+        assert level.span(level.slices - 1)[1] == rows
+        assert (level.slices - 1) * level.slice_rows < rows
+        assert level.slice_rows / level.bucket_rows <= 2**20
+        if before is not None:
+            # A task of a middle pass merges `fan` files and gets about what a map task holds.
+            assert level.groups == math.ceil(before.groups / passes.fan)
+            expected = rows / (level.groups * level.slices)
+            assert expected <= max(passes.map_rows, 1) * 2 or expected <= 8
+        before = level
+    # What the last pass reads from one file is a read worth making.
+    if passes.map_rows > 128 and rows > passes.map_rows:
+        held = passes.map_rows * row_bytes
+        wanted = min(REMOTE_READ if remote else LOCAL_READ, held // 64)
+        assert held / passes.levels()[-1].groups >= wanted * 0.49
+
+
+def test_ten_terabytes_at_sixteen_gigabytes() -> None:
+    rows = 10 * TB // 2560
+    passes = divide(rows, 2560, 16 * GB, remote=True)
+    assert (passes.count, passes.levels()[0].groups) == (2, 654)  # the example's 625 at 16 GB of rows
+    moved = shuffle_effort(passes, 2560, GB) + optimize_effort(passes, 2560, 196_608, 30, 16 * GB)
+    assert moved.bytes_read == pytest.approx(2 * 10 * TB, rel=0.01)  # 2 R + 2 W, and eight bytes a row
+    assert moved.bytes_written == pytest.approx(2 * 10 * TB, rel=0.01)
+    assert moved.seconds(1e9) / 3600 == pytest.approx(5.6, abs=0.05)
+    assert moved.seconds(1e9, machines=8) == moved.seconds(1e9) / 8
+
+
+def test_memory_keeps_a_reserve() -> None:
+    assert usable(16 * GB) == 16 * GB - RESERVE
+    assert usable(1000) == 750
+    assert held_rows(1000, 10_000) == 1
+
+
+@settings(max_examples=30)
+@given(span=st.integers(0, 10**14))
+def test_buckets_are_powers_of_two_and_their_tables_small(span: int) -> None:
+    size = bucket_rows(span)
+    assert size >= 1024
+    assert size & (size - 1) == 0
+    assert span / size <= 2**20
+    assert size == 1024 or span / size > 2**19
+
+
+def test_efforts_add_up() -> None:
+    both = Effort(1, 2, 3, 4, 5, 6) + Effort(10, 20, 30, 40, 50, 3)
+    assert both == Effort(11, 22, 33, 44, 55, 6)
+    assert Passes(10, 10, 0, 0, 1024).count == 2

@@ -7,14 +7,25 @@ statistics. A shard's training rows are contiguous in the training numbering, it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import numpy as np
+import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task
+from plmsae_cli.runtime.task import Context, Pending, Plan, Resources, Result, Task
 from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, read_plan, remaining
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage, Ref
+from plmsae_cli.store.proteins import Scan
+
+SPECIAL_TOKENS = 2  # <cls> and <eos>
+_WRITERS = ThreadPoolExecutor(4, thread_name_prefix="shards")
+"""Write shards while the next one computes; each layer's files are one job."""
+_SETTLING = ThreadPoolExecutor(1, thread_name_prefix="settling")
+"""Waits for a shard's last rows; apart from the writers, who wait for it."""
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -27,6 +38,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     row_bytes = lineage.row_bytes
     ranges = _shard_ranges(store, refs, lambda: scan.shard_ranges(max(1, int(embed.shard) // row_bytes)))
 
+    sizes = _sizes(scan, ranges)
     offsets = scan.rows_before([start for start, _ in ranges])
     folders = tuple(ref.folder for ref in refs.values())
     proteins = Task("proteins", "embed", folders, cost=scan.num_proteins / 1e4, args={"ranges": ranges})
@@ -36,13 +48,15 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             "embed",
             folders,
             needs=(proteins.id,),
-            resources=Resources(gpus=1, memory=2 * len(refs) * int(embed.shard)),
+            # One shard is computed while the one before is written.
+            resources=Resources(gpus=1, memory=5 * len(refs) * int(embed.shard) // 2),
             cost=float(scan.lengths_P[start:stop].sum()),
             args={
                 "index": i,
                 "layers": {ref.folder: layer for layer, ref in refs.items()},
                 "row_offset": offsets[i][0],
                 "heldout_offset": offsets[i][1],
+                "typical": sizes,
             },
         )
         for i, (start, stop) in enumerate(ranges)
@@ -119,11 +133,28 @@ def _proteins(task: Task, context: Context) -> Mapping[str, Result]:
     }
 
 
+def _sizes(scan: Scan, ranges: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Of the largest shard and of the whole, in tokens: from these every worker derives the same shapes of passes."""
+    lengths_P = np.minimum(scan.lengths_P, scan.max_length).astype(np.int64)
+    # Windows overlap by half or a little more, so that long proteins are read about twice.
+    windows_P = np.where(
+        scan.lengths_P > lengths_P, -(-(scan.lengths_P - lengths_P) // max(1, scan.max_length // 2)), 0
+    )
+    tokens_P = (lengths_P + SPECIAL_TOKENS) * (1 + windows_P)
+    before = np.concatenate(([0], np.cumsum(tokens_P)))
+    documents = np.concatenate(([0], np.cumsum(1 + windows_P)))
+    return {
+        "tokens": max(int(before[stop] - before[start]) for start, stop in ranges),
+        "documents": max(int(documents[stop] - documents[start]) for start, stop in ranges),
+        "longest": int(lengths_P.max()) + SPECIAL_TOKENS,
+        "all_tokens": int(before[-1]),
+    }
+
+
 def _shard(task: Task, context: Context) -> Mapping[str, Result]:
-    from plmsae_cli.runtime.embedding import Embedder
-    from plmsae_cli.store.activations import Statistics
+    from plmsae_cli.runtime.embedding import Embedder, Typical
     from plmsae_cli.store.proteins import read_proteins
-    from plmsae_cli.store.tensorfile import write_tensors
+    from plmsae_cli.store.shard_writer import Rows, ShardWriter
 
     experiment, store = context.experiment, context.store
     embed = experiment.embed
@@ -131,60 +162,86 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
     lineage = Lineage(experiment, store)
     index: int = task.args["index"]
     layer_of: dict[str, int] = {f: task.args["layers"][f] for f in task.folders}
-    table = read_proteins(store, join(task.folders[0], "proteins.parquet"), row_group=index)
+    table = read_proteins(
+        store,
+        join(task.folders[0], "proteins.parquet"),
+        row_group=index,
+        columns=["rows", "row_offset", "split", "sequence"],
+    )
     embedder = Embedder.shared(experiment.model.weights, store, embed.compute)
-    sequences: list[str] = table["sequence"].to_pylist()
     heldout = [split == "heldout" for split in table["split"].to_pylist()]
-    embedded = embedder.run(
-        sequences,
-        sorted(set(layer_of.values())),
-        heldout,
-        embed.dtype,
+    offsets, counts = table["row_offset"].to_pylist(), table["rows"].to_pylist()
+    train_rows = sum(count for count, held in zip(counts, heldout, strict=True) if not held)
+    sides = (
+        Rows(task.args["row_offset"], train_rows),
+        Rows(task.args["heldout_offset"], sum(counts) - train_rows),
+    )
+    writers = {
+        folder: ShardWriter(
+            store,
+            folder,
+            f"shard-{index:05d}.safetensors",
+            lineage.d,
+            getattr(torch, embed.dtype),
+            *sides,
+            {
+                "weights": lineage.weights.name,
+                "weights_sha256": lineage.weights.sha256,
+                "layer": str(layer),
+                "convention": "residual stream after block k; 0 scaled embedding; last after final LayerNorm",
+                "final_layer_norm": str(layer == lineage.num_layers).lower(),
+                "tokens": "residues only",
+                "dtype": embed.dtype,
+                "compute": embedder.compute,
+                "attention": embedder.attention,
+            },
+            list(zip(heldout, offsets, counts, strict=True)) if embed.pooled else None,
+        )
+        for folder, layer in layer_of.items()
+    }
+    wanting: dict[int, list[ShardWriter]] = {}
+    for folder, layer in layer_of.items():
+        wanting.setdefault(layer, []).append(writers[folder])
+
+    def put(layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
+        for writer in wanting[layer]:
+            writer.put(heldout[protein], offsets[protein] + first, rows_RD)
+
+    stream = embedder.stream(
+        table["sequence"].to_pylist(),
+        sorted(wanting),
+        getattr(torch, embed.dtype),
         embed.batch_tokens,
+        put,
         context.progress,
         context.check_stop,
+        window=embed.max_length if embed.long == "windows" else None,
+        compile=embed.compile,
+        typical=Typical(**task.args["typical"]),
     )
-    results = {}
-    for folder, layer in layer_of.items():
-        train_RD, heldout_RD = embedded[layer]
-        metadata = {
-            "weights": lineage.weights.name,
-            "weights_sha256": lineage.weights.sha256,
-            "layer": str(layer),
-            "convention": "residual stream after block k; 0 scaled embedding; last after final LayerNorm",
-            "final_layer_norm": str(layer == lineage.num_layers).lower(),
-            "tokens": "residues only",
-            "dtype": embed.dtype,
+    settled = _SETTLING.submit(stream.wait)
+
+    def write(folder: str) -> Result:
+        figures = settled.result().to_json()
+        facts = {
+            "rows": sides[False].count,
+            "heldout_rows": sides[True].count,
             "compute": embedder.compute,
             "attention": embedder.attention,
+            "compiled": stream.compiled,
+            "batch_tokens": stream.budget,
+            "figures": figures,
         }
-        statistics = Statistics(lineage.d)
-        statistics.update(train_RD)
-        name = f"shard-{index:05d}.safetensors"
-        results[folder] = Result(
-            [
-                write_tensors(
-                    store,
-                    join(folder, name),
-                    {"acts": train_RD},
-                    {**metadata, "row_offset": str(task.args["row_offset"])},
-                ),
-                write_tensors(
-                    store,
-                    join(folder, "heldout", name),
-                    {"acts": heldout_RD},
-                    {**metadata, "row_offset": str(task.args["heldout_offset"])},
-                ),
-                write_tensors(store, join(folder, "statistics", name), statistics.to_tensors(), {}),
-            ],
-            {"rows": train_RD.shape[0], "heldout_rows": heldout_RD.shape[0]},
-        )
-    return results
+        return Result(writers[folder].finish(), facts)
+
+    return Pending({folder: _WRITERS.submit(write, folder) for folder in task.folders})
 
 
 def _finish(task: Task, context: Context) -> Mapping[str, Result]:
+    from plmsae_cli.runtime.embedding import summary
     from plmsae_cli.store.activations import Statistics
     from plmsae_cli.store.manifest import read_parts
+    from plmsae_cli.store.shard_writer import BUFFERS
     from plmsae_cli.store.tensorfile import TensorFile
 
     lineage = Lineage(context.experiment, context.store)
@@ -196,6 +253,8 @@ def _finish(task: Task, context: Context) -> Mapping[str, Result]:
             if name.startswith("shard-"):
                 file = TensorFile(context.store, join(folder, "statistics", f"{name}.safetensors"))
                 merged.merge(Statistics.from_tensors({k: file.read(k) for k in file.names()}))
+        shards = [parts[name].facts for name in sorted(parts) if name.startswith("shard-")]
+        speed = summary(facts["figures"] for facts in shards if "figures" in facts)
         record = merged.write(context.store, join(folder, "stats.safetensors"))
         facts = {
             "rows": task.args["rows"],
@@ -207,6 +266,24 @@ def _finish(task: Task, context: Context) -> Mapping[str, Result]:
             "num_layers": lineage.num_layers,
             "weights": {"name": lineage.weights.name, "sha256": lineage.weights.sha256},
             "fasta": {"sha256": lineage.scan.sha256, "name": lineage.fasta.name},
+            "kernel": _kernels(shards),
+            "speed": speed,
         }
         results[folder] = Result([record], manifest_facts(task, folder, facts).facts)
+    if speed:
+        context.progress(1, 1, note=_told(speed))
+    BUFFERS.clear()
     return results
+
+
+def _kernels(shards: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """What computed the shards: one value of each unless machines differed or memory ran out."""
+    names = ("compute", "attention", "compiled", "batch_tokens")
+    return {name: sorted({facts[name] for facts in shards if name in facts}) for name in names}
+
+
+def _told(speed: Mapping[str, float]) -> str:
+    return (
+        f"embed: {speed['residues_per_second']:,.0f} residues/s a process, device busy {speed['busy']:.1%}, waited for "
+        f"writers {speed['waited']:.1%}, padding {speed['padding']:.2%} of the tokens"
+    )

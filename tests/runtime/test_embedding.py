@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
 from plmsae_cli.runtime.embedding import Embedder
+from plmsae_cli.runtime.embedding.batches import Batch
 from plmsae_cli.store.fs import Store
 
 
@@ -32,16 +34,17 @@ def embed(embedder: Embedder, sequences: Sequence[str], budget: int) -> torch.Te
 
 def limit(embedder: Embedder, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A device whose memory holds passes of at most this many tokens; returns the list of passes tried."""
-    real = embedder._forward
+    real = embedder._pass
     tried: list[int] = []
 
-    def forward(sequences: Sequence[str], *rest: Any) -> dict[int, torch.Tensor]:
-        tried.append(sum(len(s) + 2 for s in sequences))
+    def limited(batch: Batch, *rest: Any) -> Iterator[tuple[int, torch.Tensor]]:
+        tried.append(len(batch.tokens_T))
         if tried[-1] > most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(sequences, *rest)
+        yield from real(batch, *rest)
 
-    monkeypatch.setattr(embedder, "_forward", forward)
+    monkeypatch.setattr(embedder, "_pass", limited)
+    monkeypatch.setattr(embedder, "_backed_off", sys.maxsize)
     return tried
 
 

@@ -11,6 +11,8 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InductorError
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.plm.attention import attention_backend
@@ -82,6 +84,7 @@ class Embedder:
         self.compile_mode = COMPILE_MODE
         self.last_done = 0.0
         self._backed_off = sys.maxsize
+        self._compiles = True
         self._auto: dict[int, int] = {}
 
     @classmethod
@@ -144,7 +147,9 @@ class Embedder:
         if typical is None:
             typical = Typical(sum(sizes), len(sizes), max(sizes, default=0), sum(sizes))
         total = sum(p.last - p.first for p in left)
-        stream.compiled = compiling_pays(compile, self.model.config, self.device, max(layers), typical.all_tokens)
+        stream.compiled = self._compiles and compiling_pays(
+            compile, self.model.config, self.device, max(layers), typical.all_tokens
+        )
         while left:
             stream.budget = min(self.budget(batch_tokens, len(set(layers))), self._backed_off)
             shape = choose_shape(typical, stream.budget, _longest(typical.longest)) if stream.compiled else None
@@ -183,6 +188,11 @@ class Embedder:
                 failed = None
             except torch.cuda.OutOfMemoryError as error:
                 failed = error.with_traceback(None)  # the traceback holds the pass's tensors
+            except (BackendCompilerFailed, InductorError) as error:
+                first = str(error).strip().splitlines()[0]
+                print(f"torch.compile fails here, going on without it: {first}", file=sys.stderr, flush=True)
+                self._compiles = stream.compiled = False
+                return [left[i] for chosen, _ in order[done:] for i in chosen]
             stream._watch.end()
             if failed is not None:
                 if len(batch.pieces) == 1:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -277,11 +278,10 @@ def bench_model(bench: Bench, name: str, folder: Path) -> None:
 
     most = options.peer_batches
     if not options.skip_peers:
-        if cuda:
-            peer = peer.half()
-        found = rate(
-            lambda x: peer(x, repr_layers=[config.num_layers]), bench.sequences, options.peer_tokens, most, bench.device
-        )
+        last = [config.num_layers]
+        forward = partial(peer.half() if cuda else peer, repr_layers=last)
+        found = rate(forward, bench.sequences, options.peer_tokens, most, bench.device)
+        del forward
         kind = "fp16" if cuda else "fp32"
         bench.say(
             title, f"fair-esm {kind}", found, note=f"sorted, {options.peer_tokens:,} padded tokens, forward alone"

@@ -10,18 +10,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.plm.esm2 import ESM2Config
+from plmsae_cli.runtime.embedding import forecast
 from plmsae_cli.runtime.task import Context, Pending, Plan, Resources, Result, Task
 from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, read_plan, remaining
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage, Ref
-from plmsae_cli.store.proteins import Scan
 
-SPECIAL_TOKENS = 2  # <cls> and <eos>
 _WRITERS = ThreadPoolExecutor(4, thread_name_prefix="shards")
 """Write shards while the next one computes; each layer's files are one job."""
 _SETTLING = ThreadPoolExecutor(1, thread_name_prefix="settling")
@@ -38,7 +37,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     row_bytes = lineage.row_bytes
     ranges = _shard_ranges(store, refs, lambda: scan.shard_ranges(max(1, int(embed.shard) // row_bytes)))
 
-    sizes = _sizes(scan, ranges)
+    typical = forecast.typical(scan.lengths_P, scan.max_length, ranges)._asdict()
     offsets = scan.rows_before([start for start, _ in ranges])
     folders = tuple(ref.folder for ref in refs.values())
     proteins = Task("proteins", "embed", folders, cost=scan.num_proteins / 1e4, args={"ranges": ranges})
@@ -56,7 +55,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
                 "layers": {ref.folder: layer for layer, ref in refs.items()},
                 "row_offset": offsets[i][0],
                 "heldout_offset": offsets[i][1],
-                "typical": sizes,
+                "typical": typical,
             },
         )
         for i, (start, stop) in enumerate(ranges)
@@ -70,6 +69,17 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     }
     tasks = [proteins, *shards, finish_task("embed", list(refs.values()), [proteins, *shards], facts)]
     rows = scan.num_rows + scan.num_heldout_rows
+    # A shard: rows of both sides, statistics, its record, perhaps means; once: proteins and statistics, two records, plan,
+    # manifest.
+    objects = len(refs) * ((4 + embed.pooled) * len(ranges) + 6)
+    hours = forecast.forecast(
+        ESM2Config(**lineage.weights.config),
+        max(refs),
+        scan.lengths_P,
+        scan.max_length,
+        experiment.launch,
+        embed.compute,
+    )
     return Plan(
         "embed",
         remaining(store, tasks),
@@ -85,6 +95,9 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             "heldout_rows": scan.num_heldout_rows,
             "bytes_per_layer": rows * row_bytes,
             "layers": list(refs),
+            "bytes": len(refs) * (rows * row_bytes + embed.pooled * scan.num_proteins * d * 4),
+            "objects": objects,
+            **hours,
             "shards": len(ranges),
             **{k: v for k, v in scan.counts.items() if v and k not in ("proteins", "kept", "residues")},
         },
@@ -130,24 +143,6 @@ def _proteins(task: Task, context: Context) -> Mapping[str, Result]:
             ]
         )
         for folder in task.folders
-    }
-
-
-def _sizes(scan: Scan, ranges: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Of the largest shard and of the whole, in tokens: from these every worker derives the same shapes of passes."""
-    lengths_P = np.minimum(scan.lengths_P, scan.max_length).astype(np.int64)
-    # Windows overlap by half or a little more, so that long proteins are read about twice.
-    windows_P = np.where(
-        scan.lengths_P > lengths_P, -(-(scan.lengths_P - lengths_P) // max(1, scan.max_length // 2)), 0
-    )
-    tokens_P = (lengths_P + SPECIAL_TOKENS) * (1 + windows_P)
-    before = np.concatenate(([0], np.cumsum(tokens_P)))
-    documents = np.concatenate(([0], np.cumsum(1 + windows_P)))
-    return {
-        "tokens": max(int(before[stop] - before[start]) for start, stop in ranges),
-        "documents": max(int(documents[stop] - documents[start]) for start, stop in ranges),
-        "longest": int(lengths_P.max()) + SPECIAL_TOKENS,
-        "all_tokens": int(before[-1]),
     }
 
 

@@ -11,8 +11,6 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.exc import InductorError
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.plm.attention import attention_backend
@@ -188,7 +186,7 @@ class Embedder:
                 failed = None
             except torch.cuda.OutOfMemoryError as error:
                 failed = error.with_traceback(None)  # the traceback holds the pass's tensors
-            except (BackendCompilerFailed, InductorError) as error:
+            except _compile_errors() as error:
                 first = str(error).strip().splitlines()[0]
                 print(f"torch.compile fails here, going on without it: {first}", file=sys.stderr, flush=True)
                 self._compiles = stream.compiled = False
@@ -261,6 +259,14 @@ def _delivery(put: Put, layer: int, pieces: Sequence[Piece]) -> Callable[[torch.
             at += size
 
     return deliver
+
+
+def _compile_errors() -> tuple[type[Exception], ...]:
+    # Imported when something failed: they bring all of the compiler.
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+
+    return BackendCompilerFailed, InductorError
 
 
 _MOST_CONSTANT = 2048

@@ -148,11 +148,12 @@ def forward_alone(
     for pack in chosen[:: max(1, len(chosen) // 12)][:12]:
         batch = make_batch(sequences, [parts[i] for i in pack], shape, False)
         batches.append((batch, batch.to(bench.device)))
-    torch_mode = None if mode in ("eager", "default", "graph") else mode
+    torch_mode = None if mode in ("eager", "default", "any-length", "graph") else mode
+    how: dict[str, Any] = {"compiled": compiled, "mode": torch_mode, "any_length": mode == "any-length"}
 
     def run(tensors: Any) -> Any:
         tokens_T, documents, kept_R = tensors
-        for _, x_TD in reader.layers(tokens_T, documents, [depth], compiled=compiled, mode=torch_mode):
+        for _, x_TD in reader.layers(tokens_T, documents, [depth], **how):
             rows_RD = x_TD.index_select(0, kept_R)
         return rows_RD
 
@@ -351,7 +352,10 @@ def main() -> int:
     parser.add_argument("--fasta", type=Path, help="proteins whose lengths count; default: the package's own")
     parser.add_argument("--budgets", nargs="+", type=int, help="tokens of a pass; default 65536")
     parser.add_argument(
-        "--compile-modes", nargs="+", default=["default"], help="eager, default, max-autotune-no-cudagraphs, graph"
+        "--compile-modes",
+        nargs="+",
+        default=["default", "any-length"],
+        help="eager, default (one shape), any-length (as the stage does), max-autotune-no-cudagraphs, graph (CUDA graph)",
     )
     parser.add_argument("--attention", nargs="+", choices=("flash", "cudnn"), default=["flash"])
     parser.add_argument("--skip-peers", action="store_true")

@@ -96,6 +96,12 @@ class _Steps(NamedTuple):
 _EAGER = _Steps(project, between, feed)
 
 
+def _let_vary(*tensors: Tensor) -> None:
+    """Have the number of tokens, alone of all dimensions, be an argument of what is compiled for these."""
+    for tensor in tensors:
+        torch._dynamo.mark_dynamic(tensor, 0)
+
+
 class Reader:
     """Reads layers of packs with a model that is on its device in its final dtype; shares its parameters."""
 
@@ -115,29 +121,35 @@ class Reader:
         *,
         compiled: bool = False,
         mode: str | None = None,
+        any_length: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:
         """Layer k and its activations [T, D] for each k wanted, ascending, each as soon as its kernels are queued.
 
         Blocks above the deepest are not run. With `compiled` the pack must have the same T as those before it, or
-        compilation begins anew; `mode` is torch.compile's. Documents are as for `ESM2.forward`; layers that the model
-        has not are a ValueError.
+        compilation begins anew, unless `any_length` has kernels made that take T as an argument; `mode` is
+        torch.compile's. Documents are as for `ESM2.forward`; layers that the model has not are a ValueError.
         """
         num_layers, last = self.config.num_layers, max(wanted, default=-1)
         if not wanted or min(wanted) < 0 or last > num_layers:
             raise ValueError(f"layers {list(wanted)} asked of a model that has layers 0 to {num_layers}")
         steps = self._steps(mode) if compiled else _EAGER
+        flexible = compiled and any_length
         document_T, position_T = documents.locate(tokens_T.shape[0])
         x_TD = self.model.embed(tokens_T.long(), documents, document_T)
         if 0 in wanted:
             yield 0, x_TD
         if last == 0:
             return
+        if flexible:
+            _let_vary(x_TD, position_T)
         rope = (self._rope(documents.max_len), position_T, self.config.num_heads)
         qkv = list(steps.project(x_TD, self._blocks[0], *rope))
         for layer in range(1, last + 1):
             block = self._blocks[layer - 1]
             mixed_THD = attention(qkv[0], qkv[1], qkv[2], *documents)
             qkv.clear()  # their memory is the next region's
+            if flexible:
+                _let_vary(x_TD, mixed_THD)
             if layer < last:
                 x_TD, *qkv = steps.between(x_TD, mixed_THD, block, self._blocks[layer], *rope)
             else:
@@ -146,11 +158,12 @@ class Reader:
                 yield layer, self.model.emb_layer_norm_after(x_TD) if layer == num_layers else x_TD
 
     def _rope(self, max_len: int) -> Tables:
-        """cos and sin of positions 0 to max_len - 1: gathered by position inside the kernels that rotate."""
-        if max_len not in self._tables:
-            device = self.model.embed_tokens.weight.device
-            self._tables = {max_len: self.model.rotary(torch.arange(max_len, device=device))}
-        return self._tables[max_len]
+        """cos and sin of positions from 0 to max_len and beyond: gathered by position inside the kernels that rotate."""
+        # Powers of two from 1024 on: the table's length is a constant of what is compiled.
+        length = 1 << max(10, (max_len - 1).bit_length())
+        if length not in self._tables:
+            self._tables[length] = self.model.rotary(torch.arange(length, device=self.model.rotary.inv_freq.device))
+        return self._tables[length]
 
     def _steps(self, mode: str | None) -> _Steps:
         if mode not in self._compiled:

@@ -29,6 +29,11 @@ COMPILE_MODE: str | None = None
 """Mode of torch.compile. CUDA graphs are none of them: one region runs for longer than it takes to launch."""
 
 
+ANY_LENGTH = True
+"""Compile for any number of tokens, so that each shard's packs share its tokens without a remainder; otherwise all packs
+of an artifact have the tokens that its largest shard needs, and padding grows with the spread of the shards."""
+
+
 class Put(Protocol):
     """Takes rows of one layer and one protein, from its residue `first` on; called from several threads at once."""
 
@@ -79,7 +84,7 @@ class Embedder:
         self.compute = str(self.dtype).removeprefix("torch.")
         self.model = load_plm(weights, store, self.device, self.dtype)
         self.attention = attention_backend(self.device, self.dtype, self.model.config.head_dim)
-        self.compile_mode = COMPILE_MODE
+        self.compile_mode, self.any_length = COMPILE_MODE, ANY_LENGTH
         self.last_done = 0.0
         self._backed_off = sys.maxsize
         self._compiles = True
@@ -133,8 +138,8 @@ class Embedder:
             batch_tokens: budget of one pass, or `auto`; halved where the GPU's memory runs out.
             window: longer proteins are read in windows of so many residues (see `windows.pieces`).
             compile: true, false, or `auto`.
-            typical: of the artifact that these proteins are a part of, so that all parts share one shape; by default
-                they are all.
+            typical: of the artifact that these proteins are a part of: whether compiling pays, and the shape that all
+                parts share (see `ANY_LENGTH`); by default they are all.
 
         Raises:
             UserError: memory runs out on a single protein.
@@ -142,15 +147,16 @@ class Embedder:
         stream = Stream(self, Stopwatch(self.device))
         left = [p for p in pieces([len(s) for s in sequences], window) if p.stop > p.start]
         sizes = [p.stop - p.start + SPECIAL_TOKENS for p in left]
-        if typical is None:
-            typical = Typical(sum(sizes), len(sizes), max(sizes, default=0), sum(sizes))
+        own = Typical(sum(sizes), len(sizes), max(sizes, default=0), sum(sizes))
+        typical = typical or own
         total = sum(p.last - p.first for p in left)
         stream.compiled = self._compiles and compiling_pays(
             compile, self.model.config, self.device, max(layers), typical.all_tokens
         )
         while left:
             stream.budget = min(self.budget(batch_tokens, len(set(layers))), self._backed_off)
-            shape = choose_shape(typical, stream.budget, _longest(typical.longest)) if stream.compiled else None
+            largest = own if self.any_length else typical
+            shape = choose_shape(largest, stream.budget, _longest(largest.longest)) if stream.compiled else None
             told = (progress, total)
             left = self._passes(stream, sequences, left, sorted(set(layers)), stored, shape, put, told, check_stop)
         stream.launched()
@@ -217,7 +223,9 @@ class Embedder:
     def _pass(self, batch: Batch, layers: Sequence[int], stored: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
         """Each layer's rows [R, D] on the device, R as in `kept_R`."""
         tokens_T, documents, kept_R = batch.to(self.device)
-        found = self.reader.layers(tokens_T, documents, layers, compiled=batch.constant, mode=self.compile_mode)
+        found = self.reader.layers(
+            tokens_T, documents, layers, compiled=batch.constant, mode=self.compile_mode, any_length=self.any_length
+        )
         for layer, x_TD in found:
             yield layer, x_TD.index_select(0, kept_R).to(stored)
 
@@ -263,10 +271,10 @@ def _delivery(put: Put, layer: int, pieces: Sequence[Piece]) -> Callable[[torch.
 
 def _compile_errors() -> tuple[type[Exception], ...]:
     # Imported when something failed: they bring all of the compiler.
-    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    return BackendCompilerFailed, InductorError
+    return TorchDynamoException, InductorError
 
 
 _MOST_CONSTANT = 2048

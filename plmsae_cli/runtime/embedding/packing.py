@@ -1,6 +1,6 @@
 """Which documents go into which pack, so that hardly a token is padding and compiled shapes stay the same.
 
-A constant pack has one shape for a whole artifact, made for its largest shard; a loose pack is exactly as long as its
+Constant packs have one shape, that of a shard or of a whole artifact; a loose pack is exactly as long as its
 documents. All lengths are in tokens, `<cls>` and `<eos>` included.
 """
 
@@ -21,7 +21,7 @@ _LEAST_FILL = 7 / 8
 
 
 class Typical(NamedTuple):
-    """The largest shard of an artifact, which decides the constant shape, and the artifact as a whole."""
+    """The largest shard of an artifact, which decides a shape for all, and the artifact as a whole."""
 
     tokens: int
     documents: int

@@ -42,14 +42,14 @@ class LocalContext:
 
 
 def run_task(task: Task, context: LocalContext, commit: bool = True) -> None:
-    """Work, then publish: the part record in each folder, and the manifest after a finish.
+    """`work_on`, then `publish`.
 
     Args:
         commit: false on all ranks of a gang but the first.
     """
-    results = _work(task, context)
+    results = work_on(task, context)
     if commit:
-        _publish(task, context, results)
+        publish(task, context, results)
 
 
 class Behind:
@@ -62,19 +62,19 @@ class Behind:
         """`run_task`, but the record may come with the next call, or with `settle`."""
         if self._writing is not None and self._writing[0].id in task.needs:
             self.settle()
-        results = _work(task, context)
+        results = work_on(task, context)
         self.settle()
         if isinstance(results, Pending):
             self._writing = (task, context, results)
         else:
-            _publish(task, context, results)
+            publish(task, context, results)
 
     def settle(self) -> None:
         """Wait for what is being written, and publish it."""
         if self._writing is not None:
             task, context, results = self._writing
             self._writing = None
-            _publish(task, context, results)
+            publish(task, context, results)
 
     def __enter__(self) -> Behind:
         return self
@@ -83,14 +83,16 @@ class Behind:
         self.settle()
 
 
-def _work(task: Task, context: LocalContext) -> Mapping[str, Result]:
+def work_on(task: Task, context: LocalContext) -> Mapping[str, Result]:
+    """The work alone; its results may be `Pending`."""
     work: Work = import_module(STAGE_MODULES[task.stage]).work
     fault(f"{task.stage}.{task.id}.begin")
     return work(task, context)
 
 
-def _publish(task: Task, context: LocalContext, results: Mapping[str, Result]) -> None:
-    results = dict(results)  # waits for what is pending
+def publish(task: Task, context: LocalContext, results: Mapping[str, Result]) -> None:
+    """Wait for what is still being written; then the part record in each folder, and the manifest after a finish."""
+    results = dict(results)
     fault(f"{task.stage}.{task.id}.written")
     for folder, result in results.items():
         write_part(context.store, folder, task.id, result.files, {} if task.id == FINISH else result.facts)

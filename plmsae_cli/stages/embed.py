@@ -74,7 +74,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     objects = len(refs) * ((4 + embed.pooled) * len(ranges) + 6)
     hours = forecast.forecast(
         ESM2Config(**lineage.weights.config),
-        max(refs),
+        max(refs, default=0),
         scan.lengths_P,
         scan.max_length,
         experiment.launch,
@@ -149,7 +149,7 @@ def _proteins(task: Task, context: Context) -> Mapping[str, Result]:
 def _shard(task: Task, context: Context) -> Mapping[str, Result]:
     from plmsae_cli.runtime.embedding import Embedder, Typical
     from plmsae_cli.store.proteins import read_proteins
-    from plmsae_cli.store.shard_writer import Rows, ShardWriter
+    from plmsae_cli.store.shard_writer import Plain, Rows, ShardWriter
 
     experiment, store = context.experiment, context.store
     embed = experiment.embed
@@ -171,13 +171,14 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
         Rows(task.args["row_offset"], train_rows),
         Rows(task.args["heldout_offset"], sum(counts) - train_rows),
     )
+    stored: torch.dtype = getattr(torch, embed.dtype)
     writers = {
         folder: ShardWriter(
             store,
             folder,
             f"shard-{index:05d}.safetensors",
             lineage.d,
-            getattr(torch, embed.dtype),
+            Plain(lineage.d, stored),
             *sides,
             {
                 "weights": lineage.weights.name,
@@ -205,7 +206,7 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
     stream = embedder.stream(
         table["sequence"].to_pylist(),
         sorted(wanting),
-        getattr(torch, embed.dtype),
+        stored,
         embed.batch_tokens,
         put,
         context.progress,

@@ -1,6 +1,7 @@
 """Writing one shard of one layer: rows come in any order from any thread, files come out.
 
-The one seam between the model and a storage format: `put` for rows, `finish` for files. R: rows. D: dimensions.
+The one seam between the model and a storage format: `put` for rows, `finish` for files; a `Coding` says how a row lies
+on the disk. R: rows. D: dimensions. W: numbers of a stored row.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from plmsae_cli.store.activations import ACTS, ROW_OFFSET, Statistics
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.tensorfile import write_tensors
 
+_PART_ROWS = 65_536
+"""Rows decoded at a time; of plain rows the statistics do not depend on it."""
 POOLED = "pooled"
 """Folder of the proteins' means, and there the tensor's name is `mean`."""
 
@@ -29,6 +32,38 @@ class RowSink(Protocol):
 
     def finish(self) -> list[FileRecord]:
         """Every row is there: write the files."""
+
+
+class Coding(Protocol):
+    """Another form of rows than plain numbers. Rows are coded one by one, in any grouping."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a stored row."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a stored row."""
+
+    def encode(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        """Stored rows [R, W]."""
+
+    def decode(self, rows_RW: torch.Tensor) -> torch.Tensor:
+        """Numbers [R, D] again, for statistics."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Rows as they are."""
+
+    width: int
+    dtype: torch.dtype
+
+    def encode(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        return rows_RD
+
+    def decode(self, rows_RW: torch.Tensor) -> torch.Tensor:
+        return rows_RW
 
 
 @dataclass(frozen=True)
@@ -46,23 +81,19 @@ class Buffers:
         self._lock = threading.Lock()
         self._spare: list[torch.Tensor] = []
 
-    def take(self, rows: int, d: int, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, d], contents undefined."""
-        size = rows * d * dtype.itemsize
+    def take(self, size: int) -> torch.Tensor:
+        """At least `size` bytes (uint8), contents undefined."""
         with self._lock:
             fits = [i for i, buffer in enumerate(self._spare) if size <= buffer.numel() <= 2 * size]
-            whole = self._spare.pop(min(fits, key=lambda i: self._spare[i].numel())) if fits else None
-        if whole is None:
-            # Shards differ a little in size: with some to spare a buffer serves the others too.
-            whole = torch.empty(size + size // 16, dtype=torch.uint8)
-        return whole[:size].view(dtype).view(rows, d)
+            if fits:
+                return self._spare.pop(min(fits, key=lambda i: self._spare[i].numel()))
+        # Shards differ a little in size: with some to spare a buffer serves the others too.
+        return torch.empty(size + size // 16, dtype=torch.uint8)
 
-    def give(self, rows_RD: torch.Tensor) -> None:
+    def give(self, buffer: torch.Tensor) -> None:
         """Take back what `take` gave."""
-        base = rows_RD._base
-        if base is not None:
-            with self._lock:
-                self._spare.append(base)
+        with self._lock:
+            self._spare.append(buffer)
 
     def clear(self) -> None:
         """Free what is not lent."""
@@ -77,7 +108,7 @@ BUFFERS = Buffers()
 class ShardWriter:
     """A `RowSink` that writes safetensors: training rows, held-out rows, statistics, and means if asked.
 
-    Files below `folder`: `name`, `heldout/name` (each with the tensor `acts` [R, D] and `metadata`), `statistics/name`,
+    Files below `folder`: `name`, `heldout/name` (each with the tensor `acts` [R, W] and `metadata`), `statistics/name`,
     and with `proteins` `pooled/name`: `mean` [P, D], float32, of the stored rows of each protein.
     """
 
@@ -87,7 +118,7 @@ class ShardWriter:
         folder: str,
         name: str,
         d: int,
-        dtype: torch.dtype,
+        coding: Coding,
         train: Rows,
         heldout: Rows,
         metadata: Mapping[str, str],
@@ -95,35 +126,43 @@ class ShardWriter:
     ) -> None:
         """`proteins`: held out or not, first row (global) and number of rows of each, in order; None without means."""
         self._store, self._folder, self._name, self._d = store, folder, name, d
-        self._metadata, self._proteins = metadata, proteins
+        self._coding, self._metadata, self._proteins = coding, metadata, proteins
         self._sides = (train, heldout)
-        self._rows = tuple(BUFFERS.take(side.count, d, dtype) for side in self._sides)
+        row_bytes = coding.width * coding.dtype.itemsize
+        sizes = [side.count * row_bytes for side in self._sides]
+        self._buffers = [BUFFERS.take(size) for size in sizes]
+        self._rows = [
+            buffer[:size].view(coding.dtype).view(-1, coding.width)
+            for buffer, size in zip(self._buffers, sizes, strict=True)
+        ]
 
     def put(self, heldout: bool, row: int, rows_RD: torch.Tensor) -> None:
         start = row - self._sides[heldout].offset
-        self._rows[heldout][start : start + len(rows_RD)].copy_(rows_RD)
+        self._rows[heldout][start : start + len(rows_RD)].copy_(self._coding.encode(rows_RD))
 
     def finish(self) -> list[FileRecord]:
         files = []
-        for side, rows_RD, place in zip(self._sides, self._rows, ((), ("heldout",)), strict=True):
+        for side, rows_RW, place in zip(self._sides, self._rows, ((), ("heldout",)), strict=True):
             path = join(self._folder, *place, self._name)
             metadata = {**self._metadata, ROW_OFFSET: str(side.offset)}
-            files.append(write_tensors(self._store, path, {ACTS: rows_RD}, metadata))
+            files.append(write_tensors(self._store, path, {ACTS: rows_RW}, metadata))
         statistics = Statistics(self._d)
-        statistics.update(self._rows[False])
+        for part_RW in torch.split(self._rows[False], _PART_ROWS):
+            statistics.update(self._coding.decode(part_RW))
         files.append(
             write_tensors(self._store, join(self._folder, "statistics", self._name), statistics.to_tensors(), {})
         )
         if self._proteins is not None:
             path = join(self._folder, POOLED, self._name)
             files.append(write_tensors(self._store, path, {"mean": self._means(self._proteins)}, self._metadata))
-        for rows_RD in self._rows:
-            BUFFERS.give(rows_RD)
+        for buffer in self._buffers:
+            BUFFERS.give(buffer)
         return files
 
     def _means(self, proteins: Sequence[tuple[bool, int, int]]) -> torch.Tensor:
         mean_PD = torch.empty(len(proteins), self._d)
         for protein, (heldout, row, count) in enumerate(proteins):
             start = row - self._sides[heldout].offset
-            mean_PD[protein] = self._rows[heldout][start : start + count].mean(0, dtype=torch.float64)
+            rows_RW = self._rows[heldout][start : start + count]
+            mean_PD[protein] = self._coding.decode(rows_RW).mean(0, dtype=torch.float64)
         return mean_PD

@@ -72,17 +72,11 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     # A shard: rows of both sides, statistics, its record, perhaps means; once: proteins and statistics, two records, plan,
     # manifest.
     objects = len(refs) * ((4 + embed.pooled) * len(ranges) + 6)
-    hours = forecast.forecast(
-        ESM2Config(**lineage.weights.config),
-        max(refs, default=0),
-        scan.lengths_P,
-        scan.max_length,
-        experiment.launch,
-        embed.compute,
-    )
+    left = remaining(store, tasks)
+    hours = _hours(experiment, lineage, max(refs, default=0)) if left else {}
     return Plan(
         "embed",
-        remaining(store, tasks),
+        left,
         {
             f"layer-{layer}": artifact(store, ref, scan.num_rows, rows * row_bytes, {"ranges": ranges})
             for layer, ref in refs.items()
@@ -102,6 +96,13 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             **{k: v for k, v in scan.counts.items() if v and k not in ("proteins", "kept", "residues")},
         },
     )
+
+
+def _hours(experiment: Experiment, lineage: Lineage, depth: int) -> dict[str, Any]:
+    embed, scan = experiment.embed, lineage.scan
+    assert embed is not None
+    config = ESM2Config(**lineage.weights.config)
+    return forecast.forecast(config, depth, scan.lengths_P, scan.max_length, experiment.launch, embed.compute)
 
 
 def _shard_ranges(store: Store, refs: Mapping[int, Ref], fresh: Any) -> list[list[int]]:

@@ -183,3 +183,16 @@ def test_figures_add_up_to_shares() -> None:
     found = summary(part.to_json() for part in parts)
     assert found == {"residues_per_second": 100.0, "busy": 0.9, "waited": 0.1, "padding": 0.0333, "passes": 3}
     assert summary([]) == {}
+
+
+def test_the_path_of_older_cards_is_float16_with_sdpa(embedder: Embedder) -> None:
+    """Below sm80: float16 throughout, attention by SDPA; within float16's gate of float32, at every layer."""
+    half = Embedder("bundled", Store(), "float16")
+    assert (half.compute, half.attention) == ("float16", "sdpa")
+    sequences = random_proteins(4, 12, 200)
+    layers, sides = list(range(9)), [False] * 12
+    exact = embedder.run(sequences, layers, sides, "float32", 4096, quiet, quiet)
+    ours = half.run(sequences, layers, sides, "float32", 4096, quiet, quiet)
+    for layer in layers:
+        difference = (ours[layer][0] - exact[layer][0]).norm() / exact[layer][0].norm()
+        assert float(difference) <= 3e-3

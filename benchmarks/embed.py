@@ -354,8 +354,8 @@ def main() -> int:
     parser.add_argument(
         "--compile-modes",
         nargs="+",
-        default=["default", "any-length"],
-        help="eager, default (one shape), any-length (as the stage does), max-autotune-no-cudagraphs, graph (CUDA graph)",
+        help="default, any-length (both by default: kernels for one shape, and as the stage uses them), eager, "
+        "max-autotune-no-cudagraphs, graph (the pass as one CUDA graph)",
     )
     parser.add_argument("--attention", nargs="+", choices=("flash", "cudnn"), default=["flash"])
     parser.add_argument("--skip-peers", action="store_true")
@@ -369,8 +369,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.stage_tokens != "auto":
         options.stage_tokens = int(options.stage_tokens)
-    quick: dict[str, Any] = {"models": ["tiny"], "budgets": [1024], "compile_modes": ["eager"]}
+    quick: dict[str, Any] = {"models": ["tiny"], "budgets": [1024], "compile_modes": options.compile_modes or ["eager"]}
     full: dict[str, Any] = {"models": options.models or ["650M", "3B"], "budgets": options.budgets or [65_536]}
+    full["compile_modes"] = options.compile_modes or ["default", "any-length"]
     sizes = {"peer_tokens": 16_384, "peer_batches": 24, "gate_proteins": 8, "disk_bytes": 4 << 30}
     small = {"peer_tokens": 1024, "peer_batches": 2, "gate_proteins": 2, "disk_bytes": 16 << 20}
     for key, value in (

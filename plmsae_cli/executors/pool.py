@@ -47,8 +47,8 @@ class _Worker:
     """Has worked; its files are still being written while the worker does another."""
 
     def let_go(self) -> list[Task]:
-        """What is lost with the worker."""
-        held = [task for task in (self.writing, self.task) if task is not None]
+        """What is lost with the worker: first what it computed, if anything."""
+        held = [task for task in (self.task, self.writing) if task is not None]
         self.writing = self.task = None
         return held
 
@@ -109,14 +109,19 @@ class Pool:
                     kind, body = worker.pipe.recv()
                 except (EOFError, OSError):
                     worker.process.join()
-                    for lost in worker.let_go():
+                    # Whoever computed is to blame; what was only being written is done again, too, and not counted.
+                    blamed, *others = worker.let_go()
+                    for lost in (blamed, *others):
                         running.pop((lost.id, lost.folders), None)
-                        if attempts[lost.id, lost.folders] < ATTEMPTS:
-                            code = worker.process.exitcode
-                            report(None, None, note=f"{lost.id}: its worker died ({code}); trying again")
-                            waiting.insert(0, lost)
-                        else:
-                            failure = TaskFailed(lost.id, f"its worker died twice (exit {worker.process.exitcode})")
+                    for lost in others:
+                        attempts[lost.id, lost.folders] -= 1
+                        waiting.insert(0, lost)
+                    code = worker.process.exitcode
+                    if attempts[blamed.id, blamed.folders] < ATTEMPTS:
+                        report(None, None, note=f"{blamed.id}: its worker died ({code}); trying again")
+                        waiting.insert(0, blamed)
+                    else:
+                        failure = TaskFailed(blamed.id, f"its worker died twice (exit {code})")
                     continue
                 of_writing = kind in ("published", "unwritten")
                 task = worker.writing if of_writing else worker.task

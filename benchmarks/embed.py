@@ -38,6 +38,7 @@ from plmsae_cli.plm.reader import Reader
 from plmsae_cli.runtime.device import peak_flops
 from plmsae_cli.runtime.embedding import Embedder, Typical
 from plmsae_cli.runtime.embedding.batches import make_batch
+from plmsae_cli.runtime.embedding.embedder import ANY_LENGTH
 from plmsae_cli.runtime.embedding.packing import choose_shape, deal
 from plmsae_cli.runtime.embedding.windows import pieces
 from plmsae_cli.runtime.progress import PlainReporter
@@ -55,7 +56,7 @@ CONFIGS = {
     "650M": ESM2Config(33, 1280, 20),
     "3B": ESM2Config(36, 2560, 40),
 }
-END_TO_END_S = 12.0
+END_TO_END_S = 25.0
 """Seconds that the measured stage is made to last, by the number of proteins."""
 
 
@@ -211,7 +212,6 @@ def end_to_end(
         left -= len(sequence)
         if left <= 0:
             break
-    fasta.write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(chosen)))
     model = ESM2(config) if bench.device.type == "cpu" else None
     if model is None:
         with bench.device:
@@ -221,7 +221,8 @@ def end_to_end(
     del model, state
     free()
 
-    def go(root: Path) -> tuple[float, dict[str, Any], int]:
+    def go(root: Path, sequences: Sequence[str]) -> tuple[float, dict[str, Any], int]:
+        fasta.write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(sequences)))
         experiment = Experiment.model_validate(
             {
                 "name": "bench",
@@ -245,8 +246,9 @@ def end_to_end(
         shutil.rmtree(root)
         return rows / done.stages["embed"], {**manifest["speed"], **manifest["kernel"]}, lineage.row_bytes
 
-    go(folder / "cold")
-    result = go(folder / "warm")
+    # One shape for all packs is known from all proteins alone.
+    go(folder / "cold", chosen[: max(64, len(chosen) // 8)] if ANY_LENGTH else chosen)
+    result = go(folder / "warm", chosen)
     Embedder._shared.clear()
     free()
     return result
@@ -340,7 +342,7 @@ def bench_model(bench: Bench, name: str, folder: Path) -> None:
     bound = min(best, rate_disk / row_bytes)
     note = (
         f"FASTA to local disk, {wanted:,} residues, warm; {whole / bound:.0%} of the smaller of forward alone and disk; "
-        f"busy {speed['busy']:.1%}, waited {speed['waited']:.1%}, padding {speed['padding']:.2%}, "
+        f"busy {speed['busy']:.1%}, waited {speed['waited']:.1%}, writing {speed['writing']:.0%}, padding {speed['padding']:.2%}, "
         f"{speed['residues_per_second']:,.0f} residues/s from first to last row, {speed['batch_tokens']} tokens a pass"
     )
     bench.say(title, "plmsae", whole, note=note)

@@ -6,6 +6,7 @@ statistics. A shard's training rows are contiguous in the training numbering, it
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -220,6 +221,9 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
 
     def write(folder: str) -> Result:
         figures = settled.result().to_json()
+        begun = time.monotonic()
+        files = writers[folder].finish()
+        figures["write_seconds"] = round(time.monotonic() - begun, 4)
         facts = {
             "rows": sides[False].count,
             "heldout_rows": sides[True].count,
@@ -229,7 +233,7 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
             "batch_tokens": stream.budget,
             "figures": figures,
         }
-        return Result(writers[folder].finish(), facts)
+        return Result(files, facts)
 
     return Pending({folder: _WRITERS.submit(write, folder) for folder in task.folders})
 
@@ -281,6 +285,6 @@ def _kernels(shards: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def _told(speed: Mapping[str, float]) -> str:
     return (
-        f"embed: {speed['residues_per_second']:,.0f} residues/s a process, device busy {speed['busy']:.1%}, waited for "
-        f"writers {speed['waited']:.1%}, padding {speed['padding']:.2%} of the tokens"
+        f"embed: {speed['residues_per_second']:,.0f} residues/s a process, device busy {speed['busy']:.1%}, waited for rows "
+        f"to leave {speed['waited']:.1%}, files being written {speed['writing']:.0%}, padding {speed['padding']:.2%}"
     )

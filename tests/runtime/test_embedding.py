@@ -178,10 +178,20 @@ def test_compiling_is_for_long_work_on_gpus() -> None:
 def test_figures_add_up_to_shares() -> None:
     parts = [
         Figures(residues=90, tokens=110, pad_tokens=10, passes=1, seconds=1.0, busy_seconds=0.9),
-        Figures(residues=210, tokens=220, pad_tokens=1, passes=2, seconds=2.0, busy_seconds=1.8, wait_seconds=0.3),
+        Figures(
+            residues=210,
+            tokens=220,
+            pad_tokens=1,
+            passes=2,
+            seconds=2.0,
+            busy_seconds=1.8,
+            wait_seconds=0.3,
+            write_seconds=1.5,
+        ),
     ]
     found = summary(part.to_json() for part in parts)
-    assert found == {"residues_per_second": 100.0, "busy": 0.9, "waited": 0.1, "padding": 0.0333, "passes": 3}
+    shares = {"busy": 0.9, "waited": 0.1, "writing": 0.5, "padding": 0.0333}
+    assert found == {"residues_per_second": 100.0, **shares, "passes": 3}
     assert summary([]) == {}
 
 

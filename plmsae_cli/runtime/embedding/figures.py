@@ -21,6 +21,8 @@ class Figures:
     """In which the device computed."""
     wait_seconds: float = 0.0
     """In which it could not go on because rows had not left the ring of host buffers."""
+    write_seconds: float = 0.0
+    """In which the shard's files were written, beside the next shard's computation."""
 
     def to_json(self) -> dict[str, float]:
         return {name: round(value, 4) for name, value in asdict(self).items()}
@@ -33,8 +35,8 @@ class Figures:
 def summary(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Shares and rates over shards that each process made one after the other; empty without a shard's figures.
 
-    `residues_per_second` is that of one process while it had work, `busy` and `waited` are shares of its time, `padding`
-    of the tokens.
+    `residues_per_second` is that of one process while it had work, `busy`, `waited` and `writing` are shares of its time,
+    `padding` of the tokens.
     """
     total = Figures()
     for part in parts:
@@ -45,6 +47,7 @@ def summary(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
         "residues_per_second": round(total.residues / total.seconds, 1),
         "busy": round(total.busy_seconds / total.seconds, 4),
         "waited": round(total.wait_seconds / total.seconds, 4),
+        "writing": round(total.write_seconds / total.seconds, 4),
         "padding": round(total.pad_tokens / total.tokens, 4),
         "passes": total.passes,
     }

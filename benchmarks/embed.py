@@ -343,7 +343,8 @@ def bench_model(bench: Bench, name: str, folder: Path) -> None:
     note = (
         f"FASTA to local disk, {wanted:,} residues, warm; {whole / bound:.0%} of the smaller of forward alone and disk; "
         f"busy {speed['busy']:.1%}, waited {speed['waited']:.1%}, writing {speed['writing']:.0%}, "
-        f"padding {speed['padding']:.2%}, {speed['residues_per_second']:,.0f} residues/s from first to last row, {speed['batch_tokens']} tokens a pass"
+        f"padding {speed['padding']:.2%}, {speed['residues_per_second']:,.0f} residues/s from first to last row, "
+        f"{speed['batch_tokens']} tokens a pass"
     )
     bench.say(title, "plmsae", whole, note=note)
 

@@ -163,6 +163,8 @@ def test_tokens_follow_the_memory_within_bounds() -> None:
     assert 40_000 < tokens_in(int(0.6 * 14e9), 2560, 2, 5) < MOST_TOKENS
     assert tokens_in(int(0.6 * 40e9), 5120, 2, 12) < MOST_TOKENS
     assert tokens_in(0, 1280, 2, 1) == 2048
+    assert tokens_in(10**9, 1280, 2, 1) == tokens_in(10**9 + 10**7, 1280, 2, 1)
+    assert tokens_in(10**9, 1280, 2, 1) % 2048 == 0
 
 
 def test_compiling_is_for_long_work_on_gpus() -> None:

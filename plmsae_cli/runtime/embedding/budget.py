@@ -28,8 +28,12 @@ def auto_tokens(config: ESM2Config, device: torch.device, dtype: torch.dtype, nu
 
 
 def tokens_in(memory: int, d: int, itemsize: int, num_layers: int) -> int:
-    """Tokens whose activations fit `memory` bytes; between 2,048 and 65,536, so that even a full GPU tries."""
-    return min(MOST_TOKENS, max(_LEAST_TOKENS, memory // (peak_activations(num_layers) * d * itemsize)))
+    """Tokens whose activations fit `memory` bytes; between 2,048 and 65,536, so that even a full GPU tries.
+
+    In whole steps of 2,048: a little more or less free memory gives the same packs, and so the same bytes.
+    """
+    fitting = memory // (peak_activations(num_layers) * d * itemsize)
+    return min(MOST_TOKENS, max(_LEAST_TOKENS, fitting // _LEAST_TOKENS * _LEAST_TOKENS))
 
 
 def compiling_pays(wanted: str | bool, config: ESM2Config, device: torch.device, depth: int, tokens: float) -> bool:

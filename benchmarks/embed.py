@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from embed_peers import GATES, errors, fair_esm, rate, transformers_esm, wait
+from embed_peers import GATES, errors, esm, fair_esm, own, rate, transformers_esm, wait
 from record import add, cpu, stamp
 
 from plmsae_cli.config.experiment import Experiment
@@ -262,7 +262,9 @@ def bench_model(bench: Bench, name: str, folder: Path) -> None:
     # Gate first: a fast forward pass that is wrong is no result.
     spread = sorted(bench.sequences, key=len)
     few = ["M", "MKVXBUZO-.AC", *spread[:: max(1, len(spread) // options.gate_proteins)], spread[-1]]
-    peer = fair_esm(config, bench.device)
+    peer = own(config, bench.device) if esm is None else fair_esm(config, bench.device)
+    if esm is None:
+        print("  fair-esm is not installed: the gate is against our plain forward pass, and its line is left out")
     for dtype, shares in errors(peer, config, few, cuda, bench.device).items():
         who, worst = str(dtype).removeprefix("torch."), max(shares)
         print(
@@ -280,7 +282,7 @@ def bench_model(bench: Bench, name: str, folder: Path) -> None:
     bench.say(title, "limit (disk)", rate_disk / row_bytes, note=f"{rate_disk / 1e9:.2f} GB/s, one file, synced")
 
     most = options.peer_batches
-    if not options.skip_peers:
+    if not options.skip_peers and esm is not None:
         last = [config.num_layers]
         forward = partial(peer.half() if cuda else peer, repr_layers=last)
         found = rate(forward, bench.sequences, options.peer_tokens, most, bench.device)

@@ -6,15 +6,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import esm
 import torch
 from torch import Tensor
 
-from plmsae_cli.plm.alphabet import PAD, encode, pack
+from plmsae_cli.plm.alphabet import PAD, encode, pack, wrap
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.plm.reader import Reader
 
-ALPHABET = esm.data.Alphabet.from_architecture("ESM-1b")
+try:
+    import esm
+
+    ALPHABET: Any = esm.data.Alphabet.from_architecture("ESM-1b")
+except ImportError:
+    esm = ALPHABET = None
 GATES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -25,14 +29,14 @@ def wait(device: torch.device) -> None:
 
 def padded(sequences: Sequence[str], budget: int, most: int) -> Iterator[tuple[Tensor, int]]:
     """Sorted batches of at most `budget` padded tokens, `most` of them spread over all lengths, and their residues."""
-    convert = ALPHABET.get_batch_converter()
     batches: list[list[str]] = [[]]
     for sequence in sorted(sequences, key=len):
         if batches[-1] and (len(sequence) + 2) * (len(batches[-1]) + 1) > budget:
             batches.append([])
         batches[-1].append(sequence)
     for batch in batches[:: max(1, len(batches) // most)]:
-        yield convert([("", sequence) for sequence in batch])[2], sum(map(len, batch))
+        tokens = [torch.from_numpy(wrap(encode(sequence)).astype("int64")) for sequence in batch]
+        yield torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PAD), sum(map(len, batch))
 
 
 @torch.inference_mode()
@@ -81,12 +85,30 @@ def transformers_esm(config: ESM2Config, device: torch.device) -> torch.nn.Modul
     return model.eval()
 
 
+def own(config: ESM2Config, device: torch.device) -> torch.nn.Module:
+    """Our plain forward pass, for the gate where fair-esm is not installed."""
+    torch.manual_seed(0)
+    with device:
+        return ESM2(config).eval()
+
+
+def hidden(peer: torch.nn.Module, sequence: str, layers: range, device: torch.device) -> dict[int, Tensor]:
+    """Every layer of one protein, by the reference."""
+    if isinstance(peer, ESM2):
+        packed = pack([encode(sequence)]).to(device)
+        return dict(peer(packed.tokens_T, packed.documents, layers=layers).hidden)
+    _, _, tokens = ALPHABET.get_batch_converter()([("", sequence)])
+    found = peer(tokens.to(device), repr_layers=layers)["representations"]
+    return {k: found[k][0] for k in layers}
+
+
 def ours_from(peer: torch.nn.Module, config: ESM2Config, dtype: torch.dtype, device: torch.device) -> ESM2:
-    """Our model with fair-esm's weights."""
+    """Our model with the reference's weights."""
     with torch.device("meta"):
         model = ESM2(config)
     state = {name: tensor.to(dtype, copy=True) for name, tensor in peer.state_dict().items()}
-    frequencies = peer.layers[0].self_attn.rot_emb.inv_freq  # type: ignore[union-attr, index]
+    layers: Any = peer.layers
+    frequencies = peer.rotary.inv_freq if isinstance(peer, ESM2) else layers[0].self_attn.rot_emb.inv_freq
     state["rotary.inv_freq"] = frequencies.detach().clone()
     model.load_state_dict({name: state[name] for name in model.state_dict()}, assign=True)
     return model.to(device).eval()
@@ -102,10 +124,8 @@ def errors(
     layers = range(config.num_layers + 1)
     reference: dict[int, list[Tensor]] = {k: [] for k in layers}
     for sequence in sequences:
-        _, _, tokens = ALPHABET.get_batch_converter()([("", sequence)])
-        found = peer(tokens.to(device), repr_layers=layers)["representations"]
-        for k in layers:
-            reference[k].append(found[k][0].float())
+        for k, x_LD in hidden(peer, sequence, layers, device).items():
+            reference[k].append(x_LD.float())
     used = sum(len(s) + 2 for s in sequences)
     max_len = max(len(s) + 2 for s in sequences)
     packed = pack(

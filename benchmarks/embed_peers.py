@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -64,6 +65,11 @@ def fair_esm(config: ESM2Config, device: torch.device) -> torch.nn.Module:
 
 def transformers_esm(config: ESM2Config, device: torch.device) -> torch.nn.Module:
     """transformers' EsmModel with SDPA; raises ImportError where it is not installed."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception:
+        # Built for another torch it does not import, and transformers, which finds it there, fails with it.
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
     from transformers import EsmConfig, EsmModel
 
     about = EsmConfig(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,8 +58,9 @@ class Embed(Section):
     one includes the final LayerNorm. The forward stops after the deepest."""
     max_length: Annotated[Count, SCIENCE] = 1022
     """Longest protein in residues; `long` says what happens beyond."""
-    long: Annotated[Literal["truncate", "skip", "error"], SCIENCE] = "truncate"
-    """Proteins longer than `max_length`: keep the first `max_length` residues, leave out, or stop."""
+    long: Annotated[Literal["truncate", "skip", "windows", "error"], SCIENCE] = "truncate"
+    """Proteins longer than `max_length`: keep the first `max_length` residues, leave out, read all residues in
+    overlapping windows of `max_length`, each residue from the window where it is most central, or stop."""
     unknown: Annotated[Literal["X", "skip", "error"], SCIENCE] = "X"
     """Letters outside ESM's alphabet: read as X, leave the protein out, or stop."""
     duplicates: Annotated[Literal["error", "first"], SCIENCE] = "error"
@@ -71,13 +72,24 @@ class Embed(Section):
     proteins, at most half."""
     dtype: Annotated[Literal["bfloat16", "float16", "float32", "int8"], SCIENCE] = "bfloat16"
     """Stored type: 2, 2 or 4 bytes a number. `int8` is one byte, standardised by dimension, and two bytes more a row."""
+    pooled: Annotated[bool, SCIENCE] = False
+    """Also store each protein's mean over its residues, float32."""
     compute: Auto | Literal["bfloat16", "float16", "float32"] = "auto"
     """Arithmetic of the forward pass; `auto` is bfloat16 on GPUs that have it, float16 on older ones, float32 on
     a CPU."""
     batch_tokens: Auto | Count = "auto"
-    """Tokens packed into one forward pass; halved, with a message, when memory runs out."""
+    """Most tokens packed into one forward pass; `auto` is what the GPU's memory holds, at most 65,536 (4,096 on a
+    CPU). Halved, with a message, when memory runs out."""
+    compile: Auto | bool = "auto"
+    """Compile the forward pass (torch.compile); `auto` does on GPUs where the work is long enough to repay it."""
     shard: Bytes = Field(default="1GB", validate_default=True)
     """Bytes of one shard of one layer, the unit of work and of resuming. Fixed by the first start."""
+
+    def science(self) -> dict[str, Any]:
+        chosen = super().science()
+        if not self.pooled:  # as before the field existed, so that artifacts keep their names
+            del chosen["pooled"]
+        return chosen
 
 
 class Shuffle(Section):

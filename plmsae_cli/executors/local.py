@@ -6,17 +6,17 @@ One slot works in this very process, several in a pool of warm ones; a task with
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.gang import launch_gang
 from plmsae_cli.executors.pool import Pool
-from plmsae_cli.executors.worker import LocalContext, run_task
+from plmsae_cli.executors.worker import Behind, LocalContext
 from plmsae_cli.runtime.device import allow_gpus, count_gpus
 from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.stop import STOP
-from plmsae_cli.runtime.task import Interrupted, Plan
+from plmsae_cli.runtime.task import Interrupted, Plan, Task
 from plmsae_cli.store.fs import Store, join
 
 
@@ -52,7 +52,10 @@ class LocalExecutor:
             left = [t for t in plan.tasks if t.resources.gang > 1]
         else:
             left = list(plan.tasks)
-        total = sum(t.cost for t in plan.tasks)
+        with Behind() as behind:
+            self._in_turn(left, sum(t.cost for t in plan.tasks), behind, report)
+
+    def _in_turn(self, left: Sequence[Task], total: float, behind: Behind, report: Callable[..., None]) -> None:
         spent = total - sum(t.cost for t in left)
         for task in left:
             if STOP.requested():
@@ -66,7 +69,7 @@ class LocalExecutor:
             if task.resources.gang > 1 and not in_gang():
                 launch_gang(task, self.experiment, within)
             else:
-                run_task(task, LocalContext(self.experiment, within))
+                behind.run(task, LocalContext(self.experiment, within))
             spent += task.cost
             report(spent, total)
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.executors.worker import LocalContext, run_task
+from plmsae_cli.executors.worker import LocalContext, publish, work_on
 from plmsae_cli.runtime.run_folder import cpu_count
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.system_errors import as_user_error
-from plmsae_cli.runtime.task import Interrupted, Task
+from plmsae_cli.runtime.task import Interrupted, Pending, Task
 
 ATTEMPTS = 2
 
@@ -43,6 +43,14 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     task: Task | None = None
+    writing: Task | None = None
+    """Has worked; its files are still being written while the worker does another."""
+
+    def let_go(self) -> list[Task]:
+        """What is lost with the worker: first what it computed, if anything."""
+        held = [task for task in (self.task, self.writing) if task is not None]
+        self.writing = self.task = None
+        return held
 
 
 class Pool:
@@ -85,36 +93,52 @@ class Pool:
                     if worker.task is not None or ready is None:
                         continue
                     if not worker.process.is_alive():
+                        if worker.writing is not None:
+                            continue  # its pipe is read first: that task is to be done again
                         worker = self._workers[slot] = self._start(slot)
                     waiting.remove(ready)
                     worker.task = ready
                     attempts[ready.id, ready.folders] += 1
                     worker.pipe.send(ready.to_json())
-            busy = {w.pipe: w for w in self._workers if w.task is not None}
+            busy = {w.pipe: w for w in self._workers if w.task is not None or w.writing is not None}
             if not busy:
                 break
             for pipe in wait(list(busy), timeout=0.5):
                 worker = busy[pipe]  # type: ignore[index]
-                task = worker.task
-                assert task is not None
                 try:
                     kind, body = worker.pipe.recv()
                 except (EOFError, OSError):
                     worker.process.join()
-                    worker.task = None
-                    if attempts[task.id, task.folders] < ATTEMPTS:
-                        report(None, None, note=f"{task.id}: its worker died ({worker.process.exitcode}); trying again")
-                        waiting.insert(0, task)
+                    # Whoever computed is to blame; what was only being written is done again, too, and not counted.
+                    blamed, *others = worker.let_go()
+                    for lost in (blamed, *others):
+                        running.pop((lost.id, lost.folders), None)
+                    for lost in others:
+                        attempts[lost.id, lost.folders] -= 1
+                        waiting.insert(0, lost)
+                    code = worker.process.exitcode
+                    if attempts[blamed.id, blamed.folders] < ATTEMPTS:
+                        report(None, None, note=f"{blamed.id}: its worker died ({code}); trying again")
+                        waiting.insert(0, blamed)
                     else:
-                        failure = TaskFailed(task.id, f"its worker died twice (exit {worker.process.exitcode})")
+                        failure = TaskFailed(blamed.id, f"its worker died twice (exit {code})")
                     continue
+                of_writing = kind in ("published", "unwritten")
+                task = worker.writing if of_writing else worker.task
+                assert task is not None
                 if kind == "progress":
                     running[task.id, task.folders] = task.cost * body["share"]
                     report(spent + sum(running.values()), total, **body["figures"])
                     continue
-                worker.task = None
+                if of_writing:
+                    worker.writing = None
+                else:
+                    worker.task = None
+                if kind == "worked":
+                    worker.writing = task
+                    continue
                 running.pop((task.id, task.folders), None)
-                if kind == "done":
+                if kind in ("done", "published"):
                     done.add(task.id)
                     spent += task.cost
                     report(spent + sum(running.values()), total)
@@ -187,19 +211,45 @@ def _serve(
 
     threading.Thread(target=listen, daemon=True).start()
 
+    sending = threading.Lock()
+
+    def send(kind: str, body: Any = None) -> None:
+        with sending:
+            pipe.send((kind, body))
+
     def report(done: float, total: float, **figures: Any) -> None:
-        pipe.send(("progress", {"share": done / max(total, 1e-9), "figures": figures}))
+        send("progress", {"share": done / max(total, 1e-9), "figures": figures})
+
+    def publish_later(task: Task, results: Pending) -> None:
+        try:
+            publish(task, context, results)
+            send("published")
+        except Exception as error:
+            send("unwritten", _failure(task, error))
 
     context = LocalContext(Experiment.model_validate(experiment), report)
+    writing = threading.Thread()
     while True:
         with arrived:
             arrived.wait_for(lambda: bool(inbox))
             task = Task.from_json(inbox.pop(0))
         try:
-            run_task(task, context)
-            pipe.send(("done", None))
+            results = work_on(task, context)
+            if writing.ident is not None:
+                writing.join()
+            if isinstance(results, Pending):
+                send("worked")
+                writing = threading.Thread(target=publish_later, args=(task, results), daemon=True)
+                writing.start()
+            else:
+                publish(task, context, results)
+                send("done")
         except Interrupted:
-            pipe.send(("interrupted", None))
+            send("interrupted")
         except Exception as error:
-            failed = TaskFailed(task.id, f"{type(error).__name__}: {error}", traceback.format_exc())
-            pipe.send(("failed", as_user_error(error) or failed))
+            send("failed", _failure(task, error))
+
+
+def _failure(task: Task, error: Exception) -> Exception:
+    """What the parent raises: words for a user where there are some, else the error with its trace."""
+    return as_user_error(error) or TaskFailed(task.id, f"{type(error).__name__}: {error}", traceback.format_exc())

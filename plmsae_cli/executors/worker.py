@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.faults import fault
 from plmsae_cli.runtime.stop import STOP
-from plmsae_cli.runtime.task import Interrupted, Task, Work
+from plmsae_cli.runtime.task import Interrupted, Pending, Result, Task, Work
 from plmsae_cli.stages.common import FINISH
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.manifest import read_parts, write_manifest, write_part
@@ -42,16 +42,57 @@ class LocalContext:
 
 
 def run_task(task: Task, context: LocalContext, commit: bool = True) -> None:
-    """Work, then publish: the part record in each folder, and the manifest after a finish.
+    """`work_on`, then `publish`.
 
     Args:
         commit: false on all ranks of a gang but the first.
     """
+    results = work_on(task, context)
+    if commit:
+        publish(task, context, results)
+
+
+class Behind:
+    """Runs tasks one after the other; one whose files are still being written is published after the next has worked."""
+
+    def __init__(self) -> None:
+        self._writing: tuple[Task, LocalContext, Pending] | None = None
+
+    def run(self, task: Task, context: LocalContext) -> None:
+        """`run_task`, but the record may come with the next call, or with `settle`."""
+        if self._writing is not None and self._writing[0].id in task.needs:
+            self.settle()
+        results = work_on(task, context)
+        self.settle()
+        if isinstance(results, Pending):
+            self._writing = (task, context, results)
+        else:
+            publish(task, context, results)
+
+    def settle(self) -> None:
+        """Wait for what is being written, and publish it."""
+        if self._writing is not None:
+            task, context, results = self._writing
+            self._writing = None
+            publish(task, context, results)
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.settle()
+
+
+def work_on(task: Task, context: LocalContext) -> Mapping[str, Result]:
+    """The work alone; its results may be `Pending`."""
     work: Work = import_module(STAGE_MODULES[task.stage]).work
     fault(f"{task.stage}.{task.id}.begin")
-    results = work(task, context)
-    if not commit:
-        return
+    return work(task, context)
+
+
+def publish(task: Task, context: LocalContext, results: Mapping[str, Result]) -> None:
+    """Wait for what is still being written; then the part record in each folder, and the manifest after a finish."""
+    results = dict(results)
     fault(f"{task.stage}.{task.id}.written")
     for folder, result in results.items():
         write_part(context.store, folder, task.id, result.files, {} if task.id == FINISH else result.facts)

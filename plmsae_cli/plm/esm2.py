@@ -167,7 +167,7 @@ class ESM2(nn.Module):
 
         document_T, position_T = documents.locate(tokens_T.shape[0])
         rope = self.rotary(position_T)
-        x_TD = self._embed(tokens_T.long(), documents, document_T)
+        x_TD = self.embed(tokens_T.long(), documents, document_T)
         hidden: dict[int, Tensor] = {}
         for k in range((num_layers if logits else max(layers)) + 1):
             if k > 0:
@@ -180,7 +180,7 @@ class ESM2(nn.Module):
                 x_TD = splice[k](x_TD)
         return ESM2Output(hidden, self.lm_head(x_TD, self.embed_tokens.weight) if logits else None)
 
-    def _embed(self, tokens_T: Tensor, documents: Documents, document_T: Tensor) -> Tensor:
+    def embed(self, tokens_T: Tensor, documents: Documents, document_T: Tensor) -> Tensor:
         """Layer 0: embeddings with `<pad>` zeroed and, under token dropout, `<mask>` zeroed and the rest
         rescaled."""
         x_TD = self.embed_tokens(tokens_T)

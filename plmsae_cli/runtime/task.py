@@ -6,7 +6,8 @@ done when every folder it writes to holds its part record with files of the reco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -94,6 +95,25 @@ class Result:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Pending(Mapping[str, Result]):
+    """Results of a work whose files are still being written: to look at them is to wait.
+
+    An executor may start another task before it looks. Raises from any look what the writing raised.
+    """
+
+    def __init__(self, results: Mapping[str, Future[Result]]) -> None:
+        self._results = results
+
+    def __getitem__(self, folder: str) -> Result:
+        return self._results[folder].result()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+
 class Interrupted(Exception):
     """Asked to stop and stopped at a place from which the next start continues."""
 
@@ -112,4 +132,5 @@ class Context(Protocol):
 
 
 Work = Callable[[Task, Context], Mapping[str, Result]]
-"""work(task, context) -> one result a folder; a member of a group that failed by itself has none, and says so in its status."""
+"""work(task, context) -> one result a folder, perhaps `Pending`; a member of a group that failed by
+itself has none, and says so in its status."""

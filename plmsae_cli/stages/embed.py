@@ -6,12 +6,18 @@ statistics. A shard's training rows are contiguous in the training numbering, it
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task
+from plmsae_cli.plm.esm2 import ESM2Config
+from plmsae_cli.runtime.embedding import forecast
+from plmsae_cli.runtime.task import Context, Pending, Plan, Resources, Result, Task
 from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, read_plan, remaining
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage, Ref
@@ -20,6 +26,10 @@ CALIBRATION_ROWS = 1_000_000
 """Rows that int8's means and deviations are taken from."""
 _CALIBRATION_PASS = 65_536
 """Of these, in memory at a time."""
+_WRITERS = ThreadPoolExecutor(4, thread_name_prefix="shards")
+"""Write shards while the next one computes; each layer's files are one job."""
+_SETTLING = ThreadPoolExecutor(1, thread_name_prefix="settling")
+"""Waits for a shard's last rows; apart from the writers, who wait for it."""
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -33,6 +43,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     ranges = _shard_ranges(store, refs, lambda: scan.shard_ranges(max(1, int(embed.shard) // row_bytes)))
 
     quantised = embed.dtype == "int8"
+    typical = forecast.typical(scan.lengths_P, scan.max_length, ranges)._asdict()
     offsets = scan.rows_before([start for start, _ in ranges])
     folders = tuple(ref.folder for ref in refs.values())
     proteins = Task("proteins", "embed", folders, cost=scan.num_proteins / 1e4, args={"ranges": ranges})
@@ -51,13 +62,15 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             "embed",
             folders,
             needs=tuple(task.id for task in first),
-            resources=Resources(gpus=1, memory=2 * len(refs) * int(embed.shard)),
+            # One shard is computed while the one before is written.
+            resources=Resources(gpus=1, memory=5 * len(refs) * int(embed.shard) // 2),
             cost=float(scan.lengths_P[start:stop].sum()),
             args={
                 "index": i,
                 "layers": {ref.folder: layer for layer, ref in refs.items()},
                 "row_offset": offsets[i][0],
                 "heldout_offset": offsets[i][1],
+                "typical": typical,
             },
         )
         for i, (start, stop) in enumerate(ranges)
@@ -71,9 +84,14 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     }
     tasks = [*first, *shards, finish_task("embed", list(refs.values()), [*first, *shards], facts)]
     rows = scan.num_rows + scan.num_heldout_rows
+    # A shard: rows of both sides, statistics, its record, perhaps means; once: proteins and statistics, two records, plan,
+    # manifest.
+    objects = len(refs) * ((4 + embed.pooled) * len(ranges) + 6)
+    left = remaining(store, tasks)
+    hours = _hours(experiment, lineage, max(refs, default=0)) if left else {}
     return Plan(
         "embed",
-        remaining(store, tasks),
+        left,
         {
             f"layer-{layer}": artifact(store, ref, scan.num_rows, rows * row_bytes, {"ranges": ranges})
             for layer, ref in refs.items()
@@ -86,10 +104,20 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             "heldout_rows": scan.num_heldout_rows,
             "bytes_per_layer": rows * row_bytes,
             "layers": list(refs),
+            "bytes": len(refs) * (rows * row_bytes + embed.pooled * scan.num_proteins * d * 4),
+            "objects": objects,
+            **hours,
             "shards": len(ranges),
             **{k: v for k, v in scan.counts.items() if v and k not in ("proteins", "kept", "residues")},
         },
     )
+
+
+def _hours(experiment: Experiment, lineage: Lineage, depth: int) -> dict[str, Any]:
+    embed, scan = experiment.embed, lineage.scan
+    assert embed is not None
+    config = ESM2Config(**lineage.weights.config)
+    return forecast.forecast(config, depth, scan.lengths_P, scan.max_length, experiment.launch, embed.compute)
 
 
 def _shard_ranges(store: Store, refs: Mapping[int, Ref], fresh: Any) -> list[list[int]]:
@@ -179,15 +207,10 @@ def _calibrate(task: Task, context: Context) -> Mapping[str, Result]:
 
 
 def _shard(task: Task, context: Context) -> Mapping[str, Result]:
-    import torch
-
-    from plmsae_cli.runtime.embedding import Embedder
-    from plmsae_cli.store.activations import Statistics
-    from plmsae_cli.store.buckets import bytes_of
+    from plmsae_cli.runtime.embedding import Embedder, Typical
     from plmsae_cli.store.proteins import read_proteins
-    from plmsae_cli.store.quantise import as_stored
-    from plmsae_cli.store.rowsum import hexed, row_sum
-    from plmsae_cli.store.tensorfile import write_tensors
+    from plmsae_cli.store.rowsum import hexed
+    from plmsae_cli.store.shard_writer import Rows, ShardWriter, coding_of
 
     experiment, store = context.experiment, context.store
     embed = experiment.embed
@@ -195,67 +218,94 @@ def _shard(task: Task, context: Context) -> Mapping[str, Result]:
     lineage = Lineage(experiment, store)
     index: int = task.args["index"]
     layer_of: dict[str, int] = {f: task.args["layers"][f] for f in task.folders}
-    table = read_proteins(store, join(task.folders[0], "proteins.parquet"), row_group=index)
+    table = read_proteins(
+        store,
+        join(task.folders[0], "proteins.parquet"),
+        row_group=index,
+        columns=["rows", "row_offset", "split", "sequence"],
+    )
     embedder = Embedder.shared(experiment.model.weights, store, embed.compute)
-    sequences: list[str] = table["sequence"].to_pylist()
     heldout = [split == "heldout" for split in table["split"].to_pylist()]
-    embedded = embedder.run(
-        sequences,
-        sorted(set(layer_of.values())),
-        heldout,
-        embedder.compute if embed.dtype == "int8" else embed.dtype,
+    offsets, counts = table["row_offset"].to_pylist(), table["rows"].to_pylist()
+    train_rows = sum(count for count, held in zip(counts, heldout, strict=True) if not held)
+    sides = (
+        Rows(task.args["row_offset"], train_rows),
+        Rows(task.args["heldout_offset"], sum(counts) - train_rows),
+    )
+    # int8 is made from numbers as they were computed.
+    handed: torch.dtype = embedder.dtype if embed.dtype == "int8" else getattr(torch, embed.dtype)
+    writers = {
+        folder: ShardWriter(
+            store,
+            folder,
+            f"shard-{index:05d}.safetensors",
+            lineage.d,
+            coding_of(store, folder, embed.dtype, lineage.d),
+            *sides,
+            {
+                "weights": lineage.weights.name,
+                "weights_sha256": lineage.weights.sha256,
+                "layer": str(layer),
+                "convention": "residual stream after block k; 0 scaled embedding; last after final LayerNorm",
+                "final_layer_norm": str(layer == lineage.num_layers).lower(),
+                "tokens": "residues only",
+                "dtype": embed.dtype,
+                "compute": embedder.compute,
+                "attention": embedder.attention,
+            },
+            list(zip(heldout, offsets, counts, strict=True)) if embed.pooled else None,
+            embedder.device,
+        )
+        for folder, layer in layer_of.items()
+    }
+    wanting: dict[int, list[ShardWriter]] = {}
+    for folder, layer in layer_of.items():
+        wanting.setdefault(layer, []).append(writers[folder])
+
+    def put(layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
+        for writer in wanting[layer]:
+            writer.put(heldout[protein], offsets[protein] + first, rows_RD)
+
+    stream = embedder.stream(
+        table["sequence"].to_pylist(),
+        sorted(wanting),
+        handed,
         embed.batch_tokens,
+        put,
         context.progress,
         context.check_stop,
+        window=embed.max_length if embed.long == "windows" else None,
+        compile=embed.compile,
+        typical=Typical(**task.args["typical"]),
     )
-    results = {}
-    for folder, layer in layer_of.items():
-        stored = as_stored(embedded.pop(layer) if len(layer_of) == 1 else embedded[layer], store, folder, embed.dtype)
-        train_RD, heldout_RD = stored.train_RW, stored.heldout_RW
-        metadata = {
-            "weights": lineage.weights.name,
-            "weights_sha256": lineage.weights.sha256,
-            "layer": str(layer),
-            "convention": "residual stream after block k; 0 scaled embedding; last after final LayerNorm",
-            "final_layer_norm": str(layer == lineage.num_layers).lower(),
-            "tokens": "residues only",
-            "dtype": embed.dtype,
+    settled = _SETTLING.submit(stream.wait)
+
+    def write(folder: str) -> Result:
+        figures = settled.result().to_json()
+        begun = time.monotonic()
+        files = writers[folder].finish()
+        figures["write_seconds"] = round(time.monotonic() - begun, 4)
+        facts = {
+            "rows": sides[False].count,
+            "heldout_rows": sides[True].count,
+            "row_sum": hexed(writers[folder].row_sum),
             "compute": embedder.compute,
             "attention": embedder.attention,
+            "compiled": stream.compiled,
+            "batch_tokens": stream.budget,
+            "figures": figures,
         }
-        statistics = Statistics(lineage.d)
-        for part_RW in torch.split(train_RD, 65_536):
-            statistics.update(stored.decode(part_RW))
-        name = f"shard-{index:05d}.safetensors"
-        results[folder] = Result(
-            [
-                write_tensors(
-                    store,
-                    join(folder, name),
-                    {"acts": train_RD},
-                    {**metadata, "row_offset": str(task.args["row_offset"])},
-                ),
-                write_tensors(
-                    store,
-                    join(folder, "heldout", name),
-                    {"acts": heldout_RD},
-                    {**metadata, "row_offset": str(task.args["heldout_offset"])},
-                ),
-                write_tensors(store, join(folder, "statistics", name), statistics.to_tensors(), {}),
-            ],
-            {
-                "rows": train_RD.shape[0],
-                "heldout_rows": heldout_RD.shape[0],
-                "row_sum": hexed(row_sum(bytes_of(train_RD))),
-            },
-        )
-    return results
+        return Result(files, facts)
+
+    return Pending({folder: _WRITERS.submit(write, folder) for folder in task.folders})
 
 
 def _finish(task: Task, context: Context) -> Mapping[str, Result]:
+    from plmsae_cli.runtime.embedding import summary
     from plmsae_cli.store.activations import Statistics
     from plmsae_cli.store.manifest import read_parts
     from plmsae_cli.store.rowsum import joined
+    from plmsae_cli.store.shard_writer import BUFFERS
     from plmsae_cli.store.tensorfile import TensorFile
 
     lineage = Lineage(context.experiment, context.store)
@@ -267,6 +317,8 @@ def _finish(task: Task, context: Context) -> Mapping[str, Result]:
             if name.startswith("shard-"):
                 file = TensorFile(context.store, join(folder, "statistics", f"{name}.safetensors"))
                 merged.merge(Statistics.from_tensors({k: file.read(k) for k in file.names()}))
+        shards = [parts[name].facts for name in sorted(parts) if name.startswith("shard-")]
+        speed = summary(facts["figures"] for facts in shards if "figures" in facts)
         record = merged.write(context.store, join(folder, "stats.safetensors"))
         facts = {
             "rows": task.args["rows"],
@@ -278,9 +330,26 @@ def _finish(task: Task, context: Context) -> Mapping[str, Result]:
             "num_layers": lineage.num_layers,
             "weights": {"name": lineage.weights.name, "sha256": lineage.weights.sha256},
             "fasta": {"sha256": lineage.scan.sha256, "name": lineage.fasta.name},
+            "kernel": _kernels(shards),
+            "speed": speed,
         }
-        shards = [part.facts for name, part in parts.items() if name.startswith("shard-")]
         if all("row_sum" in found for found in shards):  # those of an earlier version have none
             facts["row_sum"] = joined(found["row_sum"] for found in shards)
         results[folder] = Result([record], manifest_facts(task, folder, facts).facts)
+    if speed:
+        context.progress(1, 1, note=_told(speed))
+    BUFFERS.clear()
     return results
+
+
+def _kernels(shards: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """What computed the shards: one value of each unless machines differed or memory ran out."""
+    names = ("compute", "attention", "compiled", "batch_tokens")
+    return {name: sorted({facts[name] for facts in shards if name in facts}) for name in names}
+
+
+def _told(speed: Mapping[str, float]) -> str:
+    return (
+        f"embed: {speed['residues_per_second']:,.0f} residues/s a process, device busy {speed['busy']:.1%}, waited for rows "
+        f"to leave {speed['waited']:.1%}, files being written {speed['writing']:.0%}, padding {speed['padding']:.2%}"
+    )

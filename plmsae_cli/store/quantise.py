@@ -11,12 +11,9 @@ scale a row gives every dimension the step of the largest one. R: rows. D: dimen
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
-from plmsae_cli.store.fs import FileRecord, Store, join
+from plmsae_cli.store.fs import FileRecord, Store
 from plmsae_cli.store.tensorfile import TensorFile, write_tensors
 
 CALIBRATION = "calibration.safetensors"
@@ -82,20 +79,3 @@ class Quantiser:
     def read(cls, store: Store, path: str) -> Quantiser:
         file = TensorFile(store, path)
         return cls(file.read("mean"), file.read("deviation"), int(file.read("count")))
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An embedding's rows as they go to the disk, and how they become numbers again."""
-
-    train_RW: torch.Tensor
-    heldout_RW: torch.Tensor
-    decode: Callable[[torch.Tensor], torch.Tensor]
-
-
-def as_stored(rows: tuple[torch.Tensor, torch.Tensor], store: Store, folder: str, dtype: str) -> Stored:
-    """Training and held-out rows in the type that `embed.dtype` names; int8 by the calibration in `folder`."""
-    if dtype != "int8":
-        return Stored(*rows, lambda part_RW: part_RW)
-    quantiser = Quantiser.read(store, join(folder, CALIBRATION))
-    return Stored(quantiser.encode(rows[0]), quantiser.encode(rows[1]), quantiser.decode)

@@ -53,15 +53,18 @@ class Scan:
     kept_R: Mask
     """Which records of the file are kept."""
     lengths_P: npt.NDArray[np.int32]
-    """Residues as embedded, so after truncation: the protein's rows."""
+    """Residues as embedded, so after truncation (windows leave none out): the protein's rows."""
     truncated_P: Mask
     heldout_P: Mask
+    max_length: int
+    """Residues of the longest document that the model reads: a longer protein is read in windows of it."""
     row_offset_P: npt.NDArray[np.int64]
     """The protein's first row, in the numbering of its side of the split."""
     counts: Mapping[str, int]
     """For manifests and reports: `proteins` in the file; of these `skipped_empty`, `duplicates`,
     `skipped_unknown` and `skipped_long` (each counted under the first that applies) and `kept`; of the kept
-    `truncated`, `residues` (after truncation) and `unknown_letters` (before it)."""
+    `truncated`, `windowed` (only under `long: windows`), `residues` (after truncation) and `unknown_letters`
+    (before it)."""
 
     @property
     def num_proteins(self) -> int:
@@ -90,13 +93,14 @@ class Scan:
 
         There are ceil(rows / rows_per_shard) of them, rows counted on both sides of the split (fewer where
         proteins are longer than shards). They have near equal cost, where a protein of L residues costs
-        L + L^2 / 4096 (attention grows with L^2): each is within one protein's cost of the mean. A shard's
+        L + L^2 / 4096 (attention grows with L^2; the second L at most `max_length`): each is within one protein's
+        cost of the mean. A shard's
         rows are therefore only about `rows_per_shard`: by the lengths of its proteins up to 25 % more at a
         max_length of 1022.
         """
         lengths_P = self.lengths_P.astype(np.int64)
         # In units of 1/4096, so that sums are exact and the same on every machine.
-        cost_to_P = np.concatenate(([0], np.cumsum(4096 * lengths_P + lengths_P**2)))
+        cost_to_P = np.concatenate(([0], np.cumsum(lengths_P * (4096 + np.minimum(lengths_P, self.max_length)))))
         num_shards = -(-int(lengths_P.sum()) // rows_per_shard)
         wanted = np.arange(1, num_shards) * (cost_to_P[-1] / num_shards)
         after = np.searchsorted(cost_to_P, wanted)
@@ -117,7 +121,7 @@ class Protein:
     """As embedded."""
 
 
-def as_embedded(sequence: str, max_length: int) -> str:
+def as_embedded(sequence: str, max_length: int | None) -> str:
     """An upper-case sequence with letters outside the alphabet read as X, cut after `max_length` residues."""
     return sequence[:max_length].translate(_TO_X)
 
@@ -158,7 +162,8 @@ def scan(path: Path, options: Policies) -> Scan:
 
 def _number(index: FastaIndex, kept_R: Mask, dropped: Mapping[str, int], options: Policies) -> Scan:
     original_P = index.lengths_R[kept_R]
-    lengths_P = np.minimum(original_P, np.int32(min(options.max_length, 2**31 - 1)))
+    most = _most_rows(options)
+    lengths_P = original_P if most is None else np.minimum(original_P, np.int32(min(most, 2**31 - 1)))
     heldout_P = heldout(index.hashes_R[kept_R], options.holdout)
     row_offset_P = np.zeros(len(lengths_P), np.int64)
     for side_P in (heldout_P, ~heldout_P):
@@ -169,6 +174,7 @@ def _number(index: FastaIndex, kept_R: Mask, dropped: Mapping[str, int], options
         "proteins": len(kept_R),
         "kept": len(lengths_P),
         "truncated": int(truncated_P.sum()),
+        **({"windowed": int((original_P > options.max_length).sum())} if most is None else {}),
         "skipped_long": dropped["long"],
         "unknown_letters": int(index.unknown_R[kept_R].sum(dtype=np.int64)),
         "skipped_unknown": dropped["unknown"],
@@ -176,7 +182,12 @@ def _number(index: FastaIndex, kept_R: Mask, dropped: Mapping[str, int], options
         "skipped_empty": dropped["empty"],
         "residues": int(lengths_P.sum(dtype=np.int64)),
     }
-    return Scan(index.sha256, kept_R, lengths_P, truncated_P, heldout_P, row_offset_P, counts)
+    return Scan(index.sha256, kept_R, lengths_P, truncated_P, heldout_P, options.max_length, row_offset_P, counts)
+
+
+def _most_rows(options: Policies) -> int | None:
+    """Residues kept of a protein at most; None where windows keep all."""
+    return None if options.long == "windows" else options.max_length
 
 
 def _problem(path: Path, policy: str, mask_R: Mask, options: Policies) -> tuple[str, str]:
@@ -197,7 +208,8 @@ def _problem(path: Path, policy: str, mask_R: Mask, options: Policies) -> tuple[
         ),
         "long": lambda: (
             f"protein {identifier} has {len(sequence):,} residues, max_length is {options.max_length:,}",
-            f"`long: truncate` keeps the first {options.max_length:,}, `long: skip` leaves the protein out",
+            f"`long: truncate` keeps the first {options.max_length:,}, `long: windows` reads it in pieces, `long: skip` "
+            "leaves the protein out",
         ),
     }
     text, hint = explain[policy]()
@@ -259,4 +271,4 @@ def sampled_proteins(path: Path, scanned: Scan, options: Policies, rows: int, ba
 
 def _protein(entry: Entry, options: Policies) -> Protein:
     identifier, description, sequence, _ = entry
-    return Protein(identifier, description, len(sequence), as_embedded(sequence, options.max_length))
+    return Protein(identifier, description, len(sequence), as_embedded(sequence, _most_rows(options)))

@@ -110,6 +110,21 @@ def test_two_workers_write_what_one_process_writes_and_one_that_dies_is_replaced
     assert made(pooled) == made(experiment)
 
 
+def test_a_worker_that_dies_as_it_publishes_beside_the_next_task_loses_nothing_else(
+    experiment: Experiment, executors: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executors(experiment).run(plan_stage("embed", experiment, Store()), Notes())
+    pooled = _experiment(tmp_path, 2)
+    monkeypatch.setenv("PLMSAE_FAULT", "kill:embed.shard-00002.written")
+    with pytest.raises(TaskFailed, match=r"its worker died twice \(exit -9\)"):
+        executors(pooled).run(plan_stage("embed", pooled, Store()), Notes())
+    monkeypatch.delenv("PLMSAE_FAULT")
+    rest = plan_stage("embed", pooled, Store())
+    assert {"shard-00002", "finish"} <= {task.id for task in rest.tasks}
+    executors(pooled).run(rest, Notes())
+    assert made(pooled) == made(experiment)
+
+
 def test_a_plan_that_another_process_fixed_first_is_not_overwritten(experiment: Experiment, executors: Any) -> None:
     plan = plan_stage("embed", experiment, Store())
     (artifact,) = plan.artifacts.values()

@@ -1,8 +1,10 @@
-"""Running out of GPU memory halves the pass and changes no row."""
+"""Embedding many proteins: what runs out of memory, is cut into windows, or does not compile changes no row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
-from plmsae_cli.runtime.embedding import Embedder
+from plmsae_cli.plm.esm2 import PUBLISHED
+from plmsae_cli.runtime.embedding import MOST_TOKENS, Embedder, Figures, summary
+from plmsae_cli.runtime.embedding.batches import Batch
+from plmsae_cli.runtime.embedding.budget import compiling_pays, tokens_in
 from plmsae_cli.store.fs import Store
 
 
@@ -32,16 +37,17 @@ def embed(embedder: Embedder, sequences: Sequence[str], budget: int) -> torch.Te
 
 def limit(embedder: Embedder, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A device whose memory holds passes of at most this many tokens; returns the list of passes tried."""
-    real = embedder._forward
+    real = embedder._pass
     tried: list[int] = []
 
-    def forward(sequences: Sequence[str], *rest: Any) -> dict[int, torch.Tensor]:
-        tried.append(sum(len(s) + 2 for s in sequences))
+    def limited(batch: Batch, *rest: Any) -> Iterator[tuple[int, torch.Tensor]]:
+        tried.append(len(batch.tokens_T))
         if tried[-1] > most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(sequences, *rest)
+        yield from real(batch, *rest)
 
-    monkeypatch.setattr(embedder, "_forward", forward)
+    monkeypatch.setattr(embedder, "_pass", limited)
+    monkeypatch.setattr(embedder, "_backed_off", sys.maxsize)
     return tried
 
 
@@ -65,3 +71,140 @@ def test_a_protein_that_never_fits_is_named(embedder: Embedder, monkeypatch: pyt
     with pytest.raises(UserError, match="one protein of 99 residues") as caught:
         embed(embedder, ["M" * 99, "MKV"], 512)
     assert "embed.max_length" in str(caught.value.hint)
+
+
+def random_proteins(seed: int, count: int, most: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return ["".join(rng.choice(list(AMINO_ACIDS), n)) for n in rng.integers(1, most, count)]
+
+
+def test_long_proteins_are_read_in_windows(embedder: Embedder) -> None:
+    """Against each window embedded as a protein of its own, and the nearest centre sought residue by residue."""
+    window = 12
+    sequences = random_proteins(1, 8, 60)
+    got: dict[tuple[int, int], torch.Tensor] = {}
+
+    def put(layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
+        for i, row_D in enumerate(rows_RD):
+            assert (protein, first + i) not in got, "every residue once"
+            got[protein, first + i] = row_D.clone()
+
+    embedder.stream(sequences, [2], torch.float32, 256, put, quiet, quiet, window=window).wait()
+    assert len(got) == sum(map(len, sequences))
+    for protein, sequence in enumerate(sequences):
+        count = 1 if len(sequence) <= window else 1 + -(-(len(sequence) - window) // (window // 2))
+        starts = [0] if count == 1 else [i * (len(sequence) - window) // (count - 1) for i in range(count)]
+        alone = {
+            s: embedder.run([sequence[s : s + window]], [2], [False], "float32", 256, quiet, quiet) for s in starts
+        }
+        for residue in range(len(sequence)):
+            inside = [s for s in starts if s <= residue < s + window]
+            best = min(inside, key=lambda s: (abs(residue - s - (window - 1) / 2), s))
+            expected = alone[best][2][0][residue - best]
+            torch.testing.assert_close(got[protein, residue], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("any_length", [False, True])
+def test_packs_of_constant_shape_give_the_same_rows(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch, any_length: bool
+) -> None:
+    """As compiled packs are made and cut up again; the compiler itself left out."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(embedder, "any_length", any_length)
+    monkeypatch.setattr(embedder, "_backed_off", sys.maxsize)
+    sequences = random_proteins(2, 60, 90)
+    expected = embedder.run(sequences, [1, 8], [False] * 60, "float16", 4096, quiet, quiet)
+    got = {layer: torch.zeros_like(rows[0]) for layer, rows in expected.items()}
+    starts = np.cumsum([0, *map(len, sequences)])
+
+    def put(layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
+        got[layer][starts[protein] + first : starts[protein] + first + len(rows_RD)] = rows_RD
+
+    stream = embedder.stream(sequences, [1, 8], torch.float16, 1024, put, quiet, quiet, compile=True)
+    figures = stream.wait()
+    assert stream.compiled
+    assert figures.residues == len(got[1])
+    assert figures.tokens - figures.pad_tokens == len(got[1]) + 2 * len(sequences)
+    assert figures.pad_tokens > 0
+    for layer in (1, 8):
+        torch.testing.assert_close(got[layer], expected[layer][0], rtol=2e-3, atol=2e-3)
+    torch._dynamo.reset()
+
+
+def test_where_nothing_compiles_it_says_so_and_goes_on(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    torch._dynamo.reset()
+    fresh = Embedder("bundled", Store(), "float32")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    sequences = random_proteins(3, 20, 60)
+    rows = torch.full((sum(map(len, sequences)), 192), torch.nan)
+    starts = np.cumsum([0, *map(len, sequences)])
+
+    def put(layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
+        rows[starts[protein] + first : starts[protein] + first + len(rows_RD)] = rows_RD
+
+    stream = fresh.stream(sequences, [1], torch.float32, 512, put, quiet, quiet, compile=True)
+    stream.wait()
+    assert not stream.compiled
+    expected = embedder.run(sequences, [1], [False] * 20, "float32", 512, quiet, quiet)[1][0]
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+    assert capsys.readouterr().err.count("torch.compile fails here, going on without it") == 1
+    torch._dynamo.reset()
+
+
+def test_tokens_follow_the_memory_within_bounds() -> None:
+    """650M on 80 GB, 3B on 16 GB, 15B with twelve layers, and a full card."""
+    assert tokens_in(int(70e9), 1280, 2, 1) == MOST_TOKENS
+    assert 40_000 < tokens_in(int(0.6 * 14e9), 2560, 2, 5) < MOST_TOKENS
+    assert tokens_in(int(0.6 * 40e9), 5120, 2, 12) < MOST_TOKENS
+    assert tokens_in(0, 1280, 2, 1) == 2048
+    assert tokens_in(10**9, 1280, 2, 1) == tokens_in(10**9 + 10**7, 1280, 2, 1)
+    assert tokens_in(10**9, 1280, 2, 1) % 2048 == 0
+
+
+def test_compiling_is_for_long_work_on_gpus() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    published = PUBLISHED["esm2_t33_650M_UR50D"]
+    assert compiling_pays("auto", published, cuda, 33, 100e6)
+    assert not compiling_pays("auto", published, cuda, 33, 1e6)
+    assert not compiling_pays("auto", published, cpu, 33, 1e9)
+    assert compiling_pays(True, published, cpu, 1, 1)
+    assert not compiling_pays(False, published, cuda, 33, 1e12)
+
+
+def test_figures_add_up_to_shares() -> None:
+    parts = [
+        Figures(residues=90, tokens=110, pad_tokens=10, passes=1, seconds=1.0, busy_seconds=0.9),
+        Figures(
+            residues=210,
+            tokens=220,
+            pad_tokens=1,
+            passes=2,
+            seconds=2.0,
+            busy_seconds=1.8,
+            wait_seconds=0.3,
+            write_seconds=1.5,
+        ),
+    ]
+    found = summary(part.to_json() for part in parts)
+    shares = {"busy": 0.9, "waited": 0.1, "writing": 0.5, "padding": 0.0333}
+    assert found == {"residues_per_second": 100.0, **shares, "passes": 3}
+    assert summary([]) == {}
+
+
+def test_the_path_of_older_cards_is_float16_with_sdpa(embedder: Embedder) -> None:
+    """Below sm80: float16 throughout, attention by SDPA; within float16's gate of float32, at every layer."""
+    half = Embedder("bundled", Store(), "float16")
+    assert (half.compute, half.attention) == ("float16", "sdpa")
+    sequences = random_proteins(4, 12, 200)
+    layers, sides = list(range(9)), [False] * 12
+    exact = embedder.run(sequences, layers, sides, "float32", 4096, quiet, quiet)
+    ours = half.run(sequences, layers, sides, "float32", 4096, quiet, quiet)
+    for layer in layers:
+        difference = (ours[layer][0] - exact[layer][0]).norm() / exact[layer][0].norm()
+        assert float(difference) <= 3e-3

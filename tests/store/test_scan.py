@@ -186,7 +186,7 @@ def test_options_of_the_embed_section_and_the_index_shared_between_them(tmp_path
 def scan_of(lengths: np.ndarray) -> Scan:
     none_P = np.zeros(len(lengths), bool)
     offsets = np.cumsum(lengths) - lengths
-    return Scan("", ~none_P, lengths.astype(np.int32), none_P, none_P, offsets.astype(np.int64), {})
+    return Scan("", ~none_P, lengths.astype(np.int32), none_P, none_P, int(lengths.max()), offsets.astype(np.int64), {})
 
 
 @settings(deadline=None, max_examples=200)

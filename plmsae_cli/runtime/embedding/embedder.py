@@ -1,0 +1,285 @@
+"""A language model on this process's device, and the loop that keeps the device busy."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import cached_property
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.plm.attention import attention_backend
+from plmsae_cli.plm.reader import Reader
+from plmsae_cli.runtime.device import compute_dtype, pick_device
+from plmsae_cli.runtime.embedding.batches import Batch, ahead, make_batch
+from plmsae_cli.runtime.embedding.budget import auto_tokens, compiling_pays
+from plmsae_cli.runtime.embedding.figures import Figures
+from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Shape, Typical, choose_shape, deal
+from plmsae_cli.runtime.embedding.transfer import Stopwatch, Transfer, transfer_for
+from plmsae_cli.runtime.embedding.windows import Piece, pieces
+from plmsae_cli.runtime.models import load_plm
+from plmsae_cli.store.fs import Store
+
+COMPILE_MODE: str | None = None
+"""Mode of torch.compile. CUDA graphs are none of them: one region runs for longer than it takes to launch."""
+
+
+ANY_LENGTH = True
+"""Compile for any number of tokens, so that each shard's packs share its tokens without a remainder; otherwise all packs
+of an artifact have the tokens that its largest shard needs, and padding grows with the spread of the shards."""
+
+
+class Put(Protocol):
+    """Takes rows of one layer and one protein, from its residue `first` on; called from several threads at once."""
+
+    def __call__(self, layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
+        """`rows_RD` is on the host, in the stored dtype, and valid during the call only. The same rows may come twice,
+        after running out of memory."""
+
+
+class Stream:
+    """An embedding whose kernels are queued; some of its rows may still be on their way."""
+
+    def __init__(self, embedder: Embedder, watch: Stopwatch) -> None:
+        self.figures = Figures()
+        self.budget = 0
+        self.compiled = False
+        self._embedder, self._watch = embedder, watch
+        self._begun, self._waited = time.monotonic(), embedder.transfer.wait_seconds
+        self.deliveries: list[Future[None]] = []
+
+    def settle(self) -> None:
+        """Wait until all rows sent so far are delivered; raises what a delivery raised."""
+        for delivery in self.deliveries:
+            delivery.result()
+        self.deliveries.clear()
+
+    def launched(self) -> None:
+        self.figures.wait_seconds = self._embedder.transfer.wait_seconds - self._waited
+
+    def wait(self) -> Figures:
+        """Wait until every row is delivered."""
+        self.settle()
+        self.figures.busy_seconds = self._watch.seconds()
+        now = time.monotonic()
+        # Streams overlap: what is counted for one is not counted for the next.
+        self.figures.seconds = now - max(self._begun, self._embedder.last_done)
+        self._embedder.last_done = now
+        return self.figures
+
+
+class Embedder:
+    """A language model on this process's device, kept warm between shards."""
+
+    _shared: dict[tuple[str, str], Embedder] = {}
+
+    def __init__(self, weights: str, store: Store, compute: str) -> None:
+        self.device = pick_device()
+        self.dtype = compute_dtype(compute, self.device)
+        self.compute = str(self.dtype).removeprefix("torch.")
+        self.model = load_plm(weights, store, self.device, self.dtype)
+        self.attention = attention_backend(self.device, self.dtype, self.model.config.head_dim)
+        self.compile_mode, self.any_length = COMPILE_MODE, ANY_LENGTH
+        self.last_done = 0.0
+        self._backed_off = sys.maxsize
+        self._compiles = True
+        self._auto: dict[int, int] = {}
+
+    @classmethod
+    def shared(cls, weights: str, store: Store, compute: str) -> Embedder:
+        """The process's one instance for these weights."""
+        key = (weights, compute)
+        if key not in cls._shared:
+            cls._shared[key] = cls(weights, store, compute)
+        return cls._shared[key]
+
+    @cached_property
+    def reader(self) -> Reader:
+        return Reader(self.model)
+
+    @cached_property
+    def transfer(self) -> Transfer:
+        return transfer_for(self.device)
+
+    def budget(self, wanted: str | int, num_layers: int = 1) -> int:
+        """Tokens of one pass: as asked, or what fits the free memory of the device."""
+        if isinstance(wanted, int):
+            return wanted
+        # Asked for once: later answers would depend on what earlier passes still hold, and the shapes with them.
+        if num_layers not in self._auto:
+            self._auto[num_layers] = auto_tokens(self.model.config, self.device, self.dtype, num_layers)
+        return self._auto[num_layers]
+
+    def stream(
+        self,
+        sequences: Sequence[str],
+        layers: Sequence[int],
+        stored: torch.dtype,
+        batch_tokens: str | int,
+        put: Put,
+        progress: Callable[..., None],
+        check_stop: Callable[[], None],
+        *,
+        window: int | None = None,
+        compile: str | bool = "auto",
+        typical: Typical | None = None,
+    ) -> Stream:
+        """Have every residue's row of each layer put; returns when the last pass is queued.
+
+        Args:
+            sequences: proteins; every residue gets a row, <cls> and <eos> none.
+            layers: which representations, by the convention of `ESM2.forward`.
+            stored: type of the rows handed out.
+            batch_tokens: budget of one pass, or `auto`; halved where the GPU's memory runs out.
+            window: longer proteins are read in windows of so many residues (see `windows.pieces`).
+            compile: true, false, or `auto`.
+            typical: of the artifact that these proteins are a part of: whether compiling pays, and the shape that all
+                parts share (see `ANY_LENGTH`); by default they are all.
+
+        Raises:
+            UserError: memory runs out on a single protein.
+        """
+        stream = Stream(self, Stopwatch(self.device))
+        left = [p for p in pieces([len(s) for s in sequences], window) if p.stop > p.start]
+        sizes = [p.stop - p.start + SPECIAL_TOKENS for p in left]
+        own = Typical(sum(sizes), len(sizes), max(sizes, default=0), sum(sizes))
+        typical = typical or own
+        total = sum(p.last - p.first for p in left)
+        stream.compiled = self._compiles and compiling_pays(
+            compile, self.model.config, self.device, max(layers), typical.all_tokens
+        )
+        while left:
+            stream.budget = min(self.budget(batch_tokens, len(set(layers))), self._backed_off)
+            largest = own if self.any_length else typical
+            shape = choose_shape(largest, stream.budget, _longest(largest.longest)) if stream.compiled else None
+            told = (progress, total)
+            left = self._passes(stream, sequences, left, sorted(set(layers)), stored, shape, put, told, check_stop)
+        stream.launched()
+        return stream
+
+    def _passes(
+        self,
+        stream: Stream,
+        sequences: Sequence[str],
+        left: list[Piece],
+        layers: Sequence[int],
+        stored: torch.dtype,
+        shape: Shape | None,
+        put: Put,
+        progress: tuple[Callable[..., None], int],
+        check_stop: Callable[[], None],
+    ) -> list[Piece]:
+        """Run packs until all pieces are done or memory runs out; returns the pieces left."""
+        packs = deal([p.stop - p.start + SPECIAL_TOKENS for p in left], stream.budget, shape)
+        order = [(chosen, None) for chosen in packs.loose] + [(chosen, shape) for chosen in packs.constant]
+
+        def make(item: tuple[list[int], Shape | None]) -> Batch:
+            return make_batch(sequences, [left[i] for i in item[0]], item[1], self.device.type == "cuda")
+
+        figures = stream.figures
+        for done, batch in enumerate(ahead(make, order)):
+            check_stop()
+            stream._watch.begin()
+            try:
+                for layer, rows_RD in self._pass(batch, layers, stored):
+                    deliver = _delivery(put, layer, batch.pieces)
+                    stream.deliveries.append(self.transfer.send(rows_RD[: batch.num_rows], deliver))
+                failed = None
+            except torch.cuda.OutOfMemoryError as error:
+                failed = error.with_traceback(None)  # the traceback holds the pass's tensors
+            except _compile_errors() as error:
+                first = str(error).strip().splitlines()[0]
+                print(f"torch.compile fails here, going on without it: {first}", file=sys.stderr, flush=True)
+                self._compiles = stream.compiled = False
+                return [left[i] for chosen, _ in order[done:] for i in chosen]
+            stream._watch.end()
+            if failed is not None:
+                if len(batch.pieces) == 1:
+                    size = batch.pieces[0].stop - batch.pieces[0].start
+                    raise UserError(
+                        f"the GPU's memory does not hold one protein of {size:,} residues",
+                        "lower embed.max_length, or use a GPU with more memory",
+                    ) from failed
+                stream.settle()  # rows of this pass on their way must not arrive after the second attempt's
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                self._backed_off = stream.budget // 2
+                message = f"out of GPU memory: embed.batch_tokens halved to {self._backed_off:,}"
+                print(message, file=sys.stderr, flush=True)
+                return [left[i] for chosen, _ in order[done:] for i in chosen]
+            figures.passes += 1
+            figures.residues += batch.num_rows
+            figures.tokens += len(batch.tokens_T)
+            figures.pad_tokens += batch.num_padding
+            progress[0](figures.residues, progress[1], unit="residues")
+        return []
+
+    @torch.no_grad()
+    def _pass(self, batch: Batch, layers: Sequence[int], stored: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """Each layer's rows [R, D] on the device, R as in `kept_R`."""
+        tokens_T, documents, kept_R = batch.to(self.device)
+        found = self.reader.layers(
+            tokens_T, documents, layers, compiled=batch.constant, mode=self.compile_mode, any_length=self.any_length
+        )
+        for layer, x_TD in found:
+            yield layer, x_TD.index_select(0, kept_R).to(stored)
+
+    def run(
+        self,
+        sequences: Sequence[str],
+        layers: Sequence[int],
+        heldout: Sequence[bool],
+        dtype: str,
+        batch_tokens: str | int,
+        progress: Callable[..., None],
+        check_stop: Callable[[], None],
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """`stream` into memory: layer -> (training rows [R, d], held-out rows [H, d]), in the order of the sequences."""
+        stored, d = getattr(torch, dtype), self.model.config.d
+        places: dict[int, int] = {}
+        totals = []
+        for side in (False, True):
+            own = [i for i, held in enumerate(heldout) if held == side]
+            ends = list(accumulate((len(sequences[i]) for i in own), initial=0))
+            places |= dict(zip(own, ends, strict=False))
+            totals.append(ends[-1])
+        rows = {layer: tuple(torch.empty(total, d, dtype=stored) for total in totals) for layer in layers}
+
+        def put(layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
+            start = places[protein] + first
+            rows[layer][int(heldout[protein])][start : start + len(rows_RD)] = rows_RD
+
+        self.stream(sequences, layers, stored, batch_tokens, put, progress, check_stop).wait()
+        return {layer: (training, held) for layer, (training, held) in rows.items()}
+
+
+def _delivery(put: Put, layer: int, pieces: Sequence[Piece]) -> Callable[[torch.Tensor], None]:
+    def deliver(rows_RD: torch.Tensor) -> None:
+        at = 0
+        for piece in pieces:
+            size = piece.last - piece.first
+            put(layer, piece.protein, piece.first, rows_RD[at : at + size])
+            at += size
+
+    return deliver
+
+
+def _compile_errors() -> tuple[type[Exception], ...]:
+    # Imported when something failed: they bring all of the compiler.
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return TorchDynamoException, InductorError
+
+
+_MOST_CONSTANT = 2048
+"""Tokens of a document in constant packs: the attention kernel looks at every place for the longest, filled or not."""
+
+
+def _longest(tokens: int) -> int:
+    return min(tokens, _MOST_CONSTANT)

@@ -1,0 +1,222 @@
+"""Writing one shard of one layer: rows come in any order from any thread, files come out.
+
+The one seam between the model and a storage format: `put` for rows, `finish` for files; a `Coding` says how a row lies
+on the disk. R: rows. D: dimensions. W: numbers of a stored row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from plmsae_cli.store.activations import ACTS, ROW_OFFSET, Statistics
+from plmsae_cli.store.buckets import bytes_of
+from plmsae_cli.store.fs import FileRecord, Store, join
+from plmsae_cli.store.quantise import CALIBRATION, Quantiser
+from plmsae_cli.store.rowsum import row_sum
+from plmsae_cli.store.tensorfile import write_tensors
+
+_PART_ROWS = 65_536
+"""Rows decoded, and counted, at a time."""
+_COUNTING = ThreadPoolExecutor(4, thread_name_prefix="statistics")
+POOLED = "pooled"
+"""Folder of the proteins' means, and there the tensor's name is `mean`."""
+
+
+class RowSink(Protocol):
+    """Takes the rows of one layer of one shard."""
+
+    def put(self, heldout: bool, row: int, rows_RD: torch.Tensor) -> None:
+        """Take rows from the global number `row` on of their side of the split: on the host, in the stored dtype, valid
+        during the call only. Threads call it for disjoint rows at the same time."""
+
+    def finish(self) -> list[FileRecord]:
+        """Every row is there: write the files."""
+
+
+class Coding(Protocol):
+    """Another form of rows than plain numbers. Rows are coded one by one, in any grouping."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a stored row."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a stored row."""
+
+    def encode(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        """Stored rows [R, W]."""
+
+    def decode(self, rows_RW: torch.Tensor) -> torch.Tensor:
+        """Numbers [R, D] again, for statistics."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Rows as they are."""
+
+    width: int
+    dtype: torch.dtype
+
+    def encode(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        return rows_RD
+
+    def decode(self, rows_RW: torch.Tensor) -> torch.Tensor:
+        return rows_RW
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Rows in eight bits."""
+
+    quantiser: Quantiser
+
+    @property
+    def width(self) -> int:
+        return self.quantiser.width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int8
+
+    def encode(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        return self.quantiser.encode(rows_RD)
+
+    def decode(self, rows_RW: torch.Tensor) -> torch.Tensor:
+        return self.quantiser.to(rows_RW.device).decode(rows_RW)
+
+
+def coding_of(store: Store, folder: str, dtype: str, d: int) -> Coding:
+    """How `embed.dtype` lays down rows of `d` numbers; int8 by the calibration in `folder`."""
+    if dtype == "int8":
+        return Quantised(Quantiser.read(store, join(folder, CALIBRATION)))
+    return Plain(d, getattr(torch, dtype))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of one side of a shard lie in the numbering of their side."""
+
+    offset: int
+    count: int
+
+
+class Buffers:
+    """Host memory lent to shards and taken back: fresh pages cost more than writing to them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spare: list[torch.Tensor] = []
+
+    def take(self, size: int) -> torch.Tensor:
+        """At least `size` bytes (uint8), contents undefined."""
+        with self._lock:
+            fits = [i for i, buffer in enumerate(self._spare) if size <= buffer.numel() <= 2 * size]
+            if fits:
+                return self._spare.pop(min(fits, key=lambda i: self._spare[i].numel()))
+        # Shards differ a little in size: with some to spare a buffer serves the others too.
+        return torch.empty(size + size // 16, dtype=torch.uint8)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take back what `take` gave."""
+        with self._lock:
+            self._spare.append(buffer)
+
+    def clear(self) -> None:
+        """Free what is not lent."""
+        with self._lock:
+            self._spare.clear()
+
+
+BUFFERS = Buffers()
+"""The process's own."""
+
+
+class ShardWriter:
+    """A `RowSink` that writes safetensors: training rows, held-out rows, statistics, and means if asked.
+
+    Files below `folder`: `name`, `heldout/name` (each with the tensor `acts` [R, W] and `metadata`), `statistics/name`,
+    and with `proteins` `pooled/name`: `mean` [P, D], float32, of the stored rows of each protein.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        folder: str,
+        name: str,
+        d: int,
+        coding: Coding,
+        train: Rows,
+        heldout: Rows,
+        metadata: Mapping[str, str],
+        proteins: Sequence[tuple[bool, int, int]] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`proteins`: held out or not, first row (global) and number of rows of each, in order; None without means.
+        `device`: where statistics are taken.
+        """
+        self.row_sum = 0
+        """Checksum of the training rows, once they are written (`store.rowsum`)."""
+        self._device = torch.device(device)
+        self._store, self._folder, self._name, self._d = store, folder, name, d
+        self._coding, self._metadata, self._proteins = coding, metadata, proteins
+        self._sides = (train, heldout)
+        row_bytes = coding.width * coding.dtype.itemsize
+        sizes = [side.count * row_bytes for side in self._sides]
+        self._buffers = [BUFFERS.take(size) for size in sizes]
+        self._rows = [
+            buffer[:size].view(coding.dtype).view(-1, coding.width)
+            for buffer, size in zip(self._buffers, sizes, strict=True)
+        ]
+
+    def put(self, heldout: bool, row: int, rows_RD: torch.Tensor) -> None:
+        start = row - self._sides[heldout].offset
+        self._rows[heldout][start : start + len(rows_RD)].copy_(self._coding.encode(rows_RD))
+
+    def finish(self) -> list[FileRecord]:
+        # Beside the writing: over a gigabyte of bfloat16 they take as long as the disk. Parts of a fixed size, merged in
+        # order, so that the threads change no bit.
+        parts = [_COUNTING.submit(self._statistics_of, part) for part in torch.split(self._rows[False], _PART_ROWS)]
+        files = []
+        for side, rows_RW, place in zip(self._sides, self._rows, ((), ("heldout",)), strict=True):
+            path = join(self._folder, *place, self._name)
+            metadata = {**self._metadata, ROW_OFFSET: str(side.offset)}
+            files.append(write_tensors(self._store, path, {ACTS: rows_RW}, metadata))
+        statistics = Statistics(self._d)
+        for part in parts:
+            statistics.merge(part.result())
+        files.append(
+            write_tensors(self._store, join(self._folder, "statistics", self._name), statistics.to_tensors(), {})
+        )
+        if self._proteins is not None:
+            path = join(self._folder, POOLED, self._name)
+            files.append(write_tensors(self._store, path, {"mean": self._means(self._proteins)}, self._metadata))
+        self.row_sum = row_sum(bytes_of(self._rows[False]))
+        for buffer in self._buffers:
+            BUFFERS.give(buffer)
+        return files
+
+    def _statistics_of(self, rows_RW: torch.Tensor) -> Statistics:
+        statistics = Statistics(self._d)
+        # On its own stream: the default one has passes of the model queued for seconds.
+        on_gpu = self._device.type == "cuda"
+        stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):  # None: no effect
+            there = Statistics(self._d, self._device)
+            there.update(self._coding.decode(rows_RW.to(self._device)))
+            statistics.merge(there)
+        return statistics
+
+    def _means(self, proteins: Sequence[tuple[bool, int, int]]) -> torch.Tensor:
+        mean_PD = torch.empty(len(proteins), self._d)
+        for protein, (heldout, row, count) in enumerate(proteins):
+            start = row - self._sides[heldout].offset
+            rows_RW = self._rows[heldout][start : start + count]
+            mean_PD[protein] = self._coding.decode(rows_RW).mean(0, dtype=torch.float64)
+        return mean_PD

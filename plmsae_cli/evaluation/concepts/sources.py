@@ -25,7 +25,7 @@ RANDOM_SEED = 0
 """Of the random model's weights."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     """A code, where its activations come from, and whether it is scored on rotated labels."""
 

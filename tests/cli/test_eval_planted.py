@@ -1,0 +1,184 @@
+"""A dictionary built to fire exactly on known residues: `plmsae eval` finds it first, with the scores worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from plmsae_cli.plm.alphabet import encode, pack
+from plmsae_cli.runtime.models import load_plm
+from plmsae_cli.sae.export import to_state
+from plmsae_cli.sae.topk import TopK
+from plmsae_cli.store.fs import Store
+from plmsae_cli.store.tensorfile import write_tensors
+
+Plmsae = Callable[..., Any]
+LETTERS = "ACDEFGHIKLMNPQRSTVWY"
+LATENTS = 64
+BACKGROUND = "ADEFGHIKLNPQRSTVY"  # without W, C and M, which are planted
+CONCEPTS = """
+eval:
+  fidelity: {{loss_recovered: false}}
+  concepts: {{annotations: {table}, min_instances: 10, keep_instances: 10, split: random, nulls: [{nulls}], tasks: {tasks}, bootstraps: 200}}
+"""
+
+
+def latent_of(letter: str) -> int:
+    """Places that no order of letters suggests."""
+    return (7 * LETTERS.index(letter) + 3) % LATENTS
+
+
+def proteins(number: int) -> list[dict[str, Any]]:
+    """Random proteins; W is the active site but for every third protein, where A is; C lies in domains of five residues."""
+    chosen = random.Random(0)
+    made = []
+    for index in range(number):
+        letters = chosen.choices(BACKGROUND, k=60)
+        for place in range(4, 60, 10):  # a C in the middle of each stretch of ten
+            letters[place] = "C"
+        letters[9] = letters[29] = "W"
+        if index % 3 == 0:
+            letters[49] = "A"
+        sites = [50] if index % 3 == 0 else [10, 30]
+        domains = [(place - 1, place + 3) for place in (4, 24, 44)]  # from 1, inclusive: C and two residues either side
+        made.append({"id": f"P{index:03}", "sequence": "".join(letters), "sites": sites, "domains": domains})
+    return made
+
+
+def write_table(path: Path, made: list[dict[str, Any]]) -> None:
+    lines = ["Entry\tSequence\tActive site\tDomain [FT]"]
+    for one in made:
+        sites = "; ".join(f'ACT_SITE {s}; /note="Nucleophile"; /evidence="ECO:1"' for s in one["sites"])
+        domains = "; ".join(f'DOMAIN {a}..{b}; /note="SH3 {n}"' for n, (a, b) in enumerate(one["domains"], 1))
+        lines.append(f"{one['id']}\t{one['sequence']}\t{sites}\t{domains}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def plant(run: Path, weights: Path) -> None:
+    """Replace the run's dictionary by one whose latents are indicators of letters: layer 0 depends on the letter alone."""
+    model = load_plm(str(weights))
+    packed = pack([encode(LETTERS)])
+    x_LD = model(packed.tokens_T, packed.documents, layers=[0]).hidden[0][1:-1].detach().double()
+    sae = TopK(x_LD.shape[1], LATENTS, k=4)
+    state, _ = to_state(sae)
+    inverse_DL = torch.linalg.pinv(x_LD)
+    for place, letter in enumerate(LETTERS):
+        state["w_enc_ND"][latent_of(letter)] = inverse_DL[:, place].float()
+        state["b_enc_N"][latent_of(letter)] = -0.5
+        state["maximum_N"][latent_of(letter)] = 0.5
+    state["w_dec_ND"].fill_(x_LD.shape[1] ** -0.5)
+    write_tensors(Store(), str(run / "sae" / "sae.safetensors"), state, {"format": "plmsae.sae/1"})
+
+
+@pytest.fixture
+def trained(plmsae: Plmsae, write: Callable[..., Path], shared: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """A trained run on layer 0 whose dictionary was replaced; gives the experiment with an eval section."""
+
+    def make(evaluation: str) -> Path:
+        path = write(evaluation="")
+        text = path.read_text().replace("layers: [2]", "layers: [0]")
+        path.write_text(text)
+        if not (tmp_path / "runs" / "one" / "sae").exists():
+            done = plmsae("run", path, "--no-progress")
+            assert done.code == 0, done.err
+            plant(tmp_path / "runs" / "one", shared["weights"])
+        path.write_text(text + evaluation)
+        return path
+
+    return make
+
+
+def test_planted_concepts_are_found_first_with_the_scores_of_counting(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = proteins(40)
+    write_table(tmp_path / "table.tsv", made)
+    path = trained(CONCEPTS.format(table=tmp_path / "table.tsv", nulls="residual, pca, random_model, shuffled", tasks=1))
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval"
+    half = {row["id"]: row["concepts_half"] for row in pq.read_table(folder / "proteins.parquet").to_pylist()}
+    test = [one for one in made if half[one["id"]] == "test"]
+    assert 15 < len(test) < 25
+    result = json.loads((folder / "metrics.json").read_text())["concepts"]
+    best = {row["concept"]: row for row in result["best"]}
+
+    # Active site: W fires twice a protein, and is right in those whose site it is.
+    right = sum(len(one["sites"]) for one in test if len(one["sites"]) == 2)
+    precision, recall = right / (2 * len(test)), right / sum(len(one["sites"]) for one in test)
+    row = best["Active site: Nucleophile"]
+    assert row["latent"] == latent_of("W")
+    assert (row["precision"], row["recall"]) == pytest.approx((precision, recall))
+    assert row["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert row["interval_f1"][0] < row["f1"] < row["interval_f1"][1]
+
+    # Domain: six C a protein, three of them in a domain each; all domains are hit.
+    row = best["Domain [FT]: SH3"]
+    assert row["latent"] == latent_of("C")
+    assert (row["precision"], row["recall"], row["f1"]) == pytest.approx((0.5, 1.0, 2 / 3))
+    assert row["interval_f1"] == pytest.approx([2 / 3, 2 / 3])
+    # By residue: C is one of a domain's five residues.
+    positives, others = 15 * len(test), 45 * len(test)
+    hit, false = 3 * len(test), 3 * len(test)
+    wins = hit * (others - false) + (hit * false + (positives - hit) * (others - false)) / 2
+    assert row["auroc"] == pytest.approx(wins / (positives * others))
+
+    amino = {row["concept"]: row for row in result["amino_acids"]}
+    for letter in "WCAY":
+        assert (amino[f"Amino acid: {letter}"]["latent"], amino[f"Amino acid: {letter}"]["f1"]) == (latent_of(letter), 1.0)
+    assert set(result["codes"]) == {"sae", "residual", "pca", "random_model", "shuffled"}
+    assert result["codes"]["sae"]["latents"] == LATENTS
+    assert result["codes"]["residual"]["latents"] == result["codes"]["random_model"]["latents"] == 64
+    shuffled = dict(zip(best, result["codes"]["shuffled"]["f1"], strict=True))
+    assert shuffled["Active site: Nucleophile"] < 0.5 * best["Active site: Nucleophile"]["f1"]
+
+    latents = pq.read_table(folder / "latents.parquet").to_pylist()
+    assert latents[latent_of("C")]["concept"].startswith("Domain [FT]")
+    assert latents[latent_of("C")]["concept_f1"] == pytest.approx(2 / 3)
+    assert latents[latent_of("W")]["concept"].startswith("Active site")
+    assert latents[0]["density"] == 0  # of the other axis
+    assert latents[0]["concept"] is None
+    with (folder / "concepts.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row["latent"]) == latent_of("W")]
+    assert rows[0]["concept"].startswith("Active site")
+    assert float(rows[0]["f1"]) == pytest.approx(best["Active site: Nucleophile"]["f1"], abs=1e-4)
+    assert "## Concepts (strict)" in (folder / "model_card.md").read_text()
+
+
+def test_pieces_and_memory_change_nothing_and_one_axis_does_not_redo_another(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_table(tmp_path / "table.tsv", proteins(30))
+    fill = {"table": tmp_path / "table.tsv", "nulls": "residual, shuffled"}
+    path = trained(CONCEPTS.format(**fill, tasks=1))
+    assert plmsae("eval", path, "--no-progress").code == 0
+    folder = tmp_path / "runs" / "one"
+    first = (folder / "eval" / "concepts" / "result.json").read_bytes()
+    times = {name: (folder / "parts" / name).stat().st_mtime_ns for name in _parts(folder, "fidelity")}
+    # Three pieces, and counts of a few latents at a time.
+    path = trained(CONCEPTS.format(**fill, tasks=3).replace("tasks: 3", "tasks: 3, memory: 20kB"))
+    assert plmsae("eval", path, "--no-progress").code == 0
+    assert (folder / "eval" / "concepts" / "result.json").read_bytes() == first
+    assert len(list((folder / "eval" / "concepts" / "counts").glob("sae-*-0of3.safetensors"))) > 2
+    assert {name: (folder / "parts" / name).stat().st_mtime_ns for name in _parts(folder, "fidelity")} == times
+    assert "nothing to do" in plmsae("eval", path, "--no-progress").err + plmsae("eval", path, "--no-progress").out
+    # Without the axis its tables go, and fidelity stays as it was.
+    path = trained("\neval: {fidelity: {loss_recovered: false}}\n")
+    assert plmsae("eval", path, "--no-progress").code == 0
+    assert "concepts" not in json.loads((folder / "eval" / "metrics.json").read_text())
+    assert not (folder / "eval" / "latent_concepts.parquet").exists()
+    assert {name: (folder / "parts" / name).stat().st_mtime_ns for name in _parts(folder, "fidelity")} == times
+
+
+def _parts(folder: Path, axis: str) -> list[str]:
+    found = sorted(path.name for path in (folder / "parts").glob(f"{axis}-*.json"))
+    assert found
+    return found

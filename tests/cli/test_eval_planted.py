@@ -101,7 +101,9 @@ def test_planted_concepts_are_found_first_with_the_scores_of_counting(
 ) -> None:
     made = proteins(40)
     write_table(tmp_path / "table.tsv", made)
-    path = trained(CONCEPTS.format(table=tmp_path / "table.tsv", nulls="residual, pca, random_model, shuffled", tasks=1))
+    path = trained(
+        CONCEPTS.format(table=tmp_path / "table.tsv", nulls="residual, pca, random_model, shuffled", tasks=1)
+    )
     done = plmsae("eval", path, "--no-progress")
     assert done.code == 0, done.err
     folder = tmp_path / "runs" / "one" / "eval"
@@ -133,7 +135,10 @@ def test_planted_concepts_are_found_first_with_the_scores_of_counting(
 
     amino = {row["concept"]: row for row in result["amino_acids"]}
     for letter in "WCAY":
-        assert (amino[f"Amino acid: {letter}"]["latent"], amino[f"Amino acid: {letter}"]["f1"]) == (latent_of(letter), 1.0)
+        assert (amino[f"Amino acid: {letter}"]["latent"], amino[f"Amino acid: {letter}"]["f1"]) == (
+            latent_of(letter),
+            1.0,
+        )
     assert set(result["codes"]) == {"sae", "residual", "pca", "random_model", "shuffled"}
     assert result["codes"]["sae"]["latents"] == LATENTS
     assert result["codes"]["residual"]["latents"] == result["codes"]["random_model"]["latents"] == 64

@@ -44,8 +44,10 @@ def levels(latents: Latents, maximum_N: Tensor) -> Tensor:
     above all. A latent whose maximum is 0 (it never fired when maxima were taken) is above all wherever it fires.
     """
     maximum_RK = maximum_N[latents.indices_BK]
-    above = [(latents.acts_BK > threshold * maximum_RK).long() for threshold in THRESHOLDS]
-    return torch.stack(above).sum(0)
+    level_RK = (latents.acts_BK > THRESHOLDS[0] * maximum_RK).to(torch.int8)
+    for threshold in THRESHOLDS[1:]:
+        level_RK += latents.acts_BK > threshold * maximum_RK
+    return level_RK.long()
 
 
 class Counts:
@@ -90,9 +92,7 @@ class Counts:
         one_RK = (level_RK > 0).long()
         self.fired_NT.view(-1).index_add_(0, place_RK.flatten(), one_RK.flatten())
         cells, step = self.num_latents * len(THRESHOLDS), max(1, CELLS // max(1, level_RK.shape[1]))
-        for rows_E, concept_E in zip(
-            torch.split(labels.row_E, step), torch.split(labels.concept_E, step), strict=True
-        ):
+        for rows_E, concept_E in zip(torch.split(labels.row_E, step), torch.split(labels.concept_E, step), strict=True):
             key_EK = concept_E[:, None] * cells + place_RK[rows_E]
             self.hits_CNT.view(-1).index_add_(0, key_EK.flatten(), one_RK[rows_E].flatten())
         self._add_instances(labels, level_RK, index_RK)
@@ -128,9 +128,10 @@ class Counts:
             best_JN = torch.zeros(len(concept_J) * self.num_latents, dtype=torch.int32, device=level_RK.device)
             rows_S, local_S = labels.row_S[begin:end], labels.instance_S[begin:end] - part * step
             width = max(1, CELLS // max(1, level_RK.shape[1]))
+            level_int_RK = level_RK.int()
             for some_S, owner_S in zip(torch.split(rows_S, width), torch.split(local_S, width), strict=True):
                 key_SK = owner_S[:, None] * self.num_latents + index_RK[some_S]
-                best_JN.scatter_reduce_(0, key_SK.flatten(), level_RK[some_S].flatten().int(), "amax")
+                best_JN.scatter_reduce_(0, key_SK.flatten(), level_int_RK[some_S].flatten(), "amax")
             self._count_best(best_JN.view(len(concept_J), -1), concept_J, cells, flat)
 
     def _count_best(self, best_JN: Tensor, concept_J: Tensor, cells: int, flat: Tensor) -> None:
@@ -146,6 +147,7 @@ class Counts:
         """The counts themselves, from now on of activations above each threshold rather than between two."""
         if not self._reached:
             for counts in (self.hits_CNT, self.instances_CNT, self.fired_NT):
-                counts.copy_(counts.flip(-1).cumsum(-1).flip(-1))
+                for t in reversed(range(len(THRESHOLDS) - 1)):
+                    counts[..., t] += counts[..., t + 1]
             self._reached = True
         return self

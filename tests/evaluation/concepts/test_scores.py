@@ -67,11 +67,18 @@ def test_each_latent_lists_its_best_concepts_in_order_and_none_it_never_hits() -
     best = choose([(0, hits[:7], hits[:7]), (7, hits[7:], hits[7:])], fired, total, rankable)
     f1 = scores(hits, fired, hits, total[:, :, None, None])[2]
     for n in (0, 1):
-        order = f1[:, 0, n].amax(1).where(rankable, torch.tensor(-1.0, dtype=torch.float64)).argsort(descending=True, stable=True)
+        order = (
+            f1[:, 0, n]
+            .amax(1)
+            .where(rankable, torch.tensor(-1.0, dtype=torch.float64))
+            .argsort(descending=True, stable=True)
+        )
         assert best.concept_NL[n].tolist() == order[:10].tolist()
         for place, c in enumerate(order[:10].tolist()):
             t = int(f1[c, 0, n].argmax())
-            assert best.listed_f1_NLH[n, place].tolist() == pytest.approx([float(f1[c, 0, n, t]), float(f1[c, 1, n, t])])
+            assert best.listed_f1_NLH[n, place].tolist() == pytest.approx(
+                [float(f1[c, 0, n, t]), float(f1[c, 1, n, t])]
+            )
     assert best.concept_NL[2].tolist() == [-1] * 10
     for c in range(15):
         n, t = divmod(int(f1[c, 0].flatten().argmax()), 5)

@@ -78,7 +78,10 @@ def test_positions(text: str, ends: tuple[int, int] | None) -> None:
 
 def test_a_cell_is_split_at_features_and_not_inside_quotes() -> None:
     cell = 'DOMAIN 2..4; /note="a ""b"" DOMAIN 7; x"; /evidence="y"; DOMAIN 6; DOMAIN ?..8; /note="lost"'
-    assert cell_features("DOMAIN", cell) == [Feature("DOMAIN", 2, 4, note='a ""b"" DOMAIN 7; x'), Feature("DOMAIN", 6, 6)]
+    assert cell_features("DOMAIN", cell) == [
+        Feature("DOMAIN", 2, 4, note='a ""b"" DOMAIN 7; x'),
+        Feature("DOMAIN", 6, 6),
+    ]
 
 
 @pytest.fixture(params=["plain", "gzip"])

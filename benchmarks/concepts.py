@@ -3,11 +3,11 @@
     python benchmarks/concepts.py [--residues 10_000_000] [--threads 2] [--interplm PATH]
 
 On a GPU 10 M residues; on a CPU a tenth of them. Labels are synthetic, of Swiss-Prot's density: helices, strands, turns, domains,
-regions and sites, each of the labelled kinds with a label of Zipf's frequencies besides its `any`. 64 latents are active a residue.
-With `--interplm`, a checkout of github.com/ElanaPearl/InterPLM, its `calc_metrics_sparse` counts the same residues, of which a
-part, and the first of its 40 groups of 512 latents: its loop goes over groups and its time is multiplied by their number (and by
-the residues left out, in its favour: the part it spends a call, whatever the residues, is then counted less often than it would
-be). Both sides' counts of that group are compared first.
+regions and sites, each of the labelled kinds with a label of Zipf's frequencies besides its `any`. 64 latents
+are active a residue.
+With `--interplm`, a checkout of github.com/ElanaPearl/InterPLM, its `calc_metrics_sparse` counts 20,000 residues of the same kind for the
+first of its 40 groups of 512 latents. Its loop goes over groups, so its time is multiplied by their number; it is not multiplied
+by the residues left out, so the figure is a lower bound of what it would take. Both sides' counts of that group are compared.
 """
 
 from __future__ import annotations
@@ -203,14 +203,13 @@ def main() -> None:
     if options.interplm:
         part = synthetic(options.their_residues)
         their, same = theirs(options.interplm, part, 8192)
-        scaled = their * (LATENTS // GROUP) * sum(data.lengths) / sum(part.lengths)
-        floor = their * (LATENTS // GROUP)
+        least = their * (LATENTS // GROUP)
         note = (
-            f"calc_metrics_sparse: {their:.1f} s for {GROUP} latents and {sum(part.lengths):,} residues, times {LATENTS // GROUP} groups"
-            f" ({floor:.0f} s even so), times residues; its hits and false positives {'are' if same else 'ARE NOT'} ours"
+            f"at least: calc_metrics_sparse took {their:.1f} s for {GROUP} latents and {sum(part.lengths):,} residues, times"
+            f" {LATENTS // GROUP} groups; its hits and false positives {'are' if same else 'ARE NOT'} ours"
         )
-        lines.append({"name": name, "who": "InterPLM", "value": round(scaled, 1), "unit": "s", **line, "note": note})
-        print(lines[-1], "ratio", scaled / spent, "at least", floor / spent)
+        lines.append({"name": name, "who": "InterPLM", "value": round(least, 1), "unit": "s", **line, "note": note})
+        print(lines[-1], "ratio at least", least / spent)
     add(options.out, lines)
 
 

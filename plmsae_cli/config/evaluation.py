@@ -76,7 +76,10 @@ class Families(Section):
     """Labels by protein: CSV or TSV, an id and a label (or several, separated by `;`) a line; null: the Pfam families
     of a UniProt file."""
     mode: Annotated[Literal["strict", "interprot_compat"], SCIENCE] = "strict"
-    """`strict`: classes of the top 20 proteins, which are then left out; `interprot_compat`: classes of the top one."""
+    """`strict`: classes of the top proteins, which are then left out; `interprot_compat`: classes of the top one."""
+    top: Annotated[Count, SCIENCE] = 20
+    """In `strict`, the strongest train proteins that name candidate classes and are left out; less for small sets: a
+    family with fewer train proteins cannot be found."""
     min_proteins: Annotated[Count, SCIENCE] = 10
     """Proteins a class needs."""
     max_length: Annotated[Count, SCIENCE] = 1022

@@ -187,3 +187,45 @@ def _parts(folder: Path, axis: str) -> list[str]:
     found = sorted(path.name for path in (folder / "parts").glob(f"{axis}-*.json"))
     assert found
     return found
+
+
+def test_a_planted_family_is_found_first_with_the_scores_of_counting(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    # W marks the family but for every fifth member, and also every fourth of the other proteins.
+    chosen = random.Random(1)
+    made, labels = [], ["id,family"]
+    for index in range(120):
+        letters = chosen.choices(BACKGROUND, k=40)
+        member = index % 2 == 0
+        marked = index % 10 != 0 if member else index % 8 == 1
+        if marked:
+            letters[index % 40] = "W"
+        made.append((f"P{index}", "".join(letters), member, marked))
+        labels.append(f"P{index},{'SH2;all' if member else 'PDZ;all'}")
+    (tmp_path / "p.fasta").write_text("".join(f">sp|{name}|X_Y\n{s}\n" for name, s, _, _ in made))
+    (tmp_path / "labels.csv").write_text("\n".join(labels) + "\n")
+    path = trained(
+        f"\neval:\n  fidelity: {{loss_recovered: false}}\n  families: {{proteins: {tmp_path / 'p.fasta'}, "
+        f"labels: {tmp_path / 'labels.csv'}, clusters: kmer, top: 5, tasks: 2}}\n"
+    )
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval"
+    half = {row["id"]: row["families_half"] for row in pq.read_table(folder / "proteins.parquet").to_pylist()}
+    test = [one for one in made if half[one[0]] == "test"]
+    hits = sum(member and marked for _, _, member, marked in test)
+    precision, recall = hits / sum(one[3] for one in test), hits / sum(one[2] for one in test)
+    row = pq.read_table(folder / "latents.parquet").to_pylist()[latent_of("W")]
+    assert (row["family"], row["pattern"]) == ("SH2", "point")
+    assert (row["family_precision"], row["family_recall"]) == pytest.approx((precision, recall))
+    assert row["family_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    result = json.loads((folder / "metrics.json").read_text())["families"]
+    assert result["classes"] == 3
+    best = [one for one in result["best"] if one["family"] == "SH2"]
+    assert best[0]["latent"] == latent_of("W")
+    assert result["patterns"]["dead"] == LATENTS - len(BACKGROUND) - 1
+    first = (folder / "families" / "result.json").read_bytes()
+    path = trained(path.read_text().partition("\neval:")[2].join(["\neval:", ""]).replace("tasks: 2", "tasks: 1"))
+    assert plmsae("eval", path, "--no-progress").code == 0
+    assert (folder / "families" / "result.json").read_bytes() == first

@@ -5,9 +5,9 @@
 On a GPU 10 M residues; on a CPU a tenth of them. Labels are synthetic, of Swiss-Prot's density: helices, strands, turns, domains,
 regions and sites, each of the labelled kinds with a label of Zipf's frequencies besides its `any`. 64 latents
 are active a residue.
-With `--interplm`, a checkout of github.com/ElanaPearl/InterPLM, its `calc_metrics_sparse` counts 20,000 residues of the same kind for the
-first of its 40 groups of 512 latents. Its loop goes over groups, so its time is multiplied by their number; it is not multiplied
-by the residues left out, so the figure is a lower bound of what it would take. Both sides' counts of that group are compared.
+With `--interplm`, a checkout of github.com/ElanaPearl/InterPLM, its `calc_metrics_sparse` counts 20,000 residues of the same
+kind for the first of its 40 groups of 512 latents. Its loop goes over groups, so its time is multiplied by their number; it is
+not multiplied by the residues left out, so the figure is a lower bound. Both sides' counts of that group are compared.
 """
 
 from __future__ import annotations
@@ -193,9 +193,10 @@ def main() -> None:
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     size = Counts.bytes(LATENTS, len(data.concepts), counts.instances_CNT.shape[0])
+    shape = f"{sum(data.lengths):,} residues, {LATENTS:,} latents, {K} active, {len(data.concepts)} concepts"
     note = (
-        f"{sum(data.lengths):,} residues, {LATENTS:,} latents, {K} active, {len(data.concepts)} concepts, {len(THRESHOLDS)} thresholds,"
-        f" {entries / sum(data.lengths):.2f} labels a residue; counts {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, load {load:.1f}"
+        f"{shape}, {len(THRESHOLDS)} thresholds, {entries / sum(data.lengths):.2f} labels a residue; counts {size / 1e9:.2f} GB,"
+        f" peak {peak / 1e9:.2f} GB, load {load:.1f}"
     )
     name = "eval/concepts" if device.type == "cuda" else "eval/concepts-cpu"
     lines = [{"name": name, "who": "plmsae", "value": round(spent, 2), "unit": "s", **line, "note": note}]

@@ -27,11 +27,11 @@ def read_labels(path: Path) -> dict[str, set[str]]:
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
-        opened = gzip.open(path, "rb") if packed else path.open("rb")
+        opened = gzip.open(path, "rb") if packed else path.open("rb")  # noqa: SIM115 (closed below)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "relative paths start at the working folder") from None
     found: dict[str, set[str]] = {}
-    with io.TextIOWrapper(opened, encoding="utf-8") as lines:  # type: ignore[arg-type]  # GzipFile is one
+    with io.TextIOWrapper(opened, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -27,7 +27,9 @@ BACKGROUND = "ADEFGHIKLNPQRSTVY"  # without W, C and M, which are planted
 CONCEPTS = """
 eval:
   fidelity: {{loss_recovered: false}}
-  concepts: {{annotations: {table}, min_instances: 10, keep_instances: 10, split: random, nulls: [{nulls}], tasks: {tasks}, bootstraps: 200}}
+  concepts:
+    {{annotations: {table}, min_instances: 10, keep_instances: 10, split: random, nulls: [{nulls}], tasks: {tasks},
+      bootstraps: 200}}
 """
 
 
@@ -229,3 +231,29 @@ def test_a_planted_family_is_found_first_with_the_scores_of_counting(
     path = trained(path.read_text().partition("\neval:")[2].join(["\neval:", ""]).replace("tasks: 2", "tasks: 1"))
     assert plmsae("eval", path, "--no-progress").code == 0
     assert (folder / "families" / "result.json").read_bytes() == first
+
+
+def test_planted_probes_are_the_best_single_latents(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = proteins(60)
+    write_table(tmp_path / "table.tsv", made)
+    labels = [f"{one['id']}\t{'enzyme' if len(one['sites']) == 1 else 'other'}" for one in made]
+    (tmp_path / "go.tsv").write_text("\n".join(labels) + "\n")
+    path = trained(
+        f"\neval:\n  fidelity: {{loss_recovered: false}}\n  probes: {{proteins: {tmp_path / 'table.tsv'}, "
+        f"labels: {tmp_path / 'go.tsv'}, clusters: kmer, min_instances: 10}}\n"
+    )
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / "runs" / "one" / "eval" / "metrics.json").read_text())["probes"]
+    found = {row["target"]: row for row in result["targets"]}
+    assert set(found) == {"Active site", "Domain [FT]", "enzyme", "other"}
+    assert found["Active site"]["latent"] == latent_of("W")
+    assert found["Domain [FT]"]["latent"] == latent_of("C")
+    assert (found["enzyme"]["of"], found["Active site"]["of"]) == ("protein", "residue")
+    # W fires on 2 of 60 residues of every protein, and C on three residues of each fifteen in domains, three others.
+    positives, rows = 15, 60
+    wins = 3 * (45 - 3) + (3 * 3 + 12 * 42) / 2
+    assert found["Domain [FT]"]["auroc_single"] == pytest.approx(wins / (positives * (rows - positives)))
+    assert 40 < result["proteins"]["train"] < 56

@@ -134,8 +134,8 @@ def extract(entries: Sequence[Entry], mode: Mode, min_instances: int) -> Labels:
     concepts: dict[tuple[str, str | None], Concept] = {}
     for kind in KINDS:
         if kind.label != "none":
-            for label in sorted(label for name, label in kept if name == kind.name):
-                concepts[kind.name, label] = Concept(f"{kind.name}: {label}", kind.name, kind.by_residue)
+            for text in sorted(label for name, label in kept if name == kind.name):
+                concepts[kind.name, text] = Concept(f"{kind.name}: {text}", kind.name, kind.by_residue)
         if mode == "interplm_compat" and (
             kind.name in _WITHOUT_ANY or (kind.label != "none" and not any(name == kind.name for name, _ in kept))
         ):
@@ -156,8 +156,8 @@ def extract(entries: Sequence[Entry], mode: Mode, min_instances: int) -> Labels:
                     rows += [(protein, number[key], start - 1, end, instance) for start, end in places]
                     instance += 1
     table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-    columns = [table[:, column].copy() for column in range(5)]
-    return Labels(tuple(concepts.values()), *columns, without_place=without_place)
+    protein_M, concept_M, start_M, stop_M, instance_M = (table[:, column].copy() for column in range(5))
+    return Labels(tuple(concepts.values()), protein_M, concept_M, start_M, stop_M, instance_M, without_place)
 
 
 def _places(entry: Entry, feature: Feature) -> list[tuple[int, int]]:

@@ -55,15 +55,16 @@ def _fidelity(body: Mapping[str, Any]) -> Iterator[str]:
 def _concepts(body: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", f"## Concepts ({body['mode']})", "")
     tally = body["proteins"]
-    yield f"{tally['used']:,} proteins; {tally['in_training']:,} of those read were in training"
-    yield "and were left out." if body["mode"] == "strict" else "and were kept."
-    yield f"Halves by {body['split']}; {body['concepts']:,} concepts scored."
+    fate = "left out" if body["mode"] == "strict" else "kept"
+    yield f"{tally['used']:,} proteins; {tally['in_training']:,} of those read were in training, and {fate}."
+    yield f"Halves by {body['split']}; {body['concepts']:,} concepts scored, each by the latent that is best on the other half."
     yield from (
         "",
         "| code | concepts with F1 > 0.5 | latents with F1 > 0.5 | mean best F1 (95 %) |",
         "|---|---|---|---|",
     )
-    for name, row in body["codes"].items():
+    for name in body["order"]:
+        row = body["codes"][name]
         low, high = row["interval_mean_f1"]
         yield f"| {name} | {row['concepts_above']} | {row['latents_above']} | {row['mean_f1']:.3f} [{low:.3f}, {high:.3f}] |"
 

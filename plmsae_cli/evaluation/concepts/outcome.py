@@ -141,6 +141,7 @@ def report(scope: Scope, prepared: Prepared, options: Concepts, names: Sequence[
         **{key: facts[key] for key in ("mode", "split", "clusters", "proteins", "residues", "cofactors_without_place")},
         "thresholds": list(THRESHOLDS),
         "concepts": len(real),
+        "order": list(found),
         "codes": {source: outcome.summary() for source, outcome in found.items()},
         "best": real,
         "amino_acids": concepts[len(real) :],

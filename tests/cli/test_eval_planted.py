@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,14 @@ def test_planted_concepts_are_found_first_with_the_scores_of_counting(
     assert rows[0]["concept"].startswith("Active site")
     assert float(rows[0]["f1"]) == pytest.approx(best["Active site: Nucleophile"]["f1"], abs=1e-4)
     assert "## Concepts (strict)" in (folder / "model_card.md").read_text()
+    page = (tmp_path / "runs" / "one" / "report" / "index.html").read_text()
+    table = page[
+        page.index('<section id="concepts">') : page.index("</section>", page.index('<section id="concepts">'))
+    ]
+    assert re.search(rf">Domain \[FT\]: SH3</td>\s*<td[^>]*>{latent_of('C')}</td>", table)
+    assert 'data-sort="0.6666666666666666">0.667' in table
+    assert table.count("<svg") == 2
+    assert not re.search(r"(src|href)=\"https?:", page)
 
 
 def test_pieces_and_memory_change_nothing_and_one_axis_does_not_redo_another(

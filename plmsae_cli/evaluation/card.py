@@ -75,8 +75,8 @@ def _families(body: Mapping[str, Any]) -> Iterator[str]:
     yield f"{tally['used']:,} proteins, {body['classes']:,} classes; {tally['in_training']:,} of those read were in training."
     yield f"{body['specific']:,} family-specific latents (F1 > 0.7); with labels permuted {body['specific_permuted']:,}."
     yield from ("", "| pattern | latents |", "|---|---|")
-    for name, count in body["patterns"].items():
-        yield f"| {name} | {count:,} |"
+    for name in ("dead", "point", "periodic", "short", "medium", "long", "whole"):
+        yield f"| {name} | {body['patterns'][name]:,} |"
 
 
 def _probes(body: Mapping[str, Any]) -> Iterator[str]:

@@ -52,7 +52,7 @@ _SMALL_DATA = {
     "embed.shard": 1_000_000,
 }
 # Axes that need annotated proteins, of which the package has none.
-_ANNOTATED = ("concepts", "families", "probes")
+_ANNOTATED = ("concepts", "families", "probes", "encode")
 _EVERY = {"log_every": 1, "checkpoint_every": STEPS // 2}
 
 

@@ -115,6 +115,23 @@ class Probes(Section):
     """Tokens of one forward pass."""
 
 
+class Encode(Section):
+    """The dictionary applied to proteins of your own: which latents are active on which residue."""
+
+    fasta: str
+    """Proteins: FASTA, UniProtKB table or flat file. Known by content."""
+    top: Annotated[Count, SCIENCE] = 10
+    """Latents listed for a protein: those of the largest activation, as a share of their maximum."""
+    above: Annotated[Annotated[float, Field(ge=0.0, lt=1.0)], SCIENCE] = 0.0
+    """Activations are written where they are above this share of the latent's maximum."""
+    max_length: Annotated[Count, SCIENCE] = 1022
+    """Residues encoded of a longer protein, the first ones."""
+    tasks: Count = 1
+    """Pieces the proteins are cut into."""
+    batch_tokens: Auto | Count = "auto"
+    """Tokens of one forward pass."""
+
+
 class Eval(Section):
     """Evidence about the trained dictionary; ends in Parquet, JSON, a model card and an HTML report."""
 
@@ -126,3 +143,5 @@ class Eval(Section):
     """Protein families and activation patterns; absent: not measured."""
     probes: Annotated[Probes | None, SCIENCE] = None
     """Linear probes; absent: not measured."""
+    encode: Annotated[Encode | None, SCIENCE] = None
+    """Proteins of your own; absent: none."""

@@ -8,13 +8,13 @@ from pydantic import model_validator
 
 from plmsae_cli.config.base import Name, Section, rule
 from plmsae_cli.config.data import Embed, Launch, Model, Optimize, Shuffle, Storage
-from plmsae_cli.config.evaluation import Concepts, Eval, Families, Fidelity, Probes
+from plmsae_cli.config.evaluation import Concepts, Encode, Eval, Families, Fidelity, Probes
 from plmsae_cli.config.sweep import Sweep
 from plmsae_cli.config.training import PLM, SAE, Train
 
 __all__ = [
-    "PLM", "SAE", "Concepts", "Embed", "Eval", "Experiment", "Families", "Fidelity", "Launch", "Model", "Optimize", "Probes",
-    "Shuffle", "Storage", "Sweep", "Train", "Wandb",
+    "PLM", "SAE", "Concepts", "Embed", "Encode", "Eval", "Experiment", "Families", "Fidelity", "Launch", "Model", "Optimize",
+    "Probes", "Shuffle", "Storage", "Sweep", "Train", "Wandb",
 ]  # fmt: skip
 
 STAGES = ("embed", "shuffle", "optimize", "train", "sweep", "eval")

@@ -31,6 +31,8 @@ from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import canonical_json, read_manifest
 
 EVAL = "eval"
+FORMAT = 1
+"""Of the files that axes leave: to be raised when those of earlier versions no longer serve."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Scope:
 
     def identity(self, axis: str, science: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
         """Eight hex digits that stand for the run, the axis's options and the content of its files."""
-        body = {"run": self.lineage.run_identity(), axis: dict(science)}
+        body = {"format": FORMAT, "run": self.lineage.run_identity(), axis: dict(science)}
         return digest({**body, "inputs": dict(inputs)} if inputs else body)[:8]
 
     def content(self, path: str) -> str:

@@ -57,7 +57,22 @@ def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any]) -> list[F
         )
     else:
         scope.store.delete(join(here, "concepts.csv"))
+    if "encode" in axes:
+        files.append(write_table(scope.store, join(here, "top_latents.parquet"), _top_latents(scope, here)))
+    else:
+        scope.store.delete(join(here, "top_latents.parquet"))
     return files
+
+
+def _top_latents(scope: Scope, here: str) -> Any:
+    """Each encoded protein's strongest latents, with what other axes found of them."""
+    table = scope.read_table("encode", "top_latents.parquet")
+    about = read_table(scope.store, join(here, "latents.parquet"))
+    latent = table["latent"].to_pylist()
+    for name in ("concept", "concept_f1", "family", "family_f1", "pattern"):
+        if name in about.column_names:
+            table = table.append_column(name, about[name].take(latent))
+    return table
 
 
 def _beside(tables: Sequence[Any]) -> Any:

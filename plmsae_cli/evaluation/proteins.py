@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +58,7 @@ def choose(entries: Iterable[Entry], store: Store, dataset: str, max_length: int
     Raises:
         UserError: nothing is left.
     """
-    trained = _trained(store, dataset)
-    longest = max((length for length, _ in trained), default=0)
+    trained = in_training(store, dataset)
     seen: set[int] = set()
     kept: list[tuple[Entry, int, bool]] = []
     tally = dict.fromkeys(("read", "long", "repeated", "in_training", "used"), 0)
@@ -73,8 +72,7 @@ def choose(entries: Iterable[Entry], store: Store, dataset: str, max_length: int
             tally["repeated"] += 1
             continue
         seen.add(mark)
-        cut = entry.sequence[:longest]
-        known = (len(cut), split_hash(cut)) in trained
+        known = trained(entry.sequence)
         tally["in_training"] += known
         if not (known and leave_out):
             kept.append((entry, mark, known))
@@ -93,9 +91,17 @@ def choose(entries: Iterable[Entry], store: Store, dataset: str, max_length: int
     )
 
 
-def _trained(store: Store, dataset: str) -> set[tuple[int, int]]:
+def in_training(store: Store, dataset: str) -> Callable[[str], bool]:
+    """Whether a protein's sequence, or the part of it that was embedded, is among the dataset's training proteins."""
     table = read_proteins(store, join(dataset, "proteins.parquet"), split="train", columns=["sequence"])
-    return {(len(text), split_hash(text)) for batch in table.to_batches() for text in batch["sequence"].to_pylist()}
+    marks = {(len(text), split_hash(text)) for batch in table.to_batches() for text in batch["sequence"].to_pylist()}
+    longest = max((length for length, _ in marks), default=0)
+
+    def known(sequence: str) -> bool:
+        cut = sequence[:longest]
+        return (len(cut), split_hash(cut)) in marks
+
+    return known
 
 
 def groups(lengths: Sequence[int], residues: int) -> Iterator[list[int]]:

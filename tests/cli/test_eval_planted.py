@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from plmsae_cli.config.yaml import load
+from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.plm.alphabet import encode, pack
 from plmsae_cli.runtime.models import load_plm
+from plmsae_cli.runtime.task import Task
 from plmsae_cli.sae.export import to_state
 from plmsae_cli.sae.topk import TopK
 from plmsae_cli.store.fs import Store
@@ -266,3 +270,53 @@ def test_planted_probes_are_the_best_single_latents(
     wins = 3 * (45 - 3) + (3 * 3 + 12 * 42) / 2
     assert found["Domain [FT]"]["auroc_single"] == pytest.approx(wins / (positives * (rows - positives)))
     assert 40 < result["proteins"]["train"] < 56
+
+
+def test_own_proteins_are_encoded_residue_by_residue(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = {"one": "WAC", "two": "CCYWY", "three": "A" * 9 + "W"}
+    (tmp_path / "mine.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in own.items()))
+    write_table(tmp_path / "table.tsv", proteins(30))
+    section = f"  encode: {{fasta: {tmp_path / 'mine.fasta'}, max_length: 9, top: 2, tasks: 2}}\n"
+    path = trained(CONCEPTS.format(table=tmp_path / "table.tsv", nulls="", tasks=1) + section)
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval"
+    found = pq.read_table(folder / "encode" / "activations").to_pylist()
+    wanted = {(name, place, latent_of(letter)) for name, s in own.items() for place, letter in enumerate(s[:9], 1)}
+    assert {(row["protein"], row["residue"], row["latent"]) for row in found} == wanted
+    assert len(found) == len(wanted)
+    assert [row["activation"] for row in found] == pytest.approx([0.5] * len(found), abs=1e-4)
+    top = pq.read_table(folder / "top_latents.parquet").to_pylist()
+    by_rank = {(row["protein"], row["rank"]): row for row in top}
+    assert set(by_rank) == {("one", 1), ("one", 2), ("two", 1), ("two", 2), ("three", 1)}
+    assert (by_rank["three", 1]["latent"], by_rank["three", 1]["residue"]) == (latent_of("A"), 1)
+    concept = {row["latent"]: row["concept"] for row in pq.read_table(folder / "latents.parquet").to_pylist()}
+    assert all(row["concept"] == concept[row["latent"]] for row in top)
+    body = json.loads((folder / "metrics.json").read_text())["encode"]
+    assert body == {"proteins": 3, "in_training": 0, "cut": 1, "residues": 17, "active": 17}
+
+
+def test_killed_in_an_axis_and_in_the_merge_it_ends_as_if_nothing_had_been(
+    start: Callable[..., Any], plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_table(tmp_path / "table.tsv", proteins(30))
+    path = trained(CONCEPTS.format(table=tmp_path / "table.tsv", nulls="residual", tasks=2))
+    tasks = {task.args["step"] or task.args["axis"]: task.id for task in planned(path)}
+    folder = tmp_path / "runs" / "one"
+    for fault in (f"{tasks['count-1of2']}.written", f"{tasks['choose']}.begin", f"{tasks['merge']}.written"):
+        process = start("eval", path, "--no-progress", PLMSAE_FAULT=f"kill:eval.{fault}")
+        assert process.wait() == -9, process.log
+    assert len(planned(path)) == 1  # the merge: all else is done
+    assert plmsae("eval", path, "--no-progress").code == 0
+    names = ("latents.parquet", "latent_concepts.parquet", "proteins.parquet", "metrics.json", "concepts.csv")
+    killed = {name: (folder / "eval" / name).read_bytes() for name in names}
+    shutil.rmtree(folder / "eval")
+    assert plmsae("eval", path, "--no-progress").code == 0
+    assert {name: (folder / "eval" / name).read_bytes() for name in names} == killed
+
+
+def planned(path: Path) -> list[Task]:
+    """What is left to do."""
+    return list(plan_stage("eval", load(path).experiment, Store()).tasks)

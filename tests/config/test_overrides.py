@@ -21,7 +21,8 @@ from plmsae_cli.config.yaml import InvalidExperiment, load
 SAE = (
     "embed: {fasta: x.fasta, layers: [24]}\nshuffle: {}\noptimize: {}\n"
     "train: {sae: {architecture: matryoshka_topk}}\nsweep: {grid: {train.seed: [0, 1]}}\n"
-    "eval: {concepts: {annotations: a.tsv}, families: {proteins: a.fasta}, probes: {proteins: a.fasta}}\n"
+    "eval: {concepts: {annotations: a.tsv}, families: {proteins: a.fasta}, probes: {proteins: a.fasta},"
+    " encode: {fasta: a.fasta}}\n"
 )
 KINDS = [
     "architecture: matryoshka_topk", "architecture: batch_topk, k_start: 9", "architecture: jumprelu",

@@ -15,7 +15,7 @@ NAMES = ("sae", "plm", "sweep")
 
 _WIDTH = 100
 # Sections of the other kind of experiment, and those that need files of their own: shown, but commented out.
-_OFF = ("train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes")
+_OFF = ("train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes", "eval.encode")
 _EXAMPLES: dict[str, Any] = {
     "embed.fasta": "proteins.fasta.gz",
     "embed.layers": [6],
@@ -24,6 +24,7 @@ _EXAMPLES: dict[str, Any] = {
     "eval.concepts.annotations": "uniprot.tsv.gz",
     "eval.families.proteins": "uniprot.tsv.gz",
     "eval.probes.proteins": "uniprot.tsv.gz",
+    "eval.encode.fasta": "mine.fasta",
 }
 
 

@@ -154,10 +154,10 @@ def _targets(scope: Scope, options: Probes, kept: list[Any], sequences: list[str
     import numpy as np
     import torch
 
-    from plmsae_cli.evaluation.concepts.vocabulary import extract
+    from plmsae_cli.evaluation.concepts.vocabulary import find_concepts
     from plmsae_cli.evaluation.protein_labels import classes, labels_of, read_labels
 
-    labels = extract(kept, "strict", options.min_instances)
+    labels = find_concepts(kept, "strict", options.min_instances)
     offset_P = np.cumsum([0, *(len(s) for s in sequences)])
     counted: list[tuple[int, Target]] = []
     for number, concept in enumerate(labels.concepts):

@@ -13,7 +13,7 @@ from plmsae_cli.config.evaluation import Concepts
 from plmsae_cli.evaluation.annotations.entries import read_entries
 from plmsae_cli.evaluation.clusters import choose_method, cluster, halves
 from plmsae_cli.evaluation.concepts.labelling import Labelled, totals
-from plmsae_cli.evaluation.concepts.vocabulary import Concept, Labels, amino_acid_concepts, extract
+from plmsae_cli.evaluation.concepts.vocabulary import Concept, Labels, amino_acid_concepts, find_concepts
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.evaluation.proteins import choose
 from plmsae_cli.store.fs import FileRecord
@@ -59,7 +59,7 @@ def prepare(scope: Scope, options: Concepts) -> list[FileRecord]:
     cluster_P = cluster(sequences, method) if split == "cluster" else np.arange(len(sequences))
     lengths_P = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     test_P = halves(cluster_P, chosen.hashes_P, lengths_P)
-    found = extract(chosen.entries, options.mode, options.min_instances)
+    found = find_concepts(chosen.entries, options.mode, options.min_instances)
     labels, total_CH, positive_CH = keep(found, sequences, chosen.hashes_P, test_P, options)
     facts = {
         "mode": options.mode,

@@ -105,7 +105,7 @@ def label_of(kind: Kind, feature: Feature, mode: Mode) -> str | None:
     return label or None
 
 
-def extract(entries: Sequence[Entry], mode: Mode, min_instances: int) -> Labels:
+def find_concepts(entries: Sequence[Entry], mode: Mode, min_instances: int) -> Labels:
     """All concepts of the proteins.
 
     A label with fewer than `min_instances` instances is none. Kinds with labels have `any` besides: in `strict` every

@@ -11,7 +11,7 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.evaluation.annotations.entries import Entry, Feature, position, read_entries
 from plmsae_cli.evaluation.annotations.uniprot_flat import tidy
 from plmsae_cli.evaluation.annotations.uniprot_table import cell_features
-from plmsae_cli.evaluation.concepts.vocabulary import Labels, extract
+from plmsae_cli.evaluation.concepts.vocabulary import Labels, find_concepts
 
 TABLE = """\
 Entry\tLength\tSequence\tBinding site\tCofactor\tSignal peptide\tDomain [FT]\tDisulfide bond\tModified residue\tPfam
@@ -92,7 +92,7 @@ def table(request: pytest.FixtureRequest, tmp_path: Path) -> list[Entry]:
 
 
 def test_positions_are_from_one_and_inclusive(table: list[Entry]) -> None:
-    labels = extract(table, "strict", 1)
+    labels = find_concepts(table, "strict", 1)
     # DOMAIN 2..4 of MKVACDEFGHIK is KVA: residues 1, 2, 3 counted from 0.
     assert where(labels, "Domain [FT]: EGF-like") == [(0, 1, 4, 0), (0, 5, 8, 2)]
     assert where(labels, "Domain [FT]: SH3") == [(1, 3, 5, 0)]  # 4..>9 of five residues ends with the protein
@@ -101,33 +101,33 @@ def test_positions_are_from_one_and_inclusive(table: list[Entry]) -> None:
 
 
 def test_labels_are_read_where_each_kind_keeps_them(table: list[Entry]) -> None:
-    labels = extract(table, "strict", 1)
+    labels = find_concepts(table, "strict", 1)
     assert where(labels, "Binding site: Zn(2+)") == [(0, 2, 3, 0)]
     assert where(labels, "Binding site: ATP") == [(0, 4, 6, 0)]
     assert where(labels, "Signal peptide") == [(0, 0, 4, 0)]
     # A cofactor lies where its ligand binds; FAD binds nowhere that the entry tells.
     assert where(labels, "Cofactor: Zn(2+)") == [(0, 2, 3, 0)]
     assert labels.without_place == 1
-    compat = extract(table, "interplm_compat", 1)
+    compat = find_concepts(table, "interplm_compat", 1)
     assert not {n for n in names(compat) if n.startswith(("Binding", "Cofactor", "Signal"))}
 
 
 def test_numbered_repeats_are_one_concept_in_strict_and_apart_in_compat(table: list[Entry]) -> None:
-    assert {n for n in names(extract(table, "strict", 2)) if n.startswith("Domain")} == {
+    assert {n for n in names(find_concepts(table, "strict", 2)) if n.startswith("Domain")} == {
         "Domain [FT]: EGF-like", "Domain [FT]: any",
     }  # fmt: skip
-    compat = names(extract(table, "interplm_compat", 1))
+    compat = names(find_concepts(table, "interplm_compat", 1))
     assert {"Domain [FT]: EGF-like 1", "Domain [FT]: EGF-like 2"} <= compat
-    assert not {n for n in names(extract(table, "interplm_compat", 2)) if n.startswith("Domain")}
+    assert not {n for n in names(find_concepts(table, "interplm_compat", 2)) if n.startswith("Domain")}
 
 
 def test_a_bond_is_its_two_ends_and_an_unknown_end_is_none(table: list[Entry]) -> None:
-    assert where(extract(table, "strict", 1), "Disulfide bond") == [(0, 4, 5, 0), (0, 10, 11, 0)]
+    assert where(find_concepts(table, "strict", 1), "Disulfide bond") == [(0, 4, 5, 0), (0, 10, 11, 0)]
 
 
 def test_the_same_label_said_twice_of_a_residue_is_one_instance(table: list[Entry]) -> None:
-    assert where(extract(table, "strict", 1), "Modified residue: Phosphoserine") == [(0, 1, 2, 0)]
-    assert len(where(extract(table, "interplm_compat", 1), "Modified residue: Phosphoserine")) == 2
+    assert where(find_concepts(table, "strict", 1), "Modified residue: Phosphoserine") == [(0, 1, 2, 0)]
+    assert len(where(find_concepts(table, "interplm_compat", 1), "Modified residue: Phosphoserine")) == 2
 
 
 def test_flat_files_say_the_same_in_old_and_new_syntax(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_flat_files_say_the_same_in_old_and_new_syntax(tmp_path: Path) -> None:
         Feature("SIGNAL", 1, 4), Feature("BINDING", 3, 3, ligand="Zinc"), Feature("DOMAIN", 2, 4, note="EGF-like 1"),
         Feature("DOMAIN", 6, 8),
     }  # fmt: skip
-    labels = extract([new, old], "strict", 1)
+    labels = find_concepts([new, old], "strict", 1)
     assert [row[:3] for row in where(labels, "Domain [FT]: EGF-like")] == [(0, 1, 4), (1, 1, 4)]
     assert tidy("Iron-sulfur (4Fe-4S) (By similarity).") == "Iron-sulfur (4Fe-4S)"
 

@@ -51,6 +51,8 @@ _SMALL_DATA = {
     "optimize.block_rows": _ROWS,
     "embed.shard": 1_000_000,
 }
+# Axes that need annotated proteins, of which the package has none.
+_ANNOTATED = ("concepts", "families", "probes", "encode")
 _EVERY = {"log_every": 1, "checkpoint_every": STEPS // 2}
 
 
@@ -81,6 +83,7 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
         _cut_train(data["train"], layers, fasta)
     if data["eval"] is not None:
         data["eval"]["fidelity"] |= {"proteins": 8, "batch_tokens": "auto"}
+        data["eval"] |= dict.fromkeys(_ANNOTATED)
     if data["sweep"] is not None:
         data["sweep"]["grid"] = _cut_grid(data["sweep"]["grid"], layers, data["train"])
     return Experiment.model_validate(data)
@@ -195,7 +198,7 @@ _FIXED = (
     "data_root", "launch", "storage", "model", "wandb", "embed.fasta", "embed.shard", "embed.compute",
     "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory", "optimize.chunk", "train.data",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
-    "eval.fidelity.batch_tokens",
+    "eval.fidelity.batch_tokens", *(f"eval.{axis}" for axis in _ANNOTATED),
 )  # fmt: skip
 _MOST_TRIALS = 2
 

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from plmsae_cli.config.base import SCIENCE, Auto, Count, Name, Section, rule
+from plmsae_cli.config.base import Name, Section, rule
 from plmsae_cli.config.data import Embed, Keep, Launch, Model, Optimize, Price, Shuffle, Storage
+from plmsae_cli.config.evaluation import Concepts, Encode, Eval, Families, Fidelity, Probes
 from plmsae_cli.config.sweep import Sweep
 from plmsae_cli.config.training import PLM, SAE, Train
 
 __all__ = [
-    "PLM", "SAE", "Embed", "Eval", "Experiment", "Fidelity", "Keep", "Launch", "Model", "Optimize", "Price", "Shuffle",
-    "Storage", "Sweep", "Train", "Wandb",
+    "PLM", "SAE", "Concepts", "Embed", "Encode", "Eval", "Experiment", "Families", "Fidelity", "Keep", "Launch", "Model",
+    "Optimize", "Price", "Probes", "Shuffle", "Storage", "Sweep", "Train", "Wandb",
 ]  # fmt: skip
 
 STAGES = ("embed", "shuffle", "optimize", "train", "sweep", "eval")
-
-
-class Fidelity(Section):
-    """How faithful the reconstruction is: FVU, cosine, L0, dead and density on held-out residues, and how much of
-    the language model's loss survives the splice."""
-
-    loss_recovered: Annotated[bool, SCIENCE] = True
-    """Also run the language model with the reconstruction spliced in (needs `model` and the held-out sequences)."""
-    mask_rate: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.15
-    """Share of the residues masked, by a hash of the sequence and position: the same masks for every SAE."""
-    proteins: Annotated[Count | None, SCIENCE] = 1000
-    """Held-out proteins whose loss is measured; null takes all."""
-    batch_tokens: Auto | Count = "auto"
-    """Tokens of one forward pass."""
-
-
-class Eval(Section):
-    """Evidence about the trained dictionary; ends in Parquet, JSON and an HTML report."""
-
-    fidelity: Annotated[Fidelity, SCIENCE] = Fidelity()
-    """Reconstruction and loss recovered."""
 
 
 class Wandb(Section):

@@ -165,6 +165,8 @@ def _one(kind: Any, metadata: Sequence[Any], bounds: bool) -> str:
     if origin is list:
         items = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts"}
         items["a mapping of names to values"] = "sections"
+        if get_origin(args[0]) is Literal:
+            return f"a list of these: {', '.join(map(str, get_args(args[0])))}"
         return "a list" if args[0] is Any else f"a list of {items[words(args[0], bounds=False)]}"
     if origin is dict:
         return "a mapping of names to values" if args[1] is not str else "a mapping of names to text"

@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from plmsae_cli.report import plots
+from plmsae_cli.report.evidence import sections
 from plmsae_cli.report.examples import examples
 from plmsae_cli.report.page import write_page
 from plmsae_cli.report.prose import glossary, verdict
@@ -37,9 +38,12 @@ def build_report(run: Path) -> Path:
     """
     record = read_run(run)
     fidelity = record.fidelity
+    evidence = sections(record.scores)
     return write_page(
         run,
         "run.html",
+        script="sort.js" if evidence else None,
+        evidence=evidence,
         name=clean(record.name, 64),
         subtitle=_subtitle(record),
         verdict=verdict(record),

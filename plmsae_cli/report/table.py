@@ -42,6 +42,14 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
         yield "loss recovered, zero ablation", percent(masked["recovered_zero"]) + interval(masked, "zero")
     if "recovered_mean" in masked:
         yield "loss recovered, mean ablation", percent(masked["recovered_mean"]) + interval(masked, "mean")
+    scored = run.scores or {}
+    if concepts := scored.get("concepts"):
+        yield "concepts found (F1 > 0.5)", f"{concepts['codes']['sae']['concepts_above']} of {concepts['concepts']}"
+    if families := scored.get("families"):
+        yield "family-specific latents", count(families["specific"])
+    if probes := scored.get("probes"):
+        yield "probes, AUROC of one latent", number(probes["mean_auroc_single"])
+        yield "probes, AUROC of all latents", number(probes["mean_auroc_all"])
     for name, scores in final_validation(run).items():
         yield f"perplexity, {clean(name, 40)}", number(scores["perplexity"])
     if (rows := training_rows(run)) is not None:

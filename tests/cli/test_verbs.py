@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,7 @@ def test_a_sweep_trains_and_scores_every_trial_and_eval_finds_nothing_left(plmsa
     assert (evaluated.code, json.loads(evaluated.out)["seconds"]) == (0, {})
     assert plmsae("train", path).code == 2
     for trial in table["trials"]:
-        for file in (folder / "trials" / trial["hash"] / "eval").iterdir():
-            file.unlink()
+        shutil.rmtree(folder / "trials" / trial["hash"] / "eval")
     evaluated = plmsae("eval", path, "--json")
     assert set(json.loads(evaluated.out)["seconds"]) == {"eval"}
     assert json.loads((folder / "sweep.json").read_text()) == table

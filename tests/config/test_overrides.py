@@ -20,7 +20,9 @@ from plmsae_cli.config.yaml import InvalidExperiment, load
 
 SAE = (
     "embed: {fasta: x.fasta, layers: [24]}\nshuffle: {}\noptimize: {}\n"
-    "train: {sae: {architecture: matryoshka_topk}}\nsweep: {grid: {train.seed: [0, 1]}}\neval: {}\n"
+    "train: {sae: {architecture: matryoshka_topk}}\nsweep: {grid: {train.seed: [0, 1]}}\n"
+    "eval: {concepts: {annotations: a.tsv}, families: {proteins: a.fasta}, probes: {proteins: a.fasta},"
+    " encode: {fasta: a.fasta}}\n"
 )
 KINDS = [
     "architecture: matryoshka_topk", "architecture: batch_topk, k_start: 9", "architecture: jumprelu",
@@ -38,7 +40,7 @@ def candidates(entry: Entry) -> Iterator[Any]:
     special: dict[str, Any] = {
         "name": "a-name", "embed.layers": [3], "train.layer": 24, "train.sae.fractions": [0.25, 0.75],
         "train.betas": [0.5, 0.75], "train.plm.valid": {"a": "b.fasta"}, "sweep.grid": {"train.sae.k": [1, 2]},
-        "train.kind": "sae", "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
+        "eval.concepts.nulls": ["pca"], "train.kind": "sae", "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
     }  # fmt: skip
     if entry.path in special:
         yield special[entry.path]

@@ -14,13 +14,17 @@ from plmsae_cli.config.tree import Entry, entries, plain
 NAMES = ("sae", "plm", "sweep")
 
 _WIDTH = 100
-# Sections of the other kind of experiment: shown, but commented out.
-_OFF = ("train.plm", "sweep")
+# Sections of the other kind of experiment, and those that need files of their own: shown, but commented out.
+_OFF = ("train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes", "eval.encode")
 _EXAMPLES: dict[str, Any] = {
     "embed.fasta": "proteins.fasta.gz",
     "embed.layers": [6],
     "train.plm.fasta": "proteins.fasta.gz",
     "sweep.grid": {"train.sae.k": [16, 32, 64]},
+    "eval.concepts.annotations": "uniprot.tsv.gz",
+    "eval.families.proteins": "uniprot.tsv.gz",
+    "eval.probes.proteins": "uniprot.tsv.gz",
+    "eval.encode.fasta": "mine.fasta",
 }
 
 

@@ -1,0 +1,147 @@
+"""The `eval` section: which axes of evidence are measured, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Section, rule
+
+
+class Fidelity(Section):
+    """How faithful the reconstruction is: FVU, cosine, L0, dead and density on held-out residues, and how much of
+    the language model's loss survives the splice."""
+
+    loss_recovered: Annotated[bool, SCIENCE] = True
+    """Also run the language model with the reconstruction spliced in (needs `model` and the held-out sequences)."""
+    mask_rate: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.15
+    """Share of the residues masked, by a hash of the sequence and position: the same masks for every SAE."""
+    proteins: Annotated[Count | None, SCIENCE] = 1000
+    """Held-out proteins whose loss is measured; null takes all."""
+    batch_tokens: Auto | Count = "auto"
+    """Tokens of one forward pass."""
+
+
+Null = Literal["residual", "pca", "random_model", "shuffled"]
+
+
+class Concepts(Section):
+    """Which latents find what UniProt annotates: precision and recall of each latent for each concept, the pair chosen on
+    one half of the proteins and scored on the other."""
+
+    annotations: str
+    """Annotated proteins: a UniProtKB table (TSV) or flat file, plain or gzip, local or `s3://`. Known by content."""
+    mode: Annotated[Literal["strict", "interplm_compat"], SCIENCE] = "strict"
+    """`strict`, or `interplm_compat`: labels from notes alone, numbered repeats apart, the threshold chosen again on
+    test, training proteins kept; to repeat published numbers."""
+    min_instances: Annotated[Count, SCIENCE] = 100
+    """Instances that make a label a concept; less for small sets."""
+    keep_instances: Annotated[Annotated[int, Field(ge=0)], SCIENCE] = 25
+    """A concept is scored with more instances than this in both halves together, or more residues than keep_residues."""
+    keep_residues: Annotated[Annotated[int, Field(ge=0)], SCIENCE] = 1500
+    """See keep_instances."""
+    max_length: Annotated[Count, SCIENCE] = 1022
+    """Longer proteins are left out: cut ones would have cut instances."""
+    split: Annotated[Auto | Literal["cluster", "random"], SCIENCE] = "auto"
+    """Halves by cluster of similar sequences, or each protein by itself; `auto` is `cluster` in `strict`, else `random`."""
+    clusters: Annotated[Auto | Literal["mmseqs", "kmer"], SCIENCE] = "auto"
+    """`mmseqs`: 30 % identity over 80 % of both, `kmer`: shared 5-mers; `auto` is `mmseqs` where it is installed."""
+    nulls: Annotated[list[Null], SCIENCE] = ["residual", "pca", "random_model", "shuffled"]
+    """What the dictionary is compared with: the residual stream's dimensions and its principal components, both signs
+    each, the dimensions of a model with random weights, and the dictionary on labels rotated along each protein."""
+    bootstraps: Annotated[Count, SCIENCE] = 1000
+    """Draws of proteins for the 95 % intervals."""
+    tasks: Count = 1
+    """Pieces the proteins are cut into, for several workers; results are the same for any number."""
+    memory: Bytes = Field(default="8GB", validate_default=True)
+    """Bytes of counts held at a time; where they do not suffice, latents are counted in several passes."""
+    batch_tokens: Auto | Count = "auto"
+    """Tokens of one forward pass."""
+
+    @model_validator(mode="after")
+    def _nulls_once(self) -> Concepts:
+        if len(set(self.nulls)) != len(self.nulls):
+            raise rule("nulls", f"nulls names one twice: {self.nulls}", "list each once")
+        return self
+
+
+class Families(Section):
+    """Which latents mark families: the largest activation in each protein against protein labels, and the shape of each
+    latent's activation along proteins."""
+
+    proteins: str
+    """Proteins: FASTA, UniProtKB table or flat file, plain or gzip, local or `s3://`. Known by content."""
+    labels: str | None = None
+    """Labels by protein: CSV or TSV, an id and a label (or several, separated by `;`) a line; null: the Pfam families
+    of a UniProt file."""
+    mode: Annotated[Literal["strict", "interprot_compat"], SCIENCE] = "strict"
+    """`strict`: classes of the top proteins, which are then left out; `interprot_compat`: classes of the top one."""
+    top: Annotated[Count, SCIENCE] = 20
+    """In `strict`, the strongest train proteins that name candidate classes and are left out; less for small sets: a
+    family with fewer train proteins cannot be found."""
+    min_proteins: Annotated[Count, SCIENCE] = 10
+    """Proteins a class needs."""
+    max_length: Annotated[Count, SCIENCE] = 1022
+    """Longer proteins are left out."""
+    clusters: Annotated[Auto | Literal["mmseqs", "kmer"], SCIENCE] = "auto"
+    """As in `concepts`."""
+    tasks: Count = 1
+    """Pieces the proteins are cut into."""
+    batch_tokens: Auto | Count = "auto"
+    """Tokens of one forward pass."""
+
+
+class Probes(Section):
+    """What can be read off the latents linearly: logistic regression on one latent and on all."""
+
+    proteins: str
+    """Proteins: FASTA, UniProtKB table or flat file. Known by content."""
+    labels: str | None = None
+    """Labels by protein, as in `families`; null probes the residue annotations of a UniProt file alone."""
+    min_instances: Annotated[Count, SCIENCE] = 100
+    """Instances (proteins, for protein labels) that a target needs."""
+    targets: Annotated[Count, SCIENCE] = 50
+    """Targets probed, the most frequent first."""
+    residues: Annotated[Count, SCIENCE] = 100_000
+    """Residues sampled, by a hash."""
+    l2: Annotated[Annotated[float, Field(gt=0.0)], SCIENCE] = 1.0
+    """Penalty l2/2 ||w||^2 beside the summed loss, on activations divided by their maximum."""
+    max_length: Annotated[Count, SCIENCE] = 1022
+    """Longer proteins are left out."""
+    clusters: Annotated[Auto | Literal["mmseqs", "kmer"], SCIENCE] = "auto"
+    """As in `concepts`; four fifths of the clusters train, one tests."""
+    batch_tokens: Auto | Count = "auto"
+    """Tokens of one forward pass."""
+
+
+class Encode(Section):
+    """The dictionary applied to proteins of your own: which latents are active on which residue."""
+
+    fasta: str
+    """Proteins: FASTA, UniProtKB table or flat file. Known by content."""
+    top: Annotated[Count, SCIENCE] = 10
+    """Latents listed for a protein: those of the largest activation, as a share of their maximum."""
+    above: Annotated[Annotated[float, Field(ge=0.0, lt=1.0)], SCIENCE] = 0.0
+    """Activations are written where they are above this share of the latent's maximum."""
+    max_length: Annotated[Count, SCIENCE] = 1022
+    """Residues encoded of a longer protein, the first ones."""
+    tasks: Count = 1
+    """Pieces the proteins are cut into."""
+    batch_tokens: Auto | Count = "auto"
+    """Tokens of one forward pass."""
+
+
+class Eval(Section):
+    """Evidence about the trained dictionary; ends in Parquet, JSON, a model card and an HTML report."""
+
+    fidelity: Annotated[Fidelity, SCIENCE] = Fidelity()
+    """Reconstruction and loss recovered."""
+    concepts: Annotated[Concepts | None, SCIENCE] = None
+    """Annotated residues; absent: not measured."""
+    families: Annotated[Families | None, SCIENCE] = None
+    """Protein families and activation patterns; absent: not measured."""
+    probes: Annotated[Probes | None, SCIENCE] = None
+    """Linear probes; absent: not measured."""
+    encode: Annotated[Encode | None, SCIENCE] = None
+    """Proteins of your own; absent: none."""

@@ -1,0 +1,83 @@
+"""Annotated proteins: what UniProt says of which residues, whatever file it comes from."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from plmsae_cli.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One line of a feature table."""
+
+    key: str
+    """UniProt's feature key, such as `DOMAIN`; `COFACTOR` for a cofactor comment."""
+    start: int
+    """First residue, counted from 1; 0 for a feature without a place (a cofactor)."""
+    end: int
+    """Last residue, inclusive."""
+    note: str = ""
+    ligand: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One protein with its features."""
+
+    accession: str
+    sequence: str
+    features: tuple[Feature, ...]
+    families: tuple[str, ...] = ()
+    """Accessions of Pfam families, where the file has them."""
+
+
+def position(text: str) -> tuple[int, int] | None:
+    """First and last residue (from 1, inclusive) of `12`, `12..30`, `<1..>30`; None where a place is unknown.
+
+    `?` in a place makes it unknown, `P12345-2:4..9` is a place in another isoform; neither marks a residue here.
+    """
+    if "?" in text or ":" in text:
+        return None
+    first, _, last = text.partition("..")
+    try:
+        start, end = int(first.strip("<>")), int((last or first).strip("<>"))
+    except ValueError:
+        return None
+    return (start, end) if 1 <= start <= end else None
+
+
+def read_entries(path: Path) -> Iterator[Entry]:
+    """The proteins of a UniProtKB table (TSV with a header line) or flat file, plain or gzip, in the file's order.
+
+    Raises:
+        UserError: neither of the two formats, a table without accession or sequence, a damaged file.
+    """
+    from plmsae_cli.evaluation.annotations.uniprot_flat import flat_entries
+    from plmsae_cli.evaluation.annotations.uniprot_table import table_entries
+
+    try:
+        with _open(path) as file:
+            head = file.readline()
+        if head.startswith("ID   "):
+            yield from flat_entries(path, _open(path))
+        elif "\t" in head:
+            yield from table_entries(path, _open(path))
+        else:
+            raise UserError(
+                f"{path} is neither a UniProt table nor a UniProt flat file",
+                "a table begins with a line of column names separated by tabs, a flat file with `ID   `",
+            )
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "relative paths start at the working folder") from None
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}", "download it again") from error
+
+
+def _open(path: Path):  # type: ignore[no-untyped-def]  # TextIO of either opener
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8")

@@ -1,0 +1,156 @@
+"""The axis `encode`: a finished dictionary applied to somebody's own proteins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from plmsae_cli.evaluation.frame import Scope
+from plmsae_cli.runtime.task import Context, Result, Task
+from plmsae_cli.store.fs import FileRecord, join
+from plmsae_cli.store.manifest import read_parts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from plmsae_cli.config.evaluation import Encode
+    from plmsae_cli.sae.interface import Latents
+
+AXIS = "encode"
+
+
+def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
+    """The tasks, and figures for people."""
+    options = scope.options.encode
+    assert options is not None
+    scope.require_same_model("remove eval.encode")
+    identity = scope.identity(AXIS, options.science(), {"fasta": scope.content(options.fasta)})
+    of = options.tasks
+    steps = [f"part-{i}of{of}" for i in range(of)]
+    tasks = [scope.task(AXIS, identity, step, cost=20.0 / of, index=i, of=of) for i, step in enumerate(steps)]
+    tasks.append(scope.task(AXIS, identity, "report", steps, steps=steps))
+    return tasks, {"fasta": options.fasta}
+
+
+def work(task: Task, scope: Scope, context: Context) -> Result:
+    options = scope.options.encode
+    assert options is not None
+    if task.args["step"] != "report":
+        return _part(scope, options, task.args["index"], task.args["of"], context)
+    parts = read_parts(context.store, scope.folder)
+    mine = [parts[f"{task.args['stem']}-{step}"] for step in task.args["steps"]]
+    files = [file.name for part in mine for file in part.files]
+    body = {
+        key: sum(part.facts[key] for part in mine) for key in ("proteins", "in_training", "cut", "residues", "active")
+    }
+    return Result([*_tables(scope, files), scope.write_json(AXIS, "result.json", body)], body)
+
+
+def _part(scope: Scope, options: Encode, index: int, of: int, context: Context) -> Result:
+    """Every `of`-th protein: its active latents by residue, its strongest latents, and what it is."""
+    import torch
+
+    from plmsae_cli.evaluation.proteins import groups, in_training, read_any
+    from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
+    from plmsae_cli.runtime.saved import load_sae_with_facts
+
+    entries = [e for n, e in enumerate(read_any(scope.store.local(options.fasta))) if n % of == index and e.sequence]
+    known = in_training(scope.store, scope.dataset)
+    rows = Rows(scope, options.batch_tokens, context.check_stop)
+    sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
+    files: list[FileRecord] = []
+    facts = {"proteins": len(entries), "in_training": 0, "cut": 0, "residues": 0, "active": 0}
+    top: dict[str, list[Any]] = {name: [] for name in ("protein", "rank", "latent", "activation", "share", "residue")}
+    about: dict[str, list[Any]] = {name: [] for name in ("id", "length", "in_training", "encoded")}
+    batches = list(groups([min(len(e.sequence), options.max_length) for e in entries], group_residues(rows.device)))
+    for done, places in enumerate(batches):
+        context.check_stop()
+        ids = [entries[p].accession for p in places]
+        sequences = [entries[p].sequence[: options.max_length] for p in places]
+        lengths = torch.tensor([len(s) for s in sequences])
+        latents = encode_rows(sae, rows.of(sequences))
+        protein_R = torch.arange(len(ids)).repeat_interleave(lengths)
+        residue_R = torch.cat([torch.arange(1, int(length) + 1) for length in lengths])
+        columns = _active(latents, sae.maximum_N, options.above, ids, protein_R, residue_R)
+        files.append(scope.write_table(AXIS, f"activations/{index}of{of}-{done:05}.parquet", columns))
+        _strongest(latents, sae.maximum_N, options.top, ids, protein_R, residue_R, top)
+        for p, sequence in zip(places, sequences, strict=True):
+            whole = entries[p].sequence
+            about["id"].append(entries[p].accession)
+            about["length"].append(len(whole))
+            about["in_training"].append(known(whole))
+            about["encoded"].append(len(sequence))
+            facts["cut"] += len(sequence) < len(whole)
+            facts["in_training"] += known(whole)
+        facts["residues"] += len(protein_R)
+        facts["active"] += len(columns["latent"])
+        context.progress(done + 1, len(batches))
+    files.append(scope.write_table(AXIS, f"top/{index}of{of}.parquet", top))
+    files.append(scope.write_table(AXIS, f"about/{index}of{of}.parquet", about))
+    return Result(files, facts)
+
+
+def _active(
+    latents: Latents, maximum_N: Tensor, above: float, ids: list[str], protein_R: Tensor, residue_R: Tensor
+) -> dict[str, Any]:
+    """A row for each activation strictly above the share `above` of its latent's maximum, by residue, then latent."""
+    import pyarrow as pa
+
+    order_RK = latents.indices_BK.argsort(dim=1)
+    acts_RK, index_RK = latents.acts_BK.gather(1, order_RK), latents.indices_BK.gather(1, order_RK)
+    row_Q, slot_Q = (acts_RK > above * maximum_N[index_RK]).nonzero(as_tuple=True)
+    names = pa.DictionaryArray.from_arrays(pa.array(protein_R[row_Q.cpu()].int().numpy()), pa.array(ids))
+    return {
+        "protein": names,
+        "residue": residue_R[row_Q.cpu()].int().numpy(),
+        "latent": index_RK[row_Q, slot_Q].int().cpu().numpy(),
+        "activation": acts_RK[row_Q, slot_Q].cpu().numpy(),
+    }
+
+
+def _strongest(
+    latents: Latents,
+    maximum_N: Tensor,
+    number: int,
+    ids: list[str],
+    protein_R: Tensor,
+    residue_R: Tensor,
+    top: dict[str, list[Any]],
+) -> None:
+    """Append each protein's latents of the largest activation / maximum, and the first residue where each is largest."""
+    import torch
+
+    scale_N = torch.where(maximum_N > 0, maximum_N, 1.0)
+    share_RK = latents.acts_BK / scale_N[latents.indices_BK]
+    for place, name in enumerate(ids):
+        mine = (protein_R == place).to(share_RK.device)
+        share, index, acts = share_RK[mine], latents.indices_BK[mine], latents.acts_BK[mine]
+        best_N = torch.zeros_like(scale_N).scatter_reduce_(0, index.flatten(), share.flatten(), "amax")
+        ordered, which = best_N.sort(descending=True, stable=True)
+        for rank, (value, latent) in enumerate(zip(ordered[:number].tolist(), which[:number].tolist(), strict=True), 1):
+            if value <= 0:
+                break
+            acts_R = torch.where(index == latent, acts, 0.0).amax(1)
+            at = int(acts_R.argmax())
+            row = (name, rank, latent, float(acts_R[at]), value, int(residue_R[mine.cpu()][at]))
+            for column, cell in zip(top.values(), row, strict=True):
+                column.append(cell)
+
+
+def _tables(scope: Scope, names: list[str]) -> list[FileRecord]:
+    """The pieces' tables of proteins and of strongest latents as one each."""
+    import pyarrow as pa
+
+    from plmsae_cli.evaluation.frame import read_table
+
+    def joined(kind: str) -> Any:
+        found = sorted(name for name in names if f"/{kind}/" in name)
+        return pa.concat_tables([read_table(scope.store, join(scope.folder, name)) for name in found])
+
+    order = [("id", "ascending")]
+    return [
+        scope.write_table(AXIS, "proteins.parquet", joined("about").sort_by(order)),
+        scope.write_table(
+            AXIS, "top_latents.parquet", joined("top").sort_by([("protein", "ascending"), ("rank", "ascending")])
+        ),
+    ]

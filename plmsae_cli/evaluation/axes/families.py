@@ -1,0 +1,242 @@
+"""The axis `families`: prepare, largest activations and patterns by piece, match."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.evaluation import Families
+from plmsae_cli.evaluation.frame import Scope
+from plmsae_cli.runtime.task import Context, Result, Task
+from plmsae_cli.store.fs import FileRecord, join
+from plmsae_cli.store.manifest import read_parts
+
+AXIS = "families"
+SPECIFIC = 0.7
+"""F1 above which a latent is family-specific."""
+SEED = 0
+"""Of the permutation of labels."""
+TILE_BYTES = 1 << 28
+
+
+def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
+    """The tasks, and figures for people."""
+    options = scope.options.families
+    assert options is not None
+    scope.require_same_model("remove eval.families")
+    inputs = {"proteins": scope.content(options.proteins)}
+    if options.labels is not None:
+        inputs["labels"] = scope.content(options.labels)
+    identity = scope.identity(AXIS, options.science(), inputs)
+    of = options.tasks
+    steps = [f"embed-{i}of{of}" for i in range(of)]
+    tasks = [scope.task(AXIS, identity, "prepare")]
+    tasks += [scope.task(AXIS, identity, s, ["prepare"], 20.0 / of, index=i, of=of) for i, s in enumerate(steps)]
+    tasks.append(scope.task(AXIS, identity, "match", ["prepare", *steps], 4.0, steps=steps))
+    return tasks, {"proteins": options.proteins, "labels": options.labels or "Pfam", "mode": options.mode}
+
+
+def work(task: Task, scope: Scope, context: Context) -> Result:
+    options = scope.options.families
+    assert options is not None
+    step = task.args["step"].partition("-")[0]
+    if step == "prepare":
+        return Result(_prepare(scope, options))
+    if step == "embed":
+        return Result(_embed(scope, options, task.args["index"], task.args["of"], context))
+    parts = read_parts(context.store, scope.folder)
+    names = [file.name for one in task.args["steps"] for file in parts[f"{task.args['stem']}-{one}"].files]
+    return Result(_match(scope, options, names, context))
+
+
+def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
+    import numpy as np
+
+    from plmsae_cli.evaluation.clusters import choose_method, cluster, halves
+    from plmsae_cli.evaluation.protein_labels import classes, labels_of, read_labels
+    from plmsae_cli.evaluation.proteins import choose, read_any
+
+    entries = read_any(scope.store.local(options.proteins))
+    chosen = choose(entries, scope.store, scope.dataset, options.max_length, leave_out=options.mode == "strict")
+    sequences = [entry.sequence for entry in chosen.entries]
+    if options.labels is None:
+        labels: Sequence[set[str]] = [set(entry.families) for entry in chosen.entries]
+    else:
+        table = read_labels(scope.store.local(options.labels))
+        labels = labels_of([entry.accession for entry in chosen.entries], table)
+    names, _ = classes(labels, options.min_proteins)
+    if not names:
+        raise UserError(
+            f"no label has {options.min_proteins} of the {len(sequences):,} proteins;"
+            f" {sum(bool(one) for one in labels):,} of them have a label",
+            "lower eval.families.min_proteins, or check that the ids of labels and proteins are the same",
+        )
+    method = choose_method(options.clusters)
+    cluster_P = cluster(sequences, method)
+    lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
+    test_P = halves(cluster_P, chosen.hashes_P, np.ones_like(lengths_P))
+    kept = set(names)
+    facts = {
+        "mode": options.mode,
+        "split": {"mmseqs": "MMseqs2 cluster", "kmer": "5-mer cluster"}[method],
+        "clusters": len(np.unique(cluster_P)),
+        "proteins": {**chosen.tally, "train": int((~test_P).sum()), "test": int(test_P.sum())},
+        "labelled": sum(bool(one) for one in labels),
+        "classes": names,
+    }
+    return [
+        scope.write_table(
+            AXIS,
+            "chosen.parquet",
+            {
+                "id": [entry.accession for entry in chosen.entries],
+                "sequence": sequences,
+                "in_training": chosen.trained_P,
+                "test": test_P,
+                "labels": [sorted(one & kept) for one in labels],
+            },
+        ),
+        scope.write_json(AXIS, "prepared.json", facts),
+    ]
+
+
+def _embed(scope: Scope, options: Families, index: int, of: int, context: Context) -> list[FileRecord]:
+    """The largest activation / maximum of each latent in each protein, [N, P] float16, and counts of patterns."""
+    import torch
+
+    from plmsae_cli.evaluation.families.patterns import Patterns
+    from plmsae_cli.evaluation.proteins import groups
+    from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
+    from plmsae_cli.runtime.saved import load_sae_with_facts
+    from plmsae_cli.store.tensorfile import write_tensors
+
+    every = scope.read_table(AXIS, "chosen.parquet")["sequence"].to_pylist()
+    sequences = every[index::of]
+    rows = Rows(scope, options.batch_tokens, context.check_stop)
+    sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
+    patterns = Patterns(sae.num_latents, rows.device)
+    largest_NP = torch.zeros(sae.num_latents, len(sequences), dtype=torch.float16)
+    scale_N = torch.where(sae.maximum_N > 0, sae.maximum_N, 1.0)
+    batches = list(groups([len(s) for s in sequences], group_residues(rows.device)))
+    for done, places in enumerate(batches):
+        context.check_stop()
+        chosen = [sequences[p] for p in places]
+        latents = encode_rows(sae, rows.of(chosen))
+        lengths = torch.tensor([len(s) for s in chosen])
+        patterns.add(latents, sae.maximum_N, lengths)
+        owner_R = torch.arange(len(chosen)).repeat_interleave(lengths).to(rows.device)
+        best_PN = torch.zeros(len(chosen) * sae.num_latents, device=rows.device)
+        key_RK = owner_R[:, None] * sae.num_latents + latents.indices_BK
+        best_PN.scatter_reduce_(0, key_RK.flatten(), latents.acts_BK.flatten(), "amax")
+        best_PN = best_PN.view(len(chosen), -1) / scale_N
+        largest_NP[:, places[0] : places[-1] + 1] = best_PN.T.half().cpu()
+        context.progress(done + 1, len(batches))
+    tensors = {"largest": largest_NP, **{name: value.cpu() for name, value in patterns.state().items()}}
+    return [write_tensors(scope.store, scope.path(AXIS, "activations", f"{index}of{of}.safetensors"), tensors)]
+
+
+def _match(scope: Scope, options: Families, names: Sequence[str], context: Context) -> list[FileRecord]:
+    import numpy as np
+    import torch
+
+    from plmsae_cli.evaluation.families.matching import Match, match
+    from plmsae_cli.evaluation.families.patterns import PATTERNS, Patterns
+    from plmsae_cli.evaluation.protein_labels import classes
+    from plmsae_cli.runtime.device import pick_device
+    from plmsae_cli.store.tensorfile import TensorFile
+
+    device = pick_device()
+    top = options.top if options.mode == "strict" else None
+    facts = scope.read_json(AXIS, "prepared.json")
+    chosen = scope.read_table(AXIS, "chosen.parquet")
+    found, y_PL = classes([set(one) for one in chosen["labels"].to_pylist()], 1)
+    assert found == facts["classes"]
+    test_P = torch.from_numpy(chosen["test"].to_numpy(zero_copy_only=False).copy()).to(device)
+    files = [TensorFile(scope.store, join(scope.folder, name)) for name in names]
+    patterns = Patterns(files[0].shape("active_N")[0])
+    for file in files:
+        for name, value in patterns.state().items():
+            value += file.read(name)
+    truth_PL = torch.from_numpy(y_PL).to(device)
+    generator = torch.Generator().manual_seed(SEED)
+    shuffle_P = torch.randperm(len(truth_PL), generator=generator).to(device)
+    num_latents = len(patterns.active_N)
+    tile = max(1, TILE_BYTES // (8 * max(1, len(truth_PL))))
+    matched: list[Match] = []
+    permuted: list[Match] = []
+    for first in range(0, num_latents, tile):
+        context.check_stop()
+        last = min(first + tile, num_latents)
+        acts_nP = torch.zeros(last - first, len(truth_PL))
+        for index, file in enumerate(files):
+            acts_nP[:, index :: len(files)] = file.read("largest", first, last).float()
+        acts_nP = acts_nP.to(device)
+        matched.append(match(acts_nP, truth_PL, test_P, top))
+        permuted.append(match(acts_nP, truth_PL[shuffle_P], test_P, top))
+        context.progress(last, num_latents)
+    ours, null = (
+        {k: torch.cat([vars(m)[k] for m in many]).cpu() for k in vars(many[0])} for many in (matched, permuted)
+    )
+    classes_N = ours["class_N"].tolist()
+    pattern_N = patterns.classes()
+
+    def column(name: str) -> list[float | None]:
+        return [v if c >= 0 else None for v, c in zip(ours[name].tolist(), classes_N, strict=True)]
+
+    def scored(one: Mapping[str, Any]) -> Any:
+        return torch.where(one["class_N"] >= 0, one["f1_N"], 0.0)
+
+    order = sorted((n for n in range(num_latents) if classes_N[n] >= 0), key=lambda n: -float(ours["f1_train_N"][n]))
+    best = [
+        {
+            "latent": n,
+            "family": found[classes_N[n]],
+            "proteins": int(y_PL[:, classes_N[n]].sum()),
+            "pattern": PATTERNS[int(pattern_N[n])],
+            **{key: float(ours[f"{key}_N"][n]) for key in ("threshold", "f1_train", "precision", "recall", "f1")},
+        }
+        for n in order[:100]
+    ]
+    specific_N = scored(ours) > SPECIFIC
+    result = {
+        **{key: facts[key] for key in ("mode", "split", "clusters", "proteins", "labelled")},
+        "classes": len(found),
+        "specific": int(specific_N.sum()),
+        "specific_families": len({classes_N[n] for n in np.flatnonzero(specific_N.numpy())}),
+        "specific_permuted": int((scored(null) > SPECIFIC).sum()),
+        "patterns": {name: int((pattern_N == i).sum()) for i, name in enumerate(PATTERNS)},
+        "histogram": _histogram(scored(ours)[ours["class_N"] >= 0]),
+        "histogram_permuted": _histogram(scored(null)[null["class_N"] >= 0]),
+        "best": best,
+    }
+    latents = {
+        "latent": list(range(num_latents)),
+        "pattern": [PATTERNS[p] for p in pattern_N.tolist()],
+        "family": [found[c] if c >= 0 else None for c in classes_N],
+        "family_f1": column("f1_N"),
+        "family_f1_train": column("f1_train_N"),
+        "family_precision": column("precision_N"),
+        "family_recall": column("recall_N"),
+        "family_threshold": column("threshold_N"),
+    }
+    proteins = {
+        "id": chosen["id"],
+        "length": [len(s) for s in chosen["sequence"].to_pylist()],
+        "in_training": chosen["in_training"],
+        "families": chosen["labels"],
+        "families_half": ["test" if t else "train" for t in test_P.tolist()],
+    }
+    return [
+        scope.write_json(AXIS, "result.json", result),
+        scope.write_table(AXIS, "latents.parquet", latents),
+        scope.write_table(AXIS, "proteins.parquet", proteins),
+    ]
+
+
+def _histogram(values: Any) -> list[int]:
+    """Numbers of values in twenty bins of 0 to 1."""
+    import torch
+
+    counts: list[int] = torch.bincount((values * 20).long().clamp(0, 19), minlength=20).tolist()
+    return counts

@@ -1,0 +1,217 @@
+"""The axis `probes`: one task, which embeds a sample of the proteins and fits regressions on their latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.evaluation import Probes
+from plmsae_cli.evaluation.frame import Scope
+from plmsae_cli.runtime.task import Context, Result, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from plmsae_cli.evaluation.probes.logistic import Sparse
+
+AXIS = "probes"
+TEST_SHARE = 0.2
+
+
+def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
+    """The task, and figures for people."""
+    options = scope.options.probes
+    assert options is not None
+    scope.require_same_model("remove eval.probes")
+    inputs = {"proteins": scope.content(options.proteins)}
+    if options.labels is not None:
+        inputs["labels"] = scope.content(options.labels)
+    identity = scope.identity(AXIS, options.science(), inputs)
+    shown = {"proteins": options.proteins, "labels": options.labels or "residue annotations"}
+    return [scope.task(AXIS, identity, cost=10.0)], shown
+
+
+@dataclass(frozen=True)
+class Target:
+    """A yes or no about rows: residues, or proteins."""
+
+    name: str
+    of: str
+    y_R: Tensor
+
+
+def work(task: Task, scope: Scope, context: Context) -> Result:
+    import numpy as np
+    import torch
+
+    from plmsae_cli.evaluation.clusters import choose_method, cluster, halves
+    from plmsae_cli.evaluation.proteins import choose, read_any
+    from plmsae_cli.runtime.saved import load_sae_with_facts
+
+    options = scope.options.probes
+    assert options is not None
+    entries = read_any(scope.store.local(options.proteins))
+    chosen = choose(entries, scope.store, scope.dataset, options.max_length, leave_out=True)
+    sampled = _sample(chosen.hashes_P, [len(entry.sequence) for entry in chosen.entries], options.residues)
+    kept = [chosen.entries[p] for p in sampled]
+    sequences = [entry.sequence for entry in kept]
+    method = choose_method(options.clusters)
+    lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
+    test_P = torch.from_numpy(halves(cluster(sequences, method), chosen.hashes_P[sampled], lengths_P, TEST_SHARE))
+    sae = load_sae_with_facts(scope.folder, scope.store).model
+    residues, pooled = _features(scope, sae, sequences, options, context)
+    targets = _targets(scope, options, kept, sequences)
+    lengths = torch.from_numpy(lengths_P)
+    found = []
+    best_of: dict[int, list[str]] = {}
+    for done, target in enumerate(targets):
+        context.check_stop()
+        x, side_R = (pooled, test_P) if target.of == "protein" else (residues, test_P.repeat_interleave(lengths))
+        row = _probe(x, target, side_R, options.l2)
+        if row is not None:
+            found.append(row)
+            best_of.setdefault(row["latent"], []).append(target.name)
+        context.progress(done + 1, len(targets))
+    if not found:
+        raise UserError(
+            f"none of {len(targets)} targets has both kinds of rows in train and in test",
+            "lower eval.probes.min_instances, raise residues, or name more proteins",
+        )
+
+    def mean(key: str) -> float:
+        return float(np.mean([row[key] for row in found]))
+
+    result = {
+        "split": {"mmseqs": "MMseqs2 cluster", "kmer": "5-mer cluster"}[method],
+        "proteins": {**chosen.tally, "sampled": len(kept), "train": int((~test_P).sum()), "test": int(test_P.sum())},
+        "residues": int(lengths_P.sum()),
+        "l2": options.l2,
+        "mean_auroc_single": mean("auroc_single"),
+        "mean_auroc_all": mean("auroc_all"),
+        "targets": found,
+    }
+    latents = {
+        "latent": list(range(sae.num_latents)),
+        "probe_targets": ["; ".join(best_of[n]) if n in best_of else None for n in range(sae.num_latents)],
+    }
+    return Result([scope.write_json(AXIS, "result.json", result), scope.write_table(AXIS, "latents.parquet", latents)])
+
+
+def _sample(hashes_P: Any, lengths: list[int], residues: int) -> list[int]:
+    """Whole proteins in the order of their hashes, until so many residues are taken."""
+    taken: list[int] = []
+    used = 0
+    for p in sorted(range(len(lengths)), key=lambda p: int(hashes_P[p])):
+        if used >= residues:
+            break
+        taken.append(p)
+        used += lengths[p]
+    return taken
+
+
+def _features(scope: Scope, sae: Any, sequences: list[str], options: Probes, context: Context) -> tuple[Sparse, Sparse]:
+    """Activation / maximum of residues [R, N], and its largest in each protein [P, N]."""
+    import torch
+
+    from plmsae_cli.evaluation.probes.logistic import Sparse
+    from plmsae_cli.evaluation.proteins import groups
+    from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
+
+    rows = Rows(scope, options.batch_tokens, context.check_stop)
+    sae = sae.to(rows.device)
+    scale_N = torch.where(sae.maximum_N > 0, sae.maximum_N, 1.0)
+    by_residue: list[tuple[Tensor, ...]] = []
+    by_protein: list[tuple[Tensor, ...]] = []
+    first = 0
+    for places in groups([len(s) for s in sequences], group_residues(rows.device)):
+        context.check_stop()
+        mine = [sequences[p] for p in places]
+        latents = encode_rows(sae, rows.of(mine))
+        value_RK = (latents.acts_BK / scale_N[latents.indices_BK]).double().cpu()
+        index_RK = latents.indices_BK.cpu()
+        row_Q, slot_Q = (value_RK > 0).nonzero(as_tuple=True)
+        entries = (row_Q + first, index_RK[row_Q, slot_Q], value_RK[row_Q, slot_Q])
+        by_residue.append(entries)
+        lengths = torch.tensor([len(s) for s in mine])
+        owner_Q = torch.arange(len(mine)).repeat_interleave(lengths)[row_Q]
+        best = torch.zeros(len(mine), sae.num_latents, dtype=torch.float64)
+        best.view(-1).scatter_reduce_(0, owner_Q * sae.num_latents + entries[1], entries[2], "amax")
+        protein_Q, latent_Q = best.nonzero(as_tuple=True)
+        by_protein.append((protein_Q + places[0], latent_Q, best[protein_Q, latent_Q]))
+        first += len(value_RK)
+
+    def joined(parts: list[tuple[Tensor, ...]], count: int) -> Sparse:
+        row_Q, column_Q, value_Q = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Sparse(row_Q, column_Q, value_Q, count, sae.num_latents)
+
+    return joined(by_residue, first), joined(by_protein, len(sequences))
+
+
+def _targets(scope: Scope, options: Probes, kept: list[Any], sequences: list[str]) -> list[Target]:
+    """Kinds of annotation by residue, labels by protein: the most frequent."""
+    import numpy as np
+    import torch
+
+    from plmsae_cli.evaluation.concepts.vocabulary import find_concepts
+    from plmsae_cli.evaluation.protein_labels import classes, labels_of, read_labels
+
+    labels = find_concepts(kept, "strict", options.min_instances)
+    offset_P = np.cumsum([0, *(len(s) for s in sequences)])
+    counted: list[tuple[int, Target]] = []
+    for number, concept in enumerate(labels.concepts):
+        if concept.name not in (concept.kind, f"{concept.kind}: any"):
+            continue
+        y_R = torch.zeros(int(offset_P[-1]), dtype=torch.bool)
+        mine = np.flatnonzero(labels.concept_M == number)
+        for m in mine:
+            first = int(offset_P[labels.protein_M[m]])
+            y_R[first + int(labels.start_M[m]) : first + int(labels.stop_M[m])] = True
+        counted.append((len(np.unique(labels.instance_M[mine])), Target(concept.kind, "residue", y_R)))
+    if options.labels is not None:
+        table = read_labels(scope.store.local(options.labels))
+        names, y_PL = classes(labels_of([entry.accession for entry in kept], table), options.min_instances)
+        counted += [
+            (int(y_PL[:, number].sum()), Target(name, "protein", torch.from_numpy(y_PL[:, number].copy())))
+            for number, name in enumerate(names)
+        ]
+    counted.sort(key=lambda one: -one[0])
+    if not counted:
+        raise UserError(
+            f"no annotation and no label occurs {options.min_instances} times in {len(kept):,} sampled proteins",
+            "lower eval.probes.min_instances, or raise residues",
+        )
+    return [target for _, target in counted[: options.targets]]
+
+
+def _probe(x: Sparse, target: Target, test_R: Tensor, l2: float) -> dict[str, Any] | None:
+    """The best single latent by its loss on train, and all latents, both scored on test; None where a side has one kind."""
+    from plmsae_cli.evaluation.probes.logistic import fit_all, fit_each, log_loss, ranking
+
+    train, test = x.some(~test_R), x.some(test_R)
+    y_train, y_test = target.y_R[~test_R], target.y_R[test_R]
+    if not all(bool(y.any()) and not bool(y.all()) for y in (y_train, y_test)):
+        return None
+    w_N, b_N, loss_N = fit_each(train, y_train, l2)
+    latent = int(loss_N.argmin())
+    z_single = w_N[latent] * test.column(latent) + b_N[latent]
+    weights_N, intercept = fit_all(train, y_train, l2)
+    z_all = test.csr() @ weights_N + intercept
+    (area_single, average_single), (area_all, average_all) = ranking(z_single, y_test), ranking(z_all, y_test)
+    return {
+        "target": target.name,
+        "of": target.of,
+        "rows_train": len(y_train),
+        "rows_test": len(y_test),
+        "positives_train": int(y_train.sum()),
+        "positives_test": int(y_test.sum()),
+        "latent": latent,
+        "weight": float(w_N[latent]),
+        "auroc_single": area_single,
+        "auprc_single": average_single,
+        "loss_single": log_loss(z_single, y_test),
+        "auroc_all": area_all,
+        "auprc_all": average_all,
+        "loss_all": log_loss(z_all, y_test),
+    }

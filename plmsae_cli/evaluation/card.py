@@ -1,0 +1,85 @@
+"""The model card: what the dictionary is and what was measured, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def model_card(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The card; axes that were not measured are left out.
+
+    Args:
+        metrics: contents of metrics.json.
+        manifest: the dataset's manifest.
+        facts: contents of sae.json.
+    """
+    return "\n".join(_lines(metrics, manifest, facts)) + "\n"
+
+
+def _lines(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
+    yield f"# Sparse autoencoder of {manifest['weights']['name']}, layer {metrics['layer']}"
+    yield ""
+    if metrics["demo"]:
+        yield "**Trained on a demo model: not for science.**"
+        yield ""
+    yield "| | |"
+    yield "|---|---|"
+    yield f"| architecture | {metrics['architecture']} |"
+    yield f"| latents | {metrics['num_latents']:,} |"
+    if metrics["k"] is not None:
+        yield f"| active a residue (k) | {metrics['k']} |"
+    yield f"| training rows | {manifest['rows']:,} |"
+    yield f"| tokens | {facts.get('tokens', 0):,} |"
+    yield f"| weights, sha256 | `{manifest['weights']['sha256'][:16]}` |"
+    if "fidelity" in metrics:
+        yield from _fidelity(metrics["fidelity"])
+    if "concepts" in metrics:
+        yield from _concepts(metrics["concepts"])
+    if "families" in metrics:
+        yield from _families(metrics["families"])
+    if "probes" in metrics:
+        yield from _probes(metrics["probes"])
+
+
+def _fidelity(body: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", "## Fidelity", "")
+    yield f"FVU {body['fvu']:.3f}, mean L0 {body['l0_mean']:.1f}, dead latents {100 * body['dead_share']:.1f} %,"
+    yield f"on {body['heldout_rows']:,} held-out residues."
+    masked = body.get("loss", {}).get("masked", {})
+    for ablation in ("zero", "mean"):
+        if f"recovered_{ablation}" in masked:
+            yield f"Loss recovered, {ablation} ablation, masked: {100 * masked[f'recovered_{ablation}']:.1f} %."
+
+
+def _concepts(body: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", f"## Concepts ({body['mode']})", "")
+    tally = body["proteins"]
+    fate = "left out" if body["mode"] == "strict" else "kept"
+    yield f"{tally['used']:,} proteins; {tally['in_training']:,} of those read were in training, and {fate}."
+    yield f"Halves by {body['split']}; {body['concepts']:,} concepts scored, each by the latent that is best on the other half."
+    yield from (
+        "",
+        "| code | concepts with F1 > 0.5 | latents with F1 > 0.5 | mean best F1 (95 %) |",
+        "|---|---|---|---|",
+    )
+    for name in body["order"]:
+        row = body["codes"][name]
+        low, high = row["interval_mean_f1"]
+        yield f"| {name} | {row['concepts_above']} | {row['latents_above']} | {row['mean_f1']:.3f} [{low:.3f}, {high:.3f}] |"
+
+
+def _families(body: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", f"## Families ({body['mode']})", "")
+    tally = body["proteins"]
+    yield f"{tally['used']:,} proteins, {body['classes']:,} classes; {tally['in_training']:,} of those read were in training."
+    yield f"{body['specific']:,} family-specific latents (F1 > 0.7); with labels permuted {body['specific_permuted']:,}."
+    yield from ("", "| pattern | latents |", "|---|---|")
+    for name in ("dead", "point", "periodic", "short", "medium", "long", "whole"):
+        yield f"| {name} | {body['patterns'][name]:,} |"
+
+
+def _probes(body: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", "## Probes", "")
+    yield f"{len(body['targets']):,} targets; test AUROC, mean over targets: best single latent {body['mean_auroc_single']:.3f},"
+    yield f"all latents {body['mean_auroc_all']:.3f}."

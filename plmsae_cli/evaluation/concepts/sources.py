@@ -1,0 +1,109 @@
+"""The codes of one concept test: the dictionary and its nulls."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+
+from torch import Tensor
+
+from plmsae_cli.evaluation.concepts.codes import Code, Directions, principal, residual
+from plmsae_cli.evaluation.frame import Scope
+from plmsae_cli.evaluation.rows import Rows, encode_rows
+from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.runtime.saved import load_sae_with_facts, open_blocks
+from plmsae_cli.sae.interface import Latents
+from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.proteins import read_proteins
+from plmsae_cli.store.weights import save_model
+
+SAE = "sae"
+SAMPLE_ROWS = 100_000
+RANDOM_SEED = 0
+"""Of the random model's weights."""
+
+
+@dataclass(eq=False)
+class Source:
+    """A code, where its activations come from, and whether it is scored on rotated labels."""
+
+    name: str
+    code: Code
+    rows: Rows
+    rotated: bool = False
+
+
+@dataclass
+class Reader:
+    """Latents of a group of proteins for each source; what sources share is computed once a group."""
+
+    sources: list[Source]
+    _rows: dict[int, Tensor] = field(default_factory=dict)
+    _latents: dict[int, Latents] = field(default_factory=dict)
+
+    def group(self, sequences: Sequence[str]) -> Iterator[tuple[Source, Latents]]:
+        self._rows.clear()
+        self._latents.clear()
+        for source in self.sources:
+            if id(source.rows) not in self._rows:
+                self._rows[id(source.rows)] = source.rows.of(sequences)
+            if id(source.code) not in self._latents:
+                self._latents[id(source.code)] = encode_rows(source.code, self._rows[id(source.rows)])
+            yield source, self._latents[id(source.code)]
+
+
+@contextmanager
+def open_sources(
+    scope: Scope, nulls: Sequence[str], batch_tokens: str | int, check_stop: Callable[[], None]
+) -> Iterator[list[Source]]:
+    """The dictionary and the wanted nulls, in that order.
+
+    `residual` and `pca` take their maxima and directions from the first 100,000 training rows, which are shuffled;
+    `random_model` the signed dimensions of the same layer of a model of the same shape with random weights, its maxima from
+    training proteins.
+    """
+    with ExitStack() as stack:
+        rows = Rows(scope, batch_tokens, check_stop)
+        sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
+        sources = [Source(SAE, sae, rows)]
+        blocks = open_blocks(scope.dataset, scope.store)
+        sample_RD = blocks.read(0, min(blocks.num_rows, SAMPLE_ROWS))
+        for null in nulls:
+            if null == "shuffled":
+                sources.append(Source(null, sae, rows, rotated=True))
+            elif null == "random_model":
+                weights = stack.enter_context(_random_weights(scope))
+                other = Rows(scope, batch_tokens, check_stop, weights)
+                sources.append(
+                    Source(null, residual(other.of(_training_sequences(scope)).cpu()).to(other.device), other)
+                )
+            else:
+                made: Directions = {"residual": residual, "pca": principal}[null](sample_RD)
+                sources.append(Source(null, made.to(rows.device), rows))
+        yield sources
+
+
+@contextmanager
+def _random_weights(scope: Scope) -> Iterator[str]:
+    """A folder with random weights in the shape of the model."""
+    config = ESM2Config(**scope.lineage.weights.config)
+    with tempfile.TemporaryDirectory() as folder:
+        model = ESM2(config)
+        model.init_weights(RANDOM_SEED)
+        save_model(Store(), folder, dict(model.state_dict()), asdict(config), {})
+        del model
+        yield folder
+
+
+def _training_sequences(scope: Scope) -> list[str]:
+    """The first training proteins, up to a tenth of the sample's rows: a forward pass a row, not a read."""
+    table = read_proteins(scope.store, join(scope.dataset, "proteins.parquet"), split="train", columns=["sequence"])
+    chosen, used = [], 0
+    for sequence in table["sequence"].to_pylist():
+        chosen.append(sequence)
+        used += len(sequence)
+        if used >= SAMPLE_ROWS // 10:
+            break
+    return chosen

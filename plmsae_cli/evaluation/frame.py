@@ -1,0 +1,148 @@
+"""What all axes of evidence share: their tasks, their files, and how these become one set of tables.
+
+An axis is a module of `axes` with `plan(scope)`, its tasks, and `work(task, scope, context)`, the files of one. The last of its
+tasks leaves, in `eval/<axis>/` of the run,
+
+    result.json             its figures, which become the axis's part of metrics.json (required)
+    latents.parquet         one row a latent, columns of its own
+    latent_concepts.parquet one row a pair (latent, concept)
+    proteins.parquet        one row a protein: `id`, `length`, `in_training`, columns of its own
+
+A task's id is `<axis>-<identity>` with, where there are several, `-<step>`: other options are other tasks, and one axis knows
+nothing of another.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from plmsae_cli.config.base import digest
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.evaluation import Eval
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.runtime.task import Resources, Task
+from plmsae_cli.store.fs import FileRecord, Store, join
+from plmsae_cli.store.lineage import Lineage
+from plmsae_cli.store.manifest import canonical_json, read_manifest
+
+EVAL = "eval"
+FORMAT = 1
+"""Of the files that axes leave: to be raised when those of earlier versions no longer serve."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The run that is evaluated."""
+
+    experiment: Experiment
+    store: Store
+
+    @cached_property
+    def lineage(self) -> Lineage:
+        return Lineage(self.experiment, self.store)
+
+    @property
+    def options(self) -> Eval:
+        assert self.experiment.eval is not None
+        return self.experiment.eval
+
+    @cached_property
+    def folder(self) -> str:
+        return self.lineage.run_folder()
+
+    @property
+    def dataset(self) -> str:
+        """Folder of the dataset the dictionary was trained on."""
+        return self.lineage.dataset().folder
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """The dataset's; None before it is made."""
+        return read_manifest(self.store, self.dataset)
+
+    def made(self) -> dict[str, Any]:
+        """The dataset's manifest.
+
+        Raises:
+            UserError: the dataset is not finished.
+        """
+        if self.manifest is None:
+            raise UserError(
+                f"{self.dataset} is not finished: it has no MANIFEST.json",
+                "run the stage that makes it, or the whole experiment with `plmsae run`",
+            )
+        return self.manifest
+
+    def identity(self, axis: str, science: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
+        """Eight hex digits that stand for the run, the axis's options and the content of its files."""
+        body = {"format": FORMAT, "run": self.lineage.run_identity(), axis: dict(science)}
+        return digest({**body, "inputs": dict(inputs)} if inputs else body)[:8]
+
+    def content(self, path: str) -> str:
+        """Hash of a file that an axis reads."""
+        return self.store.hash(str(self.store.local(path))).xxh3
+
+    def require_same_model(self, remedy: str) -> None:
+        """Raises UserError where `train.data` was embedded with another model than `model.weights`."""
+        if self.manifest is None:
+            return
+        embedded = self.manifest["weights"]
+        if self.lineage.weights.sha256 != embedded["sha256"]:
+            raise UserError(
+                f"model.weights is {self.lineage.weights.name}, but the dataset was embedded with {embedded['name']}",
+                f"name that model, or {remedy}",
+            )
+
+    def path(self, axis: str, *names: str) -> str:
+        return join(self.folder, EVAL, axis, *names)
+
+    def task(
+        self, axis: str, identity: str, step: str = "", needs: Sequence[str] = (), cost: float = 1.0, **args: Any
+    ) -> Task:
+        """One task of an axis; `needs` are steps of the same axis."""
+        stem = f"{axis}-{identity}"
+        return Task(
+            f"{stem}-{step}" if step else stem,
+            "eval",
+            (self.folder,),
+            tuple(f"{stem}-{need}" for need in needs),
+            Resources(gpus=1),
+            cost,
+            {"axis": axis, "stem": stem, "step": step, **args},
+        )
+
+    def write_json(self, axis: str, name: str, body: Mapping[str, Any]) -> FileRecord:
+        return self.store.write(self.path(axis, name), [canonical_json(body)])
+
+    def read_json(self, axis: str, name: str) -> dict[str, Any]:
+        body: dict[str, Any] = json.loads(self.store.read(self.path(axis, name)))
+        return body
+
+    def write_table(self, axis: str, name: str, columns: Any) -> FileRecord:
+        return write_table(self.store, self.path(axis, name), columns)
+
+    def read_table(self, axis: str, name: str) -> Any:
+        return read_table(self.store, self.path(axis, name))
+
+
+def write_table(store: Store, path: str, columns: Any) -> FileRecord:
+    """Write a mapping of columns, or a table, as Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+    pq.write_table(table, sink, compression="zstd")
+    return store.write(path, [sink.getbuffer()])
+
+
+def read_table(store: Store, path: str) -> Any:
+    """The Parquet file as a table."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(io.BytesIO(store.read(path)))

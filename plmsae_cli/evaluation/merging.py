@@ -1,0 +1,114 @@
+"""The axes' files as one set of tables, and what people read of them: metrics, a CSV, a model card."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plmsae_cli.evaluation.card import model_card
+from plmsae_cli.evaluation.frame import EVAL, Scope, read_table, write_table
+from plmsae_cli.store.fs import FileRecord, join
+from plmsae_cli.store.manifest import canonical_json
+
+
+def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any]) -> list[FileRecord]:
+    """Write eval/metrics.json, latents.parquet, latent_concepts.parquet, proteins.parquet, concepts.csv and model_card.md.
+
+    Args:
+        axes: those that were measured, in order.
+        facts: contents of sae.json.
+    """
+    manifest = scope.made()
+    metrics: dict[str, Any] = {
+        "schema": 1,
+        "demo": manifest["weights"]["name"] == "bundled",
+        "layer": manifest["layer"],
+        "architecture": facts["config"]["architecture"],
+        "num_latents": facts["config"]["num_latents"],
+        "k": facts["config"].get("k"),
+        "axes": list(axes),
+    }
+    for axis in axes:
+        metrics[axis] = scope.read_json(axis, "result.json")
+    here = join(scope.folder, EVAL)
+    files = [
+        scope.store.write(join(here, "metrics.json"), [canonical_json(metrics)]),
+        scope.store.write(join(here, "model_card.md"), [model_card(metrics, manifest, facts).encode()]),
+    ]
+    for name, combine in (
+        ("latents.parquet", _beside),
+        ("latent_concepts.parquet", _below),
+        ("proteins.parquet", _by_id),
+    ):
+        found = [scope.path(axis, name) for axis in axes if scope.store.exists(scope.path(axis, name))]
+        if found:
+            files.append(
+                write_table(scope.store, join(here, name), combine([read_table(scope.store, p) for p in found]))
+            )
+        else:
+            scope.store.delete(join(here, name))
+    if scope.store.exists(join(here, "latent_concepts.parquet")):
+        files.append(
+            scope.store.write(
+                join(here, "concepts.csv"), [_csv(read_table(scope.store, join(here, "latent_concepts.parquet")))]
+            )
+        )
+    else:
+        scope.store.delete(join(here, "concepts.csv"))
+    if "encode" in axes:
+        files.append(write_table(scope.store, join(here, "top_latents.parquet"), _top_latents(scope, here)))
+    else:
+        scope.store.delete(join(here, "top_latents.parquet"))
+    return files
+
+
+def _top_latents(scope: Scope, here: str) -> Any:
+    """Each encoded protein's strongest latents, with what other axes found of them."""
+    table = scope.read_table("encode", "top_latents.parquet")
+    about = read_table(scope.store, join(here, "latents.parquet"))
+    latent = table["latent"].to_pylist()
+    for name in ("concept", "concept_f1", "family", "family_f1", "pattern"):
+        if name in about.column_names:
+            table = table.append_column(name, about[name].take(latent))
+    return table
+
+
+def _beside(tables: Sequence[Any]) -> Any:
+    """Columns of all tables, which have the same latents in the same order."""
+    combined = tables[0]
+    for table in tables[1:]:
+        assert table["latent"].equals(combined["latent"])
+        for name in table.column_names:
+            if name not in combined.column_names:
+                combined = combined.append_column(name, table[name])
+    return combined
+
+
+def _below(tables: Sequence[Any]) -> Any:
+    import pyarrow as pa
+
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _by_id(tables: Sequence[Any]) -> Any:
+    """One row a protein of any table, in the order of first sight; what an axis does not say is null."""
+    import pyarrow as pa
+
+    rows: dict[str, dict[str, Any]] = {}
+    names = dict.fromkeys(name for table in tables for name in table.column_names)
+    for table in tables:
+        for row in table.to_pylist():
+            rows.setdefault(row["id"], {}).update(row)
+    return pa.table({name: [row.get(name) for row in rows.values()] for name in names})
+
+
+def _csv(table: Any) -> bytes:
+    """The table as CSV, best pairs first within each latent."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.column_names)
+    for row in table.to_pylist():
+        writer.writerow([f"{v:.4f}" if isinstance(v, float) else v for v in row.values()])
+    return text.getvalue().encode()

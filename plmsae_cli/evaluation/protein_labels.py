@@ -1,0 +1,61 @@
+"""Labels of whole proteins: families, functions, anything in a table of ids and labels."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from plmsae_cli.config.errors import UserError
+
+
+def read_labels(path: Path) -> dict[str, set[str]]:
+    """Labels by protein id, of a CSV or TSV, plain or gzip: an id, then a label or several.
+
+    In a TSV labels are separated by `;` or `,` and may fill further columns, in a CSV by `;`; an id may have several lines.
+    A line without labels is a protein without any. A header line does no harm: no protein has its first word as id.
+
+    Raises:
+        UserError: no such file, or a line that is not a table's.
+    """
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        opened = gzip.open(path, "rb") if packed else path.open("rb")  # noqa: SIM115 (closed below)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "relative paths start at the working folder") from None
+    found: dict[str, set[str]] = {}
+    with io.TextIOWrapper(opened, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            name, separator, rest = line.rstrip("\n").partition("\t" if "\t" in line else ",")
+            if not separator:
+                raise UserError(f"{path} line {number} has no tab and no comma", "write an id and its label a line")
+            labels = re.split(r"[;,\t]" if separator == "\t" else ";", rest)
+            found.setdefault(name.strip(), set()).update(label for part in labels if (label := part.strip().strip('"')))
+    return found
+
+
+def classes(of: Sequence[set[str] | frozenset[str]], least: int) -> tuple[list[str], npt.NDArray[np.bool_]]:
+    """The labels of at least `least` proteins, by name, and which protein has which [P, L]."""
+    counted = Counter(label for labels in of for label in labels)
+    names = sorted(label for label, count in counted.items() if count >= least)
+    place = {name: index for index, name in enumerate(names)}
+    y_PL = np.zeros((len(of), len(names)), dtype=bool)
+    for protein, labels in enumerate(of):
+        for label in labels:
+            if label in place:
+                y_PL[protein, place[label]] = True
+    return names, y_PL
+
+
+def labels_of(accessions: Sequence[str], table: Mapping[str, set[str]]) -> list[set[str]]:
+    """The labels of each protein; of one that the table does not have, none."""
+    return [table.get(accession, set()) for accession in accessions]

@@ -1,0 +1,57 @@
+"""Residues of an axis's own proteins as activations and latents, a group of whole proteins at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plmsae_cli.evaluation.frame import Scope
+from plmsae_cli.runtime.embedding import Embedder
+from plmsae_cli.sae.interface import Latents
+
+ENCODE_ROWS = 4096
+
+
+def group_residues(device: torch.device) -> int:
+    """Residues embedded before they are counted."""
+    return 65_536 if device.type == "cuda" else 8192
+
+
+class Rows:
+    """Activations of one layer as the dictionary was trained on: the same layer, model and stored type."""
+
+    def __init__(
+        self, scope: Scope, batch_tokens: str | int, check_stop: Callable[[], None], weights: str | None = None
+    ):
+        manifest = scope.made()
+        self.layer: int = manifest["layer"]
+        self.dtype: str = manifest["dtype"]
+        compute = scope.experiment.embed.compute if scope.experiment.embed is not None else "auto"
+        if weights is None:
+            self.embedder = Embedder.shared(scope.experiment.model.weights, scope.store, compute)
+        else:  # of one use: not to be kept beside the model itself
+            self.embedder = Embedder(weights, scope.store, compute)
+        self.device = self.embedder.device
+        self._batch_tokens = batch_tokens
+        self._check_stop = check_stop
+
+    def of(self, sequences: Sequence[str]) -> Tensor:
+        """Activations [R, D], float32 on the device, of all residues of the proteins in their order."""
+        nothing: Callable[..., Any] = lambda *_, **__: None  # noqa: E731
+        kept = self.embedder.run(
+            sequences, [self.layer], [False] * len(sequences), self.dtype, self._batch_tokens, nothing, self._check_stop
+        )
+        return kept[self.layer][0].to(self.device).float()
+
+
+@torch.inference_mode()
+def encode_rows(code: Any, x_RD: Tensor) -> Latents:
+    """Latents of many rows, encoded a few thousand at a time; padded to the largest number of active ones."""
+    parts = [code.encode(x_BD) for x_BD in torch.split(x_RD, ENCODE_ROWS)]
+    width = max(part.acts_BK.shape[1] for part in parts)
+    acts = [torch.nn.functional.pad(part.acts_BK.float(), (0, width - part.acts_BK.shape[1])) for part in parts]
+    index = [torch.nn.functional.pad(part.indices_BK, (0, width - part.indices_BK.shape[1])) for part in parts]
+    return Latents(torch.cat(acts), torch.cat(index))

@@ -1,0 +1,226 @@
+"""What the axes of evaluation found, for the page of a run: concepts, families, probes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from markupsafe import Markup
+
+from plmsae_cli.report.svg import SERIES, draw
+from plmsae_cli.report.words import clean, count, number, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROWS = 200
+"""Rows of a table; the Parquet and CSV files have all."""
+PATTERNS = ("dead", "point", "periodic", "short", "medium", "long", "whole")
+CODES = {
+    "sae": "dictionary",
+    "residual": "residual dimensions",
+    "pca": "principal components",
+    "random_model": "random model",
+    "shuffled": "rotated labels",
+}
+
+
+class Cell(NamedTuple):
+    """What is shown, and the number it is sorted by (empty: by the text)."""
+
+    text: str
+    sort: str = ""
+
+
+class Table(NamedTuple):
+    """A table that sorts in the browser: names of columns and whether they are numbers, and rows."""
+
+    columns: Sequence[tuple[str, bool]]
+    rows: Sequence[Sequence[Cell]]
+    remark: str = ""
+
+
+class Section(NamedTuple):
+    """One axis on the page."""
+
+    name: str
+    title: str
+    lead: str
+    figures: Sequence[tuple[Markup, str, str]]
+    tables: Sequence[tuple[str, Table]]
+
+
+def sections(scores: Mapping[str, Any] | None) -> list[Section]:
+    """The sections of metrics.json's axes beside fidelity, those that were measured."""
+    makers = {"concepts": _concepts, "families": _families, "probes": _probes}
+    return [make(scores[axis]) for axis, make in makers.items() if scores is not None and axis in scores]
+
+
+def _number(value: float | None, digits: int = 3) -> Cell:
+    return Cell("", "") if value is None else Cell(f"{value:.{digits}f}", repr(float(value)))
+
+
+def _whole(value: int) -> Cell:
+    return Cell(count(value), str(value))
+
+
+def _text(value: object) -> Cell:
+    return Cell(clean(value, 80))
+
+
+def _concepts(body: Mapping[str, Any]) -> Section:
+    tally = body["proteins"]
+    fate = "left out" if body["mode"] == "strict" else "kept"
+    lead = (
+        f"For each of {count(body['concepts'])} concepts that UniProt annotates, the latent that finds it best on one half of"
+        f" {count(tally['used'])} proteins, scored on the other (halves by {body['split']}, mode {body['mode']})."
+        f" {count(tally['in_training'])} proteins of the file were in training and {fate}."
+    )
+    codes = [(name, body["codes"][name]) for name in body["order"]]
+    summary = Table(
+        [("Code", False), ("Latents", True), ("Concepts, F1 > 0.5", True), ("Latents, F1 > 0.5", True), ("Mean best F1", True),
+         ("95 %", False), ("AUROC", True), ("AUPRC", True)],
+        [
+            [
+                Cell(CODES[name]), _whole(row["latents"]), _whole(row["concepts_above"]), _whole(row["latents_above"]),
+                _number(row["mean_f1"]), Cell("[{:.3f}, {:.3f}]".format(*row["interval_mean_f1"])), _number(row["mean_auroc"]),
+                _number(row["mean_auprc"]),
+            ]
+            for name, row in codes
+        ],
+        "The rows below the first learnt nothing of features: what they reach, any code reaches.",
+    )  # fmt: skip
+    best = sorted(body["best"], key=lambda row: -row["f1"])
+    columns = [("Concept", False), ("Latent", True), ("Threshold", True), ("F1", True), ("95 %", False), ("Precision", True),
+               ("Recall", True), ("by", False), ("AUROC", True), ("Best null", True), ("Positives", True)]  # fmt: skip
+    rows = [
+        [
+            _text(row["concept"]), Cell(str(row["latent"]), str(row["latent"])), _number(row["threshold"], 2), _number(row["f1"]),
+            Cell("[{:.2f}, {:.2f}]".format(*row["interval_f1"]) if row["interval_f1"] else ""), _number(row["precision"]),
+            _number(row["recall"]), Cell(row["recall_by"]), _number(row["auroc"]),
+            _number(max(row["nulls"].values()) if row["nulls"] else None), _whole(row["total"][1]),
+        ]
+        for row in best[:ROWS]
+    ]  # fmt: skip
+    figures = [
+        (
+            _ranked({CODES[name]: row["f1"] for name, row in codes}),
+            "Best F1 of every concept",
+            "Each line is sorted by itself, from the concept that the code finds best. The gap between the dictionary and the"
+            " others is what it adds.",
+        )
+    ]
+    if body["curves"]:
+        caption = "By residue, over all thresholds, for the latents of the best concepts (chosen on validation)."
+        figures.append((_curves(body["curves"]), "Precision and recall", caption))
+    above = sum(row["f1"] > 0.5 for row in body["amino_acids"])
+    remark = f"{_shown(len(best))} Amino acids, which the model is given, are apart: {above} of 20 have a latent with F1 > 0.5."
+    tables = [("Against what learnt nothing", summary), ("Concepts", Table(columns, rows, remark))]
+    return Section("concepts", "Concepts that latents find", lead, figures, tables)
+
+
+def _shown(rows: int) -> str:
+    return f"The first {ROWS} of {count(rows)}." if rows > ROWS else ""
+
+
+def _families(body: Mapping[str, Any]) -> Section:
+    tally = body["proteins"]
+    lead = (
+        f"The largest activation of a latent in a protein, against {count(body['classes'])} classes of"
+        f" {count(tally['used'])} proteins ({body['split']}, mode {body['mode']}): on the half that scores,"
+        f" {count(body['specific'])} latents mark a family with F1 above 0.7; with labels permuted"
+        f" {count(body['specific_permuted'])} do."
+    )
+    histograms = {"dictionary": body["histogram"], "labels permuted": body["histogram_permuted"]}
+    figures = [
+        (_histograms(histograms), "F1 of latents for their families", "Latents with a candidate class, on test.")
+    ]
+    patterns = Table(
+        [("Pattern", False), ("Latents", True)], [[Cell(name), _whole(body["patterns"][name])] for name in PATTERNS]
+    )
+    columns = [("Family", False), ("Latent", True), ("F1", True), ("Precision", True), ("Recall", True), ("F1, train", True),
+               ("Proteins", True), ("Pattern", False)]  # fmt: skip
+    rows = [
+        [
+            _text(row["family"]), Cell(str(row["latent"]), str(row["latent"])), _number(row["f1"]), _number(row["precision"]),
+            _number(row["recall"]), _number(row["f1_train"]), _whole(row["proteins"]), Cell(row["pattern"]),
+        ]
+        for row in sorted(body["best"], key=lambda row: -row["f1"])[:ROWS]
+    ]  # fmt: skip
+    tables = [
+        ("Families", Table(columns, rows, "The hundred latents that fit best on train.")),
+        ("Activation patterns", patterns),
+    ]
+    return Section("families", "Families that latents mark", lead, figures, tables)
+
+
+def _probes(body: Mapping[str, Any]) -> Section:
+    tally = body["proteins"]
+    lead = (
+        f"Logistic regression on one latent (the best on train) and on all, trained on {count(tally['train'])} proteins"
+        f" and scored on {count(tally['test'])} of other clusters. Mean AUROC:"
+        f" {number(body['mean_auroc_single'])} with one latent,"
+        f" {number(body['mean_auroc_all'])} with all."
+    )
+    columns = [("Target", False), ("of", False), ("Latent", True), ("AUROC, one", True), ("AUROC, all", True),
+               ("AUPRC, one", True), ("AUPRC, all", True), ("Positives", True), ("Share", True)]  # fmt: skip
+    rows = [
+        [
+            _text(row["target"]), Cell(row["of"]), Cell(str(row["latent"]), str(row["latent"])), _number(row["auroc_single"]),
+            _number(row["auroc_all"]), _number(row["auprc_single"]), _number(row["auprc_all"]), _whole(row["positives_test"]),
+            Cell(percent(row["positives_test"] / row["rows_test"]), repr(row["positives_test"] / row["rows_test"])),
+        ]
+        for row in body["targets"][:ROWS]
+    ]  # fmt: skip
+    return Section("probes", "What can be read off the latents", lead, [], [("Targets", Table(columns, rows))])
+
+
+def _ranked(values: Mapping[str, Sequence[float]]) -> Markup:
+    def paint(axes: Axes) -> None:
+        for (name, each), colour in zip(values.items(), SERIES, strict=False):
+            ordered = sorted(each, reverse=True)
+            marker = "o" if len(ordered) < 30 else None
+            axes.plot(range(1, len(ordered) + 1), ordered, color=colour, label=name, marker=marker, markersize=3)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("concepts, best first")
+        axes.set_ylabel("F1 on test")
+        axes.grid(axis="y")
+        axes.legend(loc="upper right", handlelength=1.4)
+
+    return draw(
+        "concept-f1",
+        "Best F1 of every concept, for the dictionary and what it is compared with",
+        paint,
+        size=(330, 225),
+    )
+
+
+def _curves(curves: Sequence[Mapping[str, Any]]) -> Markup:
+    distinct = {tuple(curve["precision"]): curve for curve in reversed(curves)}  # `any` often equals its only label
+    shown = list(reversed(distinct.values()))[: len(SERIES)]
+
+    def paint(axes: Axes) -> None:
+        for curve, colour in zip(shown, SERIES, strict=False):
+            axes.plot(curve["recall"], curve["precision"], color=colour, label=clean(curve["concept"], 32))
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("recall")
+        axes.set_ylabel("precision")
+        axes.grid()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1, handlelength=1.4)
+
+    return draw("concept-curves", "Precision against recall of the best concepts", paint, size=(330, 280))
+
+
+def _histograms(values: Mapping[str, Sequence[int]]) -> Markup:
+    def paint(axes: Axes) -> None:
+        for (name, each), colour in zip(values.items(), SERIES, strict=False):
+            edges = [i / len(each) for i in range(len(each) + 1)]
+            axes.stairs(each, edges, color=colour, label=name, linewidth=1.5)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("F1 on test")
+        axes.set_ylabel("latents")
+        axes.grid(axis="y")
+        axes.legend(loc="upper right", handlelength=1.4)
+
+    return draw("family-f1", "F1 of latents for families, and with labels permuted", paint)

@@ -207,9 +207,22 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool) -> lis
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             what = "cannot be written to" if existing.is_dir() else "is not a folder"
             raise UserError(f"{field}: {place} cannot be made, {existing} {what}", f"name another folder in {field}")
+    _reach(experiment)
     if fetch and experiment.embed is not None:
         resolve_weights(experiment.model.weights, Store(experiment.storage))
     return plans_of(experiment, stages)
+
+
+def _reach(experiment: Experiment) -> None:
+    """Find out in seconds whether the buckets answer: requests of the work itself are patient."""
+    from plmsae_cli.store.fs import Store, is_remote
+
+    places = {experiment.data_folder(): True}
+    if experiment.train is not None and experiment.train.data is not None:
+        places.setdefault(experiment.train.data, False)
+    for place, write in places.items():
+        if is_remote(place):
+            Store(experiment.storage).probe(place, write)
 
 
 def nearest(place: Path) -> Path:

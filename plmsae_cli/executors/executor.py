@@ -17,7 +17,7 @@ from plmsae_cli.executors.worker import LocalContext, run_task
 from plmsae_cli.runtime.device import allow_gpus
 from plmsae_cli.runtime.system_errors import as_user_error
 from plmsae_cli.runtime.task import Plan, Task
-from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.fs import Store, is_remote, join
 
 
 class PlanChanged(Exception):
@@ -73,6 +73,16 @@ def refuse_gangs(experiment: Experiment, stages: Sequence[str]) -> None:
                 f"`plmsae {stage} YAML --set launch.executor=local` on a machine with the GPUs, after `plmsae optimize YAML "
                 "--with-inputs` on the cluster",
             )
+
+
+def plain_http(experiment: Experiment) -> str | None:
+    """What to say where data pass over a link that everybody on it can read and change."""
+    train, embed = experiment.train, experiment.embed
+    places = [experiment.data_folder(), train and train.data, embed and embed.fasta, experiment.model.weights]
+    address = experiment.storage.endpoint_url or ""
+    if not (address.startswith("http://") and any(place and is_remote(place) for place in places)):
+        return None
+    return f"warning: {address} is plain http (storage.allow_http): whoever is on the way can read and change the data"
 
 
 def load_extra(module: str, extra: str) -> ModuleType:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, refuse_gangs
+from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, plain_http, refuse_gangs
 from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
 from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.progress import Reporter, clock
@@ -112,6 +112,8 @@ def run_experiment(
             _train_along(experiment, store)
             return Done(run, {})
     seconds: dict[str, float] = {}
+    if (warning := plain_http(experiment)) is not None:
+        reporter.say(warning)
     with locked(run):
         if restart and (old := run.archive()) is not None:
             reporter.say(f"archived the old run as {old}")

@@ -14,10 +14,11 @@ from plmsae_cli.sae.dead import DeadLatents, dead_window
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.initialise import initialise
 from plmsae_cli.sae.topk import TopK
+from plmsae_cli.training.mixing import BatchEntropy
 from plmsae_cli.training.optimizers import Group, build_optimizer
 from plmsae_cli.training.sae_kernels import fused_step
 from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
-from plmsae_cli.training.stream import BlockStream
+from plmsae_cli.training.stream import Stream
 
 DEAD_BOUND = "dead_bound"
 """In checkpoints of the fused step: what it goes by until it has counted the dead again."""
@@ -47,19 +48,20 @@ class SAEObjective:
     def __init__(
         self,
         options: Train,
-        stream: BlockStream,
+        stream: Stream,
         mean_D: torch.Tensor,
         scale: float,
         total_steps: int,
         gang: Gang,
         device: torch.device,
         compute: torch.dtype,
+        entropy: BatchEntropy | None = None,
     ) -> None:
         self.device = device
         self.tokens_per_step = options.batch_tokens
         self.model = build(options, stream.blocks.d).to(device)
         self.model.first_row = gang.rank * (options.batch_tokens // gang.world)
-        self._options, self._stream, self._gang = options, stream, gang
+        self._options, self._stream, self._gang, self._entropy = options, stream, gang, entropy
         self._mean_D, self._scale, self.compute = mean_D.to(device), scale, compute
         self._total_steps = total_steps
         self._optimizer = build_optimizer(options, [Group("sae", dict(self.model.named_parameters()))])
@@ -144,7 +146,8 @@ class SAEObjective:
         return learning_rate(step, self._total_steps, self._peak, self._warmup, self._options.lr_decay)
 
     def rates(self, step: int) -> Mapping[str, float]:
-        return {"lr": self._rate(step), "loader_wait": round(self._stream.wait_seconds, 4)}
+        mixed = {} if self._entropy is None else {"batch_entropy": self._entropy(step)}
+        return {"lr": self._rate(step), "loader_wait": round(self._stream.wait_seconds, 4), **mixed}
 
     def flops_per_step(self) -> float:
         """What the mathematics of a step needs, over all ranks."""

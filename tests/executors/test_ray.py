@@ -71,7 +71,7 @@ def lose_a_node(cluster: Any, points: list[str]) -> threading.Thread:
     node = cluster.add_node(**SMALL, env_vars={"PLMSAE_FAULT": mark})
 
     def watch() -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 40
         while not (hit := stopped_processes(mark)) and time.monotonic() < deadline:
             time.sleep(0.1)
         cluster.remove_node(node, allow_graceful=False)
@@ -86,7 +86,7 @@ def lose_a_node(cluster: Any, points: list[str]) -> threading.Thread:
     return thread
 
 
-def test_a_node_lost_during_map_and_one_during_reduce(
+def test_nodes_write_what_one_process_writes(
     cluster: Any,
     prepared: Prepared,
     run_stages: Callable[..., None],
@@ -94,16 +94,31 @@ def test_a_node_lost_during_map_and_one_during_reduce(
     reference: dict[str, Any],
 ) -> None:
     experiment = prepared("ray", executor="ray")
-    run_stages(experiment, LocalExecutor(prepared("ray")), ("embed",))
     executor = RayExecutor(experiment)
     assert executor.slots == 1
+    run_stages(experiment, executor)
+    executor.close()
+    assert ray.is_initialized(), "a cluster that was joined before is left alone"
+    assert files(experiment) == reference
+
+
+@pytest.mark.slow
+def test_a_node_lost_during_map_and_one_during_reduce(
+    cluster: Any,
+    prepared: Prepared,
+    run_stages: Callable[..., None],
+    files: Callable[..., Any],
+    reference: dict[str, Any],
+) -> None:
+    experiment = prepared("ray-lost", executor="ray")
+    run_stages(experiment, LocalExecutor(prepared("ray-lost")), ("embed",))
     for stage in ("shuffle", "optimize"):
         plan = plan_stage(stage, experiment, Store())
         thread = lose_a_node(cluster, [f"{stage}.{task.id}" for task in plan.tasks])
         executor = RayExecutor(experiment)
-        assert executor.slots == 2
+        assert executor.slots >= 2
         executor.run(plan, lambda *_, **__: None)
-        thread.join(100)
+        thread.join(50)
         assert thread.lost, "no task was at work on the node that was lost"  # type: ignore[attr-defined]
     assert files(experiment) == reference
 
@@ -120,19 +135,22 @@ def test_a_task_that_always_fails_is_told_once(
         RayExecutor(broken).run(plan, lambda *_, **__: None)
 
 
+@pytest.mark.slow
 def test_a_worker_that_always_dies_is_told_once(cluster: Any, prepared: Prepared) -> None:
-    experiment = prepared("ray-dying", executor="ray", ray={"retries": 1})
+    experiment = prepared("ray-dying", executor="ray", ray={"retries": 0})
     plan = plan_stage("embed", experiment, Store())
     executor = RayExecutor(experiment)
     die = ray.remote(max_calls=0)(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     executor._work = die
-    with pytest.raises(TaskFailed, match=r"proteins: its worker was lost 2 time\(s\)"):
+    with pytest.raises(TaskFailed, match=r"proteins: its worker was lost 1 time\(s\)"):
         executor.run(plan, lambda *_, **__: None)
 
 
 def test_a_task_that_no_node_can_hold_is_refused(cluster: Any, prepared: Prepared) -> None:
     experiment = prepared("ray-large", executor="ray", ray={"cpus": 64})
-    with pytest.raises(UserError, match=r"no node .* can hold task \S+ of embed: it asks for CPU 64 \(most on one node 1\)"):
+    with pytest.raises(
+        UserError, match=r"no node .* can hold task \S+ of embed: it asks for CPU 64 \(most on one node 1\)"
+    ):
         RayExecutor(experiment).run(plan_stage("embed", experiment, Store()), lambda *_, **__: None)
 
 
@@ -150,6 +168,6 @@ def test_no_cluster_at_the_address(prepared: Prepared, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(UserError, match="launch.ray.address: auto cannot be used: Could not find any") as error:
+    with pytest.raises(UserError, match=r"launch\.ray\.address: auto cannot be used: Could not find any") as error:
         RayExecutor(prepared("alone", executor="ray"))
     assert "ray start --head" in str(error.value.hint)

@@ -72,7 +72,7 @@ class Said(PlainReporter):
 def test_every_task_but_the_last_belongs_to_one_share(prepared: Callable[..., Experiment], count: int) -> None:
     plan = plan_stage("embed", prepared("whole"), Store())
     own = [[t.id for t in Share(i, count).tasks(plan) if Share(i, count)._owns(t)] for i in range(1, count + 1)]
-    assert sorted(sum(own, [])) == sorted({task.id for task in plan.tasks} - {FINISH})
+    assert sorted(name for names in own for name in names) == sorted({task.id for task in plan.tasks} - {FINISH})
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0", "-1/2", "1/2/3"])

@@ -82,7 +82,9 @@ def test_options_reach_the_jobs(prepared: Prepared, monkeypatch: pytest.MonkeyPa
     """What sbatch gets, from a stand-in that keeps the file it is given."""
     for name in ("srun", "sbatch"):
         script = tmp_path / name
-        script.write_text(f'#!/bin/sh\nn=$(ls {tmp_path} | grep -c kept)\ncp "$1" {tmp_path}/kept-$n.sh\necho job 12$n\n')
+        script.write_text(
+            f'#!/bin/sh\nn=$(ls {tmp_path} | grep -c kept)\ncp "$1" {tmp_path}/kept-$n.sh\necho job 12$n\n'
+        )
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     options = {"partition": "gpu", "account": "lab", "time": 30, "array": 7, "cpus": 3, "options": {"qos": "high"}}
@@ -114,7 +116,7 @@ def test_waves_respect_needs(prepared: Prepared) -> None:
 
 def test_a_machine_that_cannot_submit(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="launch.executor: slurm cannot submit from this machine") as error:
+    with pytest.raises(UserError, match=r"launch\.executor: slurm cannot submit from this machine") as error:
         SlurmExecutor(prepared("nowhere", executor="slurm"))
     assert "sbatch" in str(error.value.hint)
 

@@ -216,7 +216,8 @@ class S3Objects:
             with explained("list", folder, self._endpoint):
                 next(iter(obstore.list(client, prefix or None)), None)
         except StoreError as error:
-            if write or error.message != f"cannot list {folder}: {NO_LEAVE}":
+            public = self._storage is not None and self._storage.anonymous
+            if write or not public or error.message != f"cannot list {folder}: {NO_LEAVE}":
                 raise
             # A public dataset may be for reading by name alone.
             try:

@@ -26,7 +26,7 @@ FAULTS = ("500", "503", "SlowDown", "reset", "half", "drip", "lost")
 class Proxy(ThreadingHTTPServer):
     """Passes requests on. `choose(method, path)` names the fault of a request, or nothing.
 
-    `403`, `500`, `503`, `SlowDown`: an answer instead of the server's. `reset`: the connection breaks before anything is passed on.
+    `403`, `500`, `503`, `SlowDown`: an answer instead of the server's. `reset`: the connection breaks before that.
     `half`: the server's answer, cut in the middle of its body. `drip`: its body a byte at a time. `lost`: the server does it,
     the answer never comes back. `short`: an upload is passed on without its second half.
     """

@@ -16,7 +16,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.executor import plain_http
 from plmsae_cli.executors.pipeline import run_experiment
 from plmsae_cli.runtime.progress import PlainReporter
-from plmsae_cli.store.fs import StoreError
+from plmsae_cli.store.fs import Store, StoreError
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,12 +75,14 @@ def test_training_needs_no_credentials_no_model_and_no_proteins(
 
 
 def test_a_bucket_that_may_not_be_listed_is_probed_by_name(s3: Any, proxy: Any) -> None:
-    s3.store().write(s3.url("public", "MANIFEST.json"), [b"{}"])
+    client = boto3.client("s3", endpoint_url=s3.endpoint_url, region_name="us-east-1")
+    client.put_object(Bucket=s3.bucket, Key="public/MANIFEST.json", Body=b"{}", ACL="public-read")
     proxy.fail(r"GET \S+list-type", "403")
-    proxy.store().probe(s3.url("public"))
+    store = Store(proxy.storage(anonymous=True))
+    store.probe(s3.url("public"))
     for folder, write in (("public", True), ("private", False)):
         with pytest.raises(StoreError, match="permission denied"):
-            proxy.store().probe(s3.url(folder), write=write)
+            store.probe(s3.url(folder), write=write)
 
 
 @pytest.mark.parametrize(

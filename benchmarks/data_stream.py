@@ -4,8 +4,8 @@
     python benchmarks/data_stream.py s3 [--gb 2] [--delay-ms 50] [--endpoint URL]   # obstore's ranges, aiohttp where installed
     python benchmarks/data_stream.py gpu [--gb 8]              # page cache to the GPU; pinned copies alone; a 5 GB/s consumer
 
-Sides take turns and the best of `--turns` counts. `--record` adds the lines to results.jsonl. Without `--endpoint` the S3 server is
-moto in a process of its own; with `--delay-ms` every request passes a proxy that holds it for so long.
+Sides take turns and the best of `--turns` counts. `--record` adds the lines to results.jsonl. Without `--endpoint` the
+server is a process that sends files from the page cache; with `--delay-ms` every request passes a proxy that holds it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import torch
 from record import add, cpu, stamp
@@ -172,26 +172,59 @@ def from_cache(options: argparse.Namespace, folder: Path) -> dict[str, tuple[flo
     return {who: (value, notes.get(who, top[1] if "limit" in who else "")) for who, value in kept.items()}
 
 
+async def serve(port: int, folder: Path) -> None:
+    """As much of S3 as reading needs: GET and HEAD of `/bucket/key`, whole or by range, for anybody; files go out by sendfile."""
+    loop = asyncio.get_running_loop()
+
+    async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := (await reader.readuntil(b"\r\n\r\n")).decode():
+                method, path, _ = head.split(" ", 2)
+                file = folder / path.partition("?")[0].removeprefix(f"/{BUCKET}/")
+                if not file.is_file():
+                    writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+                    continue
+                size = file.stat().st_size
+                match = re.search(r"(?i)^range: bytes=(\d+)-(\d+)", head, re.MULTILINE)
+                first, last = (int(match[1]), min(int(match[2]), size - 1)) if match else (0, size - 1)
+                status = f"206 Partial Content\r\nContent-Range: bytes {first}-{last}/{size}" if match else "200 OK"
+                writer.write(
+                    f'HTTP/1.1 {status}\r\nContent-Length: {last + 1 - first}\r\nETag: "{size}"\r\n'
+                    "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n".encode()
+                )
+                await writer.drain()
+                if method == "GET":
+                    with file.open("rb") as opened:
+                        await loop.sendfile(writer.transport, opened, first, last + 1 - first)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    listening = await asyncio.start_server(one, "127.0.0.1", port)
+    async with listening:
+        await listening.serve_forever()
+
+
+def _serve(port: int, folder: Path) -> None:
+    asyncio.run(serve(port, folder))
+
+
 @contextmanager
-def server(endpoint: str | None) -> Iterator[str]:
-    """Address of an S3 server that takes anybody."""
-    if endpoint:
-        yield endpoint
-        return
+def process(target: Callable[..., None], *arguments: Any) -> Iterator[str]:
+    """Address of a server in a process of its own; `target` gets the port and the arguments."""
     port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = get_context("spawn").Process(target=target, args=(port, *arguments), daemon=True)
+    running.start()
     try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(100):
-            try:
-                urlopen(address, timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield address
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
     finally:
-        process.kill()
+        running.kill()
 
 
 def free_port() -> int:
@@ -225,51 +258,47 @@ async def delay(port: int, behind: str, seconds: float) -> None:
         await listening.serve_forever()
 
 
-@contextmanager
-def delayed(address: str, milliseconds: float) -> Iterator[str]:
-    if not milliseconds:
-        yield address
-        return
-    port = free_port()
-    code = f"import asyncio, data_stream; asyncio.run(data_stream.delay({port}, {address!r}, {milliseconds / 1e3}))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
-    try:
-        for _ in range(200):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
+def _serve_delay(port: int, behind: str, seconds: float) -> None:
+    asyncio.run(delay(port, behind, seconds))
 
 
 def from_s3(options: argparse.Namespace, folder: Path) -> dict[str, tuple[float, str]]:
-    import boto3
-
-    os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
-    os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testing")
-    with server(options.endpoint) as near:
-        client = boto3.client("s3", endpoint_url=near, region_name="us-east-1")
-        client.create_bucket(Bucket=BUCKET, ACL="public-read")
-        writer = Store(Storage(endpoint_url=near, allow_http=True))
-        make(writer, f"s3://{BUCKET}/data", int(options.gb * 1e9))
-        for name in writer.list(f"s3://{BUCKET}/data"):
-            client.put_object_acl(Bucket=BUCKET, Key=f"data/{name}", ACL="public-read")
-        with delayed(near, options.delay_ms) as address:
-            store = Store(Storage(endpoint_url=address, allow_http=True, anonymous=True))
-            blocks = Blocks(store, f"s3://{BUCKET}/data")
-            wanted = ranges(blocks, store)
-            sides: Sides = {"plmsae": ours(blocks), "obstore": obstore_ranges(wanted, address)}
-            if find_spec("aiohttp"):
-                sides["aiohttp"] = aiohttp_ranges(wanted, address)
-            found = best(sides, options.turns)
+    size = int(options.gb * 1e9)
+    with ExitStack() as servers:
+        if options.endpoint:
+            near = options.endpoint
+            make_public(near, size)
+        else:
+            make(Store(), str(folder / "data"), size)
+            near = servers.enter_context(process(_serve, folder))
+        address = near
+        if options.delay_ms:
+            address = servers.enter_context(process(_serve_delay, near, options.delay_ms / 1e3))
+        store = Store(Storage(endpoint_url=address, allow_http=True, anonymous=True))
+        blocks = Blocks(store, f"s3://{BUCKET}/data")
+        wanted = ranges(blocks, store)
+        sides: Sides = {"plmsae": ours(blocks), "obstore": obstore_ranges(wanted, address)}
+        if find_spec("aiohttp"):
+            sides["aiohttp"] = aiohttp_ranges(wanted, address)
+        found = best(sides, options.turns)
     top = max(value for who, value in found.items() if who != "plmsae")
     what = f"ranges of 5 MB, {REQUESTS} in flight"
     return {
         who: (value, f"{value / top:.0%} of the best client" if who == "plmsae" else what)
         for who, value in found.items()
     }
+
+
+def make_public(endpoint: str, size: int) -> None:
+    """The dataset in a bucket of a real server, for anybody to read; credentials are those of the environment."""
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    client.create_bucket(Bucket=BUCKET)
+    writer = Store(Storage(endpoint_url=endpoint, allow_http=True))
+    make(writer, f"s3://{BUCKET}/data", size)
+    for name in writer.list(f"s3://{BUCKET}/data"):
+        client.put_object_acl(Bucket=BUCKET, Key=f"data/{name}", ACL="public-read")
 
 
 def to_gpu(options: argparse.Namespace, folder: Path) -> dict[str, tuple[float, str]]:

@@ -9,7 +9,7 @@ set -euo pipefail
 folder=${1:?folder} port=${2:?port} access=${3:?access key} secret=${4:?secret key}
 mkdir -p "$folder"/{mon,osd,run,log}
 export CEPH_CONF=$folder/ceph.conf
-monitor=[v1:127.0.0.1:$((port + 1))]  # the gateway takes no second version without keys
+monitor=127.0.0.1:$((port + 1))
 
 cat > "$CEPH_CONF" <<CONF
 [global]
@@ -18,10 +18,6 @@ mon host = $monitor
 mon initial members = one
 public addr = 127.0.0.1
 ms bind ipv6 = false
-# One machine and one user of it: nobody to authenticate between the daemons.
-auth cluster required = none
-auth service required = none
-auth client required = none
 keyring = $folder/keyring
 # Every pool is one copy in one place.
 osd pool default size = 1
@@ -41,7 +37,9 @@ rgw data = $folder/run
 run dir = $folder/run
 admin socket = $folder/run/\$name.asok
 log file = $folder/log/\$name.log
-debug none = 0
+
+[osd]
+keyring = $folder/osd/keyring
 CONF
 
 start() {  # NAME COMMAND...: in the background, its id kept
@@ -52,13 +50,15 @@ start() {  # NAME COMMAND...: in the background, its id kept
 }
 
 ceph-authtool --create-keyring "$folder/keyring" --gen-key -n mon. --cap mon 'allow *' > /dev/null
-ceph-authtool "$folder/keyring" --gen-key -n client.admin --cap mon 'allow *' --cap osd 'allow *' > /dev/null
-monmaptool --create --addv one "$monitor" --fsid "$(sed -n 's/^fsid = //p' "$CEPH_CONF")" "$folder/monmap" > /dev/null
+ceph-authtool "$folder/keyring" --gen-key -n client.admin --cap mon 'allow *' --cap osd 'allow *' --cap mgr 'allow *' \
+    > /dev/null
+monmaptool --create --add one "$monitor" --fsid "$(sed -n 's/^fsid = //p' "$CEPH_CONF")" "$folder/monmap" > /dev/null
 ceph-mon --mkfs -i one --monmap "$folder/monmap" --keyring "$folder/keyring" > "$folder/log/mon-mkfs.out" 2>&1
 start mon ceph-mon -i one -f
 for _ in $(seq 20); do timeout 5 ceph -s > /dev/null 2>&1 && break; sleep 0.5; done
 
 number=$(timeout 20 ceph osd create 2> /dev/null)
+timeout 20 ceph auth get-or-create "osd.$number" mon "allow profile osd" osd "allow *" -o "$folder/osd/keyring"
 ceph-osd -i "$number" --mkfs > "$folder/log/osd-mkfs.out" 2>&1
 start osd ceph-osd -i "$number" -f
 timeout 20 ceph osd crush add "osd.$number" 1 host=here root=default > /dev/null 2>&1 || true

@@ -191,7 +191,7 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool) -> lis
     """Plan everything before anything runs: what a later stage would refuse shows before an earlier one has worked.
 
     Args:
-        fetch: download published weights that are absent; otherwise their absence is an error.
+        fetch: work will follow: download published weights that are absent (otherwise an error), try writing to the bucket.
 
     Raises:
         UserError: an input is missing, settings do not fit each other, or a folder cannot be written.
@@ -207,22 +207,22 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool) -> lis
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             what = "cannot be written to" if existing.is_dir() else "is not a folder"
             raise UserError(f"{field}: {place} cannot be made, {existing} {what}", f"name another folder in {field}")
-    _reach(experiment)
+    _reach(experiment, write=fetch)
     if fetch and experiment.embed is not None:
         resolve_weights(experiment.model.weights, Store(experiment.storage))
     return plans_of(experiment, stages)
 
 
-def _reach(experiment: Experiment) -> None:
+def _reach(experiment: Experiment, write: bool) -> None:
     """Find out in seconds whether the buckets answer: requests of the work itself are patient."""
     from plmsae_cli.store.fs import Store, is_remote
 
-    places = {experiment.data_folder(): True}
+    places = {experiment.data_folder(): write}
     if experiment.train is not None and experiment.train.data is not None:
         places.setdefault(experiment.train.data, False)
-    for place, write in places.items():
+    for place, writing in places.items():
         if is_remote(place):
-            Store(experiment.storage).probe(place, write)
+            Store(experiment.storage).probe(place, writing)
 
 
 def nearest(place: Path) -> Path:

@@ -39,7 +39,7 @@ from plmsae_cli.store.s3_client import claim_process, connect, endpoint_of, spli
 from plmsae_cli.store.s3_errors import NO_LEAVE, VERIFY, again, explained
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
+    from obstore import GetOptions, GetResult
     from obstore.store import S3Store
 
     from plmsae_cli.config.experiment import Storage
@@ -48,6 +48,8 @@ _RANGE = 5 << 20
 """Bytes a request when a large range is read in parallel."""
 _IN_FLIGHT = 32
 """Such requests at a time, over all readers: with 50 ms to the first byte each GB/s needs about 16."""
+_CHUNK = 1 << 20
+"""Bytes of a request that are copied to their place at a time."""
 _PIECES_AHEAD = 16
 """Pieces of one file that are read before they are wanted."""
 _PART = 16 << 20
@@ -101,8 +103,16 @@ class S3Objects:
 
         def fetch(first: int) -> None:
             last = min(first + _RANGE, stop)
-            # numpy's copy lets other threads run, a memoryview's does not.
-            target[first - start : last - start] = np.frombuffer(self._fetch(path, first, last, etag), np.uint8)
+            place, done = target[first - start : last - start], 0
+            with explained("read", path, self._endpoint):
+                # As it arrives: the whole range at once would have been put together in memory before.
+                for chunk in self._get(path, first, last, etag).stream(min_chunk_size=_CHUNK):
+                    piece = np.frombuffer(
+                        chunk, np.uint8
+                    )  # numpy's copy lets other threads run, a memoryview's does not
+                    place[done : done + piece.size] = piece
+                    done += piece.size
+            _check_length(done, path, first, last)
 
         firsts = range(start, stop, _RANGE)
         if len(firsts) == 1:
@@ -259,13 +269,15 @@ class S3Objects:
 
     def _fetch(self, path: str, start: int, stop: int, etag: str | None) -> memoryview:
         """Bytes [start, stop) in one request."""
+        with explained("read", path, self._endpoint):
+            return _checked(self._get(path, start, stop, etag).bytes(), path, start, stop)
+
+    def _get(self, path: str, start: int, stop: int, etag: str | None) -> GetResult:
         client, key = self._client(path)
         options: GetOptions = {"range": (start, stop)}
         if etag is not None:
             options["if_match"] = etag
-        with explained("read", path, self._endpoint):
-            answer = again(lambda: obstore.get(client, key, options=options))
-            return _checked(answer.bytes(), path, start, stop)
+        return again(lambda: obstore.get(client, key, options=options))
 
     def _requests(self) -> ThreadPoolExecutor:
         """Threads for all pieces of all reads, so that what is in flight is bounded whoever reads."""
@@ -287,6 +299,10 @@ class S3Objects:
 
 def _checked(data: obstore.Bytes, path: str, start: int, stop: int) -> memoryview:
     view = memoryview(data)
-    if view.nbytes != stop - start:
-        raise DamagedError(f"{path} is cut short: bytes {start} to {stop} were asked for, {view.nbytes} came", VERIFY)
+    _check_length(view.nbytes, path, start, stop)
     return view
+
+
+def _check_length(came: int, path: str, start: int, stop: int) -> None:
+    if came != stop - start:
+        raise DamagedError(f"{path} is cut short: bytes {start} to {stop} were asked for, {came} came", VERIFY)

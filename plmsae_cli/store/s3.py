@@ -28,7 +28,6 @@ from plmsae_cli.config.faults import fault
 from plmsae_cli.store.local import LocalFiles
 from plmsae_cli.store.records import (
     Buffer,
-    DamagedError,
     FileRecord,
     MissingError,
     StoreError,
@@ -36,7 +35,7 @@ from plmsae_cli.store.records import (
     is_temporary,
 )
 from plmsae_cli.store.s3_client import claim_process, connect, endpoint_of, split_url
-from plmsae_cli.store.s3_errors import NO_LEAVE, VERIFY, again, explained
+from plmsae_cli.store.s3_errors import NO_LEAVE, again, check_length, checked, explained
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult
@@ -84,7 +83,7 @@ class S3Objects:
                 answer = again(lambda: obstore.get(client, key))
                 size = answer.meta["size"]
                 if size <= _RANGE:
-                    return bytes(_checked(answer.bytes(), path, 0, size))
+                    return bytes(checked(answer.bytes(), path, 0, size))
         if length is None:
             length = max(self.size(path) - start, 0)
         return b"".join(self._pieces(path, start, start + length))
@@ -112,7 +111,7 @@ class S3Objects:
                     )  # numpy's copy lets other threads run, a memoryview's does not
                     place[done : done + piece.size] = piece
                     done += piece.size
-            _check_length(done, path, first, last)
+            check_length(done, path, first, last)
 
         firsts = range(start, stop, _RANGE)
         if len(firsts) == 1:
@@ -270,7 +269,7 @@ class S3Objects:
     def _fetch(self, path: str, start: int, stop: int, etag: str | None) -> memoryview:
         """Bytes [start, stop) in one request."""
         with explained("read", path, self._endpoint):
-            return _checked(self._get(path, start, stop, etag).bytes(), path, start, stop)
+            return checked(self._get(path, start, stop, etag).bytes(), path, start, stop)
 
     def _get(self, path: str, start: int, stop: int, etag: str | None) -> GetResult:
         client, key = self._client(path)
@@ -295,14 +294,3 @@ class S3Objects:
         if bucket not in self._clients:
             self._clients[bucket] = connect(bucket, self._storage, self._endpoint)
         return self._clients[bucket], key
-
-
-def _checked(data: obstore.Bytes, path: str, start: int, stop: int) -> memoryview:
-    view = memoryview(data)
-    _check_length(view.nbytes, path, start, stop)
-    return view
-
-
-def _check_length(came: int, path: str, start: int, stop: int) -> None:
-    if came != stop - start:
-        raise DamagedError(f"{path} is cut short: bytes {start} to {stop} were asked for, {came} came", VERIFY)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import obstore
 from obstore.exceptions import BaseError
 
 from plmsae_cli.config.errors import UserError
@@ -103,3 +104,14 @@ def explained(action: str, url: str, endpoint: str | None) -> Iterator[None]:
         raise
     except (BaseError, FileNotFoundError, ValueError) as error:
         raise explain(error, action, url, endpoint) from error
+
+
+def checked(data: obstore.Bytes, path: str, start: int, stop: int) -> memoryview:
+    view = memoryview(data)
+    check_length(view.nbytes, path, start, stop)
+    return view
+
+
+def check_length(came: int, path: str, start: int, stop: int) -> None:
+    if came != stop - start:
+        raise DamagedError(f"{path} is cut short: bytes {start} to {stop} were asked for, {came} came", VERIFY)

@@ -21,13 +21,19 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml"}
 EXTRAS = {
-    "ray", "submitit", "transformers", "biotite", "tmtools", "optuna", "huggingface_hub", "Bio", "pytest", "hypothesis",
+    "ray", "submitit", "litdata", "transformers", "biotite", "tmtools", "optuna", "huggingface_hub", "Bio",
+    "pytest", "hypothesis",
 }  # fmt: skip
+# Optional packages, each imported in the one file that is about it.
+OWN_EXTRAS = {
+    "executors/ray.py": {"ray"},
+    "executors/slurm.py": {"submitit"},
+    "training/litdata_stream.py": {"litdata"},
+    "evaluation/annotations/uniprot_flat.py": {"Bio"},
+}
 RUNNERS = {"run", "Popen", "call", "check_call", "check_output"}
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "tempfile.mktemp"}
 FOREIGN_WEIGHTS = "store/weights.py"
-READERS = {"evaluation/annotations/uniprot_flat.py": {"Bio"}}
-"""Files that import an extra, inside a function and with a message where it is absent."""
 
 
 def nodes(name: str) -> Iterator[ast.AST]:
@@ -87,7 +93,7 @@ def test_settings_are_read_without_torch_or_numpy() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_file_runs_strings_unpickles_or_needs_an_extra(name: str) -> None:
     assert not imported(name) & UNPICKLERS
-    assert not imported(name) & (EXTRAS - READERS.get(name, set()))
+    assert not imported(name) & (EXTRAS - OWN_EXTRAS.get(name, set()))
     for called, call in calls(name):
         last = called.rpartition(".")[2]
         options = {keyword.arg: keyword.value for keyword in call.keywords}

@@ -12,7 +12,7 @@ import typer
 
 from plmsae_cli import __version__
 from plmsae_cli.cli.help import Verb, Verbs
-from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, WithInputs
+from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, Tasks, WithInputs
 
 app = typer.Typer(
     name="plmsae",
@@ -65,10 +65,11 @@ def _stage(
     plain: bool,
     inputs: bool,
     restart: bool,
+    tasks: str | None = None,
 ) -> None:
     from plmsae_cli.cli.stage import run_stage
 
-    raise typer.Exit(run_stage(name, path, sets, dry, bugfix, as_json, plain, inputs, restart))
+    raise typer.Exit(run_stage(name, path, sets, dry, bugfix, as_json, plain, inputs, restart, tasks))
 
 
 @_stage_verb()
@@ -79,6 +80,7 @@ def embed(
     bugfix: Bugfix = False,
     json: Json = False,
     no_progress: NoProgress = False,
+    tasks: Tasks = None,
 ) -> None:
     """Proteins (FASTA) to the language model's activations: one row of numbers for each residue.
 
@@ -86,7 +88,7 @@ def embed(
     held-out ones, and statistics. KEY is a hash of the proteins, the model and the layer: what exists is not made
     again.
     """
-    _stage("embed", yaml, set_, dry_run, bugfix, json, no_progress, False, False)
+    _stage("embed", yaml, set_, dry_run, bugfix, json, no_progress, False, False, tasks)
 
 
 @_stage_verb()
@@ -98,12 +100,13 @@ def shuffle(
     json: Json = False,
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
+    tasks: Tasks = None,
 ) -> None:
     """Activations to one random order over all rows.
 
     Training wants neighbouring rows from different proteins. The order is a function of shuffle.seed alone.
     """
-    _stage("shuffle", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False)
+    _stage("shuffle", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, tasks)
 
 
 @_stage_verb()
@@ -115,12 +118,13 @@ def optimize(
     json: Json = False,
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
+    tasks: Tasks = None,
 ) -> None:
     """Shuffled rows to a dataset that training streams, from disk or S3.
 
     The result is a folder optimize-KEY of LitData chunks. Others can train from it alone (train.data).
     """
-    _stage("optimize", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False)
+    _stage("optimize", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, tasks)
 
 
 @_stage_verb()

@@ -30,3 +30,9 @@ WithInputs = Annotated[
 Restart = Annotated[
     bool, typer.Option("--restart", help="Put the run of this name aside (kept as NAME.archived-...) and begin anew.")
 ]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks", metavar="I/N", help="Do share I of N of the stage's tasks and leave; whoever does the last merges."
+    ),
+]

@@ -52,16 +52,25 @@ def run_stage(
     no_progress: bool,
     with_inputs: bool,
     restart: bool,
+    tasks: str | None = None,
 ) -> int:
-    """One stage, or with `with_inputs` the stages before it as well."""
+    """One stage, or with `with_inputs` the stages before it as well; with `tasks` a share of its tasks alone."""
     chosen: list[tuple[Loaded, list[str]]] = []
 
     def prepare() -> int:
         from plmsae_cli.config.errors import UserError
         from plmsae_cli.executors.pipeline import missing_inputs
         from plmsae_cli.executors.queue import smoke_folder
+        from plmsae_cli.executors.share import Share
         from plmsae_cli.store.fs import Store
 
+        if tasks is not None:
+            Share.parse(tasks)
+            if with_inputs or bugfix:
+                raise UserError(
+                    "--tasks is a share of one stage's tasks",
+                    "leave out --with-inputs and --bugfix, run stage by stage",
+                )
         loaded = load_for(path, sets, bugfix)
         experiment = loaded.experiment
         present = experiment.stages()
@@ -90,7 +99,29 @@ def run_stage(
         if not dry_run:
             listen_for_signals()
         code = checked(prepare)
-        return code if code or not chosen else execute(*chosen[0], no_progress, restart, as_json)
+        if code or not chosen:
+            return code
+        if tasks is not None:
+            return _execute_share(chosen[0][0].experiment, stage, tasks, no_progress, as_json)
+        return execute(*chosen[0], no_progress, restart, as_json)
+
+
+def _execute_share(experiment: Experiment, stage: str, tasks: str, no_progress: bool, as_json: bool) -> int:
+    from plmsae_cli.executors.share import Share, run_share
+    from plmsae_cli.runtime.progress import reporter
+
+    shown = reporter(live=not no_progress and not as_json)
+    try:
+        state, text = "done", run_share(experiment, stage, Share.parse(tasks), shown)
+        code = DONE
+    except Exception as error:
+        code = failure(error)
+        state, text = "interrupted" if code == INTERRUPTED else "failed", ""
+    if as_json:
+        print(json.dumps({"schema": SCHEMA_VERSION, "state": state, "tasks": tasks}))
+    elif text:
+        shown.say(text)
+    return code
 
 
 def listen_for_signals() -> None:
@@ -160,7 +191,7 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool) -> lis
     """Plan everything before anything runs: what a later stage would refuse shows before an earlier one has worked.
 
     Args:
-        fetch: download published weights that are absent; otherwise their absence is an error.
+        fetch: work will follow: download published weights that are absent (otherwise an error), try writing to the bucket.
 
     Raises:
         UserError: an input is missing, settings do not fit each other, or a folder cannot be written.
@@ -176,9 +207,22 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool) -> lis
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             what = "cannot be written to" if existing.is_dir() else "is not a folder"
             raise UserError(f"{field}: {place} cannot be made, {existing} {what}", f"name another folder in {field}")
+    _reach(experiment, write=fetch)
     if fetch and experiment.embed is not None:
         resolve_weights(experiment.model.weights, Store(experiment.storage))
     return plans_of(experiment, stages)
+
+
+def _reach(experiment: Experiment, write: bool) -> None:
+    """Find out in seconds whether the buckets answer: requests of the work itself are patient."""
+    from plmsae_cli.store.fs import Store, is_remote
+
+    places = {experiment.data_folder(): write}
+    if experiment.train is not None and experiment.train.data is not None:
+        places.setdefault(experiment.train.data, False)
+    for place, writing in places.items():
+        if is_remote(place):
+            Store(experiment.storage).probe(place, writing)
 
 
 def nearest(place: Path) -> Path:

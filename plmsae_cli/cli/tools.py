@@ -72,14 +72,12 @@ def validate_files(targets: list[Path], sets: Sequence[str] | None, bugfix: bool
 def _needs(path: Path, experiment: Experiment) -> dict[str, Any]:
     """Plan every stage: reads FASTA, weights and manifests, so it finds what only they can tell."""
     from plmsae_cli.config.errors import UserError
-    from plmsae_cli.store.fs import Store, is_remote
+    from plmsae_cli.store.fs import is_remote
 
     plans = preflight(experiment, experiment.stages(), fetch=False)
     wanted = sum(a.bytes for p in plans for a in p.artifacts.values() if not a.done)
     place = experiment.data_folder()
-    if is_remote(place):
-        Store(experiment.storage).probe(place)
-    else:
+    if not is_remote(place):
         existing = nearest(Path(place))
         free = shutil.disk_usage(existing).free
         if wanted > free:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.config.training import OPTIONS
+from plmsae_cli.config.training import CACHE_LIMIT, OPTIONS
 from plmsae_cli.config.tree import entries
 
 SMOKE_FASTA = "smoke.fasta.gz"
@@ -107,6 +107,7 @@ def _cut_train(train: dict[str, Any], layers: Mapping[int, int], fasta: str) -> 
     is_plm = train["kind"] == "plm"
     batch = _PLM_BATCH if is_plm else _ROWS
     train |= {"tokens": STEPS * batch, "batch_tokens": batch, "compute": "auto", **_EVERY}
+    train |= {"loader": "blocks", "cache": None, "cache_limit": CACHE_LIMIT}
     if train["layer"] is not None:
         train["layer"] = layers[train["layer"]]
     for field, most in (("lr_warmup_steps", STEPS // 4), ("dead_tokens", 2 * batch)):

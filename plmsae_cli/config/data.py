@@ -24,13 +24,44 @@ class Storage(Section):
     """Permit a plain-http endpoint: faster on a trusted network, readable by everyone on it."""
 
 
+class Ray(Section):
+    """Options of `launch.executor: ray`."""
+
+    address: str | None = "auto"
+    """`auto`: the cluster this machine belongs to (`ray start`); `host:6379` or `ray://host:10001`: another; null: this
+    machine alone, for as long as the command runs."""
+    cpus: Count = 1
+    """Cores of one task."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often a task is begun again when its worker or node is lost."""
+
+
+class Slurm(Section):
+    """Options of `launch.executor: slurm`; what is left out is the cluster's default."""
+
+    partition: str | None = None
+    """Partition that the jobs wait in."""
+    account: str | None = None
+    """Account that pays."""
+    time: Count = 240
+    """Minutes a task may take before the system ends it."""
+    array: Count = 256
+    """Most tasks of a job array at work at the same time."""
+    cpus: Count = 4
+    """Cores of one task."""
+    options: dict[str, str | int] = Field(default_factory=dict)
+    """Further options of sbatch by their long names, such as `{qos: high, constraint: a100}`."""
+
+
 class Launch(Section):
     """Where the work runs: the only section that changes between a laptop, a box and a cluster."""
 
-    executor: Literal["local"] = "local"
-    """`local`: processes on this machine."""
+    executor: Literal["local", "ray", "slurm"] = "local"
+    """`local`: processes on this machine. `ray` (`pip install plmsae[ray]`) and `slurm` (`plmsae[slurm]`): a cluster does the
+    tasks of embed, shuffle and optimize; all machines must see the same paths."""
     gpus: Auto | Annotated[int, Field(ge=0)] = "auto"
-    """GPUs to use; `auto` takes all that are visible, 0 computes on the CPU."""
+    """GPUs to use; `auto` takes all that are visible, 0 computes on the CPU. On a cluster: 0 asks for none, anything else for one
+    where a task can use it."""
     ranks: Auto | Count = "auto"
     """Processes of one training run (torchrun); `auto` is one a GPU, one on a CPU."""
     workers: Auto | Count = "auto"
@@ -38,6 +69,26 @@ class Launch(Section):
     io_speed: Bytes | None = None
     """Bytes a second that a machine reads, and writes meanwhile, for the times that `--dry-run` predicts; null: as
     measured by tasks that have run, else 1GB."""
+    ray: Ray = Ray()
+    """Options of `executor: ray`."""
+    slurm: Slurm = Slurm()
+    """Options of `executor: slurm`."""
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Launch:
+        for name in ("ray", "slurm"):
+            if self.executor != name and getattr(self, name) != type(self).model_fields[name].default:
+                raise rule(
+                    name,
+                    f"launch.{name} has no effect with executor: {self.executor}",
+                    f"remove it or use executor: {name}",
+                )
+        if self.executor != "local" and self.workers != "auto":
+            where = "slurm.array" if self.executor == "slurm" else "the size of the cluster"
+            raise rule(
+                "workers", f"workers has no effect with executor: {self.executor}", f"{where} decides; remove it"
+            )
+        return self
 
 
 class Model(Section):

@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import SCIENCE, Auto, Count, Fraction, Section, rule
+from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Fraction, Section, rule
 
 Positive = Annotated[float, Field(gt=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+CACHE_LIMIT = 10**12
+"""Default of `train.cache_limit` in bytes."""
 
 
 _TOPK = ("k", "k_aux", "aux_coefficient", "k_start", "k_anneal")
@@ -210,6 +212,14 @@ class Train(Section):
     """`sae`: a sparse autoencoder on the optimized dataset. `plm`: a protein language model on a FASTA."""
     data: str | None = None
     """A finished dataset folder, local or `s3://`, instead of this experiment's own `optimize`."""
+    loader: Literal["blocks", "litdata"] = "blocks"
+    """What reads the dataset: `blocks`, our threads; `litdata`, LitData's own loader (`pip install plmsae[litdata]`, local
+    folders), with another order on several ranks and in later epochs."""
+    cache: str | None = None
+    """Local folder, best on an NVMe disk, that keeps what is read from an `s3://` dataset: for several epochs, and for several
+    trainers on one machine."""
+    cache_limit: Bytes = Field(default="1TB", validate_default=True)
+    """Most bytes in `cache`; when it is full, what it has stays."""
     layer: Annotated[int, Field(ge=0)] | None = None
     """Which embedded layer to train on; optional where `embed.layers` has one."""
     seed: Annotated[int, SCIENCE] = 0
@@ -292,6 +302,19 @@ class Train(Section):
             raise rule("parallel", f"parallel: latents has no way to share {kind}", "use data, or architecture: topk")
         if self.parallel == "latents" and self.optimizer == "muon":
             raise rule("parallel", "parallel: latents splits the matrices that muon needs whole", "use data, or adam")
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_the_loader(self) -> Train:
+        fields = type(self).model_fields
+        for name in ("loader", "cache"):
+            if self.kind == "plm" and getattr(self, name) != fields[name].default:
+                raise rule(name, f"{name} has no effect with kind: plm", "remove it")
+        if self.cache is None and int(self.cache_limit) != CACHE_LIMIT:
+            raise rule("cache_limit", "cache_limit has no effect without cache", "remove it or name a cache folder")
+        if self.cache is not None and (self.loader == "litdata" or self.cache.startswith("s3://")):
+            why = "with loader: litdata" if self.loader == "litdata" else "in S3: it is a local folder"
+            raise rule("cache", f"cache has no effect {why}", "remove it")
         return self
 
     @model_validator(mode="after")

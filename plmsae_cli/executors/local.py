@@ -5,11 +5,11 @@ One slot works in this very process, several in a pool of warm ones; a task with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.executor import fix_plans
 from plmsae_cli.executors.gang import launch_gang
 from plmsae_cli.executors.pool import Pool
 from plmsae_cli.executors.worker import Behind, LocalContext
@@ -17,11 +17,7 @@ from plmsae_cli.runtime.device import allow_gpus, count_gpus
 from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan, Task
-from plmsae_cli.store.fs import Store, join
-
-
-class PlanChanged(Exception):
-    """Another process fixed the artifact's plan first: plan again and follow it."""
+from plmsae_cli.store.fs import Store
 
 
 class LocalExecutor:
@@ -43,7 +39,7 @@ class LocalExecutor:
             PlanChanged: see there.
             Interrupted, UserError, TaskFailed: as the tasks do.
         """
-        self._fix_plans(plan)
+        fix_plans(plan, Store(self.experiment.storage))
         alone = [t for t in plan.tasks if t.resources.gang == 1]
         if self.slots > 1 and len(alone) > 1:
             if self._pool is None:
@@ -72,17 +68,6 @@ class LocalExecutor:
                 behind.run(task, LocalContext(self.experiment, within))
             spent += task.cost
             report(spent, total)
-
-    def _fix_plans(self, plan: Plan) -> None:
-        """Store each artifact's first choices, which later starts obey."""
-        store = Store(self.experiment.storage)
-        for artifact in plan.artifacts.values():
-            if artifact.done or artifact.plan is None:
-                continue
-            body = json.dumps(dict(artifact.plan), sort_keys=True).encode()
-            path = join(artifact.folder, "plan.json")
-            if not store.write_once(path, body) and json.loads(store.read(path)) != json.loads(body):
-                raise PlanChanged
 
     def close(self) -> None:
         if self._pool is not None:

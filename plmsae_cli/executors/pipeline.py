@@ -14,8 +14,8 @@ from filelock import FileLock, Timeout
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, plain_http, refuse_gangs
 from plmsae_cli.executors.keep import free_unkept
-from plmsae_cli.executors.local import LocalExecutor, PlanChanged
 from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
 from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.progress import Reporter, clock
@@ -100,6 +100,7 @@ def run_experiment(
     Raises:
         Locked, UserError, TaskFailed, Interrupted.
     """
+    refuse_gangs(experiment, stages)
     store = Store(experiment.storage)
     run = RunFolder(Lineage(experiment, store).run_folder())
     if in_gang():
@@ -112,6 +113,8 @@ def run_experiment(
             _train_along(experiment, store)
             return Done(run, {})
     seconds: dict[str, float] = {}
+    if (warning := plain_http(experiment)) is not None:
+        reporter.say(warning)
     with locked(run):
         if restart and (old := run.archive()) is not None:
             reporter.say(f"archived the old run as {old}")
@@ -146,7 +149,7 @@ def _run_stages(
     run.status(state="running", stage=None, error=None)
     if experiment.embed is not None:
         resolve_weights(experiment.model.weights, store)  # downloads published weights, once
-    executor = LocalExecutor(experiment)
+    executor = open_executor(experiment)
     try:
         for stage in stages:
             if STOP.requested():
@@ -171,7 +174,7 @@ def _run_stages(
 
 
 def _stage(
-    stage: str, experiment: Experiment, store: Store, run: RunFolder, executor: LocalExecutor, reporter: Reporter
+    stage: str, experiment: Experiment, store: Store, run: RunFolder, executor: Executor, reporter: Reporter
 ) -> bool:
     """Run one stage; false if it had nothing to do."""
     layers = wanted_layers(stage, experiment, store) if stage in DATA_STAGES else None
@@ -228,7 +231,7 @@ def _trials(experiment: Experiment) -> Sequence[Trial]:
 
 
 def _each_trial(
-    experiment: Experiment, only: Sequence[str] | None, run: RunFolder, executor: LocalExecutor, reporter: Reporter
+    experiment: Experiment, only: Sequence[str] | None, run: RunFolder, executor: Executor, reporter: Reporter
 ) -> bool:
     """All or some stages of every trial, each a run of its own; one that fails does not stop the next.
 

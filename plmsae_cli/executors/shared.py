@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment, Launch
-from plmsae_cli.executors.local import LocalExecutor
+from plmsae_cli.executors.executor import Executor
 from plmsae_cli.executors.pipeline import DATA_STAGES, locked, plan_stage, run_experiment
 from plmsae_cli.executors.placement import Load, allot, memory, place
 from plmsae_cli.runtime.device import count_gpus, device_memory
@@ -101,7 +101,7 @@ def _task(members: Sequence[Member], ranks: int, gpus: int, held: int, cost: flo
 
 
 def train_shared(
-    experiment: Experiment, run: RunFolder, executor: LocalExecutor, reporter: Reporter
+    experiment: Experiment, run: RunFolder, executor: Executor, reporter: Reporter
 ) -> tuple[bool, dict[str, str]]:
     """Train what the trials lack, each in its own run folder. A trial that cannot begin is left to its own start.
 
@@ -148,9 +148,7 @@ def _ready(trial: Trial, store: Store, reporter: Reporter) -> Plan:
     return plan_stage("train", own, store)
 
 
-def _run(
-    plan: Plan, members: dict[str, Trial], store: Store, executor: LocalExecutor, reporter: Reporter
-) -> dict[str, str]:
+def _run(plan: Plan, members: dict[str, Trial], store: Store, executor: Executor, reporter: Reporter) -> dict[str, str]:
     """Train the groups; returns the message of each SAE that failed."""
     for number, task in enumerate(plan.tasks, 1):
         named = ", ".join(f"{members[folder].title} ({members[folder].hash})" for folder in task.folders)

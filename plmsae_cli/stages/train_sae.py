@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment, Train
 from plmsae_cli.runtime.device import pick_device, training_dtype
-from plmsae_cli.runtime.dist import gang
+from plmsae_cli.runtime.dist import Gang, gang
 from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.stages.common import require_manifest
 from plmsae_cli.store.activations import Statistics
 from plmsae_cli.store.blocks import Blocks
+from plmsae_cli.store.checked import CheckedReads
 from plmsae_cli.store.fs import FileRecord, join
 from plmsae_cli.store.lineage import Lineage
+from plmsae_cli.store.range_cache import CachingStore
 from plmsae_cli.training.export import Finished, export_saes
 from plmsae_cli.training.loop import Diverged, Training, fit
+from plmsae_cli.training.mixing import BatchEntropy
 from plmsae_cli.training.sae_objective import MEDIAN_ROWS, SAEObjective
-from plmsae_cli.training.stream import BlockStream
+from plmsae_cli.training.stream import BlockStream, Stream
+
+if TYPE_CHECKING:
+    import torch
+
+    from plmsae_cli.training.litdata_stream import LitDataStream
 
 
 def work(task: Task, context: Context) -> Mapping[str, Result]:
@@ -47,7 +57,8 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
     files: list[list[FileRecord]] = []
     with gang() as ranks:
         device = pick_device(ranks.local_rank)
-        blocks = Blocks(context.store, dataset.folder)
+        reads = _reads(context, shared, dataset.folder, manifest, ranks)
+        blocks = Blocks(reads, dataset.folder)
 
         def leave(folder: str, error: UserError, reached: int = 0) -> None:
             if len(members) == 1:
@@ -63,14 +74,18 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
         def lost(training: Training, error: Diverged) -> None:
             leave(next(folder for folder, t in trainings.items() if t is training), error, training.reached)
 
-        with BlockStream(blocks, shared.batch_tokens, shared.seed, ranks.rank, ranks.world, device=device) as stream:
+        with (
+            closing(reads),
+            _stream(blocks, shared, manifest, ranks, device) as stream,
+            _entropy(shared, manifest, stream) as entropy,
+        ):
             sample_RD = blocks.read(0, min(MEDIAN_ROWS, blocks.num_rows))
             for folder, experiment in members.items():
                 train = _train(experiment)
                 steps = train.steps(stream.steps_per_epoch)
                 compute = training_dtype(train.compute, device)
                 try:
-                    objective = SAEObjective(train, stream, mean_D, scale, steps, ranks, device, compute)
+                    objective = SAEObjective(train, stream, mean_D, scale, steps, ranks, device, compute, entropy)
                     objective.start(sample_RD)
                     trainings[folder] = Training(objective, steps, experiment, RunFolder(folder), ranks)
                     objectives[folder] = objective
@@ -78,6 +93,7 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
                     leave(folder, error)
             if trainings:
                 fit(list(trainings.values()), ranks, progress, lost)
+                reads.finish()
             done = {folder: t.total_steps for folder, t in trainings.items() if folder not in failed}
             facts = {f: {"steps": steps, "tokens": steps * shared.batch_tokens} for f, steps in done.items()}
             for folder in done:
@@ -101,6 +117,31 @@ def _members(task: Task, context: Context) -> dict[str, Experiment]:
     experiments = [context.experiment] if named is None else [Experiment.model_validate(body) for body in named]
     folders = {Lineage(each, context.store).run_folder(): each for each in experiments}
     return {folder: folders[folder] for folder in task.folders}
+
+
+def _reads(context: Context, train: Train, folder: str, manifest: Mapping[str, Any], ranks: Gang) -> CheckedReads:
+    """Where the blocks come from: through a cache if there is one, hashed where that costs no second transfer."""
+    store = context.store
+    if train.cache is not None:
+        store = CachingStore(context.experiment.storage, train.cache, int(train.cache_limit))
+    return CheckedReads(store, folder, manifest["files"], ranks.rank, ranks.world)
+
+
+def _stream(
+    blocks: Blocks, train: Train, manifest: Mapping[str, Any], ranks: Gang, device: torch.device
+) -> BlockStream | LitDataStream:
+    if train.loader == "litdata":
+        from plmsae_cli.training.litdata_stream import LitDataStream
+
+        return LitDataStream(blocks, manifest["chunk_rows"], train.batch_tokens, ranks.rank, ranks.world, device)
+    return BlockStream(blocks, train.batch_tokens, train.seed, ranks.rank, ranks.world, device=device)
+
+
+def _entropy(train: Train, manifest: Mapping[str, Any], stream: Stream) -> BatchEntropy | nullcontext[None]:
+    """Nothing for data whose order is not known, or is not that of the blocks."""
+    if train.loader == "litdata" or "seed" not in manifest:
+        return nullcontext()
+    return BatchEntropy(manifest["rows"], manifest["seed"], train.batch_tokens, stream.block_of)
 
 
 def _train(experiment: Experiment) -> Train:

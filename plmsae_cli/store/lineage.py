@@ -152,4 +152,6 @@ class Lineage:
         train = self.experiment.train
         assert train is not None
         data = self.dataset().key if train.kind == "sae" else self.tokens().key
-        return {"train": train.science(), "data": data}
+        # Where it is LitData's, several ranks and later epochs have another order; absent for ours, as before there was a choice.
+        loader = {} if train.loader == "blocks" else {"loader": train.loader}
+        return {"train": train.science() | loader, "data": data}

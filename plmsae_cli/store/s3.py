@@ -13,22 +13,21 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import obstore
 import xxhash
 from obstore.exceptions import AlreadyExistsError, BaseError
 
-from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.faults import fault
 from plmsae_cli.store.local import LocalFiles
 from plmsae_cli.store.records import (
     Buffer,
-    DamagedError,
     FileRecord,
     MissingError,
     StoreError,
@@ -36,31 +35,25 @@ from plmsae_cli.store.records import (
     is_temporary,
 )
 from plmsae_cli.store.s3_client import claim_process, connect, endpoint_of, split_url
-from plmsae_cli.store.s3_errors import VERIFY, explain
+from plmsae_cli.store.s3_errors import NO_LEAVE, again, check_length, checked, explained
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
+    from obstore import GetOptions, GetResult
     from obstore.store import S3Store
 
     from plmsae_cli.config.experiment import Storage
 
 _RANGE = 5 << 20
 """Bytes a request when a large range is read in parallel."""
-_IN_FLIGHT = 16
-"""Such requests at a time."""
+_IN_FLIGHT = 32
+"""Such requests at a time, over all readers: with 50 ms to the first byte each GB/s needs about 16."""
+_CHUNK = 1 << 20
+"""Bytes of a request that are copied to their place at a time."""
+_PIECES_AHEAD = 16
+"""Pieces of one file that are read before they are wanted."""
 _PART = 16 << 20
 """Bytes of one part of an upload; anything up to this size is a single PUT."""
 _PARTS_IN_FLIGHT = 8
-
-
-@contextmanager
-def _explained(action: str, url: str, endpoint: str | None) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (BaseError, FileNotFoundError, ValueError) as error:
-        raise explain(error, action, url, endpoint) from error
 
 
 class S3Objects:
@@ -70,6 +63,8 @@ class S3Objects:
         self._storage = storage
         self._endpoint = endpoint_of(storage)
         self._clients: dict[str, S3Store] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._making = Lock()
 
     def exists(self, path: str) -> bool:
         try:
@@ -84,20 +79,53 @@ class S3Objects:
     def read(self, path: str, start: int, length: int | None) -> bytes:
         if length is None and start == 0:  # one request for the many small files
             client, key = self._client(path)
-            with _explained("read", path, self._endpoint):
-                answer = obstore.get(client, key)
+            with explained("read", path, self._endpoint):
+                answer = again(lambda: obstore.get(client, key))
                 size = answer.meta["size"]
                 if size <= _RANGE:
-                    return bytes(_checked(answer.bytes(), path, 0, size))
+                    return bytes(checked(answer.bytes(), path, 0, size))
         if length is None:
             length = max(self.size(path) - start, 0)
         return b"".join(self._pieces(path, start, start + length))
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-        done = 0
-        for piece in self._pieces(path, start, start + buffer.nbytes):
-            buffer[done : done + piece.nbytes] = piece
-            done += piece.nbytes
+    def etag(self, path: str) -> str:
+        """What the server calls this content of the object."""
+        return str(self._head(path)["e_tag"])
+
+    def read_into(self, path: str, start: int, buffer: memoryview, etag: str | None = None) -> None:
+        """Large ranges come as pieces, all requested at once, each copied to its place as it arrives.
+
+        With `etag`, an object replaced meanwhile is an error rather than a mixture of two.
+        """
+        stop = start + buffer.nbytes
+        target = np.frombuffer(buffer, np.uint8)
+
+        def fetch(first: int) -> None:
+            last = min(first + _RANGE, stop)
+            place, done = target[first - start : last - start], 0
+            with explained("read", path, self._endpoint):
+                # As it arrives: the whole range at once would have been put together in memory before.
+                for chunk in self._get(path, first, last, etag).stream(min_chunk_size=_CHUNK):
+                    piece = np.frombuffer(
+                        chunk, np.uint8
+                    )  # numpy's copy lets other threads run, a memoryview's does not
+                    place[done : done + piece.size] = piece
+                    done += piece.size
+            check_length(done, path, first, last)
+
+        firsts = range(start, stop, _RANGE)
+        if len(firsts) == 1:
+            fetch(start)
+            return
+        pieces = [self._requests().submit(fetch, first) for first in firsts]
+        try:
+            for piece in pieces:
+                piece.result()
+        except BaseException:
+            for piece in pieces:
+                piece.cancel()
+            wait(pieces)  # none may write into the buffer any more
+            raise
 
     def hash(self, path: str) -> FileRecord:
         head = self._head(path)
@@ -132,9 +160,9 @@ class S3Objects:
         source = parts()
         first = next(source, bytearray())
         second = next(source, None)
-        with _explained("write", path, self._endpoint):
+        with explained("write", path, self._endpoint):
             if second is None:
-                obstore.put(client, key, first, use_multipart=False)
+                again(lambda: obstore.put(client, key, first, use_multipart=False))
             else:
                 whole = chain((first, second), source)
                 obstore.put(client, key, whole, chunk_size=_PART, max_concurrency=_PARTS_IN_FLIGHT)
@@ -150,9 +178,9 @@ class S3Objects:
 
     def write_once(self, path: str, data: bytes) -> bool:
         client, key = self._client(path)
-        with _explained("write", path, self._endpoint):
+        with explained("write", path, self._endpoint):
             try:
-                obstore.put(client, key, data, mode="create", use_multipart=False)
+                again(lambda: obstore.put(client, key, data, mode="create", use_multipart=False))
             except AlreadyExistsError:
                 return False
         return True
@@ -160,16 +188,21 @@ class S3Objects:
     def list(self, folder: str) -> dict[str, int]:
         client, prefix = self._client(folder, whole_bucket=True)
         start = len(prefix) + 1 if prefix else 0
-        with _explained("list", folder, self._endpoint):
-            found = obstore.list(client, prefix or None, chunk_size=1000)
-            sizes = {meta["path"][start:]: int(meta["size"]) for page in found for meta in page}
+        with explained("list", folder, self._endpoint):
+            sizes = again(
+                lambda: {
+                    meta["path"][start:]: int(meta["size"])
+                    for page in obstore.list(client, prefix or None, chunk_size=1000)
+                    for meta in page
+                }
+            )
         return {n: size for n, size in sizes.items() if n and not is_temporary(n.rpartition("/")[2])}
 
     def delete(self, path: str) -> None:
         client, key = self._client(path)
-        with _explained("delete", path, self._endpoint):
+        with explained("delete", path, self._endpoint):
             try:
-                obstore.delete(client, key)
+                again(lambda: obstore.delete(client, key))
             except FileNotFoundError:  # some servers say so, AWS does not
                 return
 
@@ -188,50 +221,69 @@ class S3Objects:
         bucket, prefix = split_url(folder)
         claim_process()
         client = connect(bucket, self._storage, self._endpoint, hasty=True)
-        with _explained("list", folder, self._endpoint):
-            next(iter(obstore.list(client, prefix or None)), None)
+        try:
+            with explained("list", folder, self._endpoint):
+                next(iter(obstore.list(client, prefix or None)), None)
+        except StoreError as error:
+            public = self._storage is not None and self._storage.anonymous
+            if write or not public or error.message != f"cannot list {folder}: {NO_LEAVE}":
+                raise
+            # A public dataset may be for reading by name alone.
+            try:
+                obstore.head(client, f"{prefix}/MANIFEST.json".lstrip("/"))
+            except (BaseError, FileNotFoundError):
+                raise error from None
         if write:
             key = f"{prefix}/.probe-{secrets.token_hex(4)}.tmp".lstrip("/")
-            with _explained("write to", folder, self._endpoint):
+            with explained("write to", folder, self._endpoint):
                 obstore.put(client, key, b"", use_multipart=False)
                 obstore.delete(client, key)
 
     def _head(self, path: str) -> Any:
         client, key = self._client(path)
-        with _explained("read", path, self._endpoint):
-            return obstore.head(client, key)
+        with explained("read", path, self._endpoint):
+            return again(lambda: obstore.head(client, key))
 
     def _pieces(self, path: str, start: int, stop: int, etag: str | None = None) -> Iterator[memoryview]:
         """Bytes [start, stop) in order, as pieces; several are fetched at a time.
 
         With `etag`, an object replaced meanwhile is an error rather than a mixture of two.
         """
-        client, key = self._client(path)
-
-        def fetch(first: int) -> memoryview:
-            last = min(first + _RANGE, stop)
-            options: GetOptions = {"range": (first, last)}
-            if etag is not None:
-                options["if_match"] = etag
-            with _explained("read", path, self._endpoint):
-                answer = obstore.get(client, key, options=options)
-                return _checked(answer.bytes(), path, first, last)
-
         firsts = range(start, stop, _RANGE)
         if len(firsts) <= 1:
-            yield from map(fetch, firsts)
+            yield from (self._fetch(path, first, min(first + _RANGE, stop), etag) for first in firsts)
             return
-        pool = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="s3")
+        pending: deque[Future[memoryview]] = deque()
         try:
-            pending: deque[Future[memoryview]] = deque()
             for first in firsts:
-                pending.append(pool.submit(fetch, first))
-                if len(pending) == _IN_FLIGHT:
+                last = min(first + _RANGE, stop)
+                pending.append(self._requests().submit(self._fetch, path, first, last, etag))
+                if len(pending) == _PIECES_AHEAD:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            for piece in pending:
+                piece.cancel()
+
+    def _fetch(self, path: str, start: int, stop: int, etag: str | None) -> memoryview:
+        """Bytes [start, stop) in one request."""
+        with explained("read", path, self._endpoint):
+            return checked(self._get(path, start, stop, etag).bytes(), path, start, stop)
+
+    def _get(self, path: str, start: int, stop: int, etag: str | None) -> GetResult:
+        client, key = self._client(path)
+        options: GetOptions = {"range": (start, stop)}
+        if etag is not None:
+            options["if_match"] = etag
+        return again(lambda: obstore.get(client, key, options=options))
+
+    def _requests(self) -> ThreadPoolExecutor:
+        """Threads for all pieces of all reads, so that what is in flight is bounded whoever reads."""
+        with self._making:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="s3")
+            return self._pool
 
     def _client(self, url: str, whole_bucket: bool = False) -> tuple[S3Store, str]:
         """The bucket's client, made on first use, and the key."""
@@ -242,10 +294,3 @@ class S3Objects:
         if bucket not in self._clients:
             self._clients[bucket] = connect(bucket, self._storage, self._endpoint)
         return self._clients[bucket], key
-
-
-def _checked(data: obstore.Bytes, path: str, start: int, stop: int) -> memoryview:
-    view = memoryview(data)
-    if view.nbytes != stop - start:
-        raise DamagedError(f"{path} is cut short: bytes {start} to {stop} were asked for, {view.nbytes} came", VERIFY)
-    return view

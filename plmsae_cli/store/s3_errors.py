@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
+import obstore
+from obstore.exceptions import BaseError
+
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.records import DamagedError, MissingError, StoreError
 
+_T = TypeVar("_T")
 _CREDENTIALS_EXPIRED = "log in again (aws sso login), or renew AWS_SESSION_TOKEN, then start again"
 _BY_CODE = {
     "NoSuchBucket": ("there is no such bucket", "check its name, storage.endpoint_url and storage.region"),
@@ -26,12 +35,18 @@ _BY_CODE = {
 VERIFY = (
     "remove the MANIFEST.json of its folder and start again: files that differ in size from their record are made anew"
 )
+NO_LEAVE = "permission denied"
 _NO_LEAVE = (
-    "permission denied",
+    NO_LEAVE,
     "check the credentials (AWS_ACCESS_KEY_ID, storage.profile) and the bucket's policy;"
     " for a public bucket set storage.anonymous: true",
 )
 _UNREACHABLE = ("error sending request", "kind: Connect", "kind: Timeout", "TimedOut", "IncompleteMessage")
+
+
+def _cut_off(error: Exception) -> bool:
+    """Whether an answer ended too early. obstore asks again for bodies of objects, not for all others."""
+    return "response body error" in str(error)
 
 
 def explain(error: Exception, action: str, url: str, endpoint: str | None) -> StoreError:
@@ -66,3 +81,37 @@ def explain(error: Exception, action: str, url: str, endpoint: str | None) -> St
         # The first line says it; the rest is a dump of obstore's internals.
         reason, hint = text.partition("\n")[0][:300], None
     return StoreError(f"cannot {action} {url}: {reason}", hint)
+
+
+def again(request: Callable[[], _T]) -> _T:
+    """The request, and up to three times more while its answer is cut short."""
+    for pause in (0.05, 0.2, 0.8):
+        try:
+            return request()
+        except BaseError as error:
+            if not _cut_off(error):
+                raise
+        time.sleep(pause)
+    return request()
+
+
+@contextmanager
+def explained(action: str, url: str, endpoint: str | None) -> Iterator[None]:
+    """Turn obstore's errors into ours."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (BaseError, FileNotFoundError, ValueError) as error:
+        raise explain(error, action, url, endpoint) from error
+
+
+def checked(data: obstore.Bytes, path: str, start: int, stop: int) -> memoryview:
+    view = memoryview(data)
+    check_length(view.nbytes, path, start, stop)
+    return view
+
+
+def check_length(came: int, path: str, start: int, stop: int) -> None:
+    if came != stop - start:
+        raise DamagedError(f"{path} is cut short: bytes {start} to {stop} were asked for, {came} came", VERIFY)

@@ -17,12 +17,13 @@ from plmsae_cli.sae.latent_shard import LatentShard
 from plmsae_cli.sae.topk import TopK
 from plmsae_cli.store.checkpoint import Part
 from plmsae_cli.training.latent_step import LatentStep
+from plmsae_cli.training.mixing import BatchEntropy
 from plmsae_cli.training.optimizers import Group, build_optimizer
 from plmsae_cli.training.parallel import sharing
 from plmsae_cli.training.sae_kernels import fused_step, goes_fused
 from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
 from plmsae_cli.training.shard import Shard
-from plmsae_cli.training.stream import BlockStream
+from plmsae_cli.training.stream import Stream
 
 DEAD_BOUND = "dead_bound"
 """In checkpoints of the fused step: what it goes by until it has counted the dead again."""
@@ -52,19 +53,20 @@ class SAEObjective:
     def __init__(
         self,
         options: Train,
-        stream: BlockStream,
+        stream: Stream,
         mean_D: torch.Tensor,
         scale: float,
         total_steps: int,
         gang: Gang,
         device: torch.device,
         compute: torch.dtype,
+        entropy: BatchEntropy | None = None,
     ) -> None:
         self.device = device
         self.tokens_per_step = options.batch_tokens
         self.model = build(options, stream.blocks.d).to(device)
         self.model.first_row = gang.rank * (options.batch_tokens // gang.world)
-        self._options, self._stream, self._gang = options, stream, gang
+        self._options, self._stream, self._gang, self._entropy = options, stream, gang, entropy
         self._mean_D, self._scale, self.compute = mean_D.to(device), scale, compute
         quantiser = stream.blocks.quantiser
         self._raw = None if quantiser is None else quantiser.to(device)
@@ -191,7 +193,8 @@ class SAEObjective:
         return learning_rate(step, self._total_steps, self._peak, self._warmup, self._options.lr_decay)
 
     def rates(self, step: int) -> Mapping[str, float]:
-        return {"lr": self._rate(step), "loader_wait": round(self._stream.wait_seconds, 4)}
+        mixed = {} if self._entropy is None else {"batch_entropy": self._entropy(step)}
+        return {"lr": self._rate(step), "loader_wait": round(self._stream.wait_seconds, 4), **mixed}
 
     def flops_per_step(self) -> float:
         """What the mathematics of a step needs, over all ranks."""

@@ -40,7 +40,8 @@ def candidates(entry: Entry) -> Iterator[Any]:
     special: dict[str, Any] = {
         "name": "a-name", "embed.layers": [3], "train.layer": 24, "train.sae.fractions": [0.25, 0.75],
         "train.betas": [0.5, 0.75], "train.plm.valid": {"a": "b.fasta"}, "sweep.grid": {"train.sae.k": [1, 2]},
-        "eval.concepts.nulls": ["pca"], "train.kind": "sae", "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
+        "eval.concepts.nulls": ["pca"], "train.kind": "sae", "launch.slurm.options": {"qos": "high"},
+        "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
     }  # fmt: skip
     if entry.path in special:
         yield special[entry.path]
@@ -67,6 +68,10 @@ def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
     bodies = [PLM if path.startswith("train.plm") else SAE]
     if path == "train.saes":
         bodies = [SAE.replace("sweep: {", "sweep: {stream: shared, ")]
+    if path.startswith(("launch.ray.", "launch.slurm.")):
+        bodies = [f"{SAE}launch: {{executor: {path.split('.')[1]}}}\n"]
+    if path == "train.cache_limit":
+        bodies = [SAE.replace("train: {", "train: {cache: there, ")]
     if path.startswith("train.sae."):
         bodies += [SAE.replace("architecture: matryoshka_topk", kind) for kind in KINDS]
     accepted = 0

@@ -122,8 +122,8 @@ def test_text_is_kept_and_every_leaf_has_an_origin(tmp_path: Path) -> None:
     assert loaded.origins["train.batch_tokens"] == loaded.origins["wandb.mode"] == "default"
 
     def leaves(value: object, prefix: str) -> set[str]:
-        # Below plm.valid and sweep.grid keys are the user's; neither is set here.
-        if not isinstance(value, dict):
+        # Below plm.valid, sweep.grid and launch.slurm.options keys are the user's; none is set here.
+        if not isinstance(value, dict) or not value:
             return {prefix}
         return {leaf for key, inner in value.items() for leaf in leaves(inner, f"{prefix}.{key}".lstrip("."))}
 

@@ -14,7 +14,8 @@ import pytest
 
 import plmsae_cli
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.executors.local import LocalExecutor, PlanChanged
+from plmsae_cli.executors.executor import PlanChanged
+from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config

@@ -20,7 +20,7 @@ from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.stages.train import plan
 from plmsae_cli.store.activations import Statistics
 from plmsae_cli.store.checkpoint import load_newest
-from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.fs import DamagedError, Store, join
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.training import loop
 
@@ -193,12 +193,37 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(build:
     row = 32 * 4
     start = 12 + row * (7 * 128 + 5)
     data[start % len(data) : start % len(data) + 4] = b"\xff\xff\xff\x7f"
-    chunk.write_bytes(data)
+    record = Store().write(str(chunk), [data])
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    next(file for file in manifest["files"] if file["name"] == chunk.name)["xxh3"] = record.xxh3
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
     with pytest.raises(loop.Diverged, match="nan"):
         go(experiment, ["train"])
     found = load_newest(Path(experiment.root) / "run" / "checkpoints")
     assert found is None or all(t.isfinite().all() for t in found.tensors.values())
     assert json.loads((Path(experiment.root) / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_chunk_that_is_not_what_was_written_ends_the_run_by_name(build: Build, go: Go) -> None:
+    experiment = build()
+    go(experiment, ["embed", "shuffle", "optimize"])
+    folder = Path(Lineage(experiment, Store()).dataset().folder)
+    chunk = folder / "chunk-0-1.bin"
+    data = bytearray(chunk.read_bytes())
+    data[5000] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"chunk-0-1\.bin is damaged"):
+        go(experiment, ["train"])
+
+
+def test_litdatas_loader_trains_the_same_dictionary_in_the_first_epoch(build: Build, go: Go) -> None:
+    pytest.importorskip("litdata")
+    changes = {"optimize.block_rows": 128, "eval": None, "train.tokens": 1280}
+    runs = [
+        go(build(name=loader, **changes, **{"train.loader": loader}), None).run.path for loader in ("blocks", "litdata")
+    ]
+    assert len({(run / "sae" / "sae.safetensors").read_bytes() for run in runs}) == 1
+    assert len({(run / "identity.json").read_bytes() for run in runs}) == 2
 
 
 def test_batches_that_do_not_fit_are_refused_with_numbers(build: Build, go: Go) -> None:

@@ -1,0 +1,141 @@
+"""What every executor is: a scheduler of a plan's tasks, which meet in storage alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Protocol
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.pool import TaskFailed
+from plmsae_cli.executors.worker import LocalContext, run_task
+from plmsae_cli.runtime.device import allow_gpus
+from plmsae_cli.runtime.system_errors import as_user_error
+from plmsae_cli.runtime.task import Plan, Task
+from plmsae_cli.store.fs import Store, is_remote, join
+
+
+class PlanChanged(Exception):
+    """Another process fixed the artifact's plan first: plan again and follow it."""
+
+
+class Executor(Protocol):
+    """Runs the plans of one experiment's stages, wherever it has its workers."""
+
+    slots: int
+    """Tasks that can be at work at the same time, as far as is known."""
+
+    def run(self, plan: Plan, report: Callable[..., None]) -> None:
+        """All tasks of the plan, each after those it needs.
+
+        Raises:
+            PlanChanged: see there.
+            Interrupted, UserError, TaskFailed: the first that a task ended with; tasks that were at work end first.
+        """
+
+    def close(self) -> None: ...
+
+
+def open_executor(experiment: Experiment) -> Executor:
+    """The executor that `launch.executor` names; packages that only one needs are imported here.
+
+    Raises:
+        UserError: its package is not installed, or its cluster does not answer.
+    """
+    kind = experiment.launch.executor
+    if kind == "ray":
+        from plmsae_cli.executors.ray import RayExecutor
+
+        return RayExecutor(experiment)
+    if kind == "slurm":
+        from plmsae_cli.executors.slurm import SlurmExecutor
+
+        return SlurmExecutor(experiment)
+    from plmsae_cli.executors.local import LocalExecutor
+
+    return LocalExecutor(experiment)
+
+
+def refuse_gangs(experiment: Experiment, stages: Sequence[str]) -> None:
+    """Raises UserError where a stage's tasks are not for the chosen executor."""
+    kind = experiment.launch.executor
+    if kind == "local":
+        return
+    for stage in stages:
+        if stage in ("train", "sweep", "eval"):
+            raise UserError(
+                f"{stage} does not run on launch.executor: {kind}, which does embed, shuffle and optimize",
+                f"`plmsae {stage} YAML --set launch.executor=local` on a machine with the GPUs, after `plmsae optimize YAML "
+                "--with-inputs` on the cluster",
+            )
+
+
+def plain_http(experiment: Experiment) -> str | None:
+    """What to say where data pass over a link that everybody on it can read and change."""
+    train, embed = experiment.train, experiment.embed
+    places = [experiment.data_folder(), train and train.data, embed and embed.fasta, experiment.model.weights]
+    address = experiment.storage.endpoint_url or ""
+    if not (address.startswith("http://") and any(place and is_remote(place) for place in places)):
+        return None
+    return f"warning: {address} is plain http (storage.allow_http): whoever is on the way can read and change the data"
+
+
+def load_extra(module: str, extra: str) -> ModuleType:
+    """An optional package, imported when first needed. Raises UserError with the line that installs it."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"launch.executor: {extra} needs the package {module}, which is not installed",
+            f'pip install "plmsae[{extra}]"',
+        ) from error
+
+
+def fix_plans(plan: Plan, store: Store) -> None:
+    """Store each artifact's first choices, which later starts obey.
+
+    Raises:
+        PlanChanged: another process stored other ones before.
+    """
+    for artifact in plan.artifacts.values():
+        if artifact.done or artifact.plan is None:
+            continue
+        body = json.dumps(dict(artifact.plan), sort_keys=True).encode()
+        path = join(artifact.folder, "plan.json")
+        if not store.write_once(path, body) and json.loads(store.read(path)) != json.loads(body):
+            raise PlanChanged
+
+
+def waves(tasks: Sequence[Task]) -> Iterator[list[Task]]:
+    """The tasks in groups whose needs earlier groups meet, the dearest of each group first."""
+    left, done = list(tasks), set[str]()
+    while left:
+        ready = sorted((task for task in left if done.issuperset(task.needs)), key=lambda task: -task.cost)
+        assert ready, "tasks need each other"
+        yield ready
+        left = [task for task in left if task not in ready]
+        done |= {task.id for task in ready}
+
+
+def run_far(task: Mapping[str, Any], experiment: Mapping[str, Any], folder: str) -> Exception | None:
+    """One task in a process of a cluster; returns what it failed with, in a form that every process can read.
+
+    Args:
+        folder: where the command was started, since paths may be relative.
+    """
+    one = Task.from_json(task)
+    try:
+        os.chdir(folder)
+        own = Experiment.model_validate(experiment)
+        if own.launch.gpus == 0:
+            allow_gpus(0)
+        run_task(one, LocalContext(own, lambda *_, **__: None))
+    except Exception as error:
+        failed = TaskFailed(one.id, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return as_user_error(error) or failed
+    return None

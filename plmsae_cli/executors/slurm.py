@@ -1,0 +1,137 @@
+"""Tasks on SLURM through submitit: job arrays of a stage's tasks, waited for from where the command was started.
+
+A job that the system ends for its time or its priority is put back into the queue and begins its task again. One that is
+killed is reported; the same command fills the gaps.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.executor import fix_plans, load_extra, run_far, waves
+from plmsae_cli.executors.pool import TaskFailed
+from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import Interrupted, Plan, Task
+from plmsae_cli.store.fs import Store
+
+LARGEST_ARRAY = 1000
+"""SLURM refuses arrays of more than MaxArraySize - 1 jobs, 1,000 unless the cluster was set up otherwise."""
+BASE_MEMORY = 2 << 30
+"""Bytes of a process beside what its task holds."""
+
+
+class FarTask:
+    """A task as a job: called where it runs; when the job is put back into the queue, the same task again."""
+
+    def __call__(self, task: Mapping[str, Any], experiment: Mapping[str, Any], folder: str) -> Exception | None:
+        return run_far(task, experiment, folder)
+
+    def checkpoint(self, *arguments: Any) -> Any:
+        """What submitit submits in place of an ended job. A task keeps what is committed, so nothing has to be saved."""
+        return load_extra("submitit", "slurm").helpers.DelayedSubmission(self, *arguments)
+
+
+class SlurmExecutor:
+    """Runs a stage's plan as job arrays: one for the tasks that wait for nothing, one for those that wait for them, ...
+
+    Args:
+        cluster: submitit's name for where jobs go; `local` are processes of this machine, for tests.
+        poll_seconds: between two looks at the jobs.
+
+    Raises:
+        UserError: submitit is not installed, or this machine cannot submit jobs.
+    """
+
+    def __init__(self, experiment: Experiment, cluster: str = "slurm", poll_seconds: float = 2.0) -> None:
+        self.experiment = experiment
+        self._submitit: Any = load_extra("submitit", "slurm")
+        self.slots = experiment.launch.slurm.array
+        self._poll = poll_seconds
+        self._folder = Path(experiment.root).absolute() / str(experiment.name) / "logs" / "slurm"
+        try:
+            self._jobs = self._submitit.AutoExecutor(folder=self._folder, cluster=cluster)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"launch.executor: slurm cannot submit from this machine: {str(error).splitlines()[0]}",
+                "start it where `sbatch` works, such as the login node, or use executor: local or ray",
+            ) from error
+
+    def run(self, plan: Plan, report: Callable[..., None]) -> None:
+        """All tasks of the plan; see `Executor`."""
+        fix_plans(plan, Store(self.experiment.storage))
+        total, spent = sum(task.cost for task in plan.tasks), 0.0
+        for wave in waves(plan.tasks):
+            spent = self._wave(wave, spent, total, report)
+
+    def _wave(self, wave: Sequence[Task], spent: float, total: float, report: Callable[..., None]) -> float:
+        """Submit, wait, report; returns the cost of all that is done."""
+        running = self._submit(wave)
+        failure: Exception | None = None
+        lost = 0
+        while running:
+            if STOP.requested():
+                for job in running:
+                    job.cancel(check=False)
+                raise Interrupted
+            time.sleep(self._poll)
+            for job in [job for job in running if job.done()]:
+                task = running.pop(job)
+                found = self._outcome(job, task)
+                if found is None:
+                    spent += task.cost
+                    report(spent, total)
+                    continue
+                lost += 1
+                failure = failure or found
+                if lost > 1:
+                    report(None, None, note=f"{task.id} failed too")
+        if failure is not None:
+            raise failure
+        return spent
+
+    def _submit(self, wave: Sequence[Task]) -> dict[Any, Task]:
+        """Jobs in arrays, with what the largest task of the wave needs."""
+        slurm = self.experiment.launch.slurm
+        gpus = max(min(1, task.resources.gpus) for task in wave) if self.experiment.launch.gpus != 0 else 0
+        memory = BASE_MEMORY + max(task.resources.memory for task in wave)
+        given = {"slurm_partition": slurm.partition, "slurm_account": slurm.account}
+        self._jobs.update_parameters(
+            name=f"plmsae-{wave[0].stage}",
+            timeout_min=slurm.time,
+            cpus_per_task=slurm.cpus,
+            gpus_per_node=gpus,
+            mem_gb=-(-memory // 2**30),
+            slurm_array_parallelism=slurm.array,
+            slurm_additional_parameters=dict(slurm.options),
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        settings, folder = self.experiment.dump(), os.getcwd()
+        found: dict[Any, Task] = {}
+        for first in range(0, len(wave), LARGEST_ARRAY):
+            part = wave[first : first + LARGEST_ARRAY]
+            bodies = [task.to_json() for task in part]
+            jobs = self._jobs.map_array(FarTask(), bodies, [settings] * len(part), [folder] * len(part))
+            found |= dict(zip(jobs, part, strict=True))
+        return found
+
+    def _outcome(self, job: Any, task: Task) -> Exception | None:
+        try:
+            found: Exception | None = job.result()
+        except self._submitit.core.utils.FailedJobError as error:  # it failed outside the task
+            return TaskFailed(task.id, f"job {job.job_id}: {str(error).splitlines()[-1]}", str(error))
+        except self._submitit.core.utils.UncompletedJobError as error:
+            return TaskFailed(
+                task.id,
+                f"job {job.job_id} was lost; the same command fills the gaps. Its output is in {job.paths.stderr}",
+                str(error),
+            )
+        return found
+
+    def close(self) -> None:
+        """Jobs are waited for in `run`; nothing is left to close."""

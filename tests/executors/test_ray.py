@@ -1,0 +1,173 @@
+"""Ray's executor on a cluster of three nodes: the same bytes though a node is lost in each half, errors told once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.local import LocalExecutor
+from plmsae_cli.executors.pipeline import plan_stage
+from plmsae_cli.executors.pool import TaskFailed
+from plmsae_cli.executors.ray import RayExecutor
+from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import Interrupted
+from plmsae_cli.store.fs import Store
+
+ray = pytest.importorskip("ray")
+Prepared = Callable[..., Experiment]
+SMALL = {"num_cpus": 1, "object_store_memory": 100 << 20, "memory": 1 << 30}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without cores and one node with one; drivers of this process join it."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
+        found = Cluster(initialize_head=True, head_node_args={**SMALL, "num_cpus": 0, "include_dashboard": False})
+        found.add_node(**SMALL)
+        ray.init(address=found.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield found
+        ray.shutdown()
+        found.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _no_stop() -> Any:
+    STOP.asked = False
+    yield
+    STOP.asked = False
+
+
+def stopped_processes(mark: str) -> list[int]:
+    """Stopped processes that were given this mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if state == "T" and mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def lose_a_node(cluster: Any, points: list[str]) -> threading.Thread:
+    """Add a node whose workers stop dead in the task they get; when one has, take the node away."""
+    mark = ";".join(f"stop:{point}.begin" for point in points)
+    node = cluster.add_node(**SMALL, env_vars={"PLMSAE_FAULT": mark})
+
+    def watch() -> None:
+        deadline = time.monotonic() + 40
+        while not (hit := stopped_processes(mark)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        cluster.remove_node(node, allow_graceful=False)
+        lost.extend(hit)
+        for process in hit:
+            os.kill(process, signal.SIGKILL)
+
+    lost: list[int] = []
+    thread = threading.Thread(target=watch)
+    thread.lost = lost  # type: ignore[attr-defined]
+    thread.start()
+    return thread
+
+
+def test_nodes_write_what_one_process_writes(
+    cluster: Any,
+    prepared: Prepared,
+    run_stages: Callable[..., None],
+    files: Callable[..., Any],
+    reference: dict[str, Any],
+) -> None:
+    experiment = prepared("ray", executor="ray")
+    executor = RayExecutor(experiment)
+    assert executor.slots == 1
+    run_stages(experiment, executor)
+    executor.close()
+    assert ray.is_initialized(), "a cluster that was joined before is left alone"
+    assert files(experiment) == reference
+
+
+@pytest.mark.slow
+def test_a_node_lost_during_map_and_one_during_reduce(
+    cluster: Any,
+    prepared: Prepared,
+    run_stages: Callable[..., None],
+    files: Callable[..., Any],
+    reference: dict[str, Any],
+) -> None:
+    experiment = prepared("ray-lost", executor="ray")
+    run_stages(experiment, LocalExecutor(prepared("ray-lost")), ("embed",))
+    for stage in ("shuffle", "optimize"):
+        plan = plan_stage(stage, experiment, Store())
+        thread = lose_a_node(cluster, [f"{stage}.{task.id}" for task in plan.tasks])
+        executor = RayExecutor(experiment)
+        assert executor.slots >= 2
+        executor.run(plan, lambda *_, **__: None)
+        thread.join(50)
+        assert thread.lost, "no task was at work on the node that was lost"  # type: ignore[attr-defined]
+    assert files(experiment) == reference
+
+
+def test_a_task_that_always_fails_is_told_once(
+    cluster: Any, prepared: Prepared, tmp_path: Path, run_stages: Callable[..., None]
+) -> None:
+    experiment = prepared("ray-failing", executor="ray")
+    broken = experiment.model_copy(update={"embed": experiment.embed.model_copy(update={"fasta": str(tmp_path / "f")})})  # type: ignore[union-attr]
+    (tmp_path / "f").write_text(">a\nMKV\n>b\nMKVL\n>c\nMKVLL\n")
+    plan = plan_stage("embed", broken, Store())
+    (tmp_path / "f").unlink()
+    with pytest.raises(UserError, match=str(tmp_path / "f")):
+        RayExecutor(broken).run(plan, lambda *_, **__: None)
+
+
+@pytest.mark.slow
+def test_a_worker_that_always_dies_is_told_once(cluster: Any, prepared: Prepared) -> None:
+    experiment = prepared("ray-dying", executor="ray", ray={"retries": 0})
+    plan = plan_stage("embed", experiment, Store())
+    executor = RayExecutor(experiment)
+    die = ray.remote(max_calls=0)(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    executor._work = die
+    with pytest.raises(TaskFailed, match=r"proteins: its worker was lost 1 time\(s\)"):
+        executor.run(plan, lambda *_, **__: None)
+
+
+def test_a_task_that_no_node_can_hold_is_refused(cluster: Any, prepared: Prepared) -> None:
+    experiment = prepared("ray-large", executor="ray", ray={"cpus": 64})
+    with pytest.raises(
+        UserError, match=r"no node .* can hold task \S+ of embed: it asks for CPU 64 \(most on one node 1\)"
+    ):
+        RayExecutor(experiment).run(plan_stage("embed", experiment, Store()), lambda *_, **__: None)
+
+
+def test_a_wish_to_stop_ends_it(cluster: Any, prepared: Prepared) -> None:
+    experiment = prepared("ray-stopped", executor="ray")
+    STOP.asked = True
+    with pytest.raises(Interrupted):
+        RayExecutor(experiment).run(plan_stage("embed", experiment, Store()), lambda *_, **__: None)
+
+
+def test_no_cluster_at_the_address(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: Any) -> None:
+        assert options["address"] == "auto"
+        raise ConnectionError("Could not find any running Ray instance.\nmore words")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(UserError, match=r"launch\.ray\.address: auto cannot be used: Could not find any") as error:
+        RayExecutor(prepared("alone", executor="ray"))
+    assert "ray start --head" in str(error.value.hint)

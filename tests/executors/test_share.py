@@ -1,0 +1,89 @@
+"""Shares of a plan, done by processes that know nothing of each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.pipeline import plan_stage
+from plmsae_cli.executors.share import Share, run_share
+from plmsae_cli.runtime.progress import PlainReporter
+from plmsae_cli.stages.common import FINISH
+from plmsae_cli.store.fs import Store
+
+COMMAND = [sys.executable, "-c", "from plmsae_cli.cli.app import main; main()"]
+
+
+def start(path: Path, stage: str, share: str, fault: str | None = None) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment |= {} if fault is None else {"PLMSAE_FAULT": fault}
+    return subprocess.Popen(
+        [*COMMAND, stage, str(path), "--tasks", share], text=True, stderr=subprocess.PIPE, env=environment
+    )
+
+
+def test_five_processes_of_which_two_are_killed_and_a_second_round(
+    prepared: Callable[..., Experiment], files: Callable[..., Any], reference: dict[str, Any], tmp_path: Path
+) -> None:
+    experiment = prepared("shares")
+    path = tmp_path / "shares.yaml"
+    path.write_text(json.dumps({**experiment.dump(), "root": str(tmp_path / "runs")}))
+    faults = {2: "kill:embed.shard-00001.begin", 4: "kill:embed.shard-00003.written"}
+    first = {i: start(path, "embed", f"{i}/5", faults.get(i)) for i in range(1, 6)}
+    told = {i: process.communicate(timeout=120)[1] for i, process in first.items()}
+    codes = {i: process.returncode for i, process in first.items()}
+    assert codes == {1: 0, 2: -signal.SIGKILL, 3: 0, 4: -signal.SIGKILL, 5: 0}, told
+    left = {task.id for task in plan_stage("embed", experiment, Store()).tasks}
+    assert {"shard-00001", "shard-00003", FINISH} <= left
+    assert not files(experiment)
+    second = {i: start(path, "embed", f"{i}/5") for i in (2, 4)}
+    told = {i: process.communicate(timeout=120)[1] for i, process in second.items()}
+    assert [process.returncode for process in second.values()] == [0, 0], told
+    assert any("embed is complete" in text for text in told.values())
+    assert not (tmp_path / "runs" / "shares").exists(), "only storage is shared"
+
+    said = Said()
+    for stage in ("shuffle", "optimize"):
+        for index in (3, 1, 2):
+            said.lines.append(run_share(experiment, stage, Share(index, 3), said))
+    assert said.lines[0].startswith("shuffle: ")
+    assert said.lines[2].startswith("shuffle is complete: ")
+    assert said.lines[5].startswith("optimize is complete: ")
+    assert files(experiment) == reference
+
+
+class Said(PlainReporter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_every_task_but_the_last_belongs_to_one_share(prepared: Callable[..., Experiment], count: int) -> None:
+    plan = plan_stage("embed", prepared("whole"), Store())
+    own = [[t.id for t in Share(i, count).tasks(plan) if Share(i, count)._owns(t)] for i in range(1, count + 1)]
+    assert sorted(name for names in own for name in names) == sorted({task.id for task in plan.tasks} - {FINISH})
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0", "-1/2", "1/2/3"])
+def test_what_is_no_share(text: str) -> None:
+    with pytest.raises(UserError, match="is not a share"):
+        Share.parse(text)
+
+
+def test_a_share_is_of_one_stage(prepared: Callable[..., Experiment], tmp_path: Path) -> None:
+    path = tmp_path / "one.yaml"
+    path.write_text(json.dumps(prepared("one").dump()))
+    process = start(path, "embed", "1/2 --bugfix")
+    assert process.communicate(timeout=60)[1].startswith("error: --tasks 1/2 --bugfix is not a share")
+    assert process.returncode == 2

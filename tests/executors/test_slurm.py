@@ -1,0 +1,136 @@
+"""SLURM's executor on submitit's local jobs: the same bytes, a killed job told and mended, options that reach sbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors import slurm as module
+from plmsae_cli.executors.executor import load_extra, refuse_gangs, waves
+from plmsae_cli.executors.local import LocalExecutor
+from plmsae_cli.executors.pipeline import plan_stage
+from plmsae_cli.executors.pool import TaskFailed
+from plmsae_cli.executors.slurm import FarTask, SlurmExecutor
+from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import Interrupted
+from plmsae_cli.store.fs import Store
+
+submitit = pytest.importorskip("submitit")
+Prepared = Callable[..., Experiment]
+
+
+@pytest.fixture(autouse=True)
+def _no_stop(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    STOP.asked = False
+    yield
+    STOP.asked = False
+
+
+def local(experiment: Experiment) -> SlurmExecutor:
+    return SlurmExecutor(experiment, cluster="local", poll_seconds=0.1)
+
+
+def test_jobs_write_what_one_process_writes_and_a_second_start_fills_the_gaps(
+    prepared: Prepared,
+    run_stages: Callable[..., None],
+    files: Callable[..., Any],
+    reference: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experiment = prepared("slurm", executor="slurm")
+    run_stages(experiment, LocalExecutor(experiment), ("embed",))
+    executor = local(experiment)
+    monkeypatch.setenv("PLMSAE_FAULT", "kill:shuffle.map-00001.begin")
+    with pytest.raises(TaskFailed, match=r"map-00001: job \S+ was lost; the same command fills the gaps"):
+        run_stages(experiment, executor, ("shuffle",))
+    monkeypatch.delenv("PLMSAE_FAULT")
+    left = {task.id for task in plan_stage("shuffle", experiment, Store()).tasks}
+    assert left == {"map-00001", "finish"}
+    run_stages(experiment, executor, ("shuffle", "optimize"))
+    assert files(experiment) == reference
+
+
+def test_a_task_that_fails_is_told_with_its_error(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = prepared("failing", executor="slurm")
+    monkeypatch.setenv("PLMSAE_FAULT", "raise:embed.proteins.begin")
+    with pytest.raises(TaskFailed, match=r"proteins: InjectedFault: injected fault at embed\.proteins\.begin"):
+        local(experiment).run(plan_stage("embed", experiment, Store()), lambda *_, **__: None)
+
+
+def test_a_wish_to_stop_takes_jobs_back(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = prepared("stopped", executor="slurm")
+    STOP.asked = True
+    with pytest.raises(Interrupted):
+        local(experiment).run(plan_stage("embed", experiment, Store()), lambda *_, **__: None)
+
+
+def test_a_job_that_is_put_back_begins_its_task_again() -> None:
+    again = FarTask().checkpoint({"id": "x"}, {}, "/")
+    assert isinstance(again, submitit.helpers.DelayedSubmission)
+    assert isinstance(again.function, FarTask)
+    assert again.args == ({"id": "x"}, {}, "/")
+
+
+def test_options_reach_the_jobs(prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What sbatch gets, from a stand-in that keeps the file it is given."""
+    for name in ("srun", "sbatch"):
+        script = tmp_path / name
+        script.write_text(
+            f'#!/bin/sh\nn=$(ls {tmp_path} | grep -c kept)\ncp "$1" {tmp_path}/kept-$n.sh\necho job 12$n\n'
+        )
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    options = {"partition": "gpu", "account": "lab", "time": 30, "array": 3, "cpus": 3, "options": {"qos": "high"}}
+    experiment = prepared("options", executor="slurm", slurm=options, gpus="auto")
+    executor = SlurmExecutor(experiment)
+    first, shards, _ = waves(plan_stage("embed", experiment, Store()).tasks)
+    jobs = executor._submit(shards)
+    assert [job.job_id for job in jobs] == [f"120_{i}" for i in range(len(shards))]
+    assert list(jobs.values()) == shards
+    text = (tmp_path / "kept-0.sh").read_text()
+    for line in ("partition=gpu", "account=lab", "time=30", "cpus-per-task=3", "gpus-per-node=1", "qos=high"):
+        assert f"#SBATCH --{line}\n" in text
+    assert f"#SBATCH --array=0-{len(shards) - 1}%3\n" in text
+    assert "#SBATCH --mem=3GB\n" in text
+    assert "#SBATCH --requeue\n" in text or "#SBATCH --signal=USR2@" in text, "told of its end, so that it is put back"
+    monkeypatch.setattr(module, "LARGEST_ARRAY", 2)
+    assert len(executor._submit(shards)) == len(shards)
+    assert len(list(tmp_path.glob("kept-*"))) == 1 + -(-len(shards) // 2)
+    executor._submit(first)
+    assert "--gpus-per-node=0\n" in sorted(tmp_path.glob("kept-*"))[-1].read_text(), "the table of proteins needs none"
+
+
+def test_waves_respect_needs(prepared: Prepared) -> None:
+    tasks = plan_stage("embed", prepared("waves"), Store()).tasks
+    found = list(waves(tasks))
+    assert [{task.id.partition("-")[0] for task in wave} for wave in found] == [{"proteins"}, {"shard"}, {"finish"}]
+    assert sum(map(len, found)) == len(tasks)
+
+
+def test_a_machine_that_cannot_submit(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"launch\.executor: slurm cannot submit from this machine") as error:
+        SlurmExecutor(prepared("nowhere", executor="slurm"))
+    assert "sbatch" in str(error.value.hint)
+
+
+def test_an_absent_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError) as error:
+        load_extra("no_such_package_here", "slurm")
+    assert error.value.hint == 'pip install "plmsae[slurm]"'
+
+
+@pytest.mark.parametrize("executor", ["ray", "slurm"])
+@pytest.mark.parametrize("stage", ["train", "sweep", "eval"])
+def test_gangs_stay_at_home(prepared: Prepared, executor: str, stage: str) -> None:
+    refuse_gangs(prepared("x", executor=executor), ["embed", "shuffle", "optimize"])
+    refuse_gangs(prepared("x"), [stage])
+    with pytest.raises(UserError, match=f"{stage} does not run on launch.executor: {executor}"):
+        refuse_gangs(prepared("x", executor=executor), ["optimize", stage])

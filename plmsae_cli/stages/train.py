@@ -83,11 +83,37 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
         "architecture": train.autoencoder().architecture,
         "latents": model.num_latents,
         "parameters": parameters,
-        # Weights and gradients in float32, the optimiser's state, and what a step holds.
-        "memory_per_rank": parameters * (8 + _state_bytes(train)) + step_bytes,
+        # Weights in float32 and the optimiser's state; gradients, with the fused step's copies; what a step holds.
+        "memory_per_rank": parameters * (4 + _state_bytes(train)) // _owners(experiment, model)
+        + 4 * parameters
+        + step_bytes,
         "memory_of_step": step_bytes,
+        **(_hours(experiment, model, steps) if tasks else {}),
     }
     return Plan("train", tasks, {"run": _run_artifact(lineage, tasks, steps * train.batch_tokens)}, figures)
+
+
+def _owners(experiment: Experiment, model: Dictionary) -> int:
+    """Ranks that share the weights and the optimiser's state: all of those that train by fused kernels."""
+    from plmsae_cli.training.sae_kernels import why_no_kernels
+
+    train = experiment.train
+    assert train is not None
+    fused = count_gpus(experiment.launch) > 0 and train.kernels != "plain" and why_no_kernels(model, train) is None
+    return ranks(experiment) if fused else 1
+
+
+def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, str]:
+    """See `training.prediction`."""
+    import torch
+
+    from plmsae_cli.training.prediction import forecast
+
+    train = experiment.train
+    assert train is not None
+    gpus = ranks(experiment) if count_gpus(experiment.launch) else 0
+    present = (torch.cuda.get_device_name(0), gpus) if gpus else None
+    return forecast(model, train, steps, 2 * model.d, present, experiment.price.gpu_hour)
 
 
 def _state_bytes(train: Train) -> int:

@@ -2,7 +2,7 @@
 
 A sum over the parts of the step: products at 80 % of the peak, passes over memory at 83 % of its rate, rows that many
 tokens share at the rates the caches gave them. Beside measured steps of four shapes on an H100 and three on an H200
-(`benchmarks/README.md`, sae-step) it is 1 to 8 % short.
+(`benchmarks/README.md`, sae-step) it is off by 3 % at most, beside three on two H200 by 6 %.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from plmsae_cli.runtime.device import GPU
+from plmsae_cli.config.experiment import Train
+from plmsae_cli.runtime.device import GPU, known_gpu
+from plmsae_cli.sae.dictionary import Dictionary
+from plmsae_cli.sae.topk import TopK
+from plmsae_cli.training.sae_kernels import why_no_kernels
 
 PRODUCTS, MEMORY = 0.80, 0.83
 SCATTERED, GATHERED = 4.7e-3, 8.7e-3
@@ -52,3 +56,45 @@ def step_seconds(shape: StepShape, gpu: GPU, gpus: int) -> float | None:
     update = 2 * n * d / gpus * (2 * (4 + shape.state_bytes) + 4) / (MEMORY * memory)
     exchanged = 2 * 4 * n * d * (gpus - 1) / gpus / (LINKED if gpu.nvlink else UNLINKED)
     return products + scores + pairs + gradients + update + exchanged + OVERHEAD_S
+
+
+def forecast(
+    model: Dictionary,
+    options: Train,
+    steps: int,
+    row_bytes: int,
+    present: tuple[str, int] | None,
+    gpu_hour: float | None,
+) -> dict[str, str]:
+    """`predicted` time, and what it is `predicted_from`, on the GPUs present (their name and number), on one and on eight.
+
+    Without GPUs, those of an H100. Nothing for what has no fused step, and for unknown GPUs.
+    """
+    name, number = present or ("NVIDIA H100", 1)
+    gpu = known_gpu(name)
+    if gpu is None or options.kernels == "plain" or why_no_kernels(model, options) is not None:
+        return {}
+    assert isinstance(model, TopK)
+    state_bytes = 4 if options.moments == "bfloat16" else 8
+    shape = StepShape(options.batch_tokens, model.d, model.num_latents, model.k, state_bytes)
+    said, fastest = [], 0.0
+    for gpus in sorted({1, number, 8}):
+        seconds = step_seconds(shape, gpu, gpus)
+        if seconds is None:
+            return {}
+        whole = steps * seconds
+        cost = "" if gpu_hour is None else f" (${whole / 3600 * gpus * gpu_hour:,.2f})"
+        said.append(f"{_time(whole)} on {gpus} x {name}{cost}")
+        fastest = max(fastest, shape.tokens / seconds)
+    speed = fastest * row_bytes / 1e9
+    return {
+        "predicted": ", ".join(said),
+        "predicted_from": f"data sheets and measured steps, where blocks come at up to {speed:.2g} GB/s; initialisation, "
+        "checkpoints and export apart",
+    }
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

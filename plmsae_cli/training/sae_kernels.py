@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from plmsae_cli.sae.fused.step import FusedStep
 
 
-def why_plain(model: Dictionary, options: Train, device: torch.device, compute: torch.dtype) -> str | None:
-    """What stands against the fused step; None where nothing does."""
+def why_no_kernels(model: Dictionary, options: Train) -> str | None:
+    """What stands against the fused step on any GPU; None where nothing does."""
     if type(model) not in (TopK, MatryoshkaTopK, BatchTopK, MatryoshkaBatchTopK):
         return f"architecture: {options.autoencoder().architecture} has none"
     assert isinstance(model, TopK)
@@ -38,12 +38,20 @@ def why_plain(model: Dictionary, options: Train, device: torch.device, compute: 
         return f"optimizer: {options.optimizer}; it updates by adam"
     if model.k > MOST_ACTIVE:
         return f"k ({model.k}) is above {MOST_ACTIVE}"
+    if model.d % 16:
+        return f"the activations' dimension ({model.d}) is not a multiple of 16"
+    return None
+
+
+def why_plain(model: Dictionary, options: Train, device: torch.device, compute: torch.dtype) -> str | None:
+    """What stands against the fused step; None where nothing does."""
+    reason = why_no_kernels(model, options)
+    if reason is not None:
+        return reason
     if device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
     if compute != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
         return "it computes in bfloat16, on NVIDIA GPUs from the A100 on"
-    if model.d % 16:
-        return f"the activations' dimension ({model.d}) is not a multiple of 16"
     return None if find_spec("triton") else "the package triton is not installed"
 
 

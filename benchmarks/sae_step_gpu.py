@@ -73,7 +73,7 @@ class Batches:
         self.mean_D = (sum(batch.double().sum(0) for batch in self.batches) / len(rows_RD)).float()
         squares = sum((batch.float() - self.mean_D).square().sum() for batch in self.batches) / len(rows_RD)
         self.scale = float((rows_RD.shape[1] / squares).sqrt())
-        self.blocks, self.wait_seconds = SimpleNamespace(d=rows_RD.shape[1]), 0.0
+        self.blocks, self.wait_seconds = SimpleNamespace(d=rows_RD.shape[1], quantiser=None), 0.0
 
     def rows(self, step: int) -> Tensor:
         return self.batches[step % len(self.batches)]

@@ -44,7 +44,7 @@ class Rows:
     """The global batch of each step, of which a rank reads its share."""
 
     def __init__(self, rank: int, world: int) -> None:
-        self.blocks = SimpleNamespace(d=D)
+        self.blocks = SimpleNamespace(d=D, quantiser=None)
         self.wait_seconds = 0.0
         self._rank, self._world = rank, world
 

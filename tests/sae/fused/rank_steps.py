@@ -80,7 +80,7 @@ class Rows:
     """The global batch of each step, of which a rank reads its share."""
 
     def __init__(self, gang: Gang) -> None:
-        self.blocks, self.wait_seconds, self._gang = SimpleNamespace(d=D), 0.0, gang
+        self.blocks, self.wait_seconds, self._gang = SimpleNamespace(d=D, quantiser=None), 0.0, gang
 
     def rows(self, step: int) -> torch.Tensor:
         rows_BD = torch.randn(ROWS, D, generator=torch.Generator().manual_seed(step))

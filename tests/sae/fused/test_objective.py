@@ -21,7 +21,7 @@ D, N, K, ROWS, STEPS, SAVED = 32, 32, 3, 8, 8, 5
 
 class Rows:
     def __init__(self) -> None:
-        self.blocks, self.wait_seconds = SimpleNamespace(d=D), 0.0
+        self.blocks, self.wait_seconds = SimpleNamespace(d=D, quantiser=None), 0.0
 
     def rows(self, step: int) -> torch.Tensor:
         return torch.randn(ROWS, D, generator=torch.Generator().manual_seed(step)).to(DEVICE)

@@ -265,7 +265,8 @@ class Train(Section):
     bfloat16), `plain` PyTorch, or the fused one where it can be."""
     parallel: Literal["auto", "data", "latents"] = "auto"
     """How several ranks share an SAE: `data`, the tokens of a batch; `latents`, the dictionary (TopK and its Matryoshka),
-    which sends activations instead of gradients; `auto`, with fused kernels what sends less, else `data`."""
+    which sends activations instead of gradients; `auto` is `data` unless kernels are fused and `latents` sends at most a
+    third."""
     log_every: Count = 50
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Count = 1000

@@ -13,6 +13,11 @@ from plmsae_cli.sae.topk import TopK
 Sharing = Literal["data", "latents"]
 
 
+HIDDEN = 3
+"""Bytes of `data` that cost what one of `latents` costs: they travel beside the computation. In all of eight measured cases
+(two H200 over NVLink, four shapes, batches whole and doubled; `benchmarks/README.md`) 3 chooses the faster way."""
+
+
 def why_not_latents(model: Dictionary, options: Train, world: int) -> str | None:
     """What stands against spreading the latents; None where nothing does."""
     if type(model) not in (TopK, MatryoshkaTopK):
@@ -38,7 +43,7 @@ def bytes_sent(model: Dictionary, batch_tokens: int) -> dict[Sharing, int]:
 
 
 def sharing(model: Dictionary, options: Train, world: int, fused: bool) -> Sharing:
-    """What `train.parallel` and the case make of it; `auto` takes what sends less where kernels are `fused`, else `data`.
+    """What `train.parallel` and the case make of it; `auto` is `data` unless kernels are `fused` and `latents` sends far less.
 
     Raises:
         UserError: `train.parallel: latents` where it cannot be.
@@ -51,4 +56,4 @@ def sharing(model: Dictionary, options: Train, world: int, fused: bool) -> Shari
             raise UserError(f"train.parallel: latents cannot be had here: {reason}", "set train.parallel: auto")
         return "latents"
     sent = bytes_sent(model, options.batch_tokens)
-    return "latents" if fused and reason is None and sent["latents"] < sent["data"] else "data"
+    return "latents" if fused and reason is None and HIDDEN * sent["latents"] <= sent["data"] else "data"

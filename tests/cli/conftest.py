@@ -124,13 +124,14 @@ class Process:
         self._mark = uuid.uuid4().hex
         self._log = folder / f"process-{self._mark[:8]}.log"
         base = {k: v for k, v in os.environ.items() if k != "PLMSAE_FAULT"}
+        base["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), base.get("PYTHONPATH", "")])
         with self._log.open("wb") as log:
             self.popen = subprocess.Popen(
                 [*COMMAND, *map(str, arguments)],
                 stdout=log,
                 stderr=log,
                 cwd=folder,
-                env={**base, "PYTHONPATH": str(REPOSITORY), "PLMSAE_TEST_MARK": self._mark, **environment},
+                env={**base, "PLMSAE_TEST_MARK": self._mark, **environment},
             )
 
     @property

@@ -88,6 +88,7 @@ def test_settings_that_do_not_fit_the_input(
 
 def test_more_ranks_than_gpus(plmsae: Plmsae, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plmsae_cli.runtime.device.visible_gpus", lambda: 1)
+    monkeypatch.setattr("plmsae_cli.runtime.embedding.forecast._rate", lambda *_: (None, "a GPU that is not there"))
     refused(plmsae("run", write(), "--set", "launch.ranks=2"), "launch.ranks asks for 2 ranks on 1 GPU", "lower launch")
 
 

@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused_in_the_plan(imported: Build, build: Build,
     np.save(tmp_path / "3.npy", np.zeros((500, D), np.float32))
     np.save(tmp_path / "4.npy", np.zeros((501, D), np.float32))
     path = str(tmp_path / "{layer}.npy")
-    with pytest.raises(UserError, match="4.npy has 501 rows of width 16, .*3.npy 500 of 16"):
+    with pytest.raises(UserError, match=r"4.npy has 501 rows of width 16, .*3.npy 500 of 16"):
         plan_stage("embed", imported(embed__imported={"path": path}, embed__layers=[3, 4], train__layer=3), Store())
 
 

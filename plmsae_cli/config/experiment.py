@@ -125,6 +125,30 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _encoders_run_as_they_are(self) -> Experiment:
+        if self.embed is not None and self.embed.compile is True and self.model.weights.startswith("hf:"):
+            raise rule("embed.compile", "compile: true has no effect on hf: weights", "remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _eval_can_take_the_model_apart(self) -> Experiment:
+        if self.eval is None or not self.model.weights.startswith("hf:"):
+            return self
+        if self.eval.fidelity.loss_recovered:
+            raise rule(
+                "eval.fidelity.loss_recovered",
+                "loss recovered splices into the language model, which hf: weights do not allow",
+                "write loss_recovered: false",
+            )
+        if self.eval.concepts is not None and "random_model" in self.eval.concepts.nulls:
+            raise rule(
+                "eval.concepts.nulls",
+                "the null random_model needs an ESM-2 model, model.weights is an hf: encoder",
+                "leave random_model out of eval.concepts.nulls",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _layer_is_embedded(self) -> Experiment:
         if self.train is None or self.embed is None or self.train.kind != "sae" or self.train.data is not None:
             return self

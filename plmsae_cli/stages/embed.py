@@ -118,6 +118,8 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
 def _hours(experiment: Experiment, lineage: Lineage, depth: int) -> dict[str, Any]:
     embed, scan = experiment.embed, lineage.scan
     assert embed is not None
+    if lineage.weights.format == "encoder":
+        return {"hours_from": "not predicted for hf: encoders"}
     config = ESM2Config(**lineage.weights.config)
     return forecast.forecast(config, depth, scan.lengths_P, scan.max_length, experiment.launch, embed.compute)
 

@@ -64,11 +64,9 @@ def encoder_folder(weights: str) -> Path:
     name = weights.removeprefix(PREFIX)
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
-    transformers_module()
-    from huggingface_hub import snapshot_download
-
+    transformers_module()  # which brings huggingface_hub
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        return Path(import_module("huggingface_hub").snapshot_download(name, local_files_only=True))
     except Exception as error:  # a name that is none, or not in the cache
         raise UserError(
             f"model.weights: {name} is no folder, and not in the local Hugging Face cache",

@@ -120,7 +120,9 @@ class Encoder:
 
     def _require_layers(self) -> None:
         """Raises UserError where what the hooks see is not what transformers calls its hidden states."""
-        tokens_BT, mask_BT = (tensor.to(self._device) for tensor in self.tokens.batch([KNOWN_LETTERS, KNOWN_LETTERS[:7]]))
+        tokens_BT, mask_BT = (
+            tensor.to(self._device) for tensor in self.tokens.batch([KNOWN_LETTERS, KNOWN_LETTERS[:7]])
+        )
         with torch.no_grad():
             theirs = self.model(input_ids=tokens_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states
         ours = dict(self.layers(tokens_BT, mask_BT, range(self.num_layers + 1)))

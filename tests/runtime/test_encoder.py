@@ -78,6 +78,27 @@ def save_bert(folder: Path, tf: Any, letters: str = LETTERS) -> Path:
     return folder
 
 
+def save_t5(folder: Path, tf: Any) -> Path:
+    """As ProtT5: an encoder with a decoder that is not asked, letters parted by blanks, one special token at the end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    names = ["<pad>", "</s>", "<unk>", *LETTERS]
+    model = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokeniser = tf.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    torch.manual_seed(2)
+    config = tf.T5Config(
+        vocab_size=len(names), d_model=24, d_kv=12, d_ff=48, num_layers=3, num_heads=2, initializer_factor=3.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    tf.T5EncoderModel(config).save_pretrained(folder)
+    tokeniser.save_pretrained(folder)
+    return folder
+
+
 def rows_of(weights: str, layers: list[int], compute: str = "float32", tokens: int = 80) -> dict[int, torch.Tensor]:
     embedder = Embedder.shared(weights, Store(), compute)
     nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
@@ -89,17 +110,22 @@ def rows_of(weights: str, layers: list[int], compute: str = "float32", tokens: i
 def hidden_states(folder: Path, tf: Any, separator: str) -> list[torch.Tensor]:
     """Rows of every layer, one sequence at a time, without padding."""
     model = tf.AutoModel.from_pretrained(folder).eval()
+    first = 1
+    if model.config.model_type == "t5":
+        model, first = tf.T5EncoderModel.from_pretrained(folder).eval(), 0
     tokeniser = tf.AutoTokenizer.from_pretrained(folder)
     each = []
     for sequence in SEQUENCES:
         batch = tokeniser(separator.join(sequence), return_tensors="pt")
         states = model(**batch, output_hidden_states=True).hidden_states
-        each.append([state[0, 1:-1] for state in states])
+        each.append([state[0, first:-1] for state in states])
         assert len(each[-1][0]) == len(sequence)
     return [torch.cat(layer) for layer in zip(*each, strict=True)]
 
 
-@pytest.mark.parametrize(("save", "separator", "num_layers"), [(save_esm, "", 3), (save_bert, " ", 4)])
+@pytest.mark.parametrize(
+    ("save", "separator", "num_layers"), [(save_esm, "", 3), (save_bert, " ", 4), (save_t5, " ", 3)]
+)
 def test_rows_are_the_hidden_states(
     save: Callable[[Path, Any], Path], separator: str, num_layers: int, transformers: Any, tmp_path: Path
 ) -> None:
@@ -204,7 +230,15 @@ def of_no_kind(folder: Path, tf: Any) -> Path:
     return folder
 
 
+def deeper_than_its_files(folder: Path, tf: Any) -> Path:
+    save_bert(folder, tf)
+    body = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**body, "num_hidden_layers": 5}))
+    return folder
+
+
 @pytest.mark.parametrize(("make", "message"), [
+    (deeper_than_its_files, r"lack \d+ tensors of the model, encoder.layer.4"),
     (words, "does not make exactly one token of each residue"),
     (lambda folder, tf: save_bert(folder, tf, "LAGVSERTIDPKQ"), "does not make exactly one token of each residue"),
     (without_safetensors, "has no .safetensors file"),

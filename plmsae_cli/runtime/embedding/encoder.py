@@ -7,7 +7,7 @@ batch. T: tokens of the longest, specials included. R: rows. D: width.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -30,6 +30,10 @@ _GPU_TOKENS = 16_384
 _AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 PROBE = KNOWN_LETTERS + "".join(2 * letter for letter in KNOWN_LETTERS)
 """Every letter that a sequence may have, alone and repeated: tokenisers are known to join letters they do not know."""
+
+
+_UNUSED = ("pooler.", "contact_head.", "decoder.", "lm_head.", "inv_freq", "position_ids")
+"""Of tensors that no hidden state of the encoder depends on, or that follow from the configuration."""
 
 
 class _Enough(Exception):
@@ -92,10 +96,14 @@ class Encoder:
         self.tokens = Tokeniser(
             quietly(lambda: auto.AutoTokenizer.from_pretrained(info.path, **options), str(info.path)), info.name
         )
-        model = quietly(
-            lambda: auto.AutoModel.from_pretrained(info.path, use_safetensors=True, **options), str(info.path)
+        model, report = quietly(
+            lambda: auto.AutoModel.from_pretrained(
+                info.path, use_safetensors=True, output_loading_info=True, **options
+            ),
+            str(info.path),
         )
-        if model.config.is_encoder_decoder:
+        _require_weights(info.name, report["missing_keys"])
+        if hasattr(model, "decoder"):  # also where only the encoder was saved, whose configuration denies it
             model = model.get_encoder()
         for (
             parameter
@@ -161,6 +169,16 @@ class Encoder:
                 found[self.num_layers] = self.model(input_ids=tokens_BT, attention_mask=mask_BT).last_hidden_state
         for layer in sorted(set(wanted)):
             yield layer, found.pop(layer)
+
+
+def _require_weights(name: str, missing: Iterable[str]) -> None:
+    """Raises UserError where transformers filled in random numbers that hidden states depend on."""
+    lacking = sorted(key for key in missing if not any(part in key for part in _UNUSED))
+    if lacking:
+        raise UserError(
+            f"model.weights: the files of hf:{name} lack {len(lacking)} tensors of the model, {lacking[0]} first",
+            "config.json and the weights are of different models, or a file is missing",
+        )
 
 
 def _most_tokens(model: nn.Module) -> int | None:

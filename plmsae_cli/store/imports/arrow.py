@@ -78,9 +78,8 @@ class ArrowPart:
         for chunk, first in zip(self._chunks(), self._starts, strict=False):
             low, high = max(start - first, 0), min(stop - first, len(inner := chunk.flatten()))
             if low < high:
-                # Halves have no `to_numpy` without a copy in some versions; the buffer has.
                 values = inner.slice(low, high - low).flatten()
-                pieces.append(np.array(values.to_numpy(zero_copy_only=False)).reshape(-1, d))
+                pieces.append(values.to_numpy(zero_copy_only=False).reshape(-1, d))
         return torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0, d)
 
     def close(self) -> None:

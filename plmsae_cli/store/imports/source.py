@@ -12,6 +12,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,17 @@ def open_source(path: str, kind: str) -> Source:
         raise refuse(
             place, f"has no files of format {kind}", _nested(place) or "name the folder that has the files itself"
         )
+    stats = [(file, file.stat()) for file in files]
+    return _opened(place, kind, tuple((file, status.st_size, status.st_mtime_ns) for file, status in stats))
+
+
+@lru_cache(maxsize=8)
+def _opened(place: Path, kind: str, files: tuple[tuple[Path, int, int], ...]) -> Source:
+    # A process opens the same files for each of its tasks, and there may be thousands.
     make: dict[str, Callable[[Path], Part]] = {
         "npy": NpyPart, "safetensors": SafetensorsPart, "saelens": ArrowPart, "interplm": _interplm
     }  # fmt: skip
-    return Source(place, kind, [make[kind](file) for file in files])
+    return Source(place, kind, [make[kind](file) for file, _, _ in files])
 
 
 def _files(place: Path, kind: str) -> list[Path]:

@@ -73,7 +73,7 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
         data["wandb"]["mode"] = "offline"
     if data["embed"] is not None:
         embedded = dict.fromkeys(layers[layer] for layer in data["embed"]["layers"])
-        data["embed"] |= {"fasta": fasta, "layers": list(embedded), "max_length": 1022}
+        data["embed"] |= {"fasta": fasta, "imported": None, "layers": list(embedded), "max_length": 1022}
         data["embed"] |= {"compute": "auto", "batch_tokens": "auto", "compile": "auto"}
     for path, value in _SMALL_DATA.items():
         section, _, field = path.partition(".")
@@ -196,7 +196,7 @@ _SET: dict[str, float] = {
 }
 # Axes that name inputs, sizes or machines: a smoke run has one of each.
 _FIXED = (
-    "data_root", "launch", "storage", "model", "wandb", "embed.fasta", "embed.shard", "embed.compute",
+    "data_root", "launch", "storage", "model", "wandb", "embed.fasta", "embed.imported", "embed.shard", "embed.compute",
     "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory", "optimize.chunk", "train.data",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.{axis}" for axis in _ANNOTATED),

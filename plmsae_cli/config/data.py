@@ -96,14 +96,32 @@ class Model(Section):
 
     weights: str = "bundled"
     """`bundled` (a small demo model), a published name such as `esm2_t33_650M_UR50D`, a fair-esm `.pt`, a
-    Hugging Face ESM-2 folder, or the `plm/` folder of one of our runs. Identified by its content's sha256."""
+    Hugging Face ESM-2 folder, or the `plm/` folder of one of our runs. `hf:` and a folder, or a name in the local Hugging
+    Face cache, is any encoder that transformers reads. Identified by its content's sha256."""
+
+
+class Imported(Section):
+    """Activations that another program has computed, brought into our store instead of being computed."""
+
+    path: str
+    """A file, or a folder whose files are read in the order of their names (numbers by value); local. With several
+    `embed.layers` it contains `{layer}`, as in `acts/layer_{layer}`."""
+    format: Auto | Literal["npy", "safetensors", "interplm", "saelens"] = "auto"
+    """`npy` and `safetensors`: matrices [rows, width], one a file; `interplm`: its shards (`.pt`, `.dat`); `saelens`: its
+    cached activations (Arrow); `auto`: by the files' names."""
+    of_model: bool = False
+    """Whether `model.weights` has computed them, at `embed.layers` as we count: the width is checked, and with `embed.fasta`
+    `eval` may run the model."""
 
 
 class Embed(Section):
     """FASTA to activations: one row a residue, one artifact a layer."""
 
-    fasta: str
-    """Proteins, plain or gzip, local or `s3://`. Identified by content, so a renamed file is the same input."""
+    fasta: str | None = None
+    """Proteins, plain or gzip, local or `s3://`. Identified by content, so a renamed file is the same input. Required unless
+    activations are `imported`; beside them it says whose rows they are, protein by protein in its order."""
+    imported: Imported | None = None
+    """Take activations that exist instead of computing them; absent: compute."""
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     """Layers to store, all in one pass: 0 is the scaled embedding, k the residual stream after block k, the last
     one includes the final LayerNorm. The forward stops after the deepest."""
@@ -135,6 +153,37 @@ class Embed(Section):
     """Compile the forward pass (torch.compile); `auto` does on GPUs where the work is long enough to repay it."""
     shard: Bytes = Field(default="1GB", validate_default=True)
     """Bytes of one shard of one layer, the unit of work and of resuming. Fixed by the first start."""
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Embed:
+        if self.imported is None:
+            if self.fasta is None:
+                raise rule(
+                    "fasta",
+                    "embed needs fasta, the proteins to embed",
+                    "add fasta, or imported: activations that exist",
+                )
+            return self
+        if "://" in self.imported.path:
+            raise rule("imported.path", "activations are imported from a local disk", "copy them to one first")
+        if len(self.layers) > 1 and "{layer}" not in self.imported.path:
+            raise rule(
+                "imported.path",
+                f"embed.layers has {len(self.layers)} layers, imported.path names one place",
+                "write {layer} where the path has the layer's number, or import one layer",
+            )
+        idle = ["compute", "batch_tokens", "compile"]
+        if self.fasta is None:
+            idle += ["max_length", "long", "unknown", "duplicates", "empty"]
+            if self.pooled:
+                raise rule(
+                    "pooled", "pooled: true needs the proteins of the imported rows", "add fasta, or remove pooled"
+                )
+        for name in idle:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                without = "" if name in ("compute", "batch_tokens", "compile") else " without fasta"
+                raise rule(name, f"embed.{name} has no effect on imported activations{without}", "remove it")
+        return self
 
     def science(self) -> dict[str, Any]:
         chosen = super().science()

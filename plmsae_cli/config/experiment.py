@@ -7,14 +7,14 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from plmsae_cli.config.base import Name, Section, rule
-from plmsae_cli.config.data import Embed, Keep, Launch, Model, Optimize, Price, Shuffle, Storage
+from plmsae_cli.config.data import Embed, Imported, Keep, Launch, Model, Optimize, Price, Shuffle, Storage
 from plmsae_cli.config.evaluation import Concepts, Encode, Eval, Families, Fidelity, Probes
 from plmsae_cli.config.sweep import Sweep
 from plmsae_cli.config.training import PLM, SAE, Train
 
 __all__ = [
-    "PLM", "SAE", "Concepts", "Embed", "Encode", "Eval", "Experiment", "Families", "Fidelity", "Keep", "Launch", "Model",
-    "Optimize", "Price", "Probes", "Shuffle", "Storage", "Sweep", "Train", "Wandb",
+    "PLM", "SAE", "Concepts", "Embed", "Encode", "Eval", "Experiment", "Families", "Fidelity", "Imported", "Keep", "Launch",
+    "Model", "Optimize", "Price", "Probes", "Shuffle", "Storage", "Sweep", "Train", "Wandb",
 ]  # fmt: skip
 
 STAGES = ("embed", "shuffle", "optimize", "train", "sweep", "eval")
@@ -97,6 +97,55 @@ class Experiment(Section):
             )
         if all(getattr(self, stage) is None for stage in STAGES):
             raise rule("", "no stage in this experiment", f"add one of: {', '.join(STAGES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _eval_has_its_model(self) -> Experiment:
+        if self.eval is None or self.embed is None or self.train is None or self.train.data is not None:
+            return self
+        imported = self.embed.imported
+        if imported is not None and not imported.of_model:
+            why, remedy = (
+                "the model of imported activations is not known",
+                "set embed.imported.of_model if it is model.weights",
+            )
+        elif imported is not None and self.embed.fasta is None:
+            why, remedy = "the proteins of imported activations are not known", "add embed.fasta"
+        else:
+            return self
+        if self.eval.fidelity.loss_recovered:
+            raise rule(
+                "eval.fidelity.loss_recovered",
+                f"loss recovered runs the language model, and {why}",
+                f"write loss_recovered: false, or {remedy}",
+            )
+        for axis in ("concepts", "families", "probes", "encode"):
+            if getattr(self.eval, axis) is not None:
+                raise rule(f"eval.{axis}", f"eval.{axis} runs the language model, and {why}", f"remove it, or {remedy}")
+        return self
+
+    @model_validator(mode="after")
+    def _encoders_run_as_they_are(self) -> Experiment:
+        if self.embed is not None and self.embed.compile is True and self.model.weights.startswith("hf:"):
+            raise rule("embed.compile", "compile: true has no effect on hf: weights", "remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _eval_can_take_the_model_apart(self) -> Experiment:
+        if self.eval is None or not self.model.weights.startswith("hf:"):
+            return self
+        if self.eval.fidelity.loss_recovered:
+            raise rule(
+                "eval.fidelity.loss_recovered",
+                "loss recovered splices into the language model, which hf: weights do not allow",
+                "write loss_recovered: false",
+            )
+        if self.eval.concepts is not None and "random_model" in self.eval.concepts.nulls:
+            raise rule(
+                "eval.concepts.nulls",
+                "the null random_model needs an ESM-2 model, model.weights is an hf: encoder",
+                "leave random_model out of eval.concepts.nulls",
+            )
         return self
 
     @model_validator(mode="after")

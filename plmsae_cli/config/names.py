@@ -27,6 +27,7 @@ RENAMED = {
     "gpu": "launch.gpus",
     "group_fractions": "train.sae.fractions",
     "hook_layer": "train.layer",
+    "import": "embed.imported",
     "jumprelu_bandwidth": "train.sae.bandwidth",
     "jumprelu_init_threshold": "train.sae.theta_start",
     "l0": "train.sae.k",

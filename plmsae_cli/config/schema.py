@@ -35,6 +35,7 @@ def json_schema() -> dict[str, Any]:
     }
     # Any part of an SAE section: `sae` says the rest.
     schema["definitions"]["Train"]["properties"]["saes"]["anyOf"][0]["items"] = {"$ref": "#/definitions/SAE"}
+    schema["definitions"]["Embed"]["anyOf"] = [{"required": ["fasta"]}, {"required": ["imported"]}]
     return schema
 
 

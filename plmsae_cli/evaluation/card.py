@@ -18,7 +18,9 @@ def model_card(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: M
 
 
 def _lines(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
-    yield f"# Sparse autoencoder of {manifest['weights']['name']}, layer {metrics['layer']}"
+    weights = manifest["weights"]  # None where activations were imported and nobody says of which model
+    of = "imported activations" if weights is None else weights["name"]
+    yield f"# Sparse autoencoder of {of}, layer {metrics['layer']}"
     yield ""
     if metrics["demo"]:
         yield "**Trained on a demo model: not for science.**"
@@ -31,7 +33,8 @@ def _lines(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: Mappi
         yield f"| active a residue (k) | {metrics['k']} |"
     yield f"| training rows | {manifest['rows']:,} |"
     yield f"| tokens | {facts.get('tokens', 0):,} |"
-    yield f"| weights, sha256 | `{manifest['weights']['sha256'][:16]}` |"
+    if weights is not None:
+        yield f"| weights, sha256 | `{weights['sha256'][:16]}` |"
     if "fidelity" in metrics:
         yield from _fidelity(metrics["fidelity"])
     if "concepts" in metrics:

@@ -88,10 +88,12 @@ class Scope:
         return self.store.hash(str(self.store.local(path))).xxh3
 
     def require_same_model(self, remedy: str) -> None:
-        """Raises UserError where `train.data` was embedded with another model than `model.weights`."""
+        """Raises UserError where `train.data` was embedded with another model than `model.weights`, or nobody knows which."""
         if self.manifest is None:
             return
         embedded = self.manifest["weights"]
+        if embedded is None:
+            raise UserError(f"{self.dataset} was made from imported activations, whose model is not known", remedy)
         if self.lineage.weights.sha256 != embedded["sha256"]:
             raise UserError(
                 f"model.weights is {self.lineage.weights.name}, but the dataset was embedded with {embedded['name']}",

@@ -23,7 +23,7 @@ def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any]) -> list[F
     manifest = scope.made()
     metrics: dict[str, Any] = {
         "schema": 1,
-        "demo": manifest["weights"]["name"] == "bundled",
+        "demo": (manifest["weights"] or {}).get("name") == "bundled",
         "layer": manifest["layer"],
         "architecture": facts["config"]["architecture"],
         "num_latents": facts["config"]["num_latents"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,23 @@ def read_plan(store: Store, folder: str) -> dict[str, Any] | None:
     """plan.json of an artifact that was started, else None."""
     path = join(folder, "plan.json")
     return json.loads(store.read(path)) if store.exists(path) else None
+
+
+def shared_ranges(
+    store: Store, refs: Mapping[int, Ref], fresh: Callable[[], Sequence[Sequence[int]]]
+) -> list[list[int]]:
+    """The first start's ranges, where any layer was started; all layers of one pass share them."""
+    started = {layer: p["ranges"] for layer, ref in refs.items() if (p := read_plan(store, ref.folder)) is not None}
+    if not started:
+        return [list(r) for r in fresh()]
+    first, *others = started.items()
+    for layer, ranges in others:
+        if ranges != first[1]:
+            raise UserError(
+                f"layers {first[0]} and {layer} were begun with different shard sizes and cannot share a pass",
+                "embed them with two experiments, each with its own layers",
+            )
+    return [list(r) for r in first[1]]
 
 
 def remaining(store: Store, tasks: Iterable[Task]) -> list[Task]:

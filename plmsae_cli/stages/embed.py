@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.plm.esm2 import ESM2Config
 from plmsae_cli.runtime.embedding import forecast
 from plmsae_cli.runtime.task import Context, Pending, Plan, Resources, Result, Task
-from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, read_plan, remaining
+from plmsae_cli.stages import imported
+from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, remaining, shared_ranges
 from plmsae_cli.store.fs import Store, join
-from plmsae_cli.store.lineage import Lineage, Ref
+from plmsae_cli.store.lineage import Lineage
 
 CALIBRATION_ROWS = 1_000_000
 """Rows that int8's means and deviations are taken from."""
@@ -38,9 +38,11 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     assert embed is not None
     lineage = Lineage(experiment, store)
     refs = {layer: lineage.embed(layer) for layer in (embed.layers if layers is None else layers)}
+    if embed.imported is not None:
+        return imported.plan(lineage, refs)
     scan, d = lineage.scan, lineage.d
     row_bytes = lineage.row_bytes
-    ranges = _shard_ranges(store, refs, lambda: scan.shard_ranges(max(1, int(embed.shard) // row_bytes)))
+    ranges = shared_ranges(store, refs, lambda: scan.shard_ranges(max(1, int(embed.shard) // row_bytes)))
 
     quantised = embed.dtype == "int8"
     typical = forecast.typical(scan.lengths_P, scan.max_length, ranges)._asdict()
@@ -116,26 +118,15 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
 def _hours(experiment: Experiment, lineage: Lineage, depth: int) -> dict[str, Any]:
     embed, scan = experiment.embed, lineage.scan
     assert embed is not None
+    if lineage.weights.format == "encoder":
+        return {"hours_from": "not predicted for hf: encoders"}
     config = ESM2Config(**lineage.weights.config)
     return forecast.forecast(config, depth, scan.lengths_P, scan.max_length, experiment.launch, embed.compute)
 
 
-def _shard_ranges(store: Store, refs: Mapping[int, Ref], fresh: Any) -> list[list[int]]:
-    """The first start's ranges, where any layer was started; all layers of one pass share them."""
-    started = {layer: p["ranges"] for layer, ref in refs.items() if (p := read_plan(store, ref.folder)) is not None}
-    if not started:
-        return [list(r) for r in fresh()]
-    first, *others = started.items()
-    for layer, ranges in others:
-        if ranges != first[1]:
-            raise UserError(
-                f"layers {first[0]} and {layer} were begun with different shard sizes and cannot share a pass",
-                "embed them with two experiments, each with its own layers",
-            )
-    return [list(r) for r in first[1]]
-
-
 def work(task: Task, context: Context) -> Mapping[str, Result]:
+    if "imported" in task.args:
+        return imported.work(task, context)
     if task.id == "proteins":
         return _proteins(task, context)
     if task.id == "calibrate":
@@ -306,18 +297,14 @@ def _finish(task: Task, context: Context) -> Mapping[str, Result]:
     from plmsae_cli.store.manifest import read_parts
     from plmsae_cli.store.rowsum import joined
     from plmsae_cli.store.shard_writer import BUFFERS
-    from plmsae_cli.store.tensorfile import TensorFile
 
     lineage = Lineage(context.experiment, context.store)
     results = {}
     for folder in task.folders:
         parts = read_parts(context.store, folder)
-        merged = Statistics(lineage.d)
-        for name in sorted(parts):
-            if name.startswith("shard-"):
-                file = TensorFile(context.store, join(folder, "statistics", f"{name}.safetensors"))
-                merged.merge(Statistics.from_tensors({k: file.read(k) for k in file.names()}))
-        shards = [parts[name].facts for name in sorted(parts) if name.startswith("shard-")]
+        names = sorted(name for name in parts if name.startswith("shard-"))
+        merged = Statistics.of_shards(context.store, folder, lineage.d, names)
+        shards = [parts[name].facts for name in names]
         speed = summary(facts["figures"] for facts in shards if "figures" in facts)
         record = merged.write(context.store, join(folder, "stats.safetensors"))
         facts = {

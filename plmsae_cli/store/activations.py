@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from threading import Thread
 
@@ -118,6 +118,14 @@ class Statistics:
         if statistics.count:
             statistics._squares_D = tensors["variance"] * statistics.count
         return statistics
+
+    @classmethod
+    def of_shards(cls, store: Store, folder: str, d: int, shards: Iterable[str]) -> Statistics:
+        """Those of an artifact from those of its shards, merged in the given order."""
+        merged = cls(d)
+        for name in shards:
+            merged.merge(cls.read(store, join(folder, "statistics", f"{name}.safetensors")))
+        return merged
 
     def write(self, store: Store, path: str) -> FileRecord:
         """Write `stats.safetensors`."""

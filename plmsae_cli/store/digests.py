@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+import xxhash
+
+_PIECE = 4 << 20
 
 
 def remembered_sha256(path: Path, cache: Path) -> str:
     """The file's sha256, remembered by path, size and time of change."""
+    return _remembered(path, cache, "sha256", lambda file: hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def remembered_xxh3(path: Path, cache: Path) -> str:
+    """The file's xxh3 (128 bits), remembered likewise: as fast as the disk reads."""
+
+    def digest(file: io.BufferedReader) -> str:
+        state = xxhash.xxh3_128()
+        while piece := file.read(_PIECE):
+            state.update(piece)
+        return str(state.hexdigest())
+
+    return _remembered(path, cache, "xxh3", digest)
+
+
+def _remembered(path: Path, cache: Path, kind: str, digest: Callable[[io.BufferedReader], str]) -> str:
     path = path.resolve()
     status = path.stat()
     facts = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    note = cache / "sha256" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    note = cache / kind / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError):
         known = json.loads(note.read_bytes())
         if known["facts"] == facts:
-            return str(known["sha256"])
+            return str(known[kind])
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = digest(file)
     # A cache that cannot be written costs time, not the run.
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         part = note.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"facts": facts, "sha256": digest}))
+        part.write_text(json.dumps({"facts": facts, kind: found}))
         os.replace(part, note)
-    return digest
+    return found

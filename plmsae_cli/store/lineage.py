@@ -16,9 +16,10 @@ from plmsae_cli.config.base import digest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.imports import Source, open_source, scan_imported
 from plmsae_cli.store.manifest import read_manifest
 from plmsae_cli.store.proteins import Scan, scan
-from plmsae_cli.store.weights import WeightsInfo, resolve_weights
+from plmsae_cli.store.weights import WeightsInfo, cache_folder, resolve_weights
 
 FORMATS = {
     "embed": "plmsae.activations/1",
@@ -55,6 +56,7 @@ class Lineage:
     def __init__(self, experiment: Experiment, store: Store) -> None:
         self.experiment = experiment
         self.store = store
+        self._sources: dict[str, Source] = {}
 
     def _ref(self, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Ref:
         key = digest({"format": FORMATS[stage], "config": dict(config), "inputs": dict(inputs)})
@@ -68,11 +70,31 @@ class Lineage:
     @property
     def d(self) -> int:
         """Dimension of the residual stream."""
+        embed = self.experiment.embed
+        if embed is not None and embed.imported is not None:
+            return self.source(embed.layers[0]).d
         return int(self.weights.config["d"])
 
     @property
-    def num_layers(self) -> int:
-        return int(self.weights.config["num_layers"])
+    def num_layers(self) -> int | None:
+        """Of the model; None where activations are imported and nobody says from which."""
+        return int(self.weights.config["num_layers"]) if self.has_model else None
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the rows are those of `model.weights`."""
+        embed = self.experiment.embed
+        return embed is None or embed.imported is None or embed.imported.of_model
+
+    def source(self, layer: int) -> Source:
+        """Where the activations of a layer are imported from."""
+        embed = self.experiment.embed
+        assert embed is not None
+        assert embed.imported is not None
+        path = embed.imported.path.replace("{layer}", str(layer))
+        if path not in self._sources:
+            self._sources[path] = open_source(path, embed.imported.format)
+        return self._sources[path]
 
     @property
     def row_bytes(self) -> int:
@@ -89,26 +111,53 @@ class Lineage:
     @cached_property
     def fasta(self) -> Path:
         assert self.experiment.embed is not None
+        assert self.experiment.embed.fasta is not None
         return self.store.local(self.experiment.embed.fasta)
 
     @cached_property
     def scan(self) -> Scan:
-        """Lengths, split and hash of the proteins (one pass over the FASTA, cached)."""
-        assert self.experiment.embed is not None
-        return scan(self.fasta, self.experiment.embed)
+        """Lengths, split and hash of the proteins (one pass over the FASTA, cached), or of what imported rows say of theirs."""
+        embed = self.experiment.embed
+        assert embed is not None
+        proteins = None if embed.fasta is None else scan(self.fasta, embed)
+        if embed.imported is None:
+            assert proteins is not None
+            return proteins
+        source = self.source(embed.layers[0])
+        return scan_imported(source, source.digest(cache_folder()), embed.holdout, proteins)
 
     def embed(self, layer: int) -> Ref:
         embed = self.experiment.embed
         assert embed is not None
-        if layer > self.num_layers:
+        if self.num_layers is not None and layer > self.num_layers:
             raise UserError(
                 f"embed.layers: {self.weights.name} has layers 0 to {self.num_layers}, {layer} is not one of them",
                 f"the last layer is {self.num_layers}",
             )
         config = {**embed.science(), "layer": layer}
         # The number of heads, say, is not in the tensors: the model's configuration is part of its identity.
-        model = {"weights": self.weights.sha256, "model": digest(dict(self.weights.config))}
-        return self._ref("embed", config, {"fasta": self.scan.sha256, **model})
+        model = {"weights": self.weights.sha256, "model": digest(dict(self.weights.config))} if self.has_model else {}
+        fasta = {"fasta": self.scan.sha256} if embed.fasta is not None else {}
+        return self._ref("embed", config, {**fasta, **model, **self._imported(layer)})
+
+    def _imported(self, layer: int) -> dict[str, str]:
+        embed = self.experiment.embed
+        assert embed is not None
+        if embed.imported is None:
+            return {}
+        source, first = self.source(layer), self.source(embed.layers[0])
+        if self.has_model and source.d != self.weights.config["d"]:
+            raise UserError(
+                f"embed.imported: {source.path} has rows of width {source.d}, {self.weights.name} has {self.weights.config['d']}",
+                "name the model that computed them in model.weights, or leave of_model out",
+            )
+        if (source.num_rows, source.d) != (first.num_rows, first.d):
+            raise UserError(
+                f"embed.imported: {source.path} has {source.num_rows:,} rows of width {source.d}, {first.path} "
+                f"{first.num_rows:,} of {first.d}",
+                "layers imported together are of the same residues and model; import others in an experiment of their own",
+            )
+        return {"imported": source.digest(cache_folder())}
 
     def shuffle(self, layer: int) -> Ref:
         assert self.experiment.shuffle is not None

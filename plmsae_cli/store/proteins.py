@@ -35,6 +35,7 @@ from plmsae_cli.store.split import heldout, split_hash
 __all__ = [
     "Policies", "Protein", "Scan", "as_embedded", "fasta_sha256", "heldout", "kept_proteins", "locate",
     "locate_rows", "read_proteins", "scan", "split_hash", "write_proteins",
+    "write_table",
 ]  # fmt: skip
 
 SCHEMA = pa.schema(
@@ -64,9 +65,16 @@ def write_proteins(
     `shard_ranges` are those of `Scan.shard_ranges`: they cover all kept proteins in order. The bytes depend
     only on the arguments and the version of pyarrow. Raises UserError if the file changed since its scan.
     """
+    return write_table(store, path, kept_proteins(fasta, scanned, options), scanned, shard_ranges)
+
+
+def write_table(
+    store: Store, path: str, proteins: Iterator[Protein], scanned: Scan, shard_ranges: Sequence[tuple[int, int]]
+) -> FileRecord:
+    """Write the table of these proteins, which are those of the scan in its order; see `write_proteins`."""
     assert [start for start, _ in shard_ranges] == [0, *(stop for _, stop in shard_ranges[:-1])]
     assert shard_ranges[-1][1] == scanned.num_proteins
-    return store.write(path, _parquet(kept_proteins(fasta, scanned, options), scanned, shard_ranges))
+    return store.write(path, _parquet(proteins, scanned, shard_ranges))
 
 
 def _parquet(proteins: Iterator[Protein], scanned: Scan, shard_ranges: Sequence[tuple[int, int]]) -> Iterator[Buffer]:

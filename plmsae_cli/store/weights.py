@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.digests import remembered_sha256
 from plmsae_cli.store.download import download as fetch
+from plmsae_cli.store.encoders import is_encoder, resolve_encoder
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.tensorfile import write_tensors
 from plmsae_cli.store.weight_names import State, check_state, from_fair_esm, from_hugging_face
@@ -52,12 +53,13 @@ class WeightsInfo:
     name: str
     """`bundled`, a published name, `facts.name` of a folder of ours, or else the file's or folder's name."""
     path: Path
-    """A local safetensors file; for a `.pt` the copy made of it in the cache."""
+    """A local safetensors file; for a `.pt` the copy made of it in the cache; for an `encoder` its folder."""
     sha256: str
     """Of the original file (the `.pt`, or `model.safetensors`)."""
-    format: Literal["fair-esm", "hf", "plmsae"]
+    format: Literal["fair-esm", "hf", "plmsae", "encoder"]
     config: dict[str, Any]
-    """`num_layers`, `d`, `num_heads`, `token_dropout`, `vocab`."""
+    """`num_layers`, `d`, `num_heads`, `token_dropout`, `vocab`; of an `encoder` (`hf:`) the first two, and hashes of its
+    settings and its tokeniser."""
 
 
 def cache_folder() -> Path:
@@ -71,14 +73,18 @@ def resolve_weights(
     """Find weights by what a user writes, and identify them.
 
     `name_or_path` is `bundled`; a published fair-esm name, looked for in torch's hub folder and in `cache`
-    and otherwise downloaded; a fair-esm `.pt`; or a folder (Hugging Face's or ours) with config.json and
-    model.safetensors. A `.pt` is converted once, into `cache`; hashes of large files are remembered there.
+    and otherwise downloaded; a fair-esm `.pt`; a folder (Hugging Face's or ours) with config.json and
+    model.safetensors; or `hf:` and any encoder's folder or name (see `encoders`). A `.pt` is converted once, into `cache`;
+    hashes of large files are remembered there.
 
     Raises UserError where nothing is found, a file is damaged or holds objects other than data, or the
     weights are not those of an ESM-2 model of the shape they state. With `download=False` absent weights are
     an error at once.
     """
     cache = cache or cache_folder()
+    if is_encoder(name_or_path):
+        name, folder, sha256, config = resolve_encoder(name_or_path, cache)
+        return WeightsInfo(name, folder, sha256, "encoder", config)
     if name_or_path == "bundled":
         return _from_folder(str(BUNDLED), "bundled", store, cache)
     if name_or_path in PUBLISHED:
@@ -99,8 +105,14 @@ def resolve_weights(
 def load_state(info: WeightsInfo) -> State:
     """The tensors in our names, in the dtypes they are stored in, checked against the configuration.
 
-    `rotary.inv_freq` is there only if the file holds it. Raises UserError as `resolve_weights` does.
+    `rotary.inv_freq` is there only if the file holds it. Raises UserError as `resolve_weights` does, and for an `hf:` model,
+    whose tensors have names of their own.
     """
+    if info.format == "encoder":
+        raise UserError(
+            f"model.weights: hf:{info.name} can be embedded, but not taken apart as this needs",
+            "name an ESM-2 model without hf:, or leave this out",
+        )
     state = _read_tensors(info.path)
     if info.format == "hf":
         state = from_hugging_face(state, str(info.path))

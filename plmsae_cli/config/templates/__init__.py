@@ -15,9 +15,10 @@ NAMES = ("sae", "plm", "sweep")
 
 _WIDTH = 100
 # Sections of the other kind of experiment, and those that need files of their own: shown, but commented out.
-_OFF = ("train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes", "eval.encode")
+_OFF = ("embed.imported", "train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes", "eval.encode")
 _EXAMPLES: dict[str, Any] = {
     "embed.fasta": "proteins.fasta.gz",
+    "embed.imported.path": "activations/",
     "embed.layers": [6],
     "train.plm.fasta": "proteins.fasta.gz",
     "sweep.grid": {"train.sae.k": [16, 32, 64]},

@@ -23,6 +23,7 @@ from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Shape, Typical,
 from plmsae_cli.runtime.embedding.transfer import Stopwatch, Transfer, transfer_for
 from plmsae_cli.runtime.embedding.windows import Piece, pieces
 from plmsae_cli.runtime.models import load_plm
+from plmsae_cli.store.encoders import is_encoder
 from plmsae_cli.store.fs import Store
 
 COMPILE_MODE: str | None = None
@@ -49,7 +50,7 @@ class Stream:
         self.figures = Figures()
         self.budget = 0
         self.compiled = False
-        self._embedder, self._watch = embedder, watch
+        self._embedder, self.watch = embedder, watch
         self._begun, self._waited = time.monotonic(), embedder.transfer.wait_seconds
         self.deliveries: list[Future[None]] = []
 
@@ -65,7 +66,7 @@ class Stream:
     def wait(self) -> Figures:
         """Wait until every row is delivered."""
         self.settle()
-        self.figures.busy_seconds = self._watch.seconds()
+        self.figures.busy_seconds = self.watch.seconds()
         now = time.monotonic()
         # Streams overlap: what is counted for one is not counted for the next.
         self.figures.seconds = now - max(self._begun, self._embedder.last_done)
@@ -83,7 +84,8 @@ class Embedder:
         self.dtype = compute_dtype(compute, self.device)
         self.compute = str(self.dtype).removeprefix("torch.")
         self.model = load_plm(weights, store, self.device, self.dtype)
-        self.attention = attention_backend(self.device, self.dtype, self.model.config.head_dim)
+        self.d = self.model.config.d
+        self.attention: str = attention_backend(self.device, self.dtype, self.model.config.head_dim)
         self.compile_mode, self.any_length = COMPILE_MODE, ANY_LENGTH
         self.last_done = 0.0
         self._backed_off = sys.maxsize
@@ -95,7 +97,12 @@ class Embedder:
         """The process's one instance for these weights."""
         key = (weights, compute)
         if key not in cls._shared:
-            cls._shared[key] = cls(weights, store, compute)
+            if is_encoder(weights):
+                from plmsae_cli.runtime.embedding.encoder import EncoderEmbedder
+
+                cls._shared[key] = EncoderEmbedder(weights, store, compute)
+            else:
+                cls._shared[key] = cls(weights, store, compute)
         return cls._shared[key]
 
     @cached_property
@@ -184,10 +191,10 @@ class Embedder:
         figures = stream.figures
         for done, batch in enumerate(ahead(make, order)):
             check_stop()
-            stream._watch.begin()
+            stream.watch.begin()
             try:
                 for layer, rows_RD in self._pass(batch, layers, stored):
-                    deliver = _delivery(put, layer, batch.pieces)
+                    deliver = delivery(put, layer, batch.pieces)
                     stream.deliveries.append(self.transfer.send(rows_RD[: batch.num_rows], deliver))
                 failed = None
             except torch.cuda.OutOfMemoryError as error:
@@ -197,20 +204,9 @@ class Embedder:
                 print(f"torch.compile fails here, going on without it: {first}", file=sys.stderr, flush=True)
                 self._compiles = stream.compiled = False
                 return [left[i] for chosen, _ in order[done:] for i in chosen]
-            stream._watch.end()
+            stream.watch.end()
             if failed is not None:
-                if len(batch.pieces) == 1:
-                    size = batch.pieces[0].stop - batch.pieces[0].start
-                    raise UserError(
-                        f"the GPU's memory does not hold one protein of {size:,} residues",
-                        "lower embed.max_length, or use a GPU with more memory",
-                    ) from failed
-                stream.settle()  # rows of this pass on their way must not arrive after the second attempt's
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                self._backed_off = stream.budget // 2
-                message = f"out of GPU memory: embed.batch_tokens halved to {self._backed_off:,}"
-                print(message, file=sys.stderr, flush=True)
+                self.back_off(stream, len(batch.pieces), batch.pieces[0].stop - batch.pieces[0].start, failed)
                 return [left[i] for chosen, _ in order[done:] for i in chosen]
             figures.passes += 1
             figures.residues += batch.num_rows
@@ -218,6 +214,19 @@ class Embedder:
             figures.pad_tokens += batch.num_padding
             progress[0](figures.residues, progress[1], unit="residues")
         return []
+
+    def back_off(self, stream: Stream, documents: int, longest: int, failed: Exception) -> None:
+        """Halve the budget after memory ran out on so many documents. Raises UserError where it was one alone."""
+        if documents == 1:
+            raise UserError(
+                f"the GPU's memory does not hold one protein of {longest:,} residues",
+                "lower embed.max_length, or use a GPU with more memory",
+            ) from failed
+        stream.settle()  # rows of this pass on their way must not arrive after the second attempt's
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._backed_off = stream.budget // 2
+        print(f"out of GPU memory: embed.batch_tokens halved to {self._backed_off:,}", file=sys.stderr, flush=True)
 
     @torch.no_grad()
     def _pass(self, batch: Batch, layers: Sequence[int], stored: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
@@ -240,7 +249,7 @@ class Embedder:
         check_stop: Callable[[], None],
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """`stream` into memory: layer -> (training rows [R, d], held-out rows [H, d]), in the order of the sequences."""
-        stored, d = getattr(torch, dtype), self.model.config.d
+        stored, d = getattr(torch, dtype), self.d
         places: dict[int, int] = {}
         totals = []
         for side in (False, True):
@@ -258,7 +267,7 @@ class Embedder:
         return {layer: (training, held) for layer, (training, held) in rows.items()}
 
 
-def _delivery(put: Put, layer: int, pieces: Sequence[Piece]) -> Callable[[torch.Tensor], None]:
+def delivery(put: Put, layer: int, pieces: Sequence[Piece]) -> Callable[[torch.Tensor], None]:
     def deliver(rows_RD: torch.Tensor) -> None:
         at = 0
         for piece in pieces:

@@ -135,6 +135,21 @@ class Embed(Section):
     """Compile the forward pass (torch.compile); `auto` does on GPUs where the work is long enough to repay it."""
     shard: Bytes = Field(default="1GB", validate_default=True)
     """Bytes of one shard of one layer, the unit of work and of resuming. Fixed by the first start."""
+    layout: Literal["plain", "bucketed"] = "plain"
+    """`plain`: all rows in protein order. `bucketed`: embed writes them sorted by their place in the shuffled order, as
+    `shuffle` would, which then has nothing to do; the same dataset, with one reading and one writing of all rows less."""
+    ordered_rows: Annotated[int, Field(ge=0)] = 20_000_000
+    """With `layout: bucketed`: how many rows, from the first on, are kept in protein order as well. Fixed by the first start."""
+
+    @model_validator(mode="after")
+    def _slice_has_an_effect(self) -> Embed:
+        if self.layout == "plain" and self.ordered_rows != type(self).model_fields["ordered_rows"].default:
+            raise rule(
+                "ordered_rows",
+                "ordered_rows has no effect with layout: plain, which keeps all rows in order",
+                "remove it or use layout: bucketed",
+            )
+        return self
 
     def science(self) -> dict[str, Any]:
         chosen = super().science()

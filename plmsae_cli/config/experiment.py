@@ -74,6 +74,12 @@ class Experiment(Section):
             for upstream in inputs:
                 if getattr(self, stage) is not None and getattr(self, upstream) is None:
                     raise rule(stage, f"{stage} needs a {upstream} section", f"add `{upstream}:` or remove `{stage}:`")
+        if self.embed is not None and self.embed.layout == "bucketed" and self.shuffle is None:
+            raise rule(
+                "embed.layout",
+                "layout: bucketed sorts rows by the order of shuffle, and there is no shuffle section",
+                "add `shuffle: {}`, or remove layout",
+            )
         if self.train is not None and self.train.kind == "sae" and self.train.data is None and self.optimize is None:
             raise rule(
                 "train", "train needs data", "add embed, shuffle and optimize sections, or train.data: a dataset folder"

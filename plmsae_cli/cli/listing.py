@@ -94,8 +94,10 @@ def _data(path: Path, users: dict[str, list[str]]) -> dict[str, Any]:
     assert manifest is not None
     files = manifest.get("files", [])
     chunks = sum(file["name"].startswith("chunk-") for file in files)
-    facts = ("d", "heldout_rows", "chunk_rows", "seed", "weights", "fasta", "num_layers", "inputs", "created", "freed")
-    facts += ("layout", "ordered_rows", "sorted_in")
+    facts = (
+        "d", "heldout_rows", "ordered_rows", "sorted_in", "chunk_rows", "seed", "weights", "fasta", "num_layers", "inputs",
+        "created", "freed",
+    )  # fmt: skip
     return {
         "folder": str(folder),
         "stage": manifest["stage"],

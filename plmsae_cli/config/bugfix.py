@@ -80,7 +80,7 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
         section, _, field = path.partition(".")
         if data[section] is not None:
             data[section][field] = value
-    if data["embed"] is not None and data["embed"]["layout"] == "bucketed":
+    if data["embed"] is not None and data["embed"].get("layout") == "bucketed":
         data["embed"]["shard"] = _SORTED_SHARD
     if data["train"] is not None:
         _cut_train(data["train"], layers, fasta)

@@ -104,6 +104,8 @@ def _bytes(count: float) -> str:
 
 def _time(seconds: float) -> str:
     hours = seconds / 3600
+    if hours < 0.05:
+        return f"{seconds / 60:.0f} min"
     return f"{hours / 24:,.0f} d" if hours >= 240 else f"{hours / 24:.1f} d" if hours >= 48 else f"{hours:.1f} h"
 
 

@@ -1,4 +1,4 @@
-"""Sorted shards in a bucket, the process killed while it writes and between two manifests: the blocks are those of a calm start."""
+"""Sorted shards in a bucket, killed while they are written and between two manifests: the blocks are those of a calm start."""
 
 from __future__ import annotations
 

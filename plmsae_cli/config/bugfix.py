@@ -67,7 +67,7 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
     data = experiment.dump()
     _own_data(data)
     layers = _layer_map(data)
-    data |= {"root": "runs/bugfix", "data_root": None, "storage": {}, "model": {"weights": "bundled"}}
+    data |= {"root": "runs/bugfix", "data_root": None, "storage": {}, "model": {"weights": "bundled"}, "limits": {}}
     gpus = experiment.launch.gpus
     data["launch"] = {"executor": "local", "gpus": 0 if gpus == 0 else "auto", "ranks": 2, "workers": 2}
     if data["wandb"]["mode"] == "online":
@@ -199,8 +199,8 @@ _SET: dict[str, float] = {
 }
 # Axes that name inputs, sizes or machines: a smoke run has one of each.
 _FIXED = (
-    "data_root", "launch", "storage", "model", "wandb", "embed.fasta", "embed.shard", "embed.ordered_rows", "embed.compute",
-    "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory", "optimize.chunk", "train.data",
+    "data_root", "launch", "storage", "model", "wandb", "limits", "embed.fasta", "embed.shard", "embed.ordered_rows",
+    "embed.compute", "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory", "optimize.chunk", "train.data",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.{axis}" for axis in _ANNOTATED),
 )  # fmt: skip

@@ -188,6 +188,17 @@ class Price(Section):
     """A million requests to the object store."""
 
 
+class Limits(Section):
+    """What a start may take by its own plan. Beyond it nothing is begun, unless with `--yes`."""
+
+    gpu_hours: Annotated[float, Field(ge=0.0)] | None = None
+    """Hours of GPUs that `embed` is predicted to take, all of them counted."""
+    bytes: Bytes | None = None
+    """Bytes of the data that would be made."""
+    usd: Annotated[float, Field(ge=0.0)] | None = None
+    """Dollars by `price`: the GPU hours, the requests, and one day of keeping the new data."""
+
+
 class Optimize(Section):
     """Buckets to a streamable dataset: LitData chunks that unmodified `litdata` reads too."""
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plmsae_cli.store.passes import Effort, Passes, divide, held_rows, optimize_effort, shuffle_effort
+from plmsae_cli.store.passes import (
+    Effort,
+    Passes,
+    divide,
+    held_rows,
+    most_sorted,
+    optimize_effort,
+    shuffle_effort,
+    sorted_shards,
+)
 
 PAGE = Path(__file__).with_name("scale.md")
 BEGIN, END = "<!-- tables: made by docs/scale.py, do not edit -->", "<!-- end of tables -->"
@@ -25,10 +34,22 @@ def simulated(data: int, memory: int) -> tuple[Passes, Effort]:
     """What `shuffle` and `optimize` plan together for so many bytes of rows on S3."""
     rows = data // ROW_BYTES
     passes = divide(rows, ROW_BYTES, memory, remote=True)
+    return passes, shuffle_effort(passes, ROW_BYTES, SHARD) + _reduce(passes, memory)
+
+
+def bucketed(data: int, memory: int) -> Effort | None:
+    """What `optimize` alone does after `embed.layout: bucketed`, its shards as large as the memory; None: too many shards."""
+    rows, held = data // ROW_BYTES, held_rows(memory, ROW_BYTES)
+    if -(-rows // held) > most_sorted(rows, ROW_BYTES, memory, remote=True):
+        return None
+    whole, rest = divmod(rows, held)
+    return _reduce(sorted_shards([held] * whole + [rest] * (rest > 0)), memory)
+
+
+def _reduce(passes: Passes, memory: int) -> Effort:
     chunk_rows = CHUNK // (BLOCK_ROWS * ROW_BYTES) * BLOCK_ROWS
     per_task = max(1, held_rows(memory, ROW_BYTES) // chunk_rows)
-    moved = shuffle_effort(passes, ROW_BYTES, SHARD) + optimize_effort(passes, ROW_BYTES, chunk_rows, per_task, memory)
-    return passes, moved
+    return optimize_effort(passes, ROW_BYTES, chunk_rows, per_task, memory)
 
 
 def tables() -> str:
@@ -40,6 +61,7 @@ def _table(memory: int) -> str:
     head = [
         "data", "passes", "map", "merge", "reduce", "read", "written", "temporary", "requests", "of these $",
         *(f"{count} machine{'s' if count > 1 else ''}" for count in MACHINES),
+        "bucketed: moved", *(f"bucketed: {count}" for count in MACHINES),
     ]  # fmt: skip
     lines = [f"### Tasks of {memory // 10**9} GB\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, data in SIZES.items():
@@ -60,6 +82,15 @@ def _table(memory: int) -> str:
             f"{moved.requests / 1e6 * MILLION_REQUESTS:,.0f}",
             *(_time(moved.seconds(SPEED, count)) for count in MACHINES),
         ]
+        after = bucketed(data, memory)
+        cells += (
+            ["-"] * (1 + len(MACHINES))
+            if after is None
+            else [
+                f"{_bytes(after.bytes_read)} + {_bytes(after.bytes_written)}",
+                *(_time(after.seconds(SPEED, count)) for count in MACHINES),
+            ]
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -73,6 +104,8 @@ def _bytes(count: float) -> str:
 
 def _time(seconds: float) -> str:
     hours = seconds / 3600
+    if hours < 0.05:
+        return f"{seconds / 60:.0f} min"
     return f"{hours / 24:,.0f} d" if hours >= 240 else f"{hours / 24:.1f} d" if hours >= 48 else f"{hours:.1f} h"
 
 

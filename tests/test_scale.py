@@ -33,3 +33,16 @@ def test_bytes_follow_from_the_passes() -> None:
             passes, moved = scale.simulated(data, memory)
             assert moved.bytes_read == pytest.approx(passes.count * data, rel=0.01)
             assert moved.bytes_written == pytest.approx(passes.count * data, rel=0.01)
+
+
+def test_bucketed_leaves_one_reading_and_one_writing_where_two_passes_do() -> None:
+    scale = _scale()
+    for data in scale.SIZES.values():
+        for memory in scale.MEMORIES:
+            passes, moved = scale.simulated(data, memory)
+            after = scale.bucketed(data, memory)
+            assert (after is None) == (passes.count > 2)
+            if after is not None:
+                assert after.bytes_read == pytest.approx(data, rel=0.01)
+                assert after.bytes_written == pytest.approx(data, rel=0.01)
+                assert 2 * after.seconds(1e9) == pytest.approx(moved.seconds(1e9), rel=0.01)

@@ -12,7 +12,7 @@ import typer
 
 from plmsae_cli import __version__
 from plmsae_cli.cli.help import Verb, Verbs
-from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, Tasks, WithInputs
+from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, Tasks, WithInputs, Yes
 
 app = typer.Typer(
     name="plmsae",
@@ -65,11 +65,12 @@ def _stage(
     plain: bool,
     inputs: bool,
     restart: bool,
+    yes: bool,
     tasks: str | None = None,
 ) -> None:
     from plmsae_cli.cli.stage import run_stage
 
-    raise typer.Exit(run_stage(name, path, sets, dry, bugfix, as_json, plain, inputs, restart, tasks))
+    raise typer.Exit(run_stage(name, path, sets, dry, bugfix, as_json, plain, inputs, restart, tasks, yes))
 
 
 @_stage_verb()
@@ -81,6 +82,7 @@ def embed(
     json: Json = False,
     no_progress: NoProgress = False,
     tasks: Tasks = None,
+    yes: Yes = False,
 ) -> None:
     """Proteins (FASTA) to the language model's activations: one row of numbers for each residue.
 
@@ -88,7 +90,7 @@ def embed(
     held-out ones, and statistics. KEY is a hash of the proteins, the model and the layer: what exists is not made
     again.
     """
-    _stage("embed", yaml, set_, dry_run, bugfix, json, no_progress, False, False, tasks)
+    _stage("embed", yaml, set_, dry_run, bugfix, json, no_progress, False, False, yes, tasks)
 
 
 @_stage_verb()
@@ -101,12 +103,13 @@ def shuffle(
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
     tasks: Tasks = None,
+    yes: Yes = False,
 ) -> None:
     """Activations to one random order over all rows.
 
     Training wants neighbouring rows from different proteins. The order is a function of shuffle.seed alone.
     """
-    _stage("shuffle", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, tasks)
+    _stage("shuffle", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes, tasks)
 
 
 @_stage_verb()
@@ -119,12 +122,13 @@ def optimize(
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
     tasks: Tasks = None,
+    yes: Yes = False,
 ) -> None:
     """Shuffled rows to a dataset that training streams, from disk or S3.
 
     The result is a folder optimize-KEY of LitData chunks. Others can train from it alone (train.data).
     """
-    _stage("optimize", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, tasks)
+    _stage("optimize", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes, tasks)
 
 
 @_stage_verb()
@@ -137,12 +141,13 @@ def train(
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
     restart: Restart = False,
+    yes: Yes = False,
 ) -> None:
     """Dataset to a sparse autoencoder, or FASTA to a language model (train.kind).
 
     Checkpoints, metrics and the model go to ROOT/NAME. Starting again continues from the newest checkpoint.
     """
-    _stage("train", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart)
+    _stage("train", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart, yes)
 
 
 @_stage_verb()
@@ -155,13 +160,14 @@ def sweep(
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
     restart: Restart = False,
+    yes: Yes = False,
 ) -> None:
     """Many trainings on one dataset: every combination of sweep.grid, every SAE of train.saes.
 
     Each is a run of its own in ROOT/NAME/trials, and is evaluated too if there is an eval section. SAEs of
     train.saes, or with sweep.stream: shared all that can, train side by side while the dataset is read once.
     """
-    _stage("sweep", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart)
+    _stage("sweep", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart, yes)
 
 
 @_stage_verb()
@@ -173,12 +179,13 @@ def eval(
     json: Json = False,
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
+    yes: Yes = False,
 ) -> None:
     """What the dictionary has learnt: figures, a table of latents and an HTML report.
 
     Results are in ROOT/NAME/eval, the page in ROOT/NAME/report/index.html.
     """
-    _stage("eval", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False)
+    _stage("eval", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes)
 
 
 @_run_verb(
@@ -197,6 +204,7 @@ def run(
     json: Json = False,
     no_progress: NoProgress = False,
     restart: Restart = False,
+    yes: Yes = False,
 ) -> None:
     """Every stage of each experiment, in order; what is done already is skipped.
 
@@ -205,7 +213,7 @@ def run(
     """
     from plmsae_cli.cli.run import run_files
 
-    raise typer.Exit(run_files(targets, set_, dry_run, bugfix, json, no_progress, restart))
+    raise typer.Exit(run_files(targets, set_, dry_run, bugfix, json, no_progress, restart, yes))
 
 
 @_tool_verb()

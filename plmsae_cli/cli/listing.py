@@ -94,7 +94,10 @@ def _data(path: Path, users: dict[str, list[str]]) -> dict[str, Any]:
     assert manifest is not None
     files = manifest.get("files", [])
     chunks = sum(file["name"].startswith("chunk-") for file in files)
-    facts = ("d", "heldout_rows", "chunk_rows", "seed", "weights", "fasta", "num_layers", "inputs", "created", "freed")
+    facts = (
+        "d", "heldout_rows", "ordered_rows", "sorted_in", "chunk_rows", "seed", "weights", "fasta", "num_layers", "inputs",
+        "created", "freed",
+    )  # fmt: skip
     return {
         "folder": str(folder),
         "stage": manifest["stage"],
@@ -117,9 +120,13 @@ def show_data(folder: Path, as_json: bool) -> int:
         print(json.dumps({"schema": 1, **found}))
         return DONE
     weights, fasta = found.get("weights"), found.get("fasta")
+    sorted_in = found.get("sorted_in")
     lines = {
         "rows": f"{found['rows']:,}" + (f" and {found['heldout_rows']:,} held out" if "heldout_rows" in found else ""),
         "size": f"{size(found['bytes'])} in {found['files']:,} files",
+        "layout": f"bucketed: {found['ordered_rows']:,} of them in protein order, all sorted in {sorted_in}"
+        if sorted_in
+        else None,
         "chunks": f"{found['chunks']:,} of up to {found['chunk_rows']:,} rows" if "chunks" in found else None,
         "type": f"{found['dtype']}, {found['d']:,} dimensions" if "d" in found else found["dtype"],
         "layer": f"{found['layer']} of {found.get('num_layers') or '?'}" if found["layer"] is not None else None,

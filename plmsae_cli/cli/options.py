@@ -36,3 +36,4 @@ Tasks = Annotated[
         "--tasks", metavar="I/N", help="Do share I of N of the stage's tasks and leave; whoever does the last merges."
     ),
 ]
+Yes = Annotated[bool, typer.Option("--yes", help="Start even where the plan is beyond `limits` of the YAML.")]

@@ -25,6 +25,7 @@ def run_files(
     as_json: bool,
     no_progress: bool,
     restart: bool,
+    yes: bool = False,
 ) -> int:
     """Validate all, then run all."""
     loaded: dict[Path, Loaded] = {}
@@ -49,7 +50,7 @@ def run_files(
         code = checked(prepare)
         if code or dry_run:
             return code
-        return _queue(targets, loaded, sets, bugfix, as_json, no_progress, restart)
+        return _queue(targets, loaded, sets, bugfix, as_json, no_progress, restart, yes)
 
 
 def read_all(paths: Sequence[Path], sets: Sequence[str] | None, bugfix: bool, loaded: dict[Path, Loaded]) -> int:
@@ -81,6 +82,7 @@ def _queue(
     as_json: bool,
     no_progress: bool,
     restart: bool,
+    yes: bool,
 ) -> int:
     from plmsae_cli.executors.pipeline import run_experiment
     from plmsae_cli.executors.queue import run_queue
@@ -99,7 +101,7 @@ def _queue(
         shown.say(f"== {entry.path}")
 
         def plan() -> int:
-            preflight(one.experiment, one.experiment.stages(), fetch=True)
+            preflight(one.experiment, one.experiment.stages(), fetch=True, yes=yes)
             return DONE
 
         if code := checked(plan):

@@ -27,7 +27,7 @@ def value(name: str, found: Any) -> str:
 
 def plan_lines(plan: Plan) -> list[str]:
     """A plan for the terminal."""
-    lines = [f"{plan.stage}: {'done already' if plan.done else f'{len(plan.tasks)} task(s) to do'}"]
+    lines = [f"{plan.stage}: {plan.note or 'done already' if plan.done else f'{len(plan.tasks)} task(s) to do'}"]
     for role, made in plan.artifacts.items():
         lines.append(f"  {role}: {made.folder}{' (exists)' if made.done else ''}")
     lines += _figures(plan.figures, "  ")

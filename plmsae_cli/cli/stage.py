@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.cli.exits import DONE, INTERRUPTED, checked, failure
+from plmsae_cli.cli.limits import refuse_beyond
 
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Experiment
@@ -53,6 +54,7 @@ def run_stage(
     with_inputs: bool,
     restart: bool,
     tasks: str | None = None,
+    yes: bool = False,
 ) -> int:
     """One stage, or with `with_inputs` the stages before it as well; with `tasks` a share of its tasks alone."""
     chosen: list[tuple[Loaded, list[str]]] = []
@@ -91,7 +93,7 @@ def run_stage(
                 f"{stage} needs what does not exist yet:\n{listed}",
                 f"`plmsae run {path}` makes everything, `plmsae {stage} {path} --with-inputs` what this stage needs",
             )
-        preflight(experiment, stages, fetch=True)
+        preflight(experiment, stages, fetch=True, yes=yes)
         chosen.append((loaded, stages))
         return DONE
 
@@ -187,11 +189,12 @@ def dry(experiments: Sequence[Loaded], stages: Sequence[str] | None, as_json: bo
     return DONE
 
 
-def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool) -> list[Plan]:
+def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool, yes: bool = False) -> list[Plan]:
     """Plan everything before anything runs: what a later stage would refuse shows before an earlier one has worked.
 
     Args:
         fetch: work will follow: download published weights that are absent (otherwise an error), try writing to the bucket.
+        yes: whatever `limits` say.
 
     Raises:
         UserError: an input is missing, settings do not fit each other, or a folder cannot be written.
@@ -210,7 +213,10 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool) -> lis
     _reach(experiment, write=fetch)
     if fetch and experiment.embed is not None:
         resolve_weights(experiment.model.weights, Store(experiment.storage))
-    return plans_of(experiment, stages)
+    plans = plans_of(experiment, stages)
+    if not yes:
+        refuse_beyond(experiment, stages)
+    return plans
 
 
 def _reach(experiment: Experiment, write: bool) -> None:

@@ -51,6 +51,7 @@ _SMALL_DATA = {
     "optimize.block_rows": _ROWS,
     "embed.shard": 1_000_000,
 }
+_SORTED_SHARD = 500_000  # of every layer of the bundled model, within shuffle.memory
 # Axes that need annotated proteins, of which the package has none.
 _ANNOTATED = ("concepts", "families", "probes", "encode")
 _EVERY = {"log_every": 1, "checkpoint_every": STEPS // 2}
@@ -66,7 +67,7 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
     data = experiment.dump()
     _own_data(data)
     layers = _layer_map(data)
-    data |= {"root": "runs/bugfix", "data_root": None, "storage": {}, "model": {"weights": "bundled"}}
+    data |= {"root": "runs/bugfix", "data_root": None, "storage": {}, "model": {"weights": "bundled"}, "limits": {}}
     gpus = experiment.launch.gpus
     data["launch"] = {"executor": "local", "gpus": 0 if gpus == 0 else "auto", "ranks": 2, "workers": 2}
     if data["wandb"]["mode"] == "online":
@@ -79,6 +80,8 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
         section, _, field = path.partition(".")
         if data[section] is not None:
             data[section][field] = value
+    if data["embed"] is not None and data["embed"].get("layout") == "bucketed":
+        data["embed"]["shard"] = _SORTED_SHARD
     if data["train"] is not None:
         _cut_train(data["train"], layers, fasta)
     if data["eval"] is not None:
@@ -196,8 +199,9 @@ _SET: dict[str, float] = {
 }
 # Axes that name inputs, sizes or machines: a smoke run has one of each.
 _FIXED = (
-    "data_root", "launch", "storage", "model", "wandb", "embed.fasta", "embed.imported", "embed.shard", "embed.compute",
-    "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory", "optimize.chunk", "train.data",
+    "data_root", "launch", "storage", "model", "wandb", "limits", "embed.fasta", "embed.imported", "embed.shard",
+    "embed.ordered_rows", "embed.compute", "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory",
+    "optimize.chunk", "train.data",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.{axis}" for axis in _ANNOTATED),
 )  # fmt: skip

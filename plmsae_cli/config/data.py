@@ -153,6 +153,21 @@ class Embed(Section):
     """Compile the forward pass (torch.compile); `auto` does on GPUs where the work is long enough to repay it."""
     shard: Bytes = Field(default="1GB", validate_default=True)
     """Bytes of one shard of one layer, the unit of work and of resuming. Fixed by the first start."""
+    layout: Literal["plain", "bucketed"] = "plain"
+    """`plain`: all rows in protein order. `bucketed`: embed writes them sorted by their place in the shuffled order, as
+    `shuffle` would, which then has nothing to do; the same dataset, with one reading and one writing of all rows less."""
+    ordered_rows: Annotated[int, Field(ge=0)] = 20_000_000
+    """With `layout: bucketed`: how many rows, from the first on, are kept in protein order as well. Fixed by the first start."""
+
+    @model_validator(mode="after")
+    def _slice_has_an_effect(self) -> Embed:
+        if self.layout == "plain" and self.ordered_rows != type(self).model_fields["ordered_rows"].default:
+            raise rule(
+                "ordered_rows",
+                "ordered_rows has no effect with layout: plain, which keeps all rows in order",
+                "remove it or use layout: bucketed",
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Embed:
@@ -164,6 +179,10 @@ class Embed(Section):
                     "add fasta, or imported: activations that exist",
                 )
             return self
+        if self.layout == "bucketed":
+            raise rule(
+                "layout", "layout: bucketed has no effect on imported rows, which are copied in order", "remove it"
+            )
         if "://" in self.imported.path:
             raise rule("imported.path", "activations are imported from a local disk", "copy them to one first")
         if len(self.layers) > 1 and "{layer}" not in self.imported.path:
@@ -220,6 +239,17 @@ class Price(Section):
     """Keeping 10^12 bytes for a day."""
     million_requests: Annotated[float, Field(ge=0.0)] | None = None
     """A million requests to the object store."""
+
+
+class Limits(Section):
+    """What a start may take by its own plan. Beyond it nothing is begun, unless with `--yes`."""
+
+    gpu_hours: Annotated[float, Field(ge=0.0)] | None = None
+    """Hours of GPUs that `embed` is predicted to take, all of them counted."""
+    bytes: Bytes | None = None
+    """Bytes of the data that would be made."""
+    usd: Annotated[float, Field(ge=0.0)] | None = None
+    """Dollars by `price`: the GPU hours, the requests, and one day of keeping the new data."""
 
 
 class Optimize(Section):

@@ -7,13 +7,14 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from plmsae_cli.config.base import Name, Section, rule
-from plmsae_cli.config.data import Embed, Imported, Keep, Launch, Model, Optimize, Price, Shuffle, Storage
+from plmsae_cli.config.data import Embed, Imported, Keep, Launch, Limits, Model, Optimize, Price, Shuffle, Storage
 from plmsae_cli.config.evaluation import Concepts, Encode, Eval, Families, Fidelity, Probes
 from plmsae_cli.config.sweep import Sweep
 from plmsae_cli.config.training import PLM, SAE, Train
 
 __all__ = [
     "PLM", "SAE", "Concepts", "Embed", "Encode", "Eval", "Experiment", "Families", "Fidelity", "Imported", "Keep", "Launch",
+    "Limits",
     "Model", "Optimize", "Price", "Probes", "Shuffle", "Storage", "Sweep", "Train", "Wandb",
 ]  # fmt: skip
 
@@ -66,6 +67,8 @@ class Experiment(Section):
     """What stays on the disk when its purpose is served."""
     price: Price = Price()
     """What things cost, for the dry run."""
+    limits: Limits = Limits()
+    """What a start may take by its own plan."""
 
     @model_validator(mode="after")
     def _stages_have_their_inputs(self) -> Experiment:
@@ -74,6 +77,12 @@ class Experiment(Section):
             for upstream in inputs:
                 if getattr(self, stage) is not None and getattr(self, upstream) is None:
                     raise rule(stage, f"{stage} needs a {upstream} section", f"add `{upstream}:` or remove `{stage}:`")
+        if self.embed is not None and self.embed.layout == "bucketed" and self.shuffle is None:
+            raise rule(
+                "embed.layout",
+                "layout: bucketed sorts rows by the order of shuffle, and there is no shuffle section",
+                "add `shuffle: {}`, or remove layout",
+            )
         if self.train is not None and self.train.kind == "sae" and self.train.data is None and self.optimize is None:
             raise rule(
                 "train", "train needs data", "add embed, shuffle and optimize sections, or train.data: a dataset folder"
@@ -94,6 +103,12 @@ class Experiment(Section):
         ):
             raise rule(
                 "sweep.stream", "stream: shared is for SAEs; language models train one after the other", "remove it"
+            )
+        if self.limits.usd is not None and self.price == Price():
+            raise rule(
+                "limits.usd",
+                "limits.usd cannot be reckoned without prices",
+                "add `price: {gpu_hour: 2.5}`, or remove it",
             )
         if all(getattr(self, stage) is None for stage in STAGES):
             raise rule("", "no stage in this experiment", f"add one of: {', '.join(STAGES)}")

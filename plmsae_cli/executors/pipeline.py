@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from plmsae_cli.stages.sweep import Trial
 
 DATA_STAGES = ("embed", "shuffle", "optimize")
+_PAIR = ("embed", "shuffle")
 
 
 class Locked(UserError):
@@ -72,10 +73,15 @@ def missing_inputs(stage: str, experiment: Experiment, store: Store) -> list[str
         return []
     if stage in ("shuffle", "optimize"):
         assert experiment.embed is not None
-        upstream = {"shuffle": "embed", "optimize": "shuffle"}[stage]
-        refs = [getattr(lineage, upstream)(layer) for layer in wanted_layers(upstream, experiment, store)]
-        unmade = [r.folder for r in refs if read_manifest(store, r.folder) is None]
-        return [f"{folder} ({upstream})" for folder in unmade]
+        if experiment.embed.layout == "bucketed":  # embed makes what both read
+            upstreams = [
+                (layer, name, "embed") for layer in wanted_layers("embed", experiment, store) for name in _PAIR
+            ]
+        else:
+            before = {"shuffle": "embed", "optimize": "shuffle"}[stage]
+            upstreams = [(layer, before, before) for layer in wanted_layers(before, experiment, store)]
+        folders = [(getattr(lineage, name)(layer).folder, maker) for layer, name, maker in upstreams]
+        return [f"{folder} ({maker})" for folder, maker in folders if read_manifest(store, folder) is None]
     if stage in ("train", "sweep"):
         if experiment.train is not None and experiment.train.data is not None:
             return []
@@ -181,12 +187,14 @@ def _stage(
     if stage == "train":
         run.claim_identity(Lineage(experiment, store).run_identity())
     plan = plan_stage(stage, experiment, store, layers)
+    own = {role: a for role, a in plan.artifacts.items() if a.of in (None, stage)}
     pointers = {
-        (stage if len(plan.artifacts) == 1 else f"{stage}-{role}"): {"folder": a.folder, "key": a.key, "rows": a.rows}
-        for role, a in plan.artifacts.items()
+        (stage if len(own) == 1 else f"{stage}-{role}"): {"folder": a.folder, "key": a.key, "rows": a.rows}
+        for role, a in own.items()
     }
     if plan.done:
-        reporter.say(f"{stage}: nothing to do, {_where(plan) or 'a later artifact exists'}")
+        why = f" ({plan.note})" if plan.note else ""
+        reporter.say(f"{stage}: nothing to do, {_where(plan) or 'a later artifact exists'}{why}")
         run.point({k: v for k, v in pointers.items() if v["folder"] != str(run.path)})
         return False
     begun = time.monotonic()

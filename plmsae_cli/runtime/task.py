@@ -69,6 +69,8 @@ class Artifact:
     bytes: int = 0
     plan: Mapping[str, Any] | None = None
     """Choices fixed by the first start (shard ranges, bucket rows), stored as plan.json before any work."""
+    of: str | None = None
+    """The stage that a run points to it for, where that is not the plan's own."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Plan:
     """Role (`layer-24`, `run`) -> artifact."""
     figures: Mapping[str, Any]
     """Plain values for people: rows, bytes, steps, memory."""
+    note: str = ""
+    """Why there is nothing to do, where it is not that a start before has done it."""
 
     @property
     def done(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,11 @@ from plmsae_cli.runtime.task import Artifact, Result, Task
 from plmsae_cli.store.fs import DamagedError, Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage, Ref
 from plmsae_cli.store.manifest import Part, done_tasks, read_manifest, read_parts, verify
-from plmsae_cli.store.passes import Effort, Passes, divide
+from plmsae_cli.store.passes import Effort, Passes, divide, sorted_shards
 
 FINISH = "finish"
+CALIBRATION_ROWS = 1_000_000
+"""Rows that the means and deviations of int8 are taken from."""
 _SAMPLED_PARTS = 32
 
 
@@ -23,23 +25,6 @@ def read_plan(store: Store, folder: str) -> dict[str, Any] | None:
     """plan.json of an artifact that was started, else None."""
     path = join(folder, "plan.json")
     return json.loads(store.read(path)) if store.exists(path) else None
-
-
-def shared_ranges(
-    store: Store, refs: Mapping[int, Ref], fresh: Callable[[], Sequence[Sequence[int]]]
-) -> list[list[int]]:
-    """The first start's ranges, where any layer was started; all layers of one pass share them."""
-    started = {layer: p["ranges"] for layer, ref in refs.items() if (p := read_plan(store, ref.folder)) is not None}
-    if not started:
-        return [list(r) for r in fresh()]
-    first, *others = started.items()
-    for layer, ranges in others:
-        if ranges != first[1]:
-            raise UserError(
-                f"layers {first[0]} and {layer} were begun with different shard sizes and cannot share a pass",
-                "embed them with two experiments, each with its own layers",
-            )
-    return [list(r) for r in first[1]]
 
 
 def remaining(store: Store, tasks: Iterable[Task]) -> list[Task]:
@@ -173,9 +158,13 @@ def require_same_rows(store: Store, source: str, before: str | None, parts: Sequ
 def shuffle_passes(experiment: Experiment, lineage: Lineage, store: Store, layer: int) -> Passes:
     """The shape of a layer's shuffle: as its first start fixed it, else as this one would."""
     assert experiment.shuffle is not None
+    assert experiment.embed is not None
     folder = lineage.shuffle(layer).folder
     rows = lineage.scan.num_rows
     chosen = read_plan(store, folder)
+    if chosen is None and experiment.embed.layout == "bucketed":
+        ranges, _ = shard_ranges(store, lineage, {layer: [lineage.embed(layer).folder]})
+        return shape_of_shards(lineage, ranges)
     if chosen is None:
         return divide(rows, lineage.row_bytes, int(experiment.shuffle.memory), is_remote(folder))
     return as_passes({"rows": rows, **chosen})
@@ -183,4 +172,56 @@ def shuffle_passes(experiment: Experiment, lineage: Lineage, store: Store, layer
 
 def as_passes(body: Mapping[str, Any]) -> Passes:
     """From plan.json or a manifest; those written before there were middle passes have none."""
-    return Passes(body["rows"], body["map_rows"], body.get("fan", 0), body.get("middle", 0), body["bucket_rows"])
+    more = (body.get("fan", 0), body.get("middle", 0), body["bucket_rows"], body.get("maps", 0))
+    return Passes(body["rows"], body["map_rows"], *more)
+
+
+def passes_json(passes: Passes) -> dict[str, int]:
+    """For plan.json and the manifest: what `as_passes` reads."""
+    found = {"rows": passes.rows, "map_rows": passes.map_rows, "bucket_rows": passes.first_bucket_rows}
+    found |= {"fan": passes.fan, "middle": passes.middle}
+    return found | ({"maps": passes.maps} if passes.maps else {})
+
+
+def shard_ranges(store: Store, lineage: Lineage, folders: Mapping[int, Sequence[str]]) -> tuple[list[list[int]], bool]:
+    """The proteins of each shard of `embed`, and whether an earlier start fixed them.
+
+    Args:
+        folders: those that a layer's shards are written to; all layers of one pass share the ranges.
+    """
+    started = {
+        layer: plan["ranges"]
+        for layer, own in folders.items()
+        for folder in own
+        if "ranges" in (plan := read_plan(store, folder) or {})
+    }
+    if not started:
+        embed = lineage.experiment.embed
+        assert embed is not None
+        return [list(r) for r in lineage.scan.shard_ranges(max(1, int(embed.shard) // lineage.row_bytes))], False
+    first, *others = started.items()
+    for layer, ranges in others:
+        if ranges != first[1]:
+            raise UserError(
+                f"layers {first[0]} and {layer} were begun with different shard sizes and cannot share a pass",
+                "embed them with two experiments, each with its own layers",
+            )
+    return [list(r) for r in first[1]], True
+
+
+def shape_of_shards(lineage: Lineage, ranges: Sequence[Sequence[int]]) -> Passes:
+    """The shuffle's shape where `embed` sorts these shards."""
+    from plmsae_cli.store.sorted_shard import training_rows  # numpy: planning a plain shuffle needs none
+
+    return sorted_shards(training_rows(lineage.scan, ranges))
+
+
+def require_layout(store: Store, folder: str, layout: str) -> None:
+    """Raises UserError where a shuffle that is not finished was begun under the other layout."""
+    chosen = None if read_manifest(store, folder) is not None else read_plan(store, folder)
+    begun = None if chosen is None else "bucketed" if "ranges" in chosen else "plain"
+    if begun not in (None, layout):
+        raise UserError(
+            f"{folder} was begun with embed.layout: {begun} and is not finished",
+            f"finish it with layout: {begun}, or delete the folder",
+        )

@@ -1,35 +1,42 @@
 """FASTA to activations: one artifact a layer, every wanted layer in one pass of the model.
 
 Tasks: `proteins` writes the table of proteins, `shard-*` run the model over near-equal shares of it, `finish` merges the
-statistics. A shard's training rows are contiguous in the training numbering, its held-out rows in theirs.
+statistics. A shard's training rows are contiguous in the training numbering, its held-out rows in theirs. With `layout:
+bucketed` a shard's rows go, sorted, into the shuffle's folder, of the first alone a copy in order into the activations'.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.plm.esm2 import ESM2Config
 from plmsae_cli.runtime.embedding import forecast
-from plmsae_cli.runtime.task import Context, Pending, Plan, Resources, Result, Task
+from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task
 from plmsae_cli.stages import imported
-from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, remaining, shared_ranges
-from plmsae_cli.store.fs import Store, join
+from plmsae_cli.stages.common import (
+    CALIBRATION_ROWS,
+    FINISH,
+    artifact,
+    finish_task,
+    passes_json,
+    read_plan,
+    remaining,
+    require_layout,
+    shape_of_shards,
+    shard_ranges,
+)
+from plmsae_cli.stages.embed_finish import finish_embedding
+from plmsae_cli.stages.embed_shard import write_shard
+from plmsae_cli.store.fs import Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage
+from plmsae_cli.store.passes import PLACE_BYTES, ROW_OVERHEAD, Passes
+from plmsae_cli.store.sorted_shard import require_fit
 
-CALIBRATION_ROWS = 1_000_000
-"""Rows that int8's means and deviations are taken from."""
 _CALIBRATION_PASS = 65_536
 """Of these, in memory at a time."""
-_WRITERS = ThreadPoolExecutor(4, thread_name_prefix="shards")
-"""Write shards while the next one computes; each layer's files are one job."""
-_SETTLING = ThreadPoolExecutor(1, thread_name_prefix="settling")
-"""Waits for a shard's last rows; apart from the writers, who wait for it."""
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -37,17 +44,23 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     embed = experiment.embed
     assert embed is not None
     lineage = Lineage(experiment, store)
-    refs = {layer: lineage.embed(layer) for layer in (embed.layers if layers is None else layers)}
+    chosen = list(embed.layers if layers is None else layers)
+    refs = {layer: lineage.embed(layer) for layer in chosen}
     if embed.imported is not None:
         return imported.plan(lineage, refs)
+    sorted_refs = {layer: lineage.shuffle(layer) for layer in chosen} if embed.layout == "bucketed" else {}
+    for ref in sorted_refs.values():
+        require_layout(store, ref.folder, "bucketed")
     scan, d = lineage.scan, lineage.d
     row_bytes = lineage.row_bytes
-    ranges = shared_ranges(store, refs, lambda: scan.shard_ranges(max(1, int(embed.shard) // row_bytes)))
+    written = {layer: [pair[layer].folder for pair in (refs, sorted_refs) if pair] for layer in chosen}
+    ranges, begun = shard_ranges(store, lineage, written)
+    passes = shape_of_shards(lineage, ranges) if sorted_refs else None
 
-    quantised = embed.dtype == "int8"
     typical = forecast.typical(scan.lengths_P, scan.max_length, ranges)._asdict()
     offsets = scan.rows_before([start for start, _ in ranges])
     folders = tuple(ref.folder for ref in refs.values())
+    layer_of = {ref.folder: layer for layer, ref in refs.items()}
     proteins = Task("proteins", "embed", folders, cost=scan.num_proteins / 1e4, args={"ranges": ranges})
     calibrate = Task(
         "calibrate",
@@ -55,24 +68,32 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
         folders,
         resources=Resources(gpus=1),
         cost=float(min(scan.num_rows, CALIBRATION_ROWS)),
-        args={"layers": {ref.folder: layer for layer, ref in refs.items()}},
+        args={"layers": layer_of},
     )
-    first = [proteins, calibrate] if quantised else [proteins]
+    first = [proteins, calibrate] if embed.dtype == "int8" else [proteins]
+    # Where embed sorts: each shuffle's folder beside that of the activations its rows are from.
+    pairs = {ref.folder: refs[layer].folder for layer, ref in sorted_refs.items()}
+    kept = {ref.folder: _kept(store, ref.folder, embed.ordered_rows) for ref in refs.values()} if passes else {}
+    to_sort = 0 if passes is None else passes.map_rows * ROW_OVERHEAD
+    shape = {} if passes is None else passes_json(passes) | {"seed": _seed(experiment)}
     shards = [
         Task(
             f"shard-{i:05d}",
             "embed",
-            folders,
+            (*folders, *pairs),
             needs=tuple(task.id for task in first),
             # One shard is computed while the one before is written.
-            resources=Resources(gpus=1, memory=5 * len(refs) * int(embed.shard) // 2),
+            resources=Resources(gpus=1, memory=5 * len(refs) * int(embed.shard) // 2 + len(refs) * to_sort),
             cost=float(scan.lengths_P[start:stop].sum()),
             args={
                 "index": i,
-                "layers": {ref.folder: layer for layer, ref in refs.items()},
+                "layers": layer_of,
                 "row_offset": offsets[i][0],
                 "heldout_offset": offsets[i][1],
                 "typical": typical,
+                "pairs": pairs,
+                "kept": kept,
+                "shape": shape,
             },
         )
         for i, (start, stop) in enumerate(ranges)
@@ -82,22 +103,44 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
         "heldout_rows": scan.num_heldout_rows,
         "d": d,
         "counts": dict(scan.counts),
-        "layers": {ref.folder: layer for layer, ref in refs.items()},
+        "layers": layer_of,
+        "pairs": pairs,
+        "kept": kept,
+        "shape": shape,
     }
-    tasks = [*first, *shards, finish_task("embed", list(refs.values()), [*first, *shards], facts)]
+    # Activations before what is sorted from them: with the latter nobody asks for the former's task any more.
+    finished = [*refs.values(), *sorted_refs.values()]
+    tasks = [*first, *shards, finish_task("embed", finished, [*first, *shards], facts)]
     rows = scan.num_rows + scan.num_heldout_rows
-    # A shard: rows of both sides, statistics, its record, perhaps means; once: proteins and statistics, two records, plan,
-    # manifest.
-    objects = len(refs) * ((4 + embed.pooled) * len(ranges) + 6)
     left = remaining(store, tasks)
+    if passes is not None and left:
+        remote = is_remote(experiment.data_folder())
+        require_fit(experiment, scan, ranges, row_bytes, len(refs), remote, begun)
     hours = _hours(experiment, lineage, max(refs, default=0)) if left else {}
+    artifacts = {}
+    objects = size = 0
+    means = embed.pooled * scan.num_proteins * d * 4
+    for layer, ref in refs.items():
+        ordered = scan.num_rows if passes is None else min(kept[ref.folder], scan.num_rows)
+        own = (ordered + scan.num_heldout_rows) * row_bytes
+        # A shard: rows of both sides, statistics, its record, perhaps means; once: proteins and statistics, two records,
+        # plan, manifest.
+        objects += (3 + embed.pooled) * len(ranges) + sum(o < ordered or passes is None for o, _ in offsets) + 6
+        body = {"ranges": ranges} | ({"ordered_rows": kept[ref.folder]} if passes else {})
+        artifacts[f"layer-{layer}"] = artifact(store, ref, scan.num_rows, own, body)
+        size += own + means
+        if passes is not None:
+            placed = scan.num_rows * (row_bytes + PLACE_BYTES)
+            # A shard: its map file and record; once: a record, plan, manifest.
+            objects += 2 * len(ranges) + 3
+            body = {**passes_json(passes), "ranges": ranges}
+            made = artifact(store, sorted_refs[layer], scan.num_rows, placed, body)
+            artifacts[f"sorted-layer-{layer}"] = replace(made, of="shuffle")
+            size += placed
     return Plan(
         "embed",
         left,
-        {
-            f"layer-{layer}": artifact(store, ref, scan.num_rows, rows * row_bytes, {"ranges": ranges})
-            for layer, ref in refs.items()
-        },
+        artifacts,
         {
             "weights": f"{lineage.weights.name} (sha256 {lineage.weights.sha256[:12]}, {lineage.num_layers} layers, d {d})",
             "proteins": scan.num_proteins,
@@ -106,13 +149,35 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             "heldout_rows": scan.num_heldout_rows,
             "bytes_per_layer": rows * row_bytes,
             "layers": list(refs),
-            "bytes": len(refs) * (rows * row_bytes + embed.pooled * scan.num_proteins * d * 4),
+            **({} if passes is None else _sorting(passes, row_bytes, kept, len(refs))),
+            "bytes": size,
             "objects": objects,
             **hours,
             "shards": len(ranges),
             **{k: v for k, v in scan.counts.items() if v and k not in ("proteins", "kept", "residues")},
         },
     )
+
+
+def _seed(experiment: Experiment) -> int:
+    assert experiment.shuffle is not None
+    return experiment.shuffle.seed
+
+
+def _kept(store: Store, folder: str, wanted: int) -> int:
+    """Rows kept in protein order: as the first start chose."""
+    begun = read_plan(store, folder)
+    return wanted if begun is None else int(begun["ordered_rows"])
+
+
+def _sorting(passes: Passes, row_bytes: int, kept: Mapping[str, int], layers: int) -> dict[str, Any]:
+    """Figures of `layout: bucketed`."""
+    return {
+        "layout": "bucketed: rows are written sorted, of all passes over the data only optimize's is left (1 R + 1 W)",
+        "maps": passes.maps,
+        "ordered_rows": min(passes.rows, *kept.values()),
+        "memory_to_sort": passes.map_rows * (row_bytes + ROW_OVERHEAD) * layers,
+    }
 
 
 def _hours(experiment: Experiment, lineage: Lineage, depth: int) -> dict[str, Any]:
@@ -132,8 +197,8 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
     if task.id == "calibrate":
         return _calibrate(task, context)
     if task.id == FINISH:
-        return _finish(task, context)
-    return _shard(task, context)
+        return finish_embedding(task, context)
+    return write_shard(task, context)
 
 
 def _proteins(task: Task, context: Context) -> Mapping[str, Result]:
@@ -195,148 +260,3 @@ def _calibrate(task: Task, context: Context) -> Mapping[str, Result]:
         )
         for folder, s in statistics.items()
     }
-
-
-def _shard(task: Task, context: Context) -> Mapping[str, Result]:
-    from plmsae_cli.runtime.embedding import Embedder, Typical
-    from plmsae_cli.store.proteins import read_proteins
-    from plmsae_cli.store.rowsum import hexed
-    from plmsae_cli.store.shard_writer import Rows, ShardWriter, coding_of
-
-    experiment, store = context.experiment, context.store
-    embed = experiment.embed
-    assert embed is not None
-    lineage = Lineage(experiment, store)
-    index: int = task.args["index"]
-    layer_of: dict[str, int] = {f: task.args["layers"][f] for f in task.folders}
-    table = read_proteins(
-        store,
-        join(task.folders[0], "proteins.parquet"),
-        row_group=index,
-        columns=["rows", "row_offset", "split", "sequence"],
-    )
-    embedder = Embedder.shared(experiment.model.weights, store, embed.compute)
-    heldout = [split == "heldout" for split in table["split"].to_pylist()]
-    offsets, counts = table["row_offset"].to_pylist(), table["rows"].to_pylist()
-    train_rows = sum(count for count, held in zip(counts, heldout, strict=True) if not held)
-    sides = (
-        Rows(task.args["row_offset"], train_rows),
-        Rows(task.args["heldout_offset"], sum(counts) - train_rows),
-    )
-    # int8 is made from numbers as they were computed.
-    handed: torch.dtype = embedder.dtype if embed.dtype == "int8" else getattr(torch, embed.dtype)
-    writers = {
-        folder: ShardWriter(
-            store,
-            folder,
-            f"shard-{index:05d}.safetensors",
-            lineage.d,
-            coding_of(store, folder, embed.dtype, lineage.d),
-            *sides,
-            {
-                "weights": lineage.weights.name,
-                "weights_sha256": lineage.weights.sha256,
-                "layer": str(layer),
-                "convention": "residual stream after block k; 0 scaled embedding; last after final LayerNorm",
-                "final_layer_norm": str(layer == lineage.num_layers).lower(),
-                "tokens": "residues only",
-                "dtype": embed.dtype,
-                "compute": embedder.compute,
-                "attention": embedder.attention,
-            },
-            list(zip(heldout, offsets, counts, strict=True)) if embed.pooled else None,
-            embedder.device,
-        )
-        for folder, layer in layer_of.items()
-    }
-    wanting: dict[int, list[ShardWriter]] = {}
-    for folder, layer in layer_of.items():
-        wanting.setdefault(layer, []).append(writers[folder])
-
-    def put(layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
-        for writer in wanting[layer]:
-            writer.put(heldout[protein], offsets[protein] + first, rows_RD)
-
-    stream = embedder.stream(
-        table["sequence"].to_pylist(),
-        sorted(wanting),
-        handed,
-        embed.batch_tokens,
-        put,
-        context.progress,
-        context.check_stop,
-        window=embed.max_length if embed.long == "windows" else None,
-        compile=embed.compile,
-        typical=Typical(**task.args["typical"]),
-    )
-    settled = _SETTLING.submit(stream.wait)
-
-    def write(folder: str) -> Result:
-        figures = settled.result().to_json()
-        begun = time.monotonic()
-        files = writers[folder].finish()
-        figures["write_seconds"] = round(time.monotonic() - begun, 4)
-        facts = {
-            "rows": sides[False].count,
-            "heldout_rows": sides[True].count,
-            "row_sum": hexed(writers[folder].row_sum),
-            "compute": embedder.compute,
-            "attention": embedder.attention,
-            "compiled": stream.compiled,
-            "batch_tokens": stream.budget,
-            "figures": figures,
-        }
-        return Result(files, facts)
-
-    return Pending({folder: _WRITERS.submit(write, folder) for folder in task.folders})
-
-
-def _finish(task: Task, context: Context) -> Mapping[str, Result]:
-    from plmsae_cli.runtime.embedding import summary
-    from plmsae_cli.store.activations import Statistics
-    from plmsae_cli.store.manifest import read_parts
-    from plmsae_cli.store.rowsum import joined
-    from plmsae_cli.store.shard_writer import BUFFERS
-
-    lineage = Lineage(context.experiment, context.store)
-    results = {}
-    for folder in task.folders:
-        parts = read_parts(context.store, folder)
-        names = sorted(name for name in parts if name.startswith("shard-"))
-        merged = Statistics.of_shards(context.store, folder, lineage.d, names)
-        shards = [parts[name].facts for name in names]
-        speed = summary(facts["figures"] for facts in shards if "figures" in facts)
-        record = merged.write(context.store, join(folder, "stats.safetensors"))
-        facts = {
-            "rows": task.args["rows"],
-            "heldout_rows": task.args["heldout_rows"],
-            "d": task.args["d"],
-            "counts": task.args["counts"],
-            "dtype": context.experiment.embed.dtype if context.experiment.embed else None,
-            "layer": task.args["layers"][folder],
-            "num_layers": lineage.num_layers,
-            "weights": {"name": lineage.weights.name, "sha256": lineage.weights.sha256},
-            "fasta": {"sha256": lineage.scan.sha256, "name": lineage.fasta.name},
-            "kernel": _kernels(shards),
-            "speed": speed,
-        }
-        if all("row_sum" in found for found in shards):  # those of an earlier version have none
-            facts["row_sum"] = joined(found["row_sum"] for found in shards)
-        results[folder] = Result([record], manifest_facts(task, folder, facts).facts)
-    if speed:
-        context.progress(1, 1, note=_told(speed))
-    BUFFERS.clear()
-    return results
-
-
-def _kernels(shards: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """What computed the shards: one value of each unless machines differed or memory ran out."""
-    names = ("compute", "attention", "compiled", "batch_tokens")
-    return {name: sorted({facts[name] for facts in shards if name in facts}) for name in names}
-
-
-def _told(speed: Mapping[str, float]) -> str:
-    return (
-        f"embed: {speed['residues_per_second']:,.0f} residues/s a process, device busy {speed['busy']:.1%}, waited for rows "
-        f"to leave {speed['waited']:.1%}, files being written {speed['writing']:.0%}, padding {speed['padding']:.2%}"
-    )

@@ -11,12 +11,18 @@ from typing import Any
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task
-from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, remaining, shared_ranges
+from plmsae_cli.stages.common import (
+    CALIBRATION_ROWS,
+    FINISH,
+    artifact,
+    finish_task,
+    manifest_facts,
+    remaining,
+    shard_ranges,
+)
 from plmsae_cli.store.fs import join
 from plmsae_cli.store.lineage import Lineage, Ref
 
-CALIBRATION_ROWS = 1_000_000
-"""Rows that int8's means and deviations are taken from."""
 _PIECE_NUMBERS = 1 << 23
 """Numbers read from the source at a time."""
 
@@ -26,7 +32,7 @@ def plan(lineage: Lineage, refs: Mapping[int, Ref]) -> Plan:
     embed, store, scan = lineage.experiment.embed, lineage.store, lineage.scan
     assert embed is not None
     rows, row_bytes = scan.num_rows + scan.num_heldout_rows, lineage.row_bytes
-    ranges = shared_ranges(store, refs, lambda: scan.shard_ranges(max(1, int(embed.shard) // row_bytes)))
+    ranges, _ = shard_ranges(store, lineage, {layer: [ref.folder] for layer, ref in refs.items()})
     layer_of = {ref.folder: layer for layer, ref in refs.items()}
     folders = tuple(layer_of)
     sources = {layer: lineage.source(layer) for layer in refs}
@@ -140,7 +146,7 @@ def _shard(task: Task, context: Context, lineage: Lineage, layer: int, folder: s
     import torch
 
     from plmsae_cli.store.rowsum import hexed
-    from plmsae_cli.store.shard_writer import Rows, ShardWriter, coding_of
+    from plmsae_cli.store.shard_writer import Rows, ShardRows, ShardWriter, coding_of
 
     embed, scan, source = context.experiment.embed, lineage.scan, lineage.source(layer)
     assert embed is not None
@@ -157,13 +163,13 @@ def _shard(task: Task, context: Context, lineage: Lineage, layer: int, folder: s
     if embed.pooled:
         offsets_P = scan.row_offset_P[start:stop]
         pooled = list(zip(heldout_P.tolist(), offsets_P.tolist(), lengths_P.tolist(), strict=True))
+    rows = ShardRows(coding_of(context.store, folder, embed.dtype, source.d), *sides)
     writer = ShardWriter(
         context.store,
         folder,
         f"shard-{task.args['index']:05d}.safetensors",
         source.d,
-        coding_of(context.store, folder, embed.dtype, source.d),
-        *sides,
+        rows,
         {"imported": source.format, "layer": str(layer), "convention": "as imported", "dtype": embed.dtype},
         pooled,
     )
@@ -175,7 +181,7 @@ def _shard(task: Task, context: Context, lineage: Lineage, layer: int, folder: s
         mask_R = held_R[low - begin : high - begin]
         for side, chosen_R in enumerate((~mask_R, mask_R)):
             own_RD = rows_RD[chosen_R]
-            writer.put(bool(side), places[side], own_RD)
+            rows.put(bool(side), places[side], own_RD)
             places[side] += len(own_RD)
         context.progress(high - begin, len(held_R), unit="rows")
     files = writer.finish()

@@ -60,7 +60,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             "d": lineage.d,
             "width": lineage.width,
             "chunk_rows": per_chunk,
-            "activations": lineage.embed(layer).folder,
+            "activations": lineage.activations(layer).folder,
             "source": source,
         }
         tasks += remaining(store, [*reduces, finish_task("optimize", [ref], reduces, facts)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,8 +27,10 @@ from plmsae_cli.stages.common import (
     manifest_facts,
     measured_facts,
     measured_speed,
+    passes_json,
     read_plan,
     remaining,
+    require_layout,
     require_manifest,
     require_same_rows,
     shuffle_passes,
@@ -36,6 +39,9 @@ from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import delete_parts, done_tasks, read_manifest
 from plmsae_cli.store.passes import Level, Passes, shuffle_effort
+
+_BY_EMBED = "embed writes its files, layout: bucketed"
+_NOTHING = {"files": 0, "bytes_read": 0, "bytes_written": 0}
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -49,14 +55,14 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     figures = {}
     for layer in embed.layers if layers is None else layers:
         ref = lineage.shuffle(layer)
+        require_layout(store, ref.folder, embed.layout)
         passes = shuffle_passes(experiment, lineage, store, layer)
-        chosen = {
-            "rows": rows,
-            "map_rows": passes.map_rows,
-            "bucket_rows": passes.first_bucket_rows,
-            "fan": passes.fan,
-            "middle": passes.middle,
-        }
+        chosen = passes_json(passes)
+        if embed.layout == "bucketed":
+            # Its bytes are among those that embed's plan foretells.
+            artifacts[f"layer-{layer}"] = replace(artifact(store, ref, rows, 0, chosen), plan=None)
+            figures[f"layer-{layer}"] = {"rows": rows, "maps": passes.levels()[0].groups, **_NOTHING}
+            continue
         source = lineage.embed(layer).folder
         each = level_tasks(passes, ref.folder, source, shuffle.seed, int(shuffle.memory))
         facts = {"d": lineage.d, "layer": layer, "source": source, **chosen}
@@ -79,7 +85,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             **effort_figures(effort, experiment, ref.folder, measured_speed(store, ref.folder)),
             **measured_facts(store, ref.folder),
         }
-    return Plan("shuffle", tasks, artifacts, figures)
+    return Plan("shuffle", tasks, artifacts, figures, _BY_EMBED if embed.layout == "bucketed" else "")
 
 
 def level_tasks(passes: Passes, folder: str, source: str, seed: int, memory: int) -> list[list[Task]]:

@@ -126,7 +126,8 @@ class Lineage:
         source = self.source(embed.layers[0])
         return scan_imported(source, source.digest(cache_folder()), embed.holdout, proteins)
 
-    def embed(self, layer: int) -> Ref:
+    def embed(self, layer: int, layout: str | None = None) -> Ref:
+        """The activations of a layer; `layout` if other than the experiment's."""
         embed = self.experiment.embed
         assert embed is not None
         if self.num_layers is not None and layer > self.num_layers:
@@ -135,6 +136,10 @@ class Lineage:
                 f"the last layer is {self.num_layers}",
             )
         config = {**embed.science(), "layer": layer}
+        if (layout or embed.layout) == "bucketed":
+            # Without its rows it is another artifact; the rows are in the shuffle's, so the two are a pair.
+            assert self.experiment.shuffle is not None
+            config |= {"layout": "bucketed", "seed": self.experiment.shuffle.seed}
         # The number of heads, say, is not in the tensors: the model's configuration is part of its identity.
         model = {"weights": self.weights.sha256, "model": digest(dict(self.weights.config))} if self.has_model else {}
         fasta = {"fasta": self.scan.sha256} if embed.fasta is not None else {}
@@ -161,7 +166,13 @@ class Lineage:
 
     def shuffle(self, layer: int) -> Ref:
         assert self.experiment.shuffle is not None
-        return self._ref("shuffle", self.experiment.shuffle.science(), {"embed": self.embed(layer).key})
+        # Whoever sorts them, it is the same rows in the same order: all layouts lead to one dataset.
+        return self._ref("shuffle", self.experiment.shuffle.science(), {"embed": self.embed(layer, "plain").key})
+
+    def activations(self, layer: int) -> Ref:
+        """The activations that belong to the shuffled rows: by the layout of those that are there, else the experiment's."""
+        shuffled = read_manifest(self.store, self.shuffle(layer).folder)
+        return self.embed(layer, None if shuffled is None else shuffled.get("layout", "plain"))
 
     def optimize(self, layer: int) -> Ref:
         assert self.experiment.optimize is not None

@@ -8,6 +8,7 @@ places into ever finer slices and merge ever more files, so that the last finds 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -110,10 +111,12 @@ class Passes:
     middle: int
     """Passes between map and reduce."""
     first_bucket_rows: int
+    maps: int = 0
+    """Files of the first pass where `embed` wrote them, one a shard; 0: one for every `map_rows`."""
 
     def levels(self) -> list[Level]:
         """The files after map and after each middle pass; optimize reads the last."""
-        groups, slices = -(-self.rows // self.map_rows), 1
+        groups, slices = self.maps or -(-self.rows // self.map_rows), 1
         found = [Level(0, groups, 1, self.rows, self.first_bucket_rows, self.rows)]
         for number in range(1, self.middle + 1):
             groups, slices = -(-groups // self.fan), slices * self.fan
@@ -140,6 +143,20 @@ def divide(rows: int, row_bytes: int, memory: int, remote: bool) -> Passes:
     maps = -(-rows // held)
     fan = max(2, ceil_root(maps, middle + 1)) if middle else 0
     return Passes(rows, held, fan, middle, bucket_rows(rows))
+
+
+def sorted_shards(shard_rows: Sequence[int]) -> Passes:
+    """The shuffle's shape where `embed` sorts its shards, of so many rows each; there are no passes between."""
+    rows = sum(shard_rows)
+    return Passes(rows, max(1, *shard_rows), 0, 0, bucket_rows(rows), len(shard_rows))
+
+
+def most_sorted(rows: int, row_bytes: int, memory: int, remote: bool) -> int:
+    """Most files that a task of `optimize` reads from without its reads becoming inefficient."""
+    held_bytes = held_rows(memory, row_bytes) * row_bytes
+    if rows * row_bytes <= held_bytes:
+        return rows
+    return held_bytes // efficient_read(held_bytes, remote)
 
 
 @dataclass(frozen=True)

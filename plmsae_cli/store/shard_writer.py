@@ -1,7 +1,7 @@
 """Writing one shard of one layer: rows come in any order from any thread, files come out.
 
-The one seam between the model and a storage format: `put` for rows, `finish` for files; a `Coding` says how a row lies
-on the disk. R: rows. D: dimensions. W: numbers of a stored row.
+The one seam between the model and a storage format: `ShardRows.put` for rows, `ShardFiles.finish` for files; a `Coding` says
+how a row lies on the disk. R: rows. D: dimensions. W: numbers of a stored row.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ POOLED = "pooled"
 """Folder of the proteins' means, and there the tensor's name is `mean`."""
 
 
-class RowSink(Protocol):
-    """Takes the rows of one layer of one shard."""
+class ShardFiles(Protocol):
+    """Writes what one artifact keeps of a shard's rows."""
 
-    def put(self, heldout: bool, row: int, rows_RD: torch.Tensor) -> None:
-        """Take rows from the global number `row` on of their side of the split: on the host, in the stored dtype, valid
-        during the call only. Threads call it for disjoint rows at the same time."""
+    row_sum: int
+    """Checksum of the training rows, once they are written (`store.rowsum`)."""
 
     def finish(self) -> list[FileRecord]:
         """Every row is there: write the files."""
@@ -138,8 +137,43 @@ BUFFERS = Buffers()
 """The process's own."""
 
 
+class ShardRows:
+    """The rows of one layer of one shard, coded, in host memory until all of `readers` have done with them."""
+
+    def __init__(self, coding: Coding, train: Rows, heldout: Rows, readers: int = 1) -> None:
+        self.coding = coding
+        self.sides = (train, heldout)
+        row_bytes = coding.width * coding.dtype.itemsize
+        sizes = [side.count * row_bytes for side in self.sides]
+        self._buffers = [BUFFERS.take(size) for size in sizes]
+        self._rows = [
+            buffer[:size].view(coding.dtype).view(-1, coding.width)
+            for buffer, size in zip(self._buffers, sizes, strict=True)
+        ]
+        self._readers = readers
+        self._lock = threading.Lock()
+
+    def put(self, heldout: bool, row: int, rows_RD: torch.Tensor) -> None:
+        """Take rows from the global number `row` on of their side of the split: on the host, in the stored dtype, valid
+        during the call only. Threads call it for disjoint rows at the same time."""
+        start = row - self.sides[heldout].offset
+        self._rows[heldout][start : start + len(rows_RD)].copy_(self.coding.encode(rows_RD))
+
+    def side(self, heldout: bool) -> torch.Tensor:
+        """Stored rows [R, W] of one side of the split."""
+        return self._rows[heldout]
+
+    def done(self) -> None:
+        """One reader needs them no more."""
+        with self._lock:
+            self._readers -= 1
+            if self._readers == 0:
+                for buffer in self._buffers:
+                    BUFFERS.give(buffer)
+
+
 class ShardWriter:
-    """A `RowSink` that writes safetensors: training rows, held-out rows, statistics, and means if asked.
+    """`ShardFiles` of the activations: training rows, held-out rows, statistics, and means if asked.
 
     Files below `folder`: `name`, `heldout/name` (each with the tensor `acts` [R, W] and `metadata`), `statistics/name`,
     and with `proteins` `pooled/name`: `mean` [P, D], float32, of the stored rows of each protein.
@@ -151,40 +185,33 @@ class ShardWriter:
         folder: str,
         name: str,
         d: int,
-        coding: Coding,
-        train: Rows,
-        heldout: Rows,
+        rows: ShardRows,
         metadata: Mapping[str, str],
         proteins: Sequence[tuple[bool, int, int]] | None = None,
         device: torch.device | str = "cpu",
+        kept: int | None = None,
     ) -> None:
         """`proteins`: held out or not, first row (global) and number of rows of each, in order; None without means.
-        `device`: where statistics are taken.
+        `device`: where statistics are taken. `kept`: of the training rows only those before this global number are written,
+        and no file where there are none; None: all.
         """
         self.row_sum = 0
-        """Checksum of the training rows, once they are written (`store.rowsum`)."""
         self._device = torch.device(device)
         self._store, self._folder, self._name, self._d = store, folder, name, d
-        self._coding, self._metadata, self._proteins = coding, metadata, proteins
-        self._sides = (train, heldout)
-        row_bytes = coding.width * coding.dtype.itemsize
-        sizes = [side.count * row_bytes for side in self._sides]
-        self._buffers = [BUFFERS.take(size) for size in sizes]
-        self._rows = [
-            buffer[:size].view(coding.dtype).view(-1, coding.width)
-            for buffer, size in zip(self._buffers, sizes, strict=True)
-        ]
-
-    def put(self, heldout: bool, row: int, rows_RD: torch.Tensor) -> None:
-        start = row - self._sides[heldout].offset
-        self._rows[heldout][start : start + len(rows_RD)].copy_(self._coding.encode(rows_RD))
+        self._rows, self._metadata, self._proteins, self._kept = rows, metadata, proteins, kept
 
     def finish(self) -> list[FileRecord]:
         # Beside the writing: over a gigabyte of bfloat16 they take as long as the disk. Parts of a fixed size, merged in
         # order, so that the threads change no bit.
-        parts = [_COUNTING.submit(self._statistics_of, part) for part in torch.split(self._rows[False], _PART_ROWS)]
+        train_RW = self._rows.side(False)
+        parts = [_COUNTING.submit(self._statistics_of, part) for part in torch.split(train_RW, _PART_ROWS)]
         files = []
-        for side, rows_RW, place in zip(self._sides, self._rows, ((), ("heldout",)), strict=True):
+        for heldout, place in ((False, ()), (True, ("heldout",))):
+            side, rows_RW = self._rows.sides[heldout], self._rows.side(heldout)
+            if not heldout and self._kept is not None:
+                rows_RW = rows_RW[: max(0, self._kept - side.offset)]
+                if len(rows_RW) == 0:
+                    continue
             path = join(self._folder, *place, self._name)
             metadata = {**self._metadata, ROW_OFFSET: str(side.offset)}
             files.append(write_tensors(self._store, path, {ACTS: rows_RW}, metadata))
@@ -197,9 +224,8 @@ class ShardWriter:
         if self._proteins is not None:
             path = join(self._folder, POOLED, self._name)
             files.append(write_tensors(self._store, path, {"mean": self._means(self._proteins)}, self._metadata))
-        self.row_sum = row_sum(bytes_of(self._rows[False]))
-        for buffer in self._buffers:
-            BUFFERS.give(buffer)
+        self.row_sum = row_sum(bytes_of(train_RW))
+        self._rows.done()
         return files
 
     def _statistics_of(self, rows_RW: torch.Tensor) -> Statistics:
@@ -209,14 +235,14 @@ class ShardWriter:
         stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):  # None: no effect
             there = Statistics(self._d, self._device)
-            there.update(self._coding.decode(rows_RW.to(self._device)))
+            there.update(self._rows.coding.decode(rows_RW.to(self._device)))
             statistics.merge(there)
         return statistics
 
     def _means(self, proteins: Sequence[tuple[bool, int, int]]) -> torch.Tensor:
         mean_PD = torch.empty(len(proteins), self._d)
         for protein, (heldout, row, count) in enumerate(proteins):
-            start = row - self._sides[heldout].offset
-            rows_RW = self._rows[heldout][start : start + count]
-            mean_PD[protein] = self._coding.decode(rows_RW).mean(0, dtype=torch.float64)
+            start = row - self._rows.sides[heldout].offset
+            rows_RW = self._rows.side(heldout)[start : start + count]
+            mean_PD[protein] = self._rows.coding.decode(rows_RW).mean(0, dtype=torch.float64)
         return mean_PD

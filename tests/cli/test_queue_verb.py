@@ -96,11 +96,11 @@ def test_files_dropped_in_while_it_runs_are_picked_up(
     write("queue/b.yaml")
     real = run_verb.preflight
 
-    def drop(experiment: Any, stages: Any, fetch: bool) -> Any:
+    def drop(experiment: Any, stages: Any, fetch: bool, yes: bool) -> Any:
         if not (tmp_path / "queue" / "a.yaml").exists():
             write("queue/a.yaml", tokens=640)
             (tmp_path / "queue" / "c.yaml").write_text("train: {sea: {}}\n")
-        return real(experiment, stages, fetch)
+        return real(experiment, stages, fetch, yes)
 
     monkeypatch.setattr(run_verb, "preflight", drop)
     ended = plmsae("run", tmp_path / "queue", "--json")

@@ -49,6 +49,7 @@ VARIETY = {
     "plm-batches-swept": "train: {kind: plm, batch_tokens: 32768, plm: {fasta: x}}\n"
     "sweep: {grid: {train.batch_tokens: [16384, 32768], train.plm.pack_tokens: [8192, 16384]}}\n",
     "embed-only": DATA,
+    "bucketed": DATA.replace("33]", "33], layout: bucketed, shard: 16GB") + "train: {layer: 9}\n",
     "cpu": "launch: {gpus: 0}\nembed: {fasta: x, layers: [3], compute: float16, long: error, max_length: 10}\n",
     **{f"template-{name}": template(name) for name in NAMES},
     "template-full": full_template(),

@@ -72,6 +72,10 @@ def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
         bodies = [f"{SAE}launch: {{executor: {path.split('.')[1]}}}\n"]
     if path.startswith("embed.imported."):
         bodies = [SAE.replace("embed: {", "embed: {imported: {path: acts, of_model: true}, ")]
+    if path == "embed.ordered_rows":
+        bodies = [SAE.replace("layers: [24]", "layers: [24], layout: bucketed")]
+    if path == "limits.usd":
+        bodies = [f"{SAE}price: {{gpu_hour: 2.5}}\n"]
     if path == "train.cache_limit":
         bodies = [SAE.replace("train: {", "train: {cache: there, ")]
     if path.startswith("train.sae."):

@@ -1,0 +1,77 @@
+"""`limits`: what a plan foretells, against what a start may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from plmsae_cli.cli.show import size
+
+if TYPE_CHECKING:
+    from plmsae_cli.config.data import Price
+    from plmsae_cli.config.experiment import Experiment
+    from plmsae_cli.runtime.task import Plan
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What plans would take together."""
+
+    gpu_hours: float
+    bytes: int
+    usd: float
+
+
+def forecast(plans: Sequence[Plan], price: Price, gpus: int) -> Forecast:
+    """Of what is not done yet; hours on `gpus` GPUs, as `embed` predicts them."""
+    left = [plan for plan in plans if not plan.done]
+    hours = gpus * sum(float(plan.figures.get("hours", 0.0)) for plan in left)
+    made = sum(a.bytes for plan in left for a in plan.artifacts.values() if not a.done)
+    requests = sum(usd for plan in left for usd in _each("usd_requests", plan.figures))
+    usd = hours * (price.gpu_hour or 0.0) + made / 1e12 * (price.tb_day or 0.0) + requests
+    return Forecast(hours, made, usd)
+
+
+def _each(name: str, figures: Mapping[str, Any]) -> Iterator[float]:
+    for key, found in figures.items():
+        if isinstance(found, Mapping):
+            yield from _each(name, found)
+        elif key == name:
+            yield float(found)
+
+
+def beyond(experiment: Experiment, found: Forecast) -> list[str]:
+    """A sentence for each limit that the forecast is beyond."""
+    limits = experiment.limits
+    told = []
+    if limits.gpu_hours is not None and found.gpu_hours > limits.gpu_hours:
+        told.append(f"{found.gpu_hours:,.4g} GPU hours are predicted, limits.gpu_hours is {limits.gpu_hours:,g}")
+    if limits.bytes is not None and found.bytes > limits.bytes:
+        told.append(f"{size(found.bytes)} of data would be made, limits.bytes is {size(limits.bytes)}")
+    if limits.usd is not None and found.usd > limits.usd:
+        told.append(f"{found.usd:,.2f} dollars are predicted, limits.usd is {limits.usd:,g}")
+    return told
+
+
+def refuse_beyond(experiment: Experiment, stages: Sequence[str]) -> None:
+    """Plan the stages as they would run.
+
+    Raises:
+        UserError: a figure is beyond its limit.
+    """
+    from plmsae_cli.config.data import Limits
+    from plmsae_cli.config.errors import UserError
+    from plmsae_cli.executors.pipeline import DATA_STAGES, plan_stage, wanted_layers
+    from plmsae_cli.runtime.device import count_gpus
+    from plmsae_cli.store.fs import Store
+
+    if experiment.limits == Limits():
+        return
+    store = Store(experiment.storage)
+    # Layers whose dataset is there are not embedded again; training has no forecast.
+    plans = [plan_stage(s, experiment, store, wanted_layers(s, experiment, store)) for s in stages if s in DATA_STAGES]
+    if told := beyond(experiment, forecast(plans, experiment.price, count_gpus(experiment.launch))):
+        raise UserError(
+            "\n".join(told), "`--dry-run` shows the plan; `--yes` starts it all the same, or raise the limit"
+        )

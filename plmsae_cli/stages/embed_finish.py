@@ -1,0 +1,86 @@
+"""The end of `embed`: statistics of all shards, and the manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plmsae_cli.runtime.task import Context, Result, Task
+from plmsae_cli.stages.common import manifest_facts, require_same_rows
+from plmsae_cli.store.fs import join
+from plmsae_cli.store.lineage import Lineage
+
+
+def finish_embedding(task: Task, context: Context) -> Mapping[str, Result]:
+    from plmsae_cli.runtime.embedding import summary
+    from plmsae_cli.store.activations import Statistics
+    from plmsae_cli.store.manifest import read_parts
+    from plmsae_cli.store.rowsum import joined
+    from plmsae_cli.store.shard_writer import BUFFERS
+
+    lineage = Lineage(context.experiment, context.store)
+    results = {}
+    speed: Mapping[str, float] = {}
+    for folder in task.folders:
+        if folder in task.args["pairs"]:
+            results[folder] = _finish_sorted(task, context, folder)
+            continue
+        parts = read_parts(context.store, folder)
+        names = sorted(name for name in parts if name.startswith("shard-"))
+        merged = Statistics.of_shards(context.store, folder, lineage.d, names)
+        shards = [parts[name].facts for name in names]
+        speed = summary(facts["figures"] for facts in shards if "figures" in facts)
+        record = merged.write(context.store, join(folder, "stats.safetensors"))
+        facts = {
+            "rows": task.args["rows"],
+            "heldout_rows": task.args["heldout_rows"],
+            "d": task.args["d"],
+            "counts": task.args["counts"],
+            "dtype": context.experiment.embed.dtype if context.experiment.embed else None,
+            "layer": task.args["layers"][folder],
+            "num_layers": lineage.num_layers,
+            "weights": {"name": lineage.weights.name, "sha256": lineage.weights.sha256},
+            "fasta": {"sha256": lineage.scan.sha256, "name": lineage.fasta.name},
+            "kernel": _kernels(shards),
+            "speed": speed,
+        }
+        if folder in task.args["kept"]:
+            ordered = min(task.args["kept"][folder], task.args["rows"])
+            sorted_in = next(to for to, source in task.args["pairs"].items() if source == folder)
+            facts |= {"layout": "bucketed", "ordered_rows": ordered, "sorted_in": sorted_in.rpartition("/")[2]}
+        if all("row_sum" in found for found in shards):  # those of an earlier version have none
+            facts["row_sum"] = joined(found["row_sum"] for found in shards)
+        results[folder] = Result([record], manifest_facts(task, folder, facts).facts)
+    if speed:
+        context.progress(1, 1, note=_told(speed))
+    BUFFERS.clear()
+    return results
+
+
+def _finish_sorted(task: Task, context: Context, folder: str) -> Result:
+    """The manifest of map files, as `shuffle` would write it."""
+    from plmsae_cli.store.manifest import read_parts
+
+    parts = [part for name, part in read_parts(context.store, folder).items() if name.startswith("shard-")]
+    source = task.args["pairs"][folder]
+    facts = {
+        **{name: value for name, value in task.args["shape"].items() if name != "seed"},
+        "d": task.args["d"],
+        "layer": task.args["layers"][source],
+        "layout": "bucketed",
+        **require_same_rows(context.store, source, None, parts),
+    }
+    return manifest_facts(task, folder, facts)
+
+
+def _kernels(shards: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """What computed the shards: one value of each unless machines differed or memory ran out."""
+    names = ("compute", "attention", "compiled", "batch_tokens")
+    return {name: sorted({facts[name] for facts in shards if name in facts}) for name in names}
+
+
+def _told(speed: Mapping[str, float]) -> str:
+    return (
+        f"embed: {speed['residues_per_second']:,.0f} residues/s a process, device busy {speed['busy']:.1%}, waited for rows "
+        f"to leave {speed['waited']:.1%}, files being written {speed['writing']:.0%}, padding {speed['padding']:.2%}"
+    )

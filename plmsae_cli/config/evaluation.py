@@ -163,8 +163,8 @@ class Contacts(Section):
 
 
 class Steering(Section):
-    """What latents do: their decoder rows added to the residues' activations, all later layers computed anew, and the change of the
-    model's predictions at masked residues, against controls."""
+    """What latents do: their decoder rows added to the residues' activations, all later layers computed anew, and the
+    change of the model's predictions at masked residues, against controls."""
 
     latents: Annotated[list[Annotated[int, Field(ge=0)]] | Literal["densest", "concepts"], SCIENCE] = "densest"
     """Which are steered: a list, the most frequent on the proteins steered, or those of highest concept F1 (needs `concepts`)."""

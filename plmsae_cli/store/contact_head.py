@@ -19,8 +19,8 @@ SUFFIX = "-contact-regression.pt"
 def contact_head_file(weights: str, store: Store) -> Path | None:
     """The file that holds the contact head of `model.weights`; None where there is none.
 
-    For a published name, `<name>-contact-regression.pt` in torch's hub folder or the cache's `weights`; for a `.pt` the file of that
-    ending beside it; for a Hugging Face folder its model.safetensors, where that has the head.
+    For a published name, `<name>-contact-regression.pt` in torch's hub folder or the cache's `weights`; for a `.pt` the
+    file of that ending beside it; for a Hugging Face folder its model.safetensors, where that has the head.
     """
     if weights in PUBLISHED:
         places = [Path(torch.hub.get_dir()) / "checkpoints", cache_folder() / "weights"]
@@ -71,7 +71,7 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
             wanted = [name for name in file.keys() if "contact_head" in name]  # noqa: SIM118
             return {name: file.get_tensor(name) for name in wanted}
     found = read_pickle(path, (argparse.Namespace,))
-    state: dict[str, torch.Tensor] = found["model"] if "model" in found else found
+    state: dict[str, torch.Tensor] = found.get("model", found)
     if not any("contact_head.regression.weight" in name for name in state):
         raise UserError(f"{path} holds no contact_head.regression.weight", "fetch the file again")
     return state

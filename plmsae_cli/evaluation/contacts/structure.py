@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def read_chain(path: Path, name: str, chain: str | None, sequence: str) -> Chain
     atoms = atoms[atoms.chain_id == chosen]
     starts = biotite.get_residue_starts(atoms, add_exclusive_stop=True)
     letters, places, numbers = [], [], []
-    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+    for start, stop in pairwise(starts):
         residue = atoms[start:stop]
         letter = one_letter_code(residue.res_name[0]) or "X"
         found = residue.coord[residue.atom_name == ("CA" if letter == "G" else "CB")]

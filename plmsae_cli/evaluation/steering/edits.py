@@ -1,7 +1,8 @@
 """What is put in place of a layer to steer along a latent, and along its controls.
 
-h' = h + delta_t d on the residues chosen. `add`: delta = strength x the latent's maximum; `clamp`: delta_t = strength x maximum - z_t,
-which is dec(z') + (h - dec(z)), the reconstruction's error kept, since decoding is linear in z; `ablate`: delta_t = -z_t.
+h' = h + delta_t d on the residues chosen. `add`: delta = strength x the latent's maximum; `clamp`: delta_t = strength x
+maximum - z_t, which is dec(z') + (h - dec(z)), the reconstruction's error kept, since decoding is linear in z; `ablate`:
+delta_t = -z_t.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ Floats = npt.NDArray[np.float64]
 def paired(effect_P: Floats, control_P: Floats) -> tuple[float, float]:
     """(effect size d_z, two-sided p of Student's paired t) of effect - control over proteins.
 
-    d_z = mean / standard deviation of the differences. Where all differences are equal there is no spread to compare with: p is 1 if
-    they are 0, else 0, and d_z is NaN.
+    d_z = mean / standard deviation of the differences. Where all differences are equal there is no spread to compare
+    with: p is 1 if they are 0, else 0, and d_z is NaN.
     """
     difference_P = effect_P - control_P
     count = len(difference_P)
@@ -30,16 +30,16 @@ def paired(effect_P: Floats, control_P: Floats) -> tuple[float, float]:
 
 def student_p(t: float, freedom: int) -> float:
     """Two-sided p of Student's t: I_x(freedom / 2, 1 / 2) at x = freedom / (freedom + t^2)."""
-    return _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+    return _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t), t * t / (freedom + t * t))
 
 
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised I_x(a, b), by its continued fraction (DLMF 8.17.22) with Lentz's method."""
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
+def _incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
+    """Regularised I_x(a, b), `rest` = 1 - x, by its continued fraction (DLMF 8.17.22) with Lentz's method."""
+    if x <= 0.0 or rest <= 0.0:
+        return float(rest <= 0.0)
     if x > (a + 1) / (a + b + 2):  # where it converges fast
-        return 1.0 - _incomplete_beta(b, a, 1.0 - x)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+        return 1.0 - _incomplete_beta(b, a, rest, x)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)) / a
     tiny = 1e-300
     c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1) or tiny)
     value = d

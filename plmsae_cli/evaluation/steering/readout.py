@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
 
 def log_letters(plm: Any, batch: Batch | tuple[Tensor, Packed, Tensor], layer: int, value: Any = None) -> Tensor:
-    """Log-probabilities [Q, 20] at the masked residues, with layer `layer` replaced by `value(layer)` and all later layers anew."""
+    """Log-probabilities [Q, 20] at the masked residues, layer `layer` replaced by `value` of it, all later ones anew."""
     tokens_T, packed, read_Q = batch[:3]
     splice = None if value is None else {layer: value}
     logits_TV = plm(tokens_T, packed.documents, splice=splice, logits=True).logits

@@ -18,7 +18,8 @@ SHARED = Path(plmsae_cli.__file__).parents[2] / "shared" / "data"
 
 def pdb_line(serial: int, atom: str, residue: str, chain: str, number: int, x: float, hetero: bool = False) -> str:
     record = "HETATM" if hetero else "ATOM  "
-    return f"{record}{serial:5d}  {atom:<3} {residue:>3} {chain}{number:4d}    {x:8.3f}{0:8.3f}{0:8.3f}  1.00  0.00           {atom[0]}"
+    place = f"{residue:>3} {chain}{number:4d}    {x:8.3f}{0:8.3f}{0:8.3f}"
+    return f"{record}{serial:5d}  {atom:<3} {place}  1.00  0.00           {atom[0]}"
 
 
 def write(path: Path, seqres: str | None = None) -> Path:

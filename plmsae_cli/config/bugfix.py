@@ -211,7 +211,8 @@ _FIXED = (
     "data_root", "launch", "storage", "model", "wandb", "embed.fasta", "embed.shard", "embed.compute",
     "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory", "optimize.chunk", "train.data",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
-    "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING), *(f"eval.{axis}" for axis in _ANNOTATED),
+    "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING),
+    *(f"eval.{axis}" for axis in _ANNOTATED),
 )  # fmt: skip
 _MOST_TRIALS = 2
 

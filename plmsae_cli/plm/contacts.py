@@ -7,12 +7,13 @@ Shape letters: L residues of one document, H heads of one block, M = blocks x he
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from plmsae_cli.plm.attention import Documents
-from plmsae_cli.plm.esm2 import ESM2, Splice
+from plmsae_cli.plm.esm2 import ESM2, Block, Splice
 from plmsae_cli.plm.rotary import rotate
 
 
@@ -49,7 +50,7 @@ def attention_contacts(
     weight_NH = weight_M.float().view(blocks, plm.config.num_heads)
     total_LL = torch.zeros(length - 2, length - 2, device=tokens_T.device)
     for k in range(blocks):
-        block = plm.layers[k]
+        block = cast(Block, plm.layers[k])
         x_TD = block.self_attn_layer_norm(seen.pop(k))
         q, k_THD = (
             rotate(project(x_TD).view(length, plm.config.num_heads, plm.config.head_dim), rope)

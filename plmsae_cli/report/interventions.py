@@ -51,8 +51,8 @@ def contacts(body: Mapping[str, Any]) -> Section:
 def steering(body: Mapping[str, Any]) -> Section:
     """The section of the axis `steering`."""
     lead = (
-        f"Latents steered ({clean(body['mode'])}, residues: {clean(body['residues'])}) in {count(body['proteins'])} proteins, all later"
-        f" layers computed anew; the change of predictions at masked residues. {count(body['found'])} of"
+        f"Latents steered ({clean(body['mode'])}, residues: {clean(body['residues'])}) in {count(body['proteins'])}"
+        f" proteins, all later layers computed anew; the change of predictions at masked residues. {count(body['found'])} of"
         f" {count(body['tests'])} effects differ from a random direction of equal length at a false discovery rate of"
         f" {percent(body['fdr'])}, {count(body['found_both'])} also from a random latent of like density."
         f" Mean KL: latents {number(body['kl'])}, random directions {number(body['kl_direction'])}, random latents"

@@ -81,7 +81,7 @@ def jacobian(
     own = torch.from_numpy(residues_L.astype("int64")) - FIRST_LETTER
     mutant_M = torch.arange(length * LETTERS)
     mutant_M = mutant_M[mutant_M % LETTERS != own.repeat_interleave(LETTERS)].to(device)
-    for chosen_M in mutant_M.split(max(1, batch_tokens // (length + 2))):
+    for chosen_M in torch.split(mutant_M, max(1, batch_tokens // (length + 2))):
         check_stop()
         place_M1 = (chosen_M // LETTERS + 1)[:, None]
         letter_M1 = (chosen_M % LETTERS + FIRST_LETTER)[:, None].to(wild_T.dtype)

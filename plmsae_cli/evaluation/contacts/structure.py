@@ -30,11 +30,13 @@ class Chain:
 
     @property
     def known_L(self) -> npt.NDArray[np.bool_]:
-        return ~np.isnan(self.beta_L3).any(1)
+        known_L: npt.NDArray[np.bool_] = np.isfinite(self.beta_L3[:, 0])
+        return known_L
 
     def distances(self) -> Coordinates:
         """[L, L], NaN where either residue is not resolved."""
-        return np.sqrt(np.square(self.beta_L3[:, None] - self.beta_L3[None]).sum(-1))
+        squared_LL: Coordinates = np.square(self.beta_L3[:, None] - self.beta_L3[None]).sum(-1)
+        return np.sqrt(squared_LL)
 
     def contacts(self) -> npt.NDArray[np.bool_]:
         """[L, L]: closer than 8 angstrom, false where unknown."""
@@ -146,11 +148,14 @@ def place_in(resolved: str, numbers: list[int], deposited: str) -> npt.NDArray[n
     size = len(alphabet)
     matrix = SubstitutionMatrix(alphabet, alphabet, np.where(np.eye(size, dtype=bool), 5, -8).astype(np.int32))
     pair = [GeneralSequence(alphabet, list(text)) for text in (resolved, deposited)]
-    trace = align_optimal(*pair, matrix, gap_penalty=(-10, -1), terminal_penalty=False, max_number=1)[0].trace
+    trace: npt.NDArray[np.int64] = align_optimal(
+        *pair, matrix, gap_penalty=(-10, -1), terminal_penalty=False, max_number=1
+    )[0].trace
     both = trace[(trace >= 0).all(1)]
     if len(both) < len(resolved):
         raise UserError(
             f"{len(resolved) - len(both)} resolved residues have no place in the deposited sequence",
             "set sequence: resolved",
         )
-    return both[:, 1].astype(np.int64)
+    where: npt.NDArray[np.int64] = both[:, 1].astype(np.int64)
+    return where

@@ -42,13 +42,14 @@ def random_direction(like_D: Tensor, latent: int) -> Tensor:
     """A direction drawn uniformly, of the same norm: the same for a latent on any device."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"steer %d" % latent).digest()[:7]))
     drawn_D = torch.randn(len(like_D), generator=generator, dtype=torch.float64).to(like_D.device)
-    return (drawn_D / drawn_D.norm() * like_D.double().norm()).to(like_D.dtype)
+    scaled_D: Tensor = drawn_D / drawn_D.norm() * like_D.double().norm()
+    return scaled_D.to(like_D.dtype)
 
 
 def equal_density(density_N: Tensor, latent: int, chosen: set[int], among: int = 10) -> int:
     """One of the `among` latents outside `chosen` whose density is nearest in logarithm, drawn by a hash of the latent."""
     distance_N = ((density_N + 1e-12).log() - (density_N[latent] + 1e-12).log()).abs()
-    usable = [n for n in distance_N.argsort(stable=True).tolist() if n not in chosen and n != latent]
+    usable: list[int] = [n for n in distance_N.argsort(stable=True).tolist() if n not in chosen and n != latent]
     near = usable[:among]
     return near[int.from_bytes(hashlib.sha256(b"other %d" % latent).digest()[:7]) % len(near)]
 

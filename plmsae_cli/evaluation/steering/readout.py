@@ -33,7 +33,7 @@ def log_letters(plm: Any, batch: Batch | tuple[Tensor, Packed, Tensor], layer: i
     """Log-probabilities [Q, 20] at the masked residues, layer `layer` replaced by `value` of it, all later ones anew."""
     tokens_T, packed, read_Q = batch[:3]
     splice = None if value is None else {layer: value}
-    logits_TV = plm(tokens_T, packed.documents, splice=splice, logits=True).logits
+    logits_TV: Tensor = plm(tokens_T, packed.documents, splice=splice, logits=True).logits
     return logits_TV[read_Q, FIRST_LETTER : FIRST_LETTER + LETTERS].double().log_softmax(-1)
 
 

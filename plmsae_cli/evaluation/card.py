@@ -109,7 +109,8 @@ def _steering(body: Mapping[str, Any]) -> Iterator[str]:
     number = len({row["latent"] for row in body["latents"]})
     yield f"{number:,} latents in {body['proteins']:,} proteins; mean KL of predictions at masked residues:"
     yield f"latents {body['kl']:.4f}, random directions {body['kl_direction']:.4f}, random latents {body['kl_other']:.4f} nats."
-    yield f"{body['found']:,} of {body['tests']:,} effects differ from a random direction, false discovery rate {body['fdr']}."
+    yield f"{body['found']:,} of {body['tests']:,} effects differ from a random direction, false discovery rate {body['fdr']};"
+    yield f"of the effects of random latents {body['found_null']:,} do."
     yield from ("", "| latent | strength | KL | random direction | raises | lowers |", "|---|---|---|---|---|---|")
     for row in sorted(body["latents"], key=lambda row: -row["kl"])[:20]:
         sides = [f"{row[s]['letter']} {row[s]['effect']:+.3f} (q {row[s]['q']:.3g})" for s in ("up", "down")]

@@ -63,6 +63,7 @@ FIGURES = [
     *_contact_figures(),
     Figure("steering", "effects found", ("steering", "found"), count),
     Figure("steering", "effects tested", ("steering", "tests"), count),
+    Figure("steering", "the same, random latents", ("steering", "found_null"), count),
     Figure("steering", "mean KL, latents", ("steering", "kl"), number),
     Figure("steering", "mean KL, random directions", ("steering", "kl_direction"), number),
 ]

@@ -54,7 +54,8 @@ def steering(body: Mapping[str, Any]) -> Section:
         f"Latents steered ({clean(body['mode'])}, residues: {clean(body['residues'])}) in {count(body['proteins'])}"
         f" proteins, all later layers computed anew; the change of predictions at masked residues. {count(body['found'])} of"
         f" {count(body['tests'])} effects differ from a random direction of equal length at a false discovery rate of"
-        f" {percent(body['fdr'])}, {count(body['found_both'])} also from a random latent of like density."
+        f" {percent(body['fdr'])}, {count(body['found_both'])} also from a random latent of like density;"
+        f" of the effects of those random latents {count(body['found_null'])} differ from the direction, too."
         f" Mean KL: latents {number(body['kl'])}, random directions {number(body['kl_direction'])}, random latents"
         f" {number(body['kl_other'])}."
     )

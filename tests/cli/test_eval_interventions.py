@@ -25,13 +25,8 @@ from plmsae_cli.store.tensorfile import write_tensors
 
 pytest.importorskip("biotite")
 Plmsae = Callable[..., Any]
-THREE = dict(
-    zip(
-        "ACDEFGHIKLMNPQRSTVWY",
-        "ALA CYS ASP GLU PHE GLY HIS ILE LYS LEU MET ASN PRO GLN ARG SER THR VAL TRP TYR".split(),
-        strict=True,
-    )
-)
+NAMES = "ALA CYS ASP GLU PHE GLY HIS ILE LYS LEU MET ASN PRO GLN ARG SER THR VAL TRP TYR"
+THREE = {"ACDEFGHIKLMNPQRSTVWY"[n]: NAMES[4 * n : 4 * n + 3] for n in range(20)}
 PLANTED, STRENGTH, MAXIMUM = 71, 2.0, 3.0
 D, LATENTS = 32, 128
 

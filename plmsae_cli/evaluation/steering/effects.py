@@ -91,6 +91,7 @@ def effect_rows(values_VPR: Floats, names: list[str], facts: dict[str, Any]) -> 
                 "p": p,
                 "size_other": None if math.isnan(size_other) else size_other,
                 "p_other": p_other,
+                "p_null": paired(other_P, direction_P)[1],
             }
         )
     return rows

@@ -45,7 +45,7 @@ def report(scope: Scope, options: Steering, of: int) -> Result:
             "other_latent": steer.other,
         }
         rows += effect_rows(values[place], READOUTS, facts)
-    for name in ("", "_other"):
+    for name in ("", "_other", "_null"):
         q_M = benjamini_hochberg(np.array([row[f"p{name}"] for row in rows]))
         for row, q in zip(rows, q_M.tolist(), strict=True):
             row[f"q{name}"] = q
@@ -61,6 +61,7 @@ def report(scope: Scope, options: Steering, of: int) -> Result:
         "tests": len(rows),
         "found": sum(row["q"] <= options.fdr for row in rows),
         "found_both": sum(row["q"] <= options.fdr and row["q_other"] <= options.fdr for row in rows),
+        "found_null": sum(row["q_null"] <= options.fdr for row in rows),
         "latents_found": len({row["latent"] for row in rows if row["q"] <= options.fdr}),
         "kl": float(np.mean([row["kl"] for row in latents])),
         "kl_direction": float(np.mean([row["kl_direction"] for row in latents])),

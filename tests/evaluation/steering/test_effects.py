@@ -57,4 +57,5 @@ def test_rows_hold_the_controls_beside_the_effect() -> None:
     }  # fmt: skip
     assert row["direction"] == pytest.approx(2 / 3)
     assert row["p_other"] == 1.0
+    assert row["p_null"] == pytest.approx(stats.ttest_rel([4, 4, 4], [0, 1, 1]).pvalue)
     assert row["size"] == pytest.approx((10 / 3) / math.sqrt(1 / 3))

@@ -61,9 +61,9 @@ FIGURES = [
     Figure("probes", "AUROC, best single latent", ("probes", "mean_auroc_single"), number),
     Figure("probes", "AUROC, all latents", ("probes", "mean_auroc_all"), number),
     *_contact_figures(),
-    Figure("steering", "effects found", ("steering", "found"), count),
+    Figure("steering", "effects found, latents", ("steering", "found"), count),
     Figure("steering", "effects tested", ("steering", "tests"), count),
-    Figure("steering", "the same, random latents", ("steering", "found_null"), count),
+    Figure("steering", "effects found, random latents", ("steering", "found_null"), count),
     Figure("steering", "mean KL, latents", ("steering", "kl"), number),
     Figure("steering", "mean KL, random directions", ("steering", "kl_direction"), number),
 ]

@@ -41,7 +41,8 @@ def candidates(entry: Entry) -> Iterator[Any]:
         "name": "a-name", "embed.layers": [3], "train.layer": 24, "train.sae.fractions": [0.25, 0.75],
         "train.betas": [0.5, 0.75], "train.plm.valid": {"a": "b.fasta"}, "sweep.grid": {"train.sae.k": [1, 2]},
         "eval.contacts.structures": ["a.pdb"], "eval.contacts.methods": ["head"], "eval.steering.strengths": [2.0],
-        "eval.steering.latents": [3], "eval.steering.residues": "active", "eval.concepts.nulls": ["pca"], "train.kind": "sae", "launch.slurm.options": {"qos": "high"},
+        "eval.steering.latents": [3], "eval.steering.residues": "active",
+        "eval.concepts.nulls": ["pca"], "train.kind": "sae", "launch.slurm.options": {"qos": "high"},
         "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
     }  # fmt: skip
     if entry.path in special:

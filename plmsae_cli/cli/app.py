@@ -170,9 +170,14 @@ def sweep(
     _stage("sweep", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart, yes)
 
 
-@_stage_verb()
+@_stage_verb(
+    epilog="""
+    plmsae eval my.yaml                  measure
+    plmsae eval a.yaml b.yaml --compare  show what was measured side by side
+    """
+)
 def eval(
-    yaml: YamlFile,
+    yamls: Annotated[list[Path], typer.Argument(metavar="YAML...", help="The experiment; several with --compare.")],
     set_: Sets = None,
     dry_run: DryRun = False,
     bugfix: Bugfix = False,
@@ -180,12 +185,25 @@ def eval(
     no_progress: NoProgress = False,
     with_inputs: WithInputs = False,
     yes: Yes = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="A table, a CSV and a page of finished evaluations; measures nothing.")
+    ] = False,
 ) -> None:
     """What the dictionary has learnt: figures, a table of latents and an HTML report.
 
     Results are in ROOT/NAME/eval, the page in ROOT/NAME/report/index.html.
     """
-    _stage("eval", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes)
+    if compare:
+        from plmsae_cli.cli.compare import compare_files
+
+        if dry_run or bugfix or with_inputs:
+            raise typer.BadParameter("it shows what exists: leave out the other options", param_hint="--compare")
+        raise typer.Exit(compare_files(yamls, set_, json))
+    if len(yamls) > 1:
+        raise typer.BadParameter(
+            "one experiment, or several with --compare; `plmsae run` takes many", param_hint="YAML"
+        )
+    _stage("eval", yamls[0], set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes)
 
 
 @_run_verb(

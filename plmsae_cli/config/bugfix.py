@@ -52,8 +52,18 @@ _SMALL_DATA = {
     "embed.shard": 1_000_000,
 }
 _SORTED_SHARD = 500_000  # of every layer of the bundled model, within shuffle.memory
-# Axes that need annotated proteins, of which the package has none.
-_ANNOTATED = ("concepts", "families", "probes", "encode")
+# Axes that need annotated proteins or structures, of which the package has none.
+_ANNOTATED = ("concepts", "families", "probes", "encode", "contacts")
+# Latents and positions of another dictionary may not exist in the small one.
+_SMALL_STEERING = {
+    "latents": "densest",
+    "top": 2,
+    "residues": "all",
+    "fasta": None,
+    "proteins": 4,
+    "compute": "auto",
+    "batch_tokens": "auto",
+}
 _EVERY = {"log_every": 1, "checkpoint_every": STEPS // 2}
 
 
@@ -87,6 +97,8 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
     if data["eval"] is not None:
         data["eval"]["fidelity"] |= {"proteins": 8, "batch_tokens": "auto"}
         data["eval"] |= dict.fromkeys(_ANNOTATED)
+        if data["eval"]["steering"] is not None:
+            data["eval"]["steering"] |= _SMALL_STEERING
     if data["sweep"] is not None:
         data["sweep"]["grid"] = _cut_grid(data["sweep"]["grid"], layers, data["train"])
     return Experiment.model_validate(data)
@@ -203,7 +215,8 @@ _FIXED = (
     "embed.ordered_rows", "embed.compute", "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory",
     "optimize.chunk", "train.data",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
-    "eval.fidelity.batch_tokens", *(f"eval.{axis}" for axis in _ANNOTATED),
+    "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING),
+    *(f"eval.{axis}" for axis in _ANNOTATED),
 )  # fmt: skip
 _MOST_TRIALS = 2
 

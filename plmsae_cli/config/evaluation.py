@@ -132,6 +132,83 @@ class Encode(Section):
     """Tokens of one forward pass."""
 
 
+class Contacts(Section):
+    """Which residues touch, as the language model's couplings tell: how much of that survives the reconstruction."""
+
+    structures: Annotated[list[str], Field(min_length=1)]
+    """Experimental structures, PDB or mmCIF, plain or gzip, local or `s3://`; `file.pdb.gz:B` is chain B, else the first chain
+    of amino acids is taken. Known by content."""
+    methods: Annotated[Annotated[list[Literal["jacobian", "head"]], Field(min_length=1)], SCIENCE] = ["jacobian"]
+    """`jacobian`: what every substitution does to every other residue's logits, 19 forward passes a residue and variant;
+    `head`: ESM-2's published regression on attention, cheap, but blind to a splice in the last layer."""
+    sequence: Annotated[Literal["resolved", "seqres"], SCIENCE] = "resolved"
+    """What the model reads: the residues with coordinates, or all that were in the crystal, the others then not scored."""
+    max_length: Annotated[Count, SCIENCE] = 1022
+    """Longer chains are refused. The Jacobian of L residues takes 1,600 L^2 bytes: 1.7 GB for 1,022."""
+    compute: Annotated[Auto | Literal["float32", "float16", "bfloat16"], SCIENCE] = "auto"
+    """Number type of the model; `auto` is float16 on CUDA, float32 on CPUs."""
+    bootstraps: Annotated[Count, SCIENCE] = 1000
+    """Draws of proteins for the 95 % intervals."""
+    tasks: Count = 1
+    """Pieces the structures are cut into."""
+    batch_tokens: Auto | Count = "auto"
+    """Tokens of one forward pass."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Contacts:
+        for name in ("structures", "methods"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise rule(name, f"{name} names one twice: {getattr(self, name)}", "list each once")
+        return self
+
+
+class Steering(Section):
+    """What latents do: their decoder rows added to the residues' activations, all later layers computed anew, and the
+    change of the model's predictions at masked residues, against controls."""
+
+    latents: Annotated[list[Annotated[int, Field(ge=0)]] | Literal["densest", "concepts"], SCIENCE] = "densest"
+    """Which are steered: a list, the most frequent on the proteins steered, or those of highest concept F1 (needs `concepts`)."""
+    top: Annotated[Count, SCIENCE] = 16
+    """How many, unless they are listed."""
+    mode: Annotated[Literal["add", "clamp", "ablate"], SCIENCE] = "add"
+    """`add`: strength x the latent's maximum x its decoder row; `clamp`: the activation set to strength x maximum, the
+    reconstruction's error kept; `ablate`: the activation set to 0."""
+    strengths: Annotated[Annotated[list[float], Field(min_length=1)], SCIENCE] = [1.0]
+    """Multiples of the latent's maximum over training rows; of no effect with `ablate`."""
+    residues: Annotated[Literal["all", "active"] | list[Count], SCIENCE] = "all"
+    """Where: all residues, those on which the latent is active, or a list of positions from 1."""
+    fasta: str | None = None
+    """Proteins: FASTA, UniProtKB table or flat file, known by content; null takes held-out ones."""
+    proteins: Annotated[Annotated[int, Field(ge=2)], SCIENCE] = 100
+    """How many at most, the first."""
+    max_length: Annotated[Count, SCIENCE] = 1022
+    """Longer proteins are left out."""
+    mask_rate: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.15
+    """Share of the residues masked, where predictions are read: the same masks as in `fidelity`."""
+    fdr: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.05
+    """False discovery rate (Benjamini and Hochberg) at which effects are counted."""
+    compute: Annotated[Auto | Literal["float32", "float16", "bfloat16"], SCIENCE] = "auto"
+    """Number type of the model; `auto` is float32: changes may be small."""
+    tasks: Count = 1
+    """Pieces the latents are cut into."""
+    batch_tokens: Auto | Count = "auto"
+    """Tokens of one forward pass."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Steering:
+        if self.mode == "ablate" and self.strengths != [1.0]:
+            raise rule("strengths", "mode: ablate has no strength", "remove strengths")
+        if 0.0 in self.strengths and self.mode == "add":
+            raise rule("strengths", "a strength of 0 adds nothing", "remove it")
+        for name in ("strengths", "latents"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(set(value)) != len(value):
+                raise rule(name, f"{name} names one twice: {value}", "list each once")
+        if self.latents == []:
+            raise rule("latents", "latents is an empty list", "name some, or `densest`")
+        return self
+
+
 class Eval(Section):
     """Evidence about the trained dictionary; ends in Parquet, JSON, a model card and an HTML report."""
 
@@ -145,3 +222,15 @@ class Eval(Section):
     """Linear probes; absent: not measured."""
     encode: Annotated[Encode | None, SCIENCE] = None
     """Proteins of your own; absent: none."""
+    contacts: Annotated[Contacts | None, SCIENCE] = None
+    """Contacts of known structures; absent: not measured."""
+    steering: Annotated[Steering | None, SCIENCE] = None
+    """What latents do to predictions; absent: not measured."""
+
+    @model_validator(mode="after")
+    def _concepts_choose(self) -> Eval:
+        if self.steering is not None and self.steering.latents == "concepts" and self.concepts is None:
+            raise rule(
+                "steering.latents", "steering.latents: concepts needs eval.concepts", "add it, or steer `densest`"
+            )
+        return self

@@ -43,6 +43,10 @@ def _lines(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: Mappi
         yield from _families(metrics["families"])
     if "probes" in metrics:
         yield from _probes(metrics["probes"])
+    if "contacts" in metrics:
+        yield from _contacts(metrics["contacts"])
+    if "steering" in metrics:
+        yield from _steering(metrics["steering"])
 
 
 def _fidelity(body: Mapping[str, Any]) -> Iterator[str]:
@@ -86,3 +90,31 @@ def _probes(body: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## Probes", "")
     yield f"{len(body['targets']):,} targets; test AUROC, mean over targets: best single latent {body['mean_auroc_single']:.3f},"
     yield f"all latents {body['mean_auroc_all']:.3f}."
+
+
+def _contacts(body: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", "## Contacts", "")
+    yield f"{len(body['proteins']):,} structures, long range; {body['in_training']:,} of their sequences were in training."
+    yield f"By chance {body['chance']:.3f}. Recovered: (dictionary - zero) / (original - zero)."
+    yield from (
+        "",
+        "| method | pairs | original | dictionary | zero ablation | recovered |",
+        "|---|---|---|---|---|---|",
+    )
+    for method, cuts in body["methods"].items():
+        for cut, row in cuts.items():
+            share = f"{100 * row['recovered']:.1f} %" if "recovered" in row else ""
+            yield f"| {method} | {cut} | {row['original']:.3f} | {row['sae']:.3f} | {row['zero']:.3f} | {share} |"
+
+
+def _steering(body: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", f"## Steering ({body['mode']})", "")
+    number = len({row["latent"] for row in body["latents"]})
+    yield f"{number:,} latents in {body['proteins']:,} proteins; mean KL of predictions at masked residues:"
+    yield f"latents {body['kl']:.4f}, random directions {body['kl_direction']:.4f}, random latents {body['kl_other']:.4f} nats."
+    yield f"{body['found']:,} of {body['tests']:,} effects differ from a random direction, false discovery rate {body['fdr']};"
+    yield f"of the effects of random latents {body['found_null']:,} do."
+    yield from ("", "| latent | strength | KL | random direction | raises | lowers |", "|---|---|---|---|---|---|")
+    for row in sorted(body["latents"], key=lambda row: -row["kl"])[:20]:
+        sides = [f"{row[s]['letter']} {row[s]['effect']:+.3f} (q {row[s]['q']:.3g})" for s in ("up", "down")]
+        yield f"| {row['latent']} | {row['strength']:g} | {row['kl']:.4f} | {row['kl_direction']:.4f} | {' | '.join(sides)} |"

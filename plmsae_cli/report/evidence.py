@@ -1,12 +1,14 @@
-"""What the axes of evaluation found, for the page of a run: concepts, families, probes."""
+"""What the axes of evaluation found, for the page of a run: one section an axis."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from plmsae_cli.report.cells import Cell, Section, Table, decimal, text, whole
+from plmsae_cli.report.interventions import contacts, steering
 from plmsae_cli.report.svg import SERIES, draw
 from plmsae_cli.report.words import clean, count, number, percent
 
@@ -25,47 +27,16 @@ CODES = {
 }
 
 
-class Cell(NamedTuple):
-    """What is shown, and the number it is sorted by (empty: by the text)."""
-
-    text: str
-    sort: str = ""
-
-
-class Table(NamedTuple):
-    """A table that sorts in the browser: names of columns and whether they are numbers, and rows."""
-
-    columns: Sequence[tuple[str, bool]]
-    rows: Sequence[Sequence[Cell]]
-    remark: str = ""
-
-
-class Section(NamedTuple):
-    """One axis on the page."""
-
-    name: str
-    title: str
-    lead: str
-    figures: Sequence[tuple[Markup, str, str]]
-    tables: Sequence[tuple[str, Table]]
-
-
 def sections(scores: Mapping[str, Any] | None) -> list[Section]:
     """The sections of metrics.json's axes beside fidelity, those that were measured."""
-    makers = {"concepts": _concepts, "families": _families, "probes": _probes}
+    makers = {
+        "concepts": _concepts,
+        "families": _families,
+        "probes": _probes,
+        "contacts": contacts,
+        "steering": steering,
+    }
     return [make(scores[axis]) for axis, make in makers.items() if scores is not None and axis in scores]
-
-
-def _number(value: float | None, digits: int = 3) -> Cell:
-    return Cell("", "") if value is None else Cell(f"{value:.{digits}f}", repr(float(value)))
-
-
-def _whole(value: int) -> Cell:
-    return Cell(count(value), str(value))
-
-
-def _text(value: object) -> Cell:
-    return Cell(clean(value, 80))
 
 
 def _concepts(body: Mapping[str, Any]) -> Section:
@@ -82,9 +53,9 @@ def _concepts(body: Mapping[str, Any]) -> Section:
          ("95 %", False), ("AUROC", True), ("AUPRC", True)],
         [
             [
-                Cell(CODES[name]), _whole(row["latents"]), _whole(row["concepts_above"]), _whole(row["latents_above"]),
-                _number(row["mean_f1"]), Cell("[{:.3f}, {:.3f}]".format(*row["interval_mean_f1"])), _number(row["mean_auroc"]),
-                _number(row["mean_auprc"]),
+                Cell(CODES[name]), whole(row["latents"]), whole(row["concepts_above"]), whole(row["latents_above"]),
+                decimal(row["mean_f1"]), Cell("[{:.3f}, {:.3f}]".format(*row["interval_mean_f1"])), decimal(row["mean_auroc"]),
+                decimal(row["mean_auprc"]),
             ]
             for name, row in codes
         ],
@@ -95,10 +66,10 @@ def _concepts(body: Mapping[str, Any]) -> Section:
                ("Recall", True), ("by", False), ("AUROC", True), ("Best null", True), ("Positives", True)]  # fmt: skip
     rows = [
         [
-            _text(row["concept"]), Cell(str(row["latent"]), str(row["latent"])), _number(row["threshold"], 2), _number(row["f1"]),
-            Cell("[{:.2f}, {:.2f}]".format(*row["interval_f1"]) if row["interval_f1"] else ""), _number(row["precision"]),
-            _number(row["recall"]), Cell(row["recall_by"]), _number(row["auroc"]),
-            _number(max(row["nulls"].values()) if row["nulls"] else None), _whole(row["total"][1]),
+            text(row["concept"]), Cell(str(row["latent"]), str(row["latent"])), decimal(row["threshold"], 2), decimal(row["f1"]),
+            Cell("[{:.2f}, {:.2f}]".format(*row["interval_f1"]) if row["interval_f1"] else ""), decimal(row["precision"]),
+            decimal(row["recall"]), Cell(row["recall_by"]), decimal(row["auroc"]),
+            decimal(max(row["nulls"].values()) if row["nulls"] else None), whole(row["total"][1]),
         ]
         for row in best[:ROWS]
     ]  # fmt: skip
@@ -136,14 +107,14 @@ def _families(body: Mapping[str, Any]) -> Section:
         (_histograms(histograms), "F1 of latents for their families", "Latents with a candidate class, on test.")
     ]
     patterns = Table(
-        [("Pattern", False), ("Latents", True)], [[Cell(name), _whole(body["patterns"][name])] for name in PATTERNS]
+        [("Pattern", False), ("Latents", True)], [[Cell(name), whole(body["patterns"][name])] for name in PATTERNS]
     )
     columns = [("Family", False), ("Latent", True), ("F1", True), ("Precision", True), ("Recall", True), ("F1, train", True),
                ("Proteins", True), ("Pattern", False)]  # fmt: skip
     rows = [
         [
-            _text(row["family"]), Cell(str(row["latent"]), str(row["latent"])), _number(row["f1"]), _number(row["precision"]),
-            _number(row["recall"]), _number(row["f1_train"]), _whole(row["proteins"]), Cell(row["pattern"]),
+            text(row["family"]), Cell(str(row["latent"]), str(row["latent"])), decimal(row["f1"]), decimal(row["precision"]),
+            decimal(row["recall"]), decimal(row["f1_train"]), whole(row["proteins"]), Cell(row["pattern"]),
         ]
         for row in sorted(body["best"], key=lambda row: -row["f1"])[:ROWS]
     ]  # fmt: skip
@@ -166,8 +137,8 @@ def _probes(body: Mapping[str, Any]) -> Section:
                ("AUPRC, one", True), ("AUPRC, all", True), ("Positives", True), ("Share", True)]  # fmt: skip
     rows = [
         [
-            _text(row["target"]), Cell(row["of"]), Cell(str(row["latent"]), str(row["latent"])), _number(row["auroc_single"]),
-            _number(row["auroc_all"]), _number(row["auprc_single"]), _number(row["auprc_all"]), _whole(row["positives_test"]),
+            text(row["target"]), Cell(row["of"]), Cell(str(row["latent"]), str(row["latent"])), decimal(row["auroc_single"]),
+            decimal(row["auroc_all"]), decimal(row["auprc_single"]), decimal(row["auprc_all"]), whole(row["positives_test"]),
             Cell(percent(row["positives_test"] / row["rows_test"]), repr(row["positives_test"] / row["rows_test"])),
         ]
         for row in body["targets"][:ROWS]

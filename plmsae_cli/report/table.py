@@ -50,6 +50,12 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
     if probes := scored.get("probes"):
         yield "probes, AUROC of one latent", number(probes["mean_auroc_single"])
         yield "probes, AUROC of all latents", number(probes["mean_auroc_all"])
+    for method, cuts in scored.get("contacts", {}).get("methods", {}).items():
+        body = cuts["L"]
+        share = f", {percent(body['recovered'])} recovered" if "recovered" in body else ""
+        yield f"contacts by {method}, P@L", f"{number(body['sae'])} (model {number(body['original'])}){share}"
+    if steering := scored.get("steering"):
+        yield "steering effects found", f"{count(steering['found'])} of {count(steering['tests'])}"
     for name, scores in final_validation(run).items():
         yield f"perplexity, {clean(name, 40)}", number(scores["perplexity"])
     if (rows := training_rows(run)) is not None:

@@ -298,6 +298,21 @@ def test_own_proteins_are_encoded_residue_by_residue(
     assert body == {"proteins": 3, "in_training": 0, "cut": 1, "residues": 17, "active": 17}
 
 
+def test_the_latents_of_the_best_concepts_are_steered(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_table(tmp_path / "table.tsv", proteins(30))
+    section = "  steering: {latents: concepts, top: 3, proteins: 3}\n"
+    path = trained(CONCEPTS.format(table=tmp_path / "table.tsv", nulls="", tasks=1) + section)
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval"
+    latents = pq.read_table(folder / "latents.parquet").to_pylist()
+    known = [row for row in latents if row["concept_f1"] is not None]
+    best = sorted(known, key=lambda row: -row["concept_f1"])[:3]
+    assert {row["latent"] for row in best} == {row["latent"] for row in latents if row["steering_kl"] is not None}
+
+
 def test_killed_in_an_axis_and_in_the_merge_it_ends_as_if_nothing_had_been(
     start: Callable[..., Any], plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
 ) -> None:

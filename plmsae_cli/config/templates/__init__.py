@@ -15,7 +15,10 @@ NAMES = ("sae", "plm", "sweep")
 
 _WIDTH = 100
 # Sections of the other kind of experiment, and those that need files of their own: shown, but commented out.
-_OFF = ("embed.imported", "train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes", "eval.encode")
+_OFF = (
+    "embed.imported", "train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes", "eval.encode", "eval.contacts",
+    "eval.steering",
+)  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
     "embed.fasta": "proteins.fasta.gz",
     "embed.imported.path": "activations/",
@@ -26,6 +29,7 @@ _EXAMPLES: dict[str, Any] = {
     "eval.families.proteins": "uniprot.tsv.gz",
     "eval.probes.proteins": "uniprot.tsv.gz",
     "eval.encode.fasta": "mine.fasta",
+    "eval.contacts.structures": ["1cs4.pdb.gz:A"],
 }
 
 

@@ -1,0 +1,161 @@
+"""A protein's sequence and its contacts, from an experimental structure (PDB or mmCIF, plain or gzip)."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plmsae_cli.config.errors import UserError
+
+Coordinates = npt.NDArray[np.float64]
+ENDINGS = (".pdb", ".ent", ".cif", ".mmcif")
+CONTACT = 8.0
+"""Angstrom between CB atoms (CA of glycine), strictly less (Moult et al., CASP)."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One chain: letters L, and where its residues are."""
+
+    name: str
+    sequence: str
+    beta_L3: Coordinates
+    """CB, or CA of glycine, in angstrom; NaN where it was not resolved."""
+
+    @property
+    def known_L(self) -> npt.NDArray[np.bool_]:
+        known_L: npt.NDArray[np.bool_] = np.isfinite(self.beta_L3[:, 0])
+        return known_L
+
+    def distances(self) -> Coordinates:
+        """[L, L], NaN where either residue is not resolved."""
+        squared_LL: Coordinates = np.square(self.beta_L3[:, None] - self.beta_L3[None]).sum(-1)
+        return np.sqrt(squared_LL)
+
+    def contacts(self) -> npt.NDArray[np.bool_]:
+        """[L, L]: closer than 8 angstrom, false where unknown."""
+        return self.distances() < CONTACT
+
+
+def split_chain(structure: str) -> tuple[str, str | None]:
+    """`file:CHAIN` as (file, chain); (file, None) without one."""
+    file, colon, chain = structure.rpartition(":")
+    if colon and file.removesuffix(".gz").endswith(ENDINGS):
+        return file, chain
+    return structure, None
+
+
+def read_chain(path: Path, name: str, chain: str | None, sequence: str) -> Chain:
+    """One chain of the first model.
+
+    Args:
+        path: a local file.
+        name: what users call it.
+        chain: its (author's) id; None takes the first chain that has amino acids.
+        sequence: `resolved`: residues with coordinates, one after the other; `seqres`: all that were in the crystal, those
+            without coordinates unknown.
+
+    Raises:
+        UserError: biotite is absent, the file cannot be read, or has no such chain.
+    """
+    try:
+        import biotite.structure as biotite
+        from biotite.structure.info import one_letter_code
+    except ImportError as error:
+        raise UserError("structures are read by biotite", "pip install 'plmsae[fold]'") from error
+    file, atoms = _open(path, name)
+    atoms = atoms[biotite.filter_amino_acids(atoms)]
+    chains = list(dict.fromkeys(atoms.chain_id.tolist()))
+    if not chains:
+        raise UserError(f"{name} has no amino acids", "name a structure of a protein")
+    if chain is not None and chain not in chains:
+        raise UserError(f"{name} has no chain {chain!r} of amino acids", f"its chains: {', '.join(chains)}")
+    chosen = chain if chain is not None else chains[0]
+    atoms = atoms[atoms.chain_id == chosen]
+    starts = biotite.get_residue_starts(atoms, add_exclusive_stop=True)
+    letters, places, numbers = [], [], []
+    for start, stop in pairwise(starts):
+        residue = atoms[start:stop]
+        letter = one_letter_code(residue.res_name[0]) or "X"
+        found = residue.coord[residue.atom_name == ("CA" if letter == "G" else "CB")]
+        letters.append(letter)
+        places.append(found[0] if len(found) else np.full(3, np.nan))
+        numbers.append(int(residue.res_id[0]))
+    beta_L3 = np.array(places, dtype=np.float64)
+    whole = "".join(letters)
+    if sequence == "seqres":
+        deposited = _deposited(file, chosen, name)
+        where = place_in(whole, numbers, deposited)
+        spread_L3 = np.full((len(deposited), 3), np.nan)
+        spread_L3[where] = beta_L3
+        whole, beta_L3 = deposited, spread_L3
+    stem = Path(name).name.removesuffix(".gz").rpartition(".")[0]
+    return Chain(f"{stem}_{chosen}", whole, beta_L3)
+
+
+def _open(path: Path, name: str) -> tuple[Any, Any]:
+    from biotite.structure.io import pdb, pdbx
+
+    try:
+        packed = name.endswith(".gz")
+        with gzip.open(path, "rt") if packed else path.open() as text:
+            if name.removesuffix(".gz").endswith((".cif", ".mmcif")):
+                cif = pdbx.CIFFile.read(text)
+                return cif, pdbx.get_structure(cif, model=1, altloc="first")
+            file = pdb.PDBFile.read(text)
+            return file, file.get_structure(model=1, altloc="first")
+    except (OSError, ValueError, KeyError, EOFError, IndexError) as error:
+        raise UserError(f"{name} is no structure that biotite reads: {error}", "give a PDB or mmCIF file") from error
+
+
+def _deposited(file: Any, chain: str, name: str) -> str:
+    """The sequence that was in the crystal."""
+    from biotite.structure.info import one_letter_code
+    from biotite.structure.io import pdbx
+
+    found = ""
+    if isinstance(file, pdbx.CIFFile):
+        entry = file.block.get("pdbx_poly_seq_scheme")
+        if entry is not None:
+            rows = zip(entry["pdb_strand_id"].as_array(str), entry["mon_id"].as_array(str), strict=True)
+            found = "".join(one_letter_code(monomer) or "X" for strand, monomer in rows if strand == chain)
+    else:
+        lines = [line for line in file.lines if line.startswith("SEQRES") and line[11] == chain]
+        found = "".join(one_letter_code(residue) or "X" for line in lines for residue in line[19:70].split())
+    if not found:
+        raise UserError(f"{name} does not say what chain {chain} is made of (no SEQRES)", "set sequence: resolved")
+    return found
+
+
+def place_in(resolved: str, numbers: list[int], deposited: str) -> npt.NDArray[np.int64]:
+    """Where in the deposited sequence each resolved residue stands.
+
+    By residue numbers where one offset explains all letters, else by a global alignment.
+    """
+    for offset in range(-min(numbers), len(deposited) - max(numbers)):
+        if all(deposited[number + offset] == letter for number, letter in zip(numbers, resolved, strict=True)):
+            return np.array(numbers) + offset
+    from biotite.sequence import Alphabet, GeneralSequence
+    from biotite.sequence.align import SubstitutionMatrix, align_optimal
+
+    alphabet = Alphabet(sorted(set(resolved + deposited)))
+    size = len(alphabet)
+    matrix = SubstitutionMatrix(alphabet, alphabet, np.where(np.eye(size, dtype=bool), 5, -8).astype(np.int32))
+    pair = [GeneralSequence(alphabet, list(text)) for text in (resolved, deposited)]
+    trace: npt.NDArray[np.int64] = align_optimal(
+        *pair, matrix, gap_penalty=(-10, -1), terminal_penalty=False, max_number=1
+    )[0].trace
+    both = trace[(trace >= 0).all(1)]
+    if len(both) < len(resolved):
+        raise UserError(
+            f"{len(resolved) - len(both)} resolved residues have no place in the deposited sequence",
+            "set sequence: resolved",
+        )
+    where: npt.NDArray[np.int64] = both[:, 1].astype(np.int64)
+    return where

@@ -1,0 +1,50 @@
+"""Tables and sections of a page, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from plmsae_cli.report.words import clean, count
+
+
+class Cell(NamedTuple):
+    """What is shown, and the number it is sorted by (empty: by the text)."""
+
+    text: str
+    sort: str = ""
+
+
+class Table(NamedTuple):
+    """A table that sorts in the browser: names of columns and whether they are numbers, and rows."""
+
+    columns: Sequence[tuple[str, bool]]
+    rows: Sequence[Sequence[Cell]]
+    remark: str = ""
+
+
+class Section(NamedTuple):
+    """One axis on the page."""
+
+    name: str
+    title: str
+    lead: str
+    figures: Sequence[tuple[Markup, str, str]]
+    tables: Sequence[tuple[str, Table]]
+
+
+def decimal(value: float | None, digits: int = 3) -> Cell:
+    """A number with so many places; nothing for None."""
+    return Cell("", "") if value is None else Cell(f"{value:.{digits}f}", repr(float(value)))
+
+
+def whole(value: int) -> Cell:
+    """A whole number."""
+    return Cell(count(value), str(value))
+
+
+def text(value: object) -> Cell:
+    """Text of others, made harmless and short."""
+    return Cell(clean(value, 80))

@@ -1,0 +1,79 @@
+"""What splices do, for the page of a run: contacts and steering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from plmsae_cli.report.cells import Cell, Section, Table, decimal, text, whole
+from plmsae_cli.report.words import clean, count, number, percent
+
+ROWS = 200
+METHODS = {"jacobian": "categorical Jacobian", "head": "attention head"}
+
+
+def contacts(body: Mapping[str, Any]) -> Section:
+    """The section of the axis `contacts`."""
+    proteins = body["proteins"]
+    lead = (
+        f"Residues at least 24 apart whose CB atoms are closer than 8 Å, in {count(len(proteins))} structures"
+        f" ({count(body['in_training'])} of their sequences in training): the share of contacts among the strongest"
+        f" couplings, with the layer as it is, replaced by the reconstruction, and zeroed. By chance {number(body['chance'])}."
+    )
+    columns = [("Method", False), ("Pairs", False), ("Original", True), ("Dictionary", True), ("Zero ablation", True),
+               ("Recovered", True), ("95 %", False)]  # fmt: skip
+    rows = []
+    for method, cuts in body["methods"].items():
+        for cut, row in cuts.items():
+            ends = row.get("interval_recovered")
+            share = row.get("recovered")
+            rows.append(
+                [
+                    Cell(METHODS[method]), Cell(cut), decimal(row["original"]), decimal(row["sae"]), decimal(row["zero"]),
+                    Cell("" if share is None else percent(share), "" if share is None else repr(share)),
+                    Cell(f"[{percent(ends[0])}, {percent(ends[1])}]" if ends else ""),
+                ]
+            )  # fmt: skip
+    remark = "Recovered: (dictionary - zero) / (original - zero), of the means over structures."
+    each_columns = [("Structure", False), ("Residues", True), ("Contacts", True)]
+    each_columns += [(f"{METHODS[m]}, {v}", True) for m in body["methods"] for v in ("original", "dictionary")]
+    each = [
+        [
+            text(one["id"]), whole(one["length"]), whole(one["contacts"]),
+            *(decimal(one["precision"][m][v]["L"]) for m in body["methods"] for v in ("original", "sae")),
+        ]
+        for one in proteins[:ROWS]
+    ]  # fmt: skip
+    tables = [("Precision", Table(columns, rows, remark)), ("Structures, P@L", Table(each_columns, each))]
+    return Section("contacts", "Contacts that survive", lead, [], tables)
+
+
+def steering(body: Mapping[str, Any]) -> Section:
+    """The section of the axis `steering`."""
+    lead = (
+        f"Latents steered ({clean(body['mode'])}, residues: {clean(body['residues'])}) in {count(body['proteins'])}"
+        f" proteins, all later layers computed anew; the change of predictions at masked residues. {count(body['found'])} of"
+        f" {count(body['tests'])} effects differ from a random direction of equal length at a false discovery rate of"
+        f" {percent(body['fdr'])}, {count(body['found_both'])} also from a random latent of like density;"
+        f" of the effects of those random latents {count(body['found_null'])} differ from the direction, too."
+        f" Mean KL: latents {number(body['kl'])}, random directions {number(body['kl_direction'])}, random latents"
+        f" {number(body['kl_other'])}."
+    )
+    columns = [("Latent", True), ("Strength", True), ("KL", True), ("Sign flipped", True), ("Random direction", True),
+               ("Random latent", True), ("Size (d)", True), ("q", True), ("Raises", False), ("by", True), ("q raised", True),
+               ("Lowers", False), ("by ", True), ("q lowered", True)]  # fmt: skip
+    rows = [
+        [
+            Cell(str(row["latent"]), str(row["latent"])), decimal(row["strength"], 2), decimal(row["kl"], 4),
+            decimal(row["kl_flipped"], 4), decimal(row["kl_direction"], 4), decimal(row["kl_other"], 4),
+            decimal(row["size"], 2), decimal(row["q"], 4), Cell(row["up"]["letter"]), decimal(row["up"]["effect"]),
+            decimal(row["up"]["q"], 4), Cell(row["down"]["letter"]), decimal(row["down"]["effect"]),
+            decimal(row["down"]["q"], 4),
+        ]
+        for row in sorted(body["latents"], key=lambda row: -row["kl"])[:ROWS]
+    ]  # fmt: skip
+    remark = (
+        "KL and changes of log p in nats, means over proteins. Raised and lowered: the letters whose change differs most from"
+        " that by the random direction. All read-outs and controls are in eval/steering/effects.parquet."
+    )
+    return Section("steering", "What latents do", lead, [], [("Latents", Table(columns, rows, remark))])

@@ -1,0 +1,259 @@
+"""Contacts and steering through the command line: a dictionary that loses nothing, a latent whose effect is known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from plmsae_cli.evaluation.contacts.jacobian import coupling, jacobian
+from plmsae_cli.evaluation.fidelity import masks
+from plmsae_cli.plm.alphabet import AMINO_ACIDS, MASK, encode, pack
+from plmsae_cli.runtime.models import load_plm
+from plmsae_cli.sae.export import to_state
+from plmsae_cli.sae.topk import TopK
+from plmsae_cli.store.fs import Store
+from plmsae_cli.store.tensorfile import write_tensors
+
+pytest.importorskip("biotite")
+Plmsae = Callable[..., Any]
+NAMES = "ALA CYS ASP GLU PHE GLY HIS ILE LYS LEU MET ASN PRO GLN ARG SER THR VAL TRP TYR"
+THREE = {"ACDEFGHIKLMNPQRSTVWY"[n]: NAMES[4 * n : 4 * n + 3] for n in range(20)}
+PLANTED, STRENGTH, MAXIMUM = 71, 2.0, 3.0
+D, LATENTS = 32, 128
+
+
+def write_structure(path: Path, sequence: str, seed: int) -> np.ndarray[Any, Any]:
+    """A random walk that fills a small ball, so that far residues touch; gives the CB (CA of glycine) places."""
+    draw = np.random.default_rng(seed)
+    places = np.round(draw.normal(scale=7.0, size=(len(sequence), 3)), 3)
+    lines = []
+    for number, (letter, place) in enumerate(zip(sequence, places, strict=True), 1):
+        for atom in ("CA",) if letter == "G" else ("CA", "CB"):
+            x, y, z = place if atom == "CB" or letter == "G" else place + 1.0
+            where = f"{THREE[letter]} A{number:4d}    {x:8.3f}{y:8.3f}{z:8.3f}"
+            lines.append(f"ATOM  {len(lines) + 1:5d}  {atom:<3} {where}  1.00  0.00           C")
+    path.write_text("\n".join([*lines, "END", ""]))
+    return places
+
+
+def plant(run: Path, weights: Path) -> torch.Tensor:
+    """Latents 0 to 63 are the dimensions and their negatives, which lose nothing; one more, never active, raises W."""
+    sae = TopK(D, LATENTS, k=D)
+    state, _ = to_state(sae)
+    both = torch.cat([torch.eye(D), -torch.eye(D)])
+    for name in ("w_enc_ND", "w_dec_ND"):
+        state[name].zero_()
+        state[name][: 2 * D] = both
+    state["w_dec_ND"][2 * D :, 0] = 1.0
+    state["b_enc_N"].zero_()
+    state["b_enc_N"][2 * D :] = -1e3
+    state["b_dec_D"].zero_()
+    state["maximum_N"].fill_(0.5)
+    x_D = torch.zeros(D, requires_grad=True)
+    model = load_plm(str(weights))
+    with torch.no_grad():
+        packed = pack([encode("MKTWACDEFGHI")])
+        x_D.copy_(model(packed.tokens_T, packed.documents, layers=[3]).hidden[3].mean(0))
+    logits = model.lm_head(x_D, model.embed_tokens.weight)[4:24].log_softmax(-1)
+    (slope_D,) = torch.autograd.grad(logits[AMINO_ACIDS.index("W")], x_D)
+    state["w_dec_ND"][PLANTED] = slope_D / slope_D.norm()
+    state["maximum_N"][PLANTED] = MAXIMUM
+    write_tensors(Store(), str(run / "sae" / "sae.safetensors"), state, {"format": "plmsae.sae/1"})
+    return state["w_dec_ND"][PLANTED]
+
+
+@pytest.fixture
+def trained(plmsae: Plmsae, write: Callable[..., Path], shared: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """A run on the last layer, its dictionary replaced; gives the experiment with an eval section."""
+
+    def make(evaluation: str, name: str = "one.yaml") -> Path:
+        path = write(name, evaluation="")
+        text = (
+            path.read_text()
+            .replace("layers: [2]", "layers: [3]")
+            .replace("expansion: 2, k: 4", f"expansion: 4, k: {D}")
+        )
+        path.write_text(text)
+        run = tmp_path / "runs" / path.stem
+        if not (run / "sae").exists():
+            done = plmsae("run", path, "--no-progress")
+            assert done.code == 0, done.err
+            plant(run, shared["weights"])
+        path.write_text(text + "\neval:\n  fidelity: {loss_recovered: false}\n" + evaluation)
+        return path
+
+    return make
+
+
+def sequences(number: int, length: int) -> list[str]:
+    chosen = random.Random(4)
+    return ["".join(chosen.choices("ACDEFGHIKLMNPQRSTVWY", k=length)) for _ in range(number)]
+
+
+def test_contacts_of_a_dictionary_that_loses_nothing(
+    plmsae: Plmsae, trained: Callable[..., Path], shared: dict[str, Path], tmp_path: Path
+) -> None:
+    texts = sequences(2, 40)
+    places = [write_structure(tmp_path / f"s{n}.pdb", text, n) for n, text in enumerate(texts)]
+    listed = ", ".join(f"'{tmp_path}/s{n}.pdb:A'" for n in range(2))
+    path = trained(f"  contacts: {{structures: [{listed}], tasks: 2, batch_tokens: 1500}}\n")
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval"
+    body = json.loads((folder / "metrics.json").read_text())["contacts"]
+    model = load_plm(str(shared["weights"]))
+    for text, where, row in zip(texts, places, body["proteins"], strict=True):
+        contact = np.linalg.norm(where[:, None] - where[None], axis=-1) < 8.0
+        score = coupling(jacobian(model, encode(text), 3, None, 4000, torch.device("cpu"))).numpy()
+        ranked = sorted((-score[i, j], contact[i, j]) for i in range(40) for j in range(i + 24, 40))
+        for cut, part in (("L", 1), ("L/2", 2), ("L/5", 5)):
+            wanted = sum(hit for _, hit in ranked[: 40 // part]) / (40 // part)
+            assert row["precision"]["jacobian"]["original"][cut] == pytest.approx(wanted)
+        assert row["precision"]["jacobian"]["sae"] == row["precision"]["jacobian"]["original"]
+        assert row["contacts"] == sum(contact[i, j] for i in range(40) for j in range(i + 24, 40))
+    cuts = body["methods"]["jacobian"]
+    assert any(cut["original"] != cut["zero"] for cut in cuts.values())
+    assert all(cut["recovered"] == 1.0 for cut in cuts.values() if "recovered" in cut)
+    pairs = pq.read_table(folder / "contacts" / "pairs" / "00000.parquet").to_pylist()
+    assert len(pairs) == 16 * 17 / 2
+    assert pairs[0]["distance"] == pytest.approx(np.linalg.norm(places[0][0] - places[0][24]), abs=1e-3)
+    # The other number of pieces, another order of packs: the same bytes.
+    first = (folder / "contacts" / "result.json").read_bytes()
+    path.write_text(path.read_text().replace("tasks: 2", "tasks: 1"))
+    assert plmsae("eval", path, "--no-progress").code == 0
+    assert (folder / "contacts" / "result.json").read_bytes() == first
+    assert "## Contacts" in (folder / "model_card.md").read_text()
+    page = (tmp_path / "runs" / "one" / "report" / "index.html").read_text()
+    assert '<section id="contacts">' in page
+    assert "contacts by jacobian, P@L" in plmsae("status", tmp_path / "runs" / "one").out
+    # The attention head does not see the last layer, and these weights have none.
+    path.write_text(path.read_text().replace("tasks: 1", "methods: [head]"))
+    refused = plmsae("eval", path, "--no-progress")
+    assert refused.code == 2
+    assert "none reads layer 3, the last" in refused.err
+    assert "methods: [jacobian]" in refused.err
+
+
+def test_a_steering_direction_of_known_effect_is_first(
+    plmsae: Plmsae, trained: Callable[..., Path], shared: dict[str, Path], tmp_path: Path
+) -> None:
+    texts = sequences(6, 30)
+    (tmp_path / "p.fasta").write_text("".join(f">p{n}\n{text}\n" for n, text in enumerate(texts)))
+    section = (
+        f"  steering: {{fasta: {tmp_path / 'p.fasta'}, latents: [3, {PLANTED}, 40, 90], strengths: [{STRENGTH}],"
+        " batch_tokens: 70, tasks: 3}\n"
+    )
+    path = trained(section)
+    row_D = plant(tmp_path / "runs" / "one", shared["weights"])
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval"
+    model = load_plm(str(shared["weights"]))
+    changes, kls = [], []
+    for text in texts:  # after the last layer only the head follows
+        packed = pack([encode(text)])
+        masked = torch.zeros(len(text) + 2, dtype=torch.bool)
+        masked[1:-1] = torch.from_numpy(masks(text, 0.15))
+        tokens = packed.tokens_T.long().masked_fill(masked, MASK)
+        with torch.no_grad():
+            x = model(tokens, packed.documents, layers=[3]).hidden[3][masked]
+            base, now = (
+                model.lm_head(h, model.embed_tokens.weight)[:, 4:24].double().log_softmax(-1)
+                for h in (x, x + STRENGTH * MAXIMUM * row_D)
+            )
+        changes.append((now - base).mean(0))
+        kls.append((base.exp() * (base - now)).sum(1).mean())
+    effects = {
+        (row["latent"], row["readout"]): row
+        for row in pq.read_table(folder / "steering" / "effects.parquet").to_pylist()
+    }
+    assert len(effects) == 4 * 21
+    change_A = torch.stack(changes).mean(0)
+    for letter, wanted in zip(AMINO_ACIDS, change_A.tolist(), strict=True):
+        assert effects[PLANTED, letter]["effect"] == pytest.approx(wanted, abs=1e-5)
+    assert effects[PLANTED, "KL"]["effect"] == pytest.approx(float(torch.stack(kls).mean()), abs=1e-5)
+    ranked = sorted((key for key in effects if key[1] == "W"), key=lambda key: -effects[key]["effect"])
+    assert ranked[0] == (PLANTED, "W")
+    best = effects[PLANTED, "W"]
+    assert best["effect"] > 0.2
+    assert best["flipped"] < 0
+    assert abs(best["direction"]) < best["effect"] / 2
+    assert best["q"] < 0.01
+    latents = pq.read_table(folder / "latents.parquet").to_pylist()
+    assert len(latents) == LATENTS
+    assert latents[PLANTED]["steering_up"] == "W"
+    assert latents[PLANTED]["steering_up_effect"] == pytest.approx(best["effect"])
+    assert latents[0]["steering_kl"] is None
+    first = (folder / "steering" / "effects.parquet").read_bytes()
+    path.write_text(path.read_text().replace("tasks: 3", "tasks: 1"))
+    assert plmsae("eval", path, "--no-progress").code == 0
+    assert (folder / "steering" / "effects.parquet").read_bytes() == first
+    assert "## Steering (add)" in (folder / "model_card.md").read_text()
+    assert '<section id="steering">' in (tmp_path / "runs" / "one" / "report" / "index.html").read_text()
+    # A list that the dictionary does not have is refused in words.
+    path.write_text(path.read_text().replace("90]", "128]"))
+    refused = plmsae("eval", path, "--no-progress")
+    assert refused.code != 0
+    assert "names 128, the dictionary has 128" in refused.err
+
+
+def test_killed_between_pieces_it_ends_the_same(
+    start: Callable[..., Any], plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    from plmsae_cli.config.yaml import load
+    from plmsae_cli.executors.pipeline import plan_stage
+
+    path = trained("  steering: {top: 3, proteins: 4, tasks: 2, mode: ablate, residues: active}\n")
+    ids = [
+        task.id for task in plan_stage("eval", load(path).experiment, Store()).tasks if task.args["axis"] == "steering"
+    ]
+    process = start("eval", path, "--no-progress", PLMSAE_FAULT=f"kill:eval.{ids[2]}.written")
+    assert process.wait() == -9, process.log
+    assert plmsae("eval", path, "--no-progress").code == 0
+    folder = tmp_path / "runs" / "one" / "eval"
+    killed = {name: (folder / name).read_bytes() for name in ("latents.parquet", "steering/effects.parquet")}
+    import shutil
+
+    shutil.rmtree(folder)
+    assert plmsae("eval", path, "--no-progress").code == 0
+    assert {name: (folder / name).read_bytes() for name in killed} == killed
+
+
+def test_evaluations_side_by_side(plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path) -> None:
+    one, two = trained("", "one.yaml"), trained("  steering: {top: 2, proteins: 3}\n", "two.yaml")
+    assert plmsae("eval", two, "--no-progress").code == 0
+    refused = plmsae("eval", one, two, "--compare")
+    assert refused.code == 2
+    assert f"plmsae eval {one}" in refused.err
+    assert plmsae("eval", one, "--no-progress").code == 0
+    done = plmsae("eval", one, two, "--compare", "--json")
+    assert done.code == 0, done.err
+    body = json.loads(done.out)
+    figures = {
+        name: json.loads((tmp_path / "runs" / name / "eval" / "metrics.json").read_text()) for name in ("one", "two")
+    }
+    rows = {row[1]: row[2:] for row in body["rows"]}
+    assert body["columns"] == ["axis", "figure", "one", "two"]
+    assert rows["FVU"] == [figures["one"]["fidelity"]["fvu"], figures["two"]["fidelity"]["fvu"]]
+    assert rows["effects tested"] == [None, 42]  # not measured: blank
+    assert "mean best F1" not in rows
+    with Path(body["csv"]).open() as file:
+        lines = {line["figure"]: line for line in csv.DictReader(file)}
+    assert lines["effects tested"]["one"] == ""
+    assert float(lines["FVU"]["two"]) == figures["two"]["fidelity"]["fvu"]
+    page = Path(body["report"]).read_text()
+    assert page.count("<tr>") == 1 + len(rows)
+    assert "http" not in page.replace("http-equiv", "")
+    shown = plmsae("eval", one, two, "--compare").out.splitlines()
+    assert shown[0].split() == ["axis", "figure", "one", "two"]
+    assert plmsae("eval", one, one, "--compare").code == 2
+    assert plmsae("eval", one, two).code == 2

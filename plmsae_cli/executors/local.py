@@ -48,6 +48,8 @@ class LocalExecutor:
             left = [t for t in plan.tasks if t.resources.gang > 1]
         else:
             left = list(plan.tasks)
+        if self._gpus and any(t.resources.gpus for t in left):
+            self.close()  # idle workers hold models, and what memory they once needed, on those GPUs
         with Behind() as behind:
             self._in_turn(left, sum(t.cost for t in plan.tasks), behind, report)
 
@@ -72,3 +74,4 @@ class LocalExecutor:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
+            self._pool = None

@@ -24,6 +24,7 @@ from plmsae_cli.store.tensorfile import write_tensors
 _PART_ROWS = 65_536
 """Rows decoded, and counted, at a time."""
 _COUNTING = ThreadPoolExecutor(4, thread_name_prefix="statistics")
+_OF_THREAD = threading.local()
 POOLED = "pooled"
 """Folder of the proteins' means, and there the tensor's name is `mean`."""
 
@@ -172,6 +173,19 @@ class ShardRows:
                     BUFFERS.give(buffer)
 
 
+def _own_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """This thread's: the default one has passes of the model queued for seconds; none on a CPU.
+
+    The same at every call: the allocator keeps memory by stream, and torch has 32 of them.
+    """
+    if device.type != "cuda":
+        return None
+    streams: dict[torch.device, torch.cuda.Stream] = _OF_THREAD.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return streams[device]
+
+
 class ShardWriter:
     """`ShardFiles` of the activations: training rows, held-out rows, statistics, and means if asked.
 
@@ -230,10 +244,7 @@ class ShardWriter:
 
     def _statistics_of(self, rows_RW: torch.Tensor) -> Statistics:
         statistics = Statistics(self._d)
-        # On its own stream: the default one has passes of the model queued for seconds.
-        on_gpu = self._device.type == "cuda"
-        stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):  # None: no effect
+        with torch.cuda.stream(_own_stream(self._device)):  # None: no effect
             there = Statistics(self._d, self._device)
             there.update(self._rows.coding.decode(rows_RW.to(self._device)))
             statistics.merge(there)

@@ -201,10 +201,11 @@ class SAEObjective:
         return self.tokens_per_step * self.model.flops_per_token()
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        """The live tensors that training changes: the model's, or this rank's part of them."""
-        if self._shard is None:
-            return self.model.trained()
-        return {name: parameter.detach() for name, parameter in self._shard.parameters.items()}
+        """The live tensors that training changes: the model's, of those that are spread this rank's part."""
+        trained = self.model.trained()
+        if self._shard is not None:
+            trained |= {name: parameter.detach() for name, parameter in self._shard.parameters.items()}
+        return trained
 
     def tensors(self) -> Mapping[str, torch.Tensor | Part]:
         tensors = {f"model.{name}": tensor for name, tensor in self._trained().items()}

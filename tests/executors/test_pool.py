@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 import plmsae_cli
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors import worker
 from plmsae_cli.executors.executor import PlanChanged
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.weights import save_model
 
@@ -124,6 +128,31 @@ def test_a_worker_that_dies_as_it_publishes_beside_the_next_task_loses_nothing_e
     assert {"shard-00002", "finish"} <= {task.id for task in rest.tasks}
     executors(pooled).run(rest, Notes())
     assert made(pooled) == made(experiment)
+
+
+def test_idle_workers_leave_the_gpus_to_a_task_outside_the_pool(
+    experiment: Experiment, executors: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would keep the language model there while an SAE trains."""
+    pooled = _experiment(tmp_path, 2)
+    executor = executors(pooled)
+    executor.run(plan_stage("embed", pooled, Store()), Notes())
+    workers = [slot.process for slot in executor._pool._workers]
+    assert all(process.is_alive() for process in workers)
+    alive: list[bool] = []
+
+    def work(task: Task, context: Context) -> dict[str, Result]:
+        alive.extend(process.is_alive() for process in workers)
+        return {}
+
+    module = ModuleType("training_stage")
+    module.work = work  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "training_stage", module)
+    monkeypatch.setitem(worker.STAGE_MODULES, "training", "training_stage")
+    executor._gpus = 2  # as on a machine with two
+    one = Task("one", "training", (str(tmp_path),), resources=Resources(gpus=1))
+    executor.run(Plan("training", [one], {}, {}), Notes())
+    assert alive == [False, False]
 
 
 def test_a_plan_that_another_process_fixed_first_is_not_overwritten(experiment: Experiment, executors: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -154,6 +156,41 @@ def test_where_nothing_compiles_it_says_so_and_goes_on(
     expected = embedder.run(sequences, [1], [False] * 20, "float32", 512, quiet, quiet)[1][0]
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
     assert capsys.readouterr().err.count("torch.compile fails here, going on without it") == 1
+    torch._dynamo.reset()
+
+
+def test_rows_under_way_arrive_before_what_did_not_compile_is_read_again(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer 0 leaves before anything compiles: its rows must not come after those of the second attempt."""
+
+    class Slow:
+        wait_seconds = 0.0
+
+        def __init__(self) -> None:
+            self.threads = ThreadPoolExecutor(2)
+            self.under_way: list[Future[None]] = []
+            self.unfinished: list[int] = []
+
+        def send(self, rows_RD: torch.Tensor, deliver: Any) -> Future[None]:
+            self.unfinished.append(sum(not delivery.done() for delivery in self.under_way))
+
+            def finish() -> None:
+                time.sleep(0.3)
+                deliver(rows_RD)
+
+            self.under_way.append(self.threads.submit(finish))
+            return self.under_way[-1]
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    torch._dynamo.reset()
+    fresh = Embedder("bundled", Store(), "float32")
+    fresh.transfer = transfer = Slow()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    fresh.stream(random_proteins(3, 20, 60), [0, 1], torch.float32, 512, quiet, quiet, quiet, compile=True).wait()
+    assert transfer.unfinished[:3] == [0, 0, 1], "the pass that failed, then both layers of the next"
     torch._dynamo.reset()
 
 

@@ -90,3 +90,15 @@ def test_the_ring_delivers_every_row_and_raises_what_a_delivery_raised() -> None
     for delivery in failed:
         with pytest.raises(OSError, match="the disk is gone"):
             delivery.result()
+
+
+def test_statistics_come_again_and_again_from_the_same_streams() -> None:
+    """The allocator keeps what a stream freed for that stream: one of torch's 32 at every call would keep 32 times as much."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from plmsae_cli.store.shard_writer import _own_stream
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: _own_stream(torch.device("cuda", 0)), range(64)))
+    assert len({stream.stream_id for stream in found if stream is not None}) <= 2
+    assert torch.cuda.default_stream() not in found

@@ -203,6 +203,7 @@ class Embedder:
                 first = str(error).strip().splitlines()[0]
                 print(f"torch.compile fails here, going on without it: {first}", file=sys.stderr, flush=True)
                 self._compiles = stream.compiled = False
+                stream.settle()  # shallower layers of this pass may be on their way
                 return [left[i] for chosen, _ in order[done:] for i in chosen]
             stream.watch.end()
             if failed is not None:

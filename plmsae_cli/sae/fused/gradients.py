@@ -113,9 +113,9 @@ def _long(
             end = tl.minimum(begin + CHUNK, end)
             dec, enc = _sums(begin, end, group, token, act, slope, x, residual, o, mask, d, G, DEC, ENC, U, D)
             if DEC:
-                tl.store(partial + chunk * (2 * d) + o, dec, mask=mask)
+                tl.store(partial + chunk.to(tl.int64) * (2 * d) + o, dec, mask=mask)
             if ENC:
-                tl.store(partial + chunk * (2 * d) + d + o, enc, mask=mask)
+                tl.store(partial + chunk.to(tl.int64) * (2 * d) + d + o, enc, mask=mask)
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def _gradients(
         head = tl.minimum(whole * CHUNK, end)
         dec, enc = _sums(begin, head, group, token, act, slope, x, residual, o, mask, d, G, DEC, ENC, U, D)
         for chunk in range(whole, (end + CHUNK - 1) // CHUNK):
-            base = partial + chunk * (2 * d) + o
+            base = partial + tl.cast(chunk, tl.int64) * (2 * d) + o
             if DEC:
                 dec += tl.load(base, mask=mask, other=0.0)
             if ENC:

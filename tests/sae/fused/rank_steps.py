@@ -87,13 +87,13 @@ class Rows:
         return rows_BD.chunk(self._gang.world)[self._gang.rank]
 
 
-def training(gang: Gang, parallel: str) -> SAEObjective:
+def training(gang: Gang, parallel: str, architecture: str = "topk") -> SAEObjective:
     """As `plmsae train` has it, but on a CPU; some latents are dead from the start."""
     sae_kernels.why_plain = lambda *_: None
+    sae = SAE.model_validate({"num_latents": 16, "architecture": architecture, "k": K, "k_aux": 3, "init": "random"})
     options = Train(
-        sae=SAE(num_latents=16, k=K, k_aux=3, init="random"), batch_tokens=ROWS, dead_tokens=ROWS, lr=1e-2, eps=1e-3,
-        parallel=parallel, moments="bfloat16",
-    )  # fmt: skip
+        sae=sae, batch_tokens=ROWS, dead_tokens=ROWS, lr=1e-2, eps=1e-3, parallel=parallel, moments="bfloat16"
+    )
     stream = cast(BlockStream, Rows(gang))
     objective = SAEObjective(options, stream, torch.zeros(D), 1.0, 3, gang, torch.device("cpu"), torch.bfloat16)
     objective.start(torch.randn(50, D, generator=torch.Generator().manual_seed(99)))
@@ -125,6 +125,19 @@ def main(rank: int, world: int, folder: Path) -> None:
         state = {name: p.detach().clone() for name, p in objective.model.named_parameters()}
         save_file(state, folder / f"trained-{parallel}-{rank}-of-{world}.safetensors")
     if world > 1:
+        batch_topk = training(gang, "data", "batch_topk")
+        batch_topk.step(0)
+        checkpoint.save(
+            folder / "saved-batch-topk",
+            checkpoint.Checkpoint(1, batch_topk.tensors(), {}),
+            2,
+            rank,
+            world,
+            gang.barrier,
+        )
+        batch_topk.release()
+        trained = {name: tensor.clone() for name, tensor in batch_topk.model.trained().items()}
+        save_file(trained, folder / f"trained-batch-topk-{rank}.safetensors")
         dist.barrier()
         dist.destroy_process_group()
 

@@ -57,6 +57,19 @@ def test_what_two_ranks_saved_is_what_they_export_and_continues_on_one(
         )
 
 
+def test_two_ranks_save_all_that_training_changes(folder: Path) -> None:
+    """BatchTopK's theta and its count of steps, which no rank holds a part of, come back too."""
+    from plmsae_cli.store import checkpoint
+
+    found = checkpoint.load_newest(folder / "saved-batch-topk")
+    assert found is not None
+    trained = load_file(folder / "trained-batch-topk-0.safetensors")
+    assert trained["theta"] > 0
+    assert trained["theta_steps"] == 1
+    for name, tensor in trained.items():
+        assert torch.equal(found.tensors[f"model.{name}"], tensor), name
+
+
 @pytest.mark.parametrize(
     ("shared", "kind"),
     [

@@ -313,9 +313,15 @@ def clean(
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of runs; runs/ unless named.")] = Path("runs"),
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed. Without it nothing is touched.")] = False,
     older: Annotated[
-        float, typer.Option("--older", metavar="HOURS", help="Leave alone what was written to more recently.")
+        float,
+        typer.Option(
+            "--older", metavar="HOURS", help="Leave alone what was written to in the last HOURS; 24 unless set."
+        ),
     ] = 24.0,
-    unused: Annotated[bool, typer.Option("--unused", help="Also finished data that no run under ROOT uses.")] = False,
+    unused: Annotated[
+        bool,
+        typer.Option("--unused", help="Also finished data that no run under ROOT uses; runs elsewhere are not known."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """List what no longer serves: writes that were cut short, files of lost attempts, rests of freed data.

@@ -106,16 +106,17 @@ def clean_root(root: Path, yes: bool, older_hours: float, unused: bool, as_json:
 
     def work() -> int:
         from plmsae_cli.config.errors import UserError
-        from plmsae_cli.runtime.run_folder import read_json
         from plmsae_cli.store.housekeeping import leavings, remove
 
         if not root.is_dir():
             raise UserError(f"{root} is not a folder", "name the root of your runs; data in a bucket is not cleaned")
-        used: set[str] = set()
-        for path in root.rglob("artifacts.json"):
-            pointers: dict[str, Any] = read_json(path) or {}
-            used |= {os.path.normpath(pointer["folder"]) for pointer in pointers.values()}
-        found = list(leavings(root, used, older_hours * 3600, unused))
+        used = _used(root)
+        if unused and used is None:
+            raise UserError(
+                f"{root} holds no runs, so nothing says which data are used",
+                "name a folder that holds the runs as well as the data",
+            )
+        found = list(leavings(root, used or (), older_hours * 3600, unused))
         total = sum(one.bytes for one in found)
         if as_json:
             listed = [{"path": one.path, "bytes": one.bytes, "why": one.why} for one in found]
@@ -132,3 +133,32 @@ def clean_root(root: Path, yes: bool, older_hours: float, unused: bool, as_json:
         return DONE
 
     return checked(work)
+
+
+def _used(root: Path) -> set[str] | None:
+    """Names of the data folders that runs under `root` point to; None where there is no run.
+
+    Pointers are relative to where a run was started, which need not be here: the name, which holds the key, is what counts.
+    """
+    from plmsae_cli.config.errors import UserError
+    from plmsae_cli.runtime.run_folder import read_json
+    from plmsae_cli.store.housekeeping import DATA_FOLDER
+
+    used: set[str] | None = None
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else [name for name in folders if not DATA_FOLDER.fullmatch(name)]
+        seen.add(real)
+        if "artifacts.json" not in names:
+            continue
+        path = Path(parent) / "artifacts.json"
+        try:
+            pointers: dict[str, Any] = read_json(path) or {}
+            used = (used or set()) | {os.path.basename(pointer["folder"].rstrip("/")) for pointer in pointers.values()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged, so it does not say which data its run uses ({error})",
+                "start its experiment again, which writes it anew, or move the run elsewhere",
+            ) from error
+    return used

@@ -28,7 +28,7 @@ def list_root(root: Path, as_json: bool) -> int:
         users: dict[str, list[str]] = {}
         for found in runs:
             for pointer in found["artifacts"].values():
-                users.setdefault(os.path.normpath(pointer["folder"]), []).append(found["name"])
+                users.setdefault(os.path.basename(pointer["folder"].rstrip("/")), []).append(found["name"])
         finished = {path.parent: path for name in ("FREED.json", "MANIFEST.json") for path in root.rglob(name)}
         data = [_data(path, users) for _, path in sorted(finished.items())]
         if as_json:
@@ -109,7 +109,7 @@ def _data(path: Path, users: dict[str, list[str]]) -> dict[str, Any]:
         **{name: manifest[name] for name in (*facts, "imported") if name in manifest},
         "dtype": manifest.get("dtype") or "-",
         "layer": manifest.get("layer"),
-        "used_by": users.get(os.path.normpath(folder), []),
+        "used_by": users.get(folder.name, []),
     }
 
 

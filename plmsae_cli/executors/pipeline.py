@@ -155,6 +155,10 @@ def _run_stages(
     run.status(state="running", stage=None, error=None)
     if experiment.embed is not None:
         resolve_weights(experiment.model.weights, store)  # downloads published weights, once
+    if experiment.train is not None and experiment.train.data is not None:
+        ref = Lineage(experiment, store).dataset()
+        rows = (read_manifest(store, ref.folder) or {}).get("rows", 0)
+        run.point({"optimize": {"folder": ref.folder, "key": ref.key, "rows": rows}})
     executor = open_executor(experiment)
     try:
         for stage in stages:
@@ -192,10 +196,16 @@ def _stage(
         (stage if len(own) == 1 else f"{stage}-{role}"): {"folder": a.folder, "key": a.key, "rows": a.rows}
         for role, a in own.items()
     }
+    others = {
+        f"{a.of}-of-{role}": {"folder": a.folder, "key": a.key, "rows": a.rows}
+        for role, a in plan.artifacts.items()
+        if a not in own.values()
+    }
+    # Before the work: `clean` must know what a run under way uses.
+    run.point({k: v for k, v in (pointers | others).items() if v["folder"] != str(run.path)})
     if plan.done:
         why = f" ({plan.note})" if plan.note else ""
         reporter.say(f"{stage}: nothing to do, {_where(plan) or 'a later artifact exists'}{why}")
-        run.point({k: v for k, v in pointers.items() if v["folder"] != str(run.path)})
         return False
     begun = time.monotonic()
     reporter.begin(stage)
@@ -209,7 +219,6 @@ def _stage(
         except BaseException as error:
             reporter.end("stopped" if isinstance(error, Interrupted) else "failed")
             raise
-    run.point({k: v for k, v in pointers.items() if v["folder"] != str(run.path)})
     reporter.end(f"{clock(time.monotonic() - begun)}, {_where(plan)}")
     return True
 

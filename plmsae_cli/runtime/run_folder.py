@@ -36,11 +36,15 @@ def write_json(path: Path, body: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The file's JSON, or None where there is no file."""
+    """The file's JSON, or None where there is no file. UserError where it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged: {error}", "move it aside; the same `plmsae run` then writes it anew"
+        ) from error
 
 
 class RunDiffers(UserError):

@@ -38,6 +38,8 @@ class Damage:
         """What to do about it."""
         if CHECKPOINTS in self.path.removeprefix(self.folder).split("/"):
             return "training goes on from the checkpoint before it: nothing is to be done, or delete the folder of this one"
+        if self.path in (join(self.folder, MANIFEST), join(self.folder, "parts", Path(self.path).name)):
+            return "delete it, then start its experiment again: the record is made anew"
         made = f"task {self.task} made it" if self.task else "it is no task's alone"
         if self.problem == "missing":
             return f"{made}: delete {join(self.folder, MANIFEST)}, then start its experiment again: that task alone is redone"
@@ -49,7 +51,12 @@ class Damage:
 
 def damages(store: Store, folder: str) -> list[Damage]:
     """Every damaged file of an artifact, finished or not, or of a run: all that a manifest or a task's record lists."""
-    parts = read_parts(store, folder)
+    try:
+        parts = read_parts(store, folder)
+        read_manifest(store, folder)
+    except DamagedError as error:
+        path, _, problem = error.message.partition(" is damaged: ")
+        return [Damage(path, f"not the record it was ({problem})", None, folder)]
     maker = {file.name: part.task for part in parts.values() for file in part.files}
     if read_manifest(store, folder) is not None:
         problems = verify(store, folder)
@@ -124,8 +131,8 @@ def leavings(root: Path, used: Collection[str], older: float, unused: bool) -> I
     """What may go under a local root.
 
     Args:
-        used: data folders that runs point to.
-        older: seconds since something unfinished was last written; what is younger may still be at work.
+        used: names of the data folders that runs point to; a name holds the key, so it tells an artifact wherever it lies.
+        older: seconds since something was last written; what is younger may still be at work, or about to be used.
         unused: finished artifacts that no run points to as well.
     """
     now = time.time()
@@ -139,7 +146,7 @@ def leavings(root: Path, used: Collection[str], older: float, unused: bool) -> I
         for below, _, inner in os.walk(folder):
             if below != parent:
                 yield from _temporaries(Path(below), inner, now - older)
-        yield from _of_artifact(folder, os.path.normpath(folder) in used, now - older, unused)
+        yield from _of_artifact(folder, folder.name in used, now - older, unused)
 
 
 def _temporaries(folder: Path, names: Collection[str], before: float) -> Iterator[Leaving]:
@@ -167,11 +174,15 @@ def _of_artifact(folder: Path, used: bool, before: float, unused: bool) -> Itera
         parts = read_parts(store, str(folder))
     except (DamagedError, StoreError):
         return  # `verify` says what is wrong; nothing is deleted on a damaged record's word
-    if manifest is None and FREED in sizes:
+    last = {name: _written(folder / name) for name in sizes}
+    # What is newer than the record of freeing belongs to an attempt to make the artifact again.
+    if manifest is None and FREED in sizes and max(last.values()) <= last[FREED]:
         for name in sorted(set(sizes) - {FREED}):
             yield Leaving(str(folder / name), sizes[name], "its folder was freed")
         return
     if manifest is not None and unused and not used:
+        if max(last.values()) > before:
+            return
         yield Leaving(str(folder), sum(sizes.values()), "no run here uses it", whole=True)
         return
     known = {file.name for part in parts.values() for file in part.files}
@@ -179,9 +190,16 @@ def _of_artifact(folder: Path, used: bool, before: float, unused: bool) -> Itera
         known |= {file["name"] for file in manifest["files"]}
     strays = sorted(n for n in sizes if n not in known and n not in _OWN and not n.startswith("parts/"))
     for name in strays:
-        if (folder / name).stat().st_mtime <= before:
+        if last[name] <= before:
             why = "no record lists it" if manifest is not None else "an attempt that was lost: no record lists it"
             yield Leaving(str(folder / name), sizes[name], why)
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _size(path: Path) -> int:

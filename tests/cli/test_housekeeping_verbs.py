@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.stages.common import effort_figures
 from plmsae_cli.store.passes import Effort
@@ -78,6 +80,62 @@ def test_clean_lists_and_deletes_only_when_told(plmsae: Plmsae, write: Write, tm
     assert plmsae("clean", root, "--yes").code == 0
     assert not stray.exists()
     assert plmsae("verify", root).code == 0
+
+
+def test_used_data_are_known_from_anywhere_by_any_name_of_the_root(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert plmsae("run", write(root="runs", data="runs/data")).code == 0
+    (tmp_path / "linked").symlink_to("runs")
+    (tmp_path / "elsewhere").mkdir()
+    for where, root in ((tmp_path, tmp_path / "runs"), (tmp_path, "linked"), (tmp_path / "elsewhere", "../runs")):
+        monkeypatch.chdir(where)
+        assert json.loads(plmsae("clean", root, "--older", "0", "--unused", "--json").out)["found"] == []
+        assert all(data["used_by"] for data in json.loads(plmsae("ls", root, "--json").out)["data"])
+    # A run that lies elsewhere and is linked to counts, and one whose dataset is named in train.data.
+    monkeypatch.chdir(tmp_path)
+    (run,) = (path.parent for path in (tmp_path / "runs").glob("*/artifacts.json"))
+    run.rename(tmp_path / "elsewhere" / "run")
+    run.symlink_to(tmp_path / "elsewhere" / "run")
+    assert json.loads(plmsae("clean", "--older", "0", "--unused", "--json").out)["found"] == []
+    (run / "artifacts.json").write_text("{")
+    damaged = plmsae("clean", "--older", "0", "--unused")
+    assert damaged.code == 2
+    assert "artifacts.json is damaged" in damaged.err
+
+
+def test_unused_is_refused_where_no_run_says_what_is_used(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:
+    assert plmsae("run", write(data=tmp_path / "data")).code == 0
+    refused = plmsae("clean", tmp_path / "data", "--older", "0", "--unused", "--yes")
+    assert refused.code == 2
+    assert "holds no runs" in refused.err
+    assert len(list((tmp_path / "data").rglob("MANIFEST.json"))) == 3
+
+
+def test_a_run_on_a_named_dataset_points_to_it(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:
+    path = write(data=tmp_path / "data")
+    assert plmsae("run", path).code == 0
+    (dataset,) = (tmp_path / "data").glob("optimize-*")
+    sets = [f"train.data={dataset}", "embed=null", "shuffle=null", "optimize=null", "name=other"]
+    assert plmsae("train", path, *(word for one in sets for word in ("--set", one))).code == 0
+    pointers = json.loads((tmp_path / "runs" / "other" / "artifacts.json").read_text())
+    assert pointers["optimize"]["folder"] == str(dataset)
+    assert pointers["optimize"]["rows"] == json.loads((dataset / "MANIFEST.json").read_text())["rows"]
+
+
+def test_ls_of_a_damaged_manifest_names_it(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:
+    assert plmsae("run", write(data=tmp_path / "data")).code == 0
+    (manifest,) = (tmp_path / "data").glob("optimize-*/MANIFEST.json")
+    manifest.write_text("{")
+    shown = plmsae("ls", tmp_path)
+    assert shown.code == 2
+    assert f"{manifest} is damaged" in shown.err
+    assert "Traceback" not in shown.err
+    found = plmsae("verify", tmp_path / "data")
+    assert found.code == 1
+    assert f"{manifest}: not the record" in found.out
+    assert found.out.count("sound") == 2
 
 
 def test_keep_frees_what_the_dataset_was_made_from_and_nothing_makes_it_again(

@@ -118,9 +118,10 @@ def test_strays_temporaries_and_lost_attempts_are_listed_and_the_young_left_alon
 def test_unused_data_go_as_a_whole_only_when_asked_and_never_what_a_run_uses(tmp_path: Path) -> None:
     root = made(tmp_path / f"embed-{KEY}")
     assert found(tmp_path, older=-DAY) == {}
-    assert found(tmp_path, used=(os.path.normpath(root),), older=-DAY, unused=True) == {}
+    assert found(tmp_path, used=(Path(root).name,), older=-DAY, unused=True) == {}
+    assert found(tmp_path, unused=True) == {}  # made today: a share of a machine without a run folder, say
     assert found(tmp_path, older=-DAY, unused=True) == {f"embed-{KEY}": "no run here uses it"}
-    for one in list(leavings(tmp_path, set(), DAY, unused=True)):
+    for one in list(leavings(tmp_path, set(), -DAY, unused=True)):
         remove(one)
     assert not Path(root).exists()
 
@@ -148,7 +149,28 @@ def test_a_freed_artifact_leaves_a_record_and_nothing_else(tmp_path: Path) -> No
     assert found(tmp_path, older=-DAY, unused=True) == {}
     # Cut short in the middle: what is left is listed.
     (Path(root) / "shard-1.bin").write_bytes(b"x")
+    aged(Path(root) / "shard-1.bin", 60)
     assert found(tmp_path) == {f"embed-{KEY}/shard-1.bin": "its folder was freed"}
+
+
+def test_an_artifact_that_is_made_again_after_it_was_freed_is_no_rest_of_it(tmp_path: Path) -> None:
+    root = made(tmp_path / f"embed-{KEY}")
+    free(Store(), root)
+    aged(Path(root) / FREED, 2 * DAY)
+    made(Path(root), finished=False)
+    for path in (Path(root) / "shard-0.bin", Path(root) / "parts" / "task-0.json"):
+        aged(path, 1.5 * DAY)
+    assert found(tmp_path) == {}
+
+
+def test_a_damaged_manifest_or_record_is_a_damage_like_others(tmp_path: Path) -> None:
+    root = Path(made(tmp_path / f"embed-{KEY}"))
+    for path in (root / "parts" / "task-0.json", root / "MANIFEST.json"):
+        path.write_text("{")
+        (one,) = damages(Store(), str(root))
+        assert one.path == str(path)
+        assert one.remedy.startswith("delete it, ")
+        path.unlink()
 
 
 def test_a_damaged_record_deletes_nothing(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def test_a_share_has_all_that_its_tasks_come_from() -> None:
     """Three levels, as a shuffle with a middle pass has: what it needs needs something too."""
     maps = [Task(f"map-{i:05d}", "shuffle", ("x",), cost=1.0) for i in range(2)]
     parts = [Task(f"pass-{i:05d}", "shuffle", ("x",), cost=1.0, needs=("map-00000", "map-00001")) for i in range(2)]
-    merge = Task("merge-00000", "shuffle", ("x",), cost=1.0, needs=("pass-00000", "pass-00001"))
-    chosen = Share(1, 5).tasks(Plan("shuffle", [*maps, *parts, merge], {}, {}))
+    merge = Task("merge-00002", "shuffle", ("x",), cost=1.0, needs=("pass-00000", "pass-00001"))
+    chosen = Share(3, 5).tasks(Plan("shuffle", [*maps, *parts, merge], {}, {}))
     ids = {task.id for task in chosen}
     assert ids == {task.id for task in (*maps, *parts, merge)}
     assert all(set(task.needs) <= ids for task in chosen)

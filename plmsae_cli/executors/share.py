@@ -46,9 +46,15 @@ class Share:
 
         A task belongs to the same share whatever is done already: by the number at the end of its name, else to the first.
         """
-        own = [task for task in plan.tasks if self._owns(task)]
-        needed = {name for task in own for name in task.needs}
-        return [task for task in plan.tasks if task in own or (task.id in needed and task.id != FINISH)]
+        by_id = {task.id: task for task in plan.tasks}
+        wanted: set[str] = set()
+        found = [task.id for task in plan.tasks if self._owns(task)]
+        while found:
+            name = found.pop()
+            if name in by_id and name != FINISH and name not in wanted:
+                wanted.add(name)
+                found += by_id[name].needs
+        return [task for task in plan.tasks if task.id in wanted]
 
     def _owns(self, task: Task) -> bool:
         number = re.search(r"\d+$", task.id)

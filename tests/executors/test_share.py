@@ -18,6 +18,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.share import Share, run_share
 from plmsae_cli.runtime.progress import PlainReporter
+from plmsae_cli.runtime.task import Plan, Task
 from plmsae_cli.stages.common import FINISH
 from plmsae_cli.store.fs import Store
 
@@ -87,3 +88,14 @@ def test_a_share_is_of_one_stage(prepared: Callable[..., Experiment], tmp_path: 
     process = start(path, "embed", "1/2 --bugfix")
     assert process.communicate(timeout=60)[1].startswith("error: --tasks 1/2 --bugfix is not a share")
     assert process.returncode == 2
+
+
+def test_a_share_has_all_that_its_tasks_come_from() -> None:
+    """Three levels, as a shuffle with a middle pass has: what it needs needs something too."""
+    maps = [Task(f"map-{i:05d}", "shuffle", ("x",), cost=1.0) for i in range(2)]
+    parts = [Task(f"pass-{i:05d}", "shuffle", ("x",), cost=1.0, needs=("map-00000", "map-00001")) for i in range(2)]
+    merge = Task("merge-00002", "shuffle", ("x",), cost=1.0, needs=("pass-00000", "pass-00001"))
+    chosen = Share(3, 5).tasks(Plan("shuffle", [*maps, *parts, merge], {}, {}))
+    ids = {task.id for task in chosen}
+    assert ids == {task.id for task in (*maps, *parts, merge)}
+    assert all(set(task.needs) <= ids for task in chosen)

@@ -6,7 +6,7 @@ import io
 import math
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -39,6 +39,7 @@ def dumped(value: Any, flow: bool) -> str:
 @given(data=st.dictionaries(KEYS, VALUES, min_size=1, max_size=4), flow=st.booleans())
 def test_data_and_places_are_those_of_the_text(data: dict[str, Any], flow: bool) -> None:
     text = dumped(data, flow)
+    assume(YAML(typ="safe", pure=True).load(text) == data)  # some plain scalars are not read back as they were written
     document = parse(text, "f.yaml")
     assert document.problems == []
     assert document.data == data

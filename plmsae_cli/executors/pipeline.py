@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -21,7 +21,7 @@ from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.progress import Reporter, clock
 from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
-from plmsae_cli.runtime.task import Interrupted, Plan
+from plmsae_cli.runtime.task import Artifact, Interrupted, Plan
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest
@@ -183,6 +183,15 @@ def _run_stages(
     run.status(state="done", stage=None)
 
 
+def _of_others(plan: Plan, own: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Pointers to what the stage makes in another one's stead, named as that one will name them."""
+    others = {role.removeprefix("sorted-"): a for role, a in plan.artifacts.items() if role not in own}
+    return {
+        str(a.of) if len(others) == 1 else f"{a.of}-{role}": {"folder": a.folder, "key": a.key, "rows": a.rows}
+        for role, a in others.items()
+    }
+
+
 def _stage(
     stage: str, experiment: Experiment, store: Store, run: RunFolder, executor: Executor, reporter: Reporter
 ) -> bool:
@@ -196,13 +205,8 @@ def _stage(
         (stage if len(own) == 1 else f"{stage}-{role}"): {"folder": a.folder, "key": a.key, "rows": a.rows}
         for role, a in own.items()
     }
-    others = {
-        f"{a.of}-of-{role}": {"folder": a.folder, "key": a.key, "rows": a.rows}
-        for role, a in plan.artifacts.items()
-        if a not in own.values()
-    }
     # Before the work: `clean` must know what a run under way uses.
-    run.point({k: v for k, v in (pointers | others).items() if v["folder"] != str(run.path)})
+    run.point({k: v for k, v in (pointers | _of_others(plan, own)).items() if v["folder"] != str(run.path)})
     if plan.done:
         why = f" ({plan.note})" if plan.note else ""
         reporter.say(f"{stage}: nothing to do, {_where(plan) or 'a later artifact exists'}{why}")

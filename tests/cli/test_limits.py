@@ -49,7 +49,7 @@ def test_each_sentence_names_the_figure_and_the_limit() -> None:
 def test_nothing_is_begun_beyond_a_limit_but_with_yes(
     plmsae: Callable[..., Any], write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = write(evaluation="", more="limits: {bytes: 10kB}\n")
+    path = write(evaluation="", data=tmp_path / "data", more="limits: {bytes: 10kB}\n")
     for verb in ("run", "embed", "validate"):
         refused = plmsae(verb, path)
         assert refused.code == 2, refused.err

@@ -256,7 +256,7 @@ def test_housekeeping_knows_it(build: Build, go: Go, tmp_path: Path, capsys: pyt
     go(experiment, experiment.stages())  # what was absent is made anew, then trained on and scored
     assert Path(shuffled, "FREED.json").exists()
     assert not list(Path(shuffled).glob("map-*"))
-    used = {str(Path(embedded)), str(Path(shuffled)), *folders(experiment, "optimize")}
+    used = {Path(folder).name for folder in (embedded, shuffled, *folders(experiment, "optimize"))}
     assert list(leavings(root, used, 0.0, unused=True)) == []
     assert go(experiment).stages == {}
 

@@ -102,7 +102,7 @@ def test_the_splice_leaves_the_ends_alone(tiny: ESM2) -> None:
     mask = torch.tensor([True, False, False, False, True])[:, None]
     by_hand = tiny(packed.tokens_T, packed.documents, logits=True, splice={1: lambda x: x * mask}).logits
     torch.testing.assert_close(
-        letter_logits(tiny, tokens, 1, torch.zeros_like)[0].double(), by_hand[1:-1, 4:24], rtol=0, atol=1e-6
+        letter_logits(tiny, tokens, 1, torch.zeros_like)[0].double(), by_hand[1:-1, 4:24], rtol=0, atol=1e-5
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -12,10 +11,9 @@ from typing import Any, Protocol
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.executors.pool import TaskFailed
+from plmsae_cli.executors.pool import failure_of
 from plmsae_cli.executors.worker import LocalContext, run_task
 from plmsae_cli.runtime.device import allow_gpus
-from plmsae_cli.runtime.system_errors import as_user_error
 from plmsae_cli.runtime.task import Plan, Task
 from plmsae_cli.store.fs import Store, is_remote, join
 
@@ -136,6 +134,5 @@ def run_far(task: Mapping[str, Any], experiment: Mapping[str, Any], folder: str)
             allow_gpus(0)
         run_task(one, LocalContext(own, lambda *_, **__: None))
     except Exception as error:
-        failed = TaskFailed(one.id, f"{type(error).__name__}: {error}", traceback.format_exc())
-        return as_user_error(error) or failed
+        return failure_of(one, error)
     return None

@@ -225,7 +225,7 @@ def _serve(
             publish(task, context, results)
             send("published")
         except Exception as error:
-            send("unwritten", _failure(task, error))
+            send("unwritten", failure_of(task, error))
 
     context = LocalContext(Experiment.model_validate(experiment), report)
     writing = threading.Thread()
@@ -247,9 +247,12 @@ def _serve(
         except Interrupted:
             send("interrupted")
         except Exception as error:
-            send("failed", _failure(task, error))
+            send("failed", failure_of(task, error))
 
 
-def _failure(task: Task, error: Exception) -> Exception:
-    """What the parent raises: words for a user where there are some, else the error with its trace."""
+def failure_of(task: Task, error: Exception) -> Exception:
+    """What is raised where the command was started: words for a user where there are some, else the error with its trace.
+
+    To be called where the error is caught.
+    """
     return as_user_error(error) or TaskFailed(task.id, f"{type(error).__name__}: {error}", traceback.format_exc())

@@ -9,10 +9,9 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from plmsae_cli.store.fs import DamagedError, FileRecord, MissingError, Store, StoreError, join
-from plmsae_cli.store.manifest import MANIFEST, canonical_json, read_manifest, read_parts, verify
+from plmsae_cli.store.fs import DamagedError, FileRecord, Store, StoreError, join
+from plmsae_cli.store.manifest import MANIFEST, canonical_json, differs, file_records, read_manifest, read_parts
 from plmsae_cli.store.records import is_temporary
 
 FREED = "FREED.json"
@@ -53,50 +52,37 @@ def damages(store: Store, folder: str) -> list[Damage]:
     """Every damaged file of an artifact, finished or not, or of a run: all that a manifest or a task's record lists."""
     try:
         parts = read_parts(store, folder)
-        read_manifest(store, folder)
+        manifest = read_manifest(store, folder)
     except DamagedError as error:
-        path, _, problem = error.message.partition(" is damaged: ")
-        return [Damage(path, f"not the record it was ({problem})", None, folder)]
+        path, _, reason = error.message.partition(" is damaged: ")
+        return [Damage(path, f"not the record it was ({reason})", None, folder)]
     maker = {file.name: part.task for part in parts.values() for file in part.files}
-    if read_manifest(store, folder) is not None:
-        problems = verify(store, folder)
+    if manifest is not None:
+        files = file_records(join(folder, MANIFEST), manifest)
     else:
-        problems = [line for part in parts.values() for file in part.files if (line := _differs(store, folder, file))]
+        files = [file for part in parts.values() for file in part.files]
+    problems = [(file.name, problem) for file in files if (problem := differs(store, folder, file)) is not None]
     problems += _checkpoints(store, folder)
-    found = []
-    for line in problems:
-        path, _, problem = line.partition(": ")
-        found.append(Damage(path, problem, maker.get(path.removeprefix(join(folder, "x")[:-1])), folder))
-    return found
+    return [Damage(join(folder, name), problem, maker.get(name), folder) for name, problem in problems]
 
 
-def _checkpoints(store: Store, folder: str) -> list[str]:
-    """Problems of a run's checkpoints, of those that were committed."""
-    root = join(folder, CHECKPOINTS)
-    found = []
-    for name in sorted(store.list(root)):
-        step, _, file = name.partition("/")
+def _checkpoints(store: Store, folder: str) -> list[tuple[str, str]]:
+    """Name and problem of each damaged file of a run's checkpoints, of those that were committed."""
+    found: list[tuple[str, str]] = []
+    for listed in sorted(store.list(join(folder, CHECKPOINTS))):
+        name = f"{CHECKPOINTS}/{listed}"
+        step, _, file = listed.partition("/")
         if file != "CHECKPOINT.json":
             continue
         try:
-            ranks = json.loads(store.read(join(root, name)))["commit"]["ranks"]
-            records = [FileRecord(f"{step}/rank-{i}.safetensors", r["size"], r["xxh3"]) for i, r in enumerate(ranks)]
+            ranks = json.loads(store.read(join(folder, name)))["commit"]["ranks"]
+            stem = f"{CHECKPOINTS}/{step}/rank"
+            records = [FileRecord(f"{stem}-{i}.safetensors", r["size"], r["xxh3"]) for i, r in enumerate(ranks)]
         except (KeyError, TypeError, ValueError) as error:
-            found.append(f"{join(root, name)}: not a checkpoint's record ({error})")
+            found.append((name, f"not a checkpoint's record ({error})"))
             continue
-        found += [line for record in records if (line := _differs(store, root, record))]
+        found += [(r.name, problem) for r in records if (problem := differs(store, folder, r)) is not None]
     return found
-
-
-def _differs(store: Store, folder: str, wanted: Any) -> str | None:
-    path = join(folder, wanted.name)
-    try:
-        found = store.hash(path)
-    except MissingError:
-        return f"{path}: missing"
-    if (found.size, found.xxh3) != (wanted.size, wanted.xxh3):
-        return f"{path}: content differs, {wanted.size} bytes recorded, {found.size} found"
-    return None
 
 
 def free(store: Store, folder: str) -> int:

@@ -126,7 +126,7 @@ def read_manifest(store: Store, folder: str) -> dict[str, Any] | None:
     except MissingError:
         return None
     body = _parse(path, data)
-    _file_records(path, body)
+    file_records(path, body)
     return body
 
 
@@ -138,19 +138,21 @@ def verify(store: Store, folder: str) -> list[str]:
     manifest = read_manifest(store, folder)
     if manifest is None:
         return [f"{join(folder, MANIFEST)}: missing"]
-    problems = []
-    for wanted in _file_records(join(folder, MANIFEST), manifest):
-        path = join(folder, wanted.name)
-        try:
-            found = store.hash(path)
-        except MissingError:
-            problems.append(f"{path}: missing")
-            continue
-        if found.size != wanted.size:
-            problems.append(f"{path}: size differs, {wanted.size} bytes recorded, {found.size} found")
-        elif found.xxh3 != wanted.xxh3:
-            problems.append(f"{path}: content differs, xxh3 {wanted.xxh3} recorded, {found.xxh3} found")
-    return problems
+    records = file_records(join(folder, MANIFEST), manifest)
+    return [f"{join(folder, r.name)}: {problem}" for r in records if (problem := differs(store, folder, r)) is not None]
+
+
+def differs(store: Store, folder: str, wanted: FileRecord) -> str | None:
+    """Read a file of `folder` again: `missing`, or how it is not what was recorded; None if it is."""
+    try:
+        found = store.hash(join(folder, wanted.name))
+    except MissingError:
+        return "missing"
+    if found.size != wanted.size:
+        return f"size differs, {wanted.size} bytes recorded, {found.size} found"
+    if found.xxh3 != wanted.xxh3:
+        return f"content differs, xxh3 {wanted.xxh3} recorded, {found.xxh3} found"
+    return None
 
 
 def delete_artifact(store: Store, folder: str) -> None:
@@ -183,10 +185,11 @@ def _parse_part(path: str, data: bytes) -> Part:
     facts = body.get("facts")
     if not isinstance(body.get("task"), str) or not isinstance(facts, dict):
         raise _damaged(path, "it lacks `task` or `facts`")
-    return Part(body["task"], _file_records(path, body), facts)
+    return Part(body["task"], file_records(path, body), facts)
 
 
-def _file_records(path: str, body: Mapping[str, Any]) -> list[FileRecord]:
+def file_records(path: str, body: Mapping[str, Any]) -> list[FileRecord]:
+    """What the manifest or part record at `path` lists."""
     try:
         records = [FileRecord(str(f["name"]), int(f["size"]), str(f["xxh3"])) for f in body["files"]]
     except (KeyError, TypeError, ValueError) as error:

@@ -44,7 +44,7 @@ def checked(work: Callable[[], int]) -> int:
 
 def failure(error: Exception) -> int:
     """The code of an error raised while a stage ran; prints it unless it is a wish to stop."""
-    from plmsae_cli.executors.pipeline import Locked
+    from plmsae_cli.executors.locks import Locked
     from plmsae_cli.executors.pool import TaskFailed
     from plmsae_cli.runtime.run_folder import RunDiffers
     from plmsae_cli.runtime.task import Interrupted

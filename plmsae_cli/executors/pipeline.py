@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, plain_http, refuse_gangs
 from plmsae_cli.executors.keep import free_unkept
+from plmsae_cli.executors.locks import locked
 from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
 from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.progress import Reporter, clock
 from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
-from plmsae_cli.runtime.task import Artifact, Interrupted, Plan
+from plmsae_cli.runtime.task import Interrupted, Plan
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 DATA_STAGES = ("embed", "shuffle", "optimize")
 _PAIR = ("embed", "shuffle")
-
-
-class Locked(UserError):
-    """Another process works on this run."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +179,15 @@ def _run_stages(
     run.status(state="done", stage=None)
 
 
-def _of_others(plan: Plan, own: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Pointers to what the stage makes in another one's stead, named as that one will name them."""
-    others = {role.removeprefix("sorted-"): a for role, a in plan.artifacts.items() if role not in own}
-    return {
-        str(a.of) if len(others) == 1 else f"{a.of}-{role}": {"folder": a.folder, "key": a.key, "rows": a.rows}
-        for role, a in others.items()
-    }
+def _pointers(plan: Plan) -> dict[str, Any]:
+    """Where the run finds what the plan makes: by the stage it is of, with the role where that stage has several.
+
+    What a stage makes in another one's stead is named as that one will name it.
+    """
+    stages = {role: a.of or plan.stage for role, a in plan.artifacts.items()}
+    several = {stage for stage, count in Counter(stages.values()).items() if count > 1}
+    names = {role: f"{s}-{role.removeprefix('sorted-')}" if s in several else s for role, s in stages.items()}
+    return {names[role]: {"folder": a.folder, "key": a.key, "rows": a.rows} for role, a in plan.artifacts.items()}
 
 
 def _stage(
@@ -200,13 +198,8 @@ def _stage(
     if stage == "train":
         run.claim_identity(Lineage(experiment, store).run_identity())
     plan = plan_stage(stage, experiment, store, layers)
-    own = {role: a for role, a in plan.artifacts.items() if a.of in (None, stage)}
-    pointers = {
-        (stage if len(own) == 1 else f"{stage}-{role}"): {"folder": a.folder, "key": a.key, "rows": a.rows}
-        for role, a in own.items()
-    }
     # Before the work: `clean` must know what a run under way uses.
-    run.point({k: v for k, v in (pointers | _of_others(plan, own)).items() if v["folder"] != str(run.path)})
+    run.point({name: pointer for name, pointer in _pointers(plan).items() if pointer["folder"] != str(run.path)})
     if plan.done:
         why = f" ({plan.note})" if plan.note else ""
         reporter.say(f"{stage}: nothing to do, {_where(plan) or 'a later artifact exists'}{why}")
@@ -300,22 +293,3 @@ def _report(experiment: Experiment, stages: Sequence[str], run: RunFolder, worke
 
     path = build_sweep_report(run.path) if experiment.swept else build_report(run.path)
     reporter.say(f"report: {path}")
-
-
-@contextmanager
-def locked(run: RunFolder) -> Iterator[None]:
-    """One process at a time on a run.
-
-    Raises:
-        Locked: another one works on it.
-    """
-    run.path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.path.parent / f".{run.path.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise Locked(f"another plmsae process is working on {run.path}", "wait for it, or stop it") from error
-    try:
-        yield
-    finally:
-        lock.release()

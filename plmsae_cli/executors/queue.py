@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.executors.pipeline import Locked
+from plmsae_cli.executors.locks import Locked, held
 from plmsae_cli.runtime.run_folder import read_json, write_json
 from plmsae_cli.runtime.stop import STOP
 
@@ -66,24 +64,23 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         Locked: names the holder.
     """
-    lock = FileLock(folder / ".queue.lock")
     card = folder / ".queue.json"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
+
+    def refusal() -> Locked:
         holder = read_json(card) or {}
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("started", time.time())))
         who = f"pid {holder.get('pid', '?')} on {holder.get('host', '?')} since {since}"
-        raise Locked(
+        return Locked(
             f"a queue runs on {folder} already: {who}",
             "YAMLs dropped into the folder now are picked up by it",
-        ) from error
-    try:
-        write_json(card, {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()})
-        yield
-    finally:
-        card.unlink(missing_ok=True)
-        lock.release()
+        )
+
+    with held(folder / ".queue.lock", refusal):
+        try:
+            write_json(card, {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()})
+            yield
+        finally:
+            card.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -95,16 +92,10 @@ def smoke_folder(root: Path) -> Iterator[None]:
     """
     assert "bugfix" in root.name
     root.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root.with_name(f".{root.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise Locked(f"another --bugfix runs in {root}", "wait for it, or start in another folder") from error
-    try:
+    refusal = Locked(f"another --bugfix runs in {root}", "wait for it, or start in another folder")
+    with held(root.with_name(f".{root.name}.lock"), lambda: refusal):
         shutil.rmtree(root, ignore_errors=True)
         yield
-    finally:
-        lock.release()
 
 
 def run_queue(targets: Sequence[Path], run_one: Callable[[Entry], None]) -> list[Entry]:

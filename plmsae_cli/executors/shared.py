@@ -10,7 +10,8 @@ from typing import Any
 
 from plmsae_cli.config.experiment import Experiment, Launch
 from plmsae_cli.executors.executor import Executor
-from plmsae_cli.executors.pipeline import DATA_STAGES, locked, plan_stage, run_experiment
+from plmsae_cli.executors.locks import locked
+from plmsae_cli.executors.pipeline import DATA_STAGES, plan_stage, run_experiment
 from plmsae_cli.executors.placement import Load, allot, memory, place
 from plmsae_cli.runtime.device import count_gpus, device_memory
 from plmsae_cli.runtime.progress import Reporter, clock

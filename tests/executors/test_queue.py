@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.executors.pipeline import Locked
+from plmsae_cli.executors.locks import Locked
 from plmsae_cli.executors.queue import Entry, find, locked, run_queue, smoke_folder
 
 

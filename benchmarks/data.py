@@ -67,7 +67,7 @@ def ours(folder: Path, memory: int, middle: int | None = None) -> Mapping[str, A
 
     from plmsae_cli.config.experiment import Experiment
     from plmsae_cli.executors.worker import LocalContext, run_task
-    from plmsae_cli.stages.common import finish_task
+    from plmsae_cli.stages.common import finish_task, passes_json
     from plmsae_cli.stages.optimize import reduce_tasks
     from plmsae_cli.stages.shuffle import level_tasks
     from plmsae_cli.store.blocks import chunk_rows
@@ -89,8 +89,7 @@ def ours(folder: Path, memory: int, middle: int | None = None) -> Mapping[str, A
         fan = max(2, ceil_root(passes.levels()[0].groups, middle + 1)) if middle else 0
         passes = replace(passes, middle=middle, fan=fan)
     levels = level_tasks(passes, shuffled, source, 0, memory)
-    shape = {"rows": rows, "map_rows": passes.map_rows, "bucket_rows": passes.first_bucket_rows}
-    facts = {**shape, "fan": passes.fan, "middle": passes.middle, "d": D, "layer": 0, "source": source}
+    facts = {**passes_json(passes), "d": D, "layer": 0, "source": source}
     first = [
         *(t for level in levels for t in level),
         finish_task("shuffle", [Ref("shuffle", "s", shuffled)], levels[-1], facts),

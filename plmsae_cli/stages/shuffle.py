@@ -92,8 +92,7 @@ def level_tasks(passes: Passes, folder: str, source: str, seed: int, memory: int
     """The tasks of each level; from the second on the last of a level frees the files of the one before."""
     levels = passes.levels()
     step, rows = passes.map_rows, passes.rows
-    shape = {"rows": rows, "map_rows": step, "bucket_rows": passes.first_bucket_rows}
-    shape |= {"fan": passes.fan, "middle": passes.middle, "seed": seed}
+    shape = {**passes_json(passes), "seed": seed}
     held = Resources(memory=memory)
     maps = [
         Task(
@@ -239,6 +238,5 @@ def _finish(task: Task, context: Context) -> Mapping[str, Result]:
         source = require_manifest(context.store, task.args["source"])
         facts = require_same_rows(context.store, task.args["source"], source.get("row_sum"), parts)
         kept = ("rows", "d", "layer", "map_rows", "bucket_rows", "fan", "middle")
-        facts = {**{k: task.args[k] for k in kept}, **facts}
-        results[folder] = Result(facts=manifest_facts(task, folder, facts).facts)
+        results[folder] = manifest_facts(task, folder, {**{k: task.args[k] for k in kept}, **facts})
     return results

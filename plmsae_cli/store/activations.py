@@ -198,8 +198,7 @@ class ActivationShards:
         if not self.start <= row <= row_stop <= self.stop:
             raise ValueError(f"{self._folder} has rows {self.start:,} to {self.stop:,}, not {row:,} to {row_stop:,}")
         while row < row_stop:
-            # Of empty shards and the one after them, which all begin at one row, this finds the last.
-            shard = bisect_right(range(len(self._names)), row, key=self._offset) - 1
+            shard = self._shard_of(row)
             stop = min(row_stop, self._end(shard))
             if stop <= row:
                 self._require_order()
@@ -219,7 +218,7 @@ class ActivationShards:
             row = start
             with suppress(StoreError):  # whoever reads it in earnest will tell
                 while row < stop:
-                    shard = bisect_right(range(len(self._names)), row, key=self._offset) - 1
+                    shard = self._shard_of(row)
                     first, end = self._offset(shard), min(stop, self._end(shard))
                     if end <= row:
                         return
@@ -228,6 +227,10 @@ class ActivationShards:
 
         if not is_remote(self._folder) and start < stop:
             Thread(target=ahead, daemon=True, name="prefetch").start()
+
+    def _shard_of(self, row: int) -> int:
+        """The last shard that begins at the row or before it: of empty ones and the one after them, that one."""
+        return bisect_right(range(len(self._names)), row, key=self._offset) - 1
 
     def _require_order(self) -> None:
         """Raises StoreError, naming the first shard that begins after the one that should follow it."""

@@ -5,29 +5,23 @@ R: rows at hand. A row is `width` bytes here, whatever its numbers are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from plmsae_cli.store.fs import FileRecord, Store, StoreError, is_remote, join
+from plmsae_cli.store.fs import FileRecord, Store, StoreError, each, is_remote, join
 from plmsae_cli.store.passes import Level
 from plmsae_cli.store.rowsum import Bytes2D, row_sum
 from plmsae_cli.store.tensorfile import Streamed, TensorFile, write_tensors
 
 Places = npt.NDArray[np.int64]
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 _PIECE = 1 << 19
 """Bytes gathered at a time: still in a core's cache when they are hashed and written."""
-_READS = {False: 1, True: 16}
-"""Segments read at a time, from a disk and from S3."""
 
 
 def bytes_of(rows_RD: torch.Tensor) -> Bytes2D:
@@ -107,7 +101,6 @@ class Buckets:
         self._store, self._folder, self._level = store, folder, level
         self._groups = range(level.groups) if groups is None else groups
         self._files: dict[tuple[int, int], TensorFile] = {}
-        self._threads = _READS[is_remote(folder)]
         any_file = self._file((0, self._groups[0]))
         self.d, self.dtype = any_file.shape("rows")[1], any_file.dtype("rows")
 
@@ -128,7 +121,7 @@ class Buckets:
     def load(self, start: int, stop: int) -> tuple[torch.Tensor, Places]:
         """Rows whose places are in [start, stop), as they lie in the files, and their places."""
         wanted = [(part, group) for part in self._level.parts(start, stop) for group in self._groups]
-        segments = [s for s in self._each(lambda at: self._segment(at, start, stop), wanted) if len(s.places_R)]
+        segments = [s for s in each(self._folder, lambda at: self._segment(at, start, stop), wanted) if len(s.places_R)]
         ends = np.cumsum([0, *(len(s.places_R) for s in segments)])
         rows_RD = empty_rows(int(ends[-1]), self.d, self.dtype)
 
@@ -136,7 +129,7 @@ class Buckets:
             segment = segments[i]
             segment.file.read_into("rows", rows_RD[ends[i] : ends[i + 1]], segment.first)
 
-        self._each(read, range(len(segments)))
+        each(self._folder, read, range(len(segments)))
         return rows_RD, np.concatenate([np.empty(0, np.int64), *(s.places_R for s in segments)])
 
     def window(self, start: int, stop: int) -> Ordered:
@@ -167,7 +160,7 @@ class Buckets:
                     segment = self._segment(at, start, stop)
                     segment.file.prefetch("rows", segment.first, segment.first + len(segment.places_R))
 
-        if self._threads == 1 and start < stop:
+        if not is_remote(self._folder) and start < stop:
             Thread(target=ahead, daemon=True, name="prefetch").start()
 
     def _segment(self, at: tuple[int, int], start: int, stop: int) -> _Segment:
@@ -182,12 +175,6 @@ class Buckets:
         if len(chosen_R) > 1 and not (np.diff(chosen_R) > 0).all():
             raise StoreError(f"{file.path} is damaged: its places do not rise", redo(self._folder))
         return _Segment(file, first + low, chosen_R)
-
-    def _each(self, function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-        if self._threads == 1 or len(items) < 2:
-            return [function(item) for item in items]
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(function, items))
 
 
 class Windows:

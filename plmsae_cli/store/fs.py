@@ -7,9 +7,10 @@ bytes are on the disk (fsync) or held by the server (their size read back).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from plmsae_cli.store.local import LocalFiles
 from plmsae_cli.store.records import Buffer, DamagedError, FileRecord, MissingError, StoreError
@@ -25,9 +26,15 @@ __all__ = [
     "MissingError",
     "Store",
     "StoreError",
+    "each",
     "is_remote",
     "join",
 ]
+
+_REQUESTS = 16
+"""Pieces or small objects of one caller that are fetched from S3 at a time."""
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def is_remote(path: str) -> bool:
@@ -52,6 +59,15 @@ def join(folder: str, *names: str) -> str:
         return folder
     head = folder if folder in ("", "/") or folder.endswith("://") else folder.rstrip("/") + "/"
     return head + "/".join(names)
+
+
+def each(folder: str, function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+    """`[function(item) ...]`, many at a time where each one is a request, as it is for a `folder` in S3."""
+    listed = list(items)
+    if not is_remote(folder) or len(listed) < 2:
+        return [function(item) for item in listed]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(function, listed))
 
 
 class _Files(Protocol):

@@ -8,19 +8,14 @@ resumes by names and sizes alone; `verify` reads every byte again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-from plmsae_cli.store.fs import DamagedError, FileRecord, MissingError, Store, StoreError, is_remote, join
+from plmsae_cli.store.fs import DamagedError, FileRecord, MissingError, Store, StoreError, each, join
 
 MANIFEST = "MANIFEST.json"
 _PARTS = "parts"
-_REQUESTS = 16
-"""Small objects fetched from S3 at a time."""
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ def read_parts(store: Store, folder: str, most: int | None = None) -> dict[str, 
         return _parse_part(path, store.read(path))
 
     names = [name for name in store.list(join(folder, _PARTS)) if name.endswith(".json")]
-    return {part.task: part for part in _each(folder, load, sorted(names)[:most])}
+    return {part.task: part for part in each(folder, load, sorted(names)[:most])}
 
 
 def done_tasks(store: Store, folder: str) -> set[str]:
@@ -84,7 +79,7 @@ def done_tasks(store: Store, folder: str) -> set[str]:
             return None
 
     names = [name for name in sizes if name.startswith(f"{_PARTS}/") and name.endswith(".json")]
-    parts = [part for part in _each(folder, load, names) if part is not None]
+    parts = [part for part in each(folder, load, names) if part is not None]
     return {part.task for part in parts if all(sizes.get(file.name) == file.size for file in part.files)}
 
 
@@ -160,14 +155,6 @@ def delete_artifact(store: Store, folder: str) -> None:
     store.delete(join(folder, MANIFEST))
     for name in store.list(folder):
         store.delete(join(folder, name))
-
-
-def _each(folder: str, function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
-    """`[function(item) ...]`, many at a time where each one is a request."""
-    if not is_remote(folder):
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(_REQUESTS) as pool:
-        return list(pool.map(function, items))
 
 
 def _parse(path: str, data: bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and one line of any other."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ class UserError(ValueError):
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str | None]]:
         return type(self), (self.message, self.hint)
+
+
+def first_line(error: BaseException) -> str:
+    """What any error says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

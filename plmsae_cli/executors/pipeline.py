@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, plain_http, refuse_gangs
 from plmsae_cli.executors.keep import free_unkept
@@ -134,7 +134,7 @@ def run_experiment(
             raise
         except Exception as error:
             with suppress(OSError):  # what could not be written is in `error`
-                run.status(state="failed", error=str(error).splitlines()[0] if str(error) else type(error).__name__)
+                run.status(state="failed", error=first_line(error))
             raise
     return Done(run, seconds)
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.executor import fix_plans, load_extra, run_far
 from plmsae_cli.executors.pool import TaskFailed
@@ -41,7 +41,7 @@ class RayExecutor:
                 self._ray.init(address="local" if address is None else address, log_to_driver=False, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"launch.ray.address: {address} cannot be used: {str(error).splitlines()[0]}",
+                f"launch.ray.address: {address} cannot be used: {first_line(error)}",
                 "start a cluster with `ray start --head`, name its address, or use address: null for this machine alone",
             ) from error
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
@@ -93,8 +93,8 @@ class RayExecutor:
             found: Exception | None = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             times = self.experiment.launch.ray.retries + 1
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            return TaskFailed(task.id, f"its worker was lost {times} time(s), the last time so: {why}", str(error))
+            message = f"its worker was lost {times} time(s), the last time so: {first_line(error)}"
+            return TaskFailed(task.id, message, str(error))
         return found
 
     def _needs(self, task: Task) -> dict[str, Any]:

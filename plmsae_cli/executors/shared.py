@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from plmsae_cli.config.errors import first_line
 from plmsae_cli.config.experiment import Experiment, Launch
 from plmsae_cli.executors.executor import Executor
 from plmsae_cli.executors.locks import locked
@@ -176,10 +177,9 @@ def _run(plan: Plan, members: dict[str, Trial], store: Store, executor: Executor
                 left("interrupted", list(members))
                 raise
             except Exception as error:
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
                 done = [folder for folder in folders if tasks[0].id in done_tasks(store, folder)]
                 left("done", done, stage=None)
-                left("failed", folders, error=text)
+                left("failed", folders, error=first_line(error))
             seconds = round(time.monotonic() - begun, 2)
             found = [folder for folder in folders if tasks[0].id in done_tasks(store, folder)]
             left("done", found, stage=None)

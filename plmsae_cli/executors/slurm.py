@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.executor import fix_plans, load_extra, run_far, waves
 from plmsae_cli.executors.pool import TaskFailed
@@ -58,7 +58,7 @@ class SlurmExecutor:
             self._jobs = self._submitit.AutoExecutor(folder=self._folder, cluster=cluster)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"launch.executor: slurm cannot submit from this machine: {str(error).splitlines()[0]}",
+                f"launch.executor: slurm cannot submit from this machine: {first_line(error)}",
                 "start it where `sbatch` works, such as the login node, or use executor: local or ray",
             ) from error
 

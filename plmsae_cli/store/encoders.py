@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.store.digests import remembered_sha256
 
 PREFIX = "hf:"
@@ -35,9 +35,8 @@ def transformers_module() -> Any:
             "model.weights: hf: needs the package transformers, which is not installed", 'pip install "plmsae[hf]"'
         ) from error
     except (ImportError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.weights: hf: the package transformers does not work here: {first}",
+            f"model.weights: hf: the package transformers does not work here: {first_line(error)}",
             "is there a torchvision of another version than torch? remove it, or install the one that belongs to torch",
         ) from error
 
@@ -51,9 +50,8 @@ def quietly(call: Callable[[], Any], what: str) -> Any:
     try:
         return call()
     except Exception as error:  # transformers raises many kinds for folders that are not whole
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model.weights: {what}: {first}", "is the folder whole, and made by save_pretrained?"
+            f"model.weights: {what}: {first_line(error)}", "is the folder whole, and made by save_pretrained?"
         ) from error
     finally:
         logging.set_verbosity(level)

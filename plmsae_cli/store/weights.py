@@ -24,7 +24,7 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.store.digests import remembered_sha256
 from plmsae_cli.store.download import download as fetch
 from plmsae_cli.store.encoders import is_encoder, resolve_encoder
@@ -300,7 +300,7 @@ def read_pickle(path: Path, allowed: Sequence[type]) -> Any:
                 hint="a pickle can run any code; use weights from a source you trust",
             ) from error
         # Only the first sentence: torch goes on to advise loading without its safety.
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+        reason = first_line(error).split(". ")[0]
         raise UserError(
             f"{path} is not a checkpoint that torch can read: {reason}", hint="delete it and fetch it again"
         ) from error

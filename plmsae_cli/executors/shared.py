@@ -168,7 +168,7 @@ def _run(plan: Plan, members: dict[str, Trial], store: Store, executor: Executor
     with STOP.before_forced_exit(lambda: left("killed", list(members))):
         for tasks in [plan.tasks] if at_once else [[task] for task in plan.tasks]:
             folders = [folder for task in tasks for folder in task.folders]
-            begun = time.monotonic()
+            begun, failure = time.monotonic(), None
             reporter.begin(f"train {len(folders)} SAEs")
             try:
                 executor.run(replace(plan, tasks=tasks), reporter.update)
@@ -177,12 +177,12 @@ def _run(plan: Plan, members: dict[str, Trial], store: Store, executor: Executor
                 left("interrupted", list(members))
                 raise
             except Exception as error:
-                done = [folder for folder in folders if tasks[0].id in done_tasks(store, folder)]
-                left("done", done, stage=None)
-                left("failed", folders, error=first_line(error))
+                failure = first_line(error)
             seconds = round(time.monotonic() - begun, 2)
             found = [folder for folder in folders if tasks[0].id in done_tasks(store, folder)]
             left("done", found, stage=None)
+            if failure is not None:
+                left("failed", folders, error=failure)
             for folder in folders:
                 RunFolder(folder).status(stage_seconds={"train": seconds})
             lost = len(folders) - len(found)

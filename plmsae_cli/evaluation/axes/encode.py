@@ -24,12 +24,10 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.encode
     assert options is not None
     scope.require_same_model("remove eval.encode")
-    identity = scope.identity(AXIS, options.science(), {"fasta": scope.content(options.fasta)})
-    of = options.tasks
-    steps = [f"part-{i}of{of}" for i in range(of)]
-    tasks = [scope.task(AXIS, identity, step, cost=20.0 / of, index=i, of=of) for i, step in enumerate(steps)]
-    tasks.append(scope.task(AXIS, identity, "report", steps, steps=steps))
-    return tasks, {"fasta": options.fasta}
+    identity = scope.identity(AXIS, options.science(), scope.contents(fasta=options.fasta))
+    pieces = scope.pieces(AXIS, identity, "part", options.tasks, 20.0)
+    steps = [piece.args["step"] for piece in pieces]
+    return [*pieces, scope.task(AXIS, identity, "report", steps, steps=steps)], {"fasta": options.fasta}
 
 
 def work(task: Task, scope: Scope, context: Context) -> Result:

@@ -10,7 +10,6 @@ from plmsae_cli.config.evaluation import Families
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.store.fs import FileRecord, join
-from plmsae_cli.store.manifest import read_parts
 
 AXIS = "families"
 SPECIFIC = 0.7
@@ -25,14 +24,11 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.families
     assert options is not None
     scope.require_same_model("remove eval.families")
-    inputs = {"proteins": scope.content(options.proteins)}
-    if options.labels is not None:
-        inputs["labels"] = scope.content(options.labels)
+    inputs = scope.contents(proteins=options.proteins, labels=options.labels)
     identity = scope.identity(AXIS, options.science(), inputs)
-    of = options.tasks
-    steps = [f"embed-{i}of{of}" for i in range(of)]
-    tasks = [scope.task(AXIS, identity, "prepare")]
-    tasks += [scope.task(AXIS, identity, s, ["prepare"], 20.0 / of, index=i, of=of) for i, s in enumerate(steps)]
+    pieces = scope.pieces(AXIS, identity, "embed", options.tasks, 20.0, ["prepare"])
+    steps = [piece.args["step"] for piece in pieces]
+    tasks = [scope.task(AXIS, identity, "prepare"), *pieces]
     tasks.append(scope.task(AXIS, identity, "match", ["prepare", *steps], 4.0, steps=steps))
     return tasks, {"proteins": options.proteins, "labels": options.labels or "Pfam", "mode": options.mode}
 
@@ -45,9 +41,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
         return Result(_prepare(scope, options))
     if step == "embed":
         return Result(_embed(scope, options, task.args["index"], task.args["of"], context))
-    parts = read_parts(context.store, scope.folder)
-    names = [file.name for one in task.args["steps"] for file in parts[f"{task.args['stem']}-{one}"].files]
-    return Result(_match(scope, options, names, context))
+    return Result(_match(scope, options, scope.files_of(task, task.args["steps"]), context))
 
 
 def _prepare(scope: Scope, options: Families) -> list[FileRecord]:

@@ -25,9 +25,7 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.probes
     assert options is not None
     scope.require_same_model("remove eval.probes")
-    inputs = {"proteins": scope.content(options.proteins)}
-    if options.labels is not None:
-        inputs["labels"] = scope.content(options.labels)
+    inputs = scope.contents(proteins=options.proteins, labels=options.labels)
     identity = scope.identity(AXIS, options.science(), inputs)
     shown = {"proteins": options.proteins, "labels": options.labels or "residue annotations"}
     return [scope.task(AXIS, identity, cost=10.0)], shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError
@@ -23,19 +24,17 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.steering
     assert options is not None
     scope.require_same_model("remove eval.steering")
-    inputs = {} if options.fasta is None else {"fasta": scope.content(options.fasta)}
+    inputs = scope.contents(fasta=options.fasta)
     chosen_by = concepts.plan(scope)[0][-1] if options.latents == "concepts" else None
     if chosen_by is not None:
         inputs["concepts"] = chosen_by.id
     identity = scope.identity(AXIS, options.science(), inputs)
-    of = options.tasks
-    steps = [f"part-{i}of{of}" for i in range(of)]
     first = scope.task(AXIS, identity, "prepare")
     if chosen_by is not None:
-        first = Task(**{**vars(first), "needs": (chosen_by.id,)})
-    tasks = [first]
-    tasks += [scope.task(AXIS, identity, s, ["prepare"], 20.0 / of, index=i, of=of) for i, s in enumerate(steps)]
-    tasks.append(scope.task(AXIS, identity, "report", ["prepare", *steps], of=of))
+        first = replace(first, needs=(chosen_by.id,))
+    pieces = scope.pieces(AXIS, identity, "part", options.tasks, 20.0, ["prepare"])
+    steps = [piece.args["step"] for piece in pieces]
+    tasks = [first, *pieces, scope.task(AXIS, identity, "report", ["prepare", *steps], of=options.tasks)]
     latents = options.latents if isinstance(options.latents, str) else f"{len(options.latents)} listed"
     return tasks, {"latents": latents, "mode": options.mode, "proteins": options.fasta or "held out"}
 

@@ -100,8 +100,7 @@ def _embed(scope: Scope, options: Families, index: int, of: int, context: Contex
     import torch
 
     from plmsae_cli.evaluation.families.patterns import Patterns
-    from plmsae_cli.evaluation.proteins import groups
-    from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
+    from plmsae_cli.evaluation.rows import Rows
     from plmsae_cli.runtime.saved import load_sae_with_facts
     from plmsae_cli.store.tensorfile import write_tensors
 
@@ -112,20 +111,15 @@ def _embed(scope: Scope, options: Families, index: int, of: int, context: Contex
     patterns = Patterns(sae.num_latents, rows.device)
     largest_NP = torch.zeros(sae.num_latents, len(sequences), dtype=torch.float16)
     scale_N = torch.where(sae.maximum_N > 0, sae.maximum_N, 1.0)
-    batches = list(groups([len(s) for s in sequences], group_residues(rows.device)))
-    for done, places in enumerate(batches):
-        context.check_stop()
-        chosen = [sequences[p] for p in places]
-        latents = encode_rows(sae, rows.of(chosen))
-        lengths = torch.tensor([len(s) for s in chosen])
+    for places, latents in rows.encoded(sae, sequences, context.progress):
+        lengths = torch.tensor([len(sequences[p]) for p in places])
         patterns.add(latents, sae.maximum_N, lengths)
-        owner_R = torch.arange(len(chosen)).repeat_interleave(lengths).to(rows.device)
-        best_PN = torch.zeros(len(chosen) * sae.num_latents, device=rows.device)
+        owner_R = torch.arange(len(places)).repeat_interleave(lengths).to(rows.device)
+        best_PN = torch.zeros(len(places) * sae.num_latents, device=rows.device)
         key_RK = owner_R[:, None] * sae.num_latents + latents.indices_BK
         best_PN.scatter_reduce_(0, key_RK.flatten(), latents.acts_BK.flatten(), "amax")
-        best_PN = best_PN.view(len(chosen), -1) / scale_N
+        best_PN = best_PN.view(len(places), -1) / scale_N
         largest_NP[:, places[0] : places[-1] + 1] = best_PN.T.half().cpu()
-        context.progress(done + 1, len(batches))
     tensors = {"largest": largest_NP, **{name: value.cpu() for name, value in patterns.state().items()}}
     return [write_tensors(scope.store, scope.path(AXIS, "activations", f"{index}of{of}.safetensors"), tensors)]
 

@@ -78,8 +78,7 @@ def _prepare(scope: Scope, options: Steering, context: Context) -> Result:
     """Densities on the proteins, the latents that are steered, and what each is compared with."""
     import torch
 
-    from plmsae_cli.evaluation.proteins import groups
-    from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
+    from plmsae_cli.evaluation.rows import Rows
     from plmsae_cli.evaluation.steering.edits import equal_density
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
@@ -87,9 +86,7 @@ def _prepare(scope: Scope, options: Steering, context: Context) -> Result:
     rows = Rows(scope, options.batch_tokens, context.check_stop)
     sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
     fired_N = torch.zeros(sae.num_latents, dtype=torch.float64, device=rows.device)
-    for places in groups([len(s) for s in sequences], group_residues(rows.device)):
-        context.check_stop()
-        latents = encode_rows(sae, rows.of([sequences[p] for p in places]))
+    for _, latents in rows.encoded(sae, sequences):
         fired_N.index_add_(0, latents.indices_BK.flatten(), (latents.acts_BK > 0).flatten().double())
     density_N = fired_N.cpu() / sum(len(s) for s in sequences)
     alive_N = (sae.maximum_N.cpu() > 0) & (density_N > 0)

@@ -172,7 +172,8 @@ class _Measure:
     def _head_scores(self, residues_L: Any, value: Splice | None) -> torch.Tensor:
         import torch
 
-        from plmsae_cli.evaluation.contacts.jacobian import at_residues, same_length
+        from plmsae_cli.evaluation.contacts.jacobian import same_length
+        from plmsae_cli.evaluation.splices import at_residues
         from plmsae_cli.plm.alphabet import wrap
         from plmsae_cli.plm.contacts import attention_contacts
 

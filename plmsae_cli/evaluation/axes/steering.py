@@ -126,20 +126,15 @@ def _batches(
     sequences: list[str], options: Steering, plm: Any, layer: int, budget: int, device: Any
 ) -> Iterator[Batch]:
     """Packs in the proteins' order."""
-    import numpy as np
-    import torch
-
-    from plmsae_cli.evaluation.fidelity import masks
+    from plmsae_cli.evaluation.fidelity import masked_residues
     from plmsae_cli.evaluation.proteins import groups
     from plmsae_cli.evaluation.steering.readout import prepare
     from plmsae_cli.plm.alphabet import encode, pack
 
     for places in groups([len(s) + 2 for s in sequences], budget):
-        packed = pack([encode(sequences[p]) for p in places])
-        masked_T = torch.zeros_like(packed.residue_mask_T)
-        flags = np.concatenate([masks(sequences[p], options.mask_rate) for p in places])
-        masked_T[packed.residue_mask_T] = torch.from_numpy(flags)
-        yield prepare(plm, packed.to(device), masked_T.to(device), layer)
+        chosen = [sequences[p] for p in places]
+        packed = pack([encode(sequence) for sequence in chosen]).to(device)
+        yield prepare(plm, packed, masked_residues(packed, chosen, options.mask_rate), layer)
 
 
 def _part(scope: Scope, options: Steering, index: int, of: int, context: Context) -> Result:

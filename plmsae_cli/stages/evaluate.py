@@ -51,9 +51,9 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
             context.store.delete(join(scope.folder, "parts", f"{other}.json"))
     if task.args["axis"] == MERGE:
         from plmsae_cli.evaluation.merging import merge
-        from plmsae_cli.runtime.saved import load_sae_with_facts
+        from plmsae_cli.runtime.saved import read_sae_facts
 
-        facts = load_sae_with_facts(scope.folder, context.store).facts
+        facts = read_sae_facts(scope.folder, context.store)
         return {scope.folder: Result(merge(scope, task.args["axes"], facts))}
     return {scope.folder: _module(task.args["axis"]).work(task, scope, context)}
 

@@ -97,7 +97,13 @@ def _prepare(scope: Scope, options: Steering, context: Context) -> Result:
         "other": [equal_density(density_N.masked_fill(~alive_N, 0.0), n, set(chosen)) for n in chosen],
     }
     about = {"id": ids, "length": [len(s) for s in sequences], "in_training": trained}
-    return Result([scope.write_json(AXIS, "chosen.json", body), scope.write_table(AXIS, "proteins.parquet", about)])
+    return Result(
+        [
+            scope.write_json(AXIS, "chosen.json", body),
+            scope.write_table(AXIS, "sequences.parquet", {"sequence": sequences}),
+            scope.write_table(AXIS, "proteins.parquet", about),
+        ]
+    )
 
 
 def _choose(scope: Scope, options: Steering, density_N: Any) -> list[int]:
@@ -146,7 +152,7 @@ def _part(scope: Scope, options: Steering, index: int, of: int, context: Context
     from plmsae_cli.runtime.embedding import Embedder
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
-    _, sequences, _ = _proteins(scope, options)
+    sequences = scope.read_table(AXIS, "sequences.parquet")["sequence"].to_pylist()
     compute = "float32" if options.compute == "auto" else options.compute
     embedder = Embedder.shared(scope.experiment.model.weights, scope.store, compute)
     sae = load_sae_with_facts(scope.folder, scope.store).model.to(embedder.device)

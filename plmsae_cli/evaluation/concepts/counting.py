@@ -83,8 +83,7 @@ def count(
 def _half(
     prepared: Prepared, tiles: Sequence[Tile], half: int, index: int, of: int, context: Context, at: tuple[int, int]
 ) -> list[Counts]:
-    names = dict.fromkeys(tile.source.name for tile in tiles)
-    sources = [next(tile.source for tile in tiles if tile.source.name == name) for name in names]
+    sources = list(dict.fromkeys(tile.source for tile in tiles))
     device = sources[0].rows.device
     num_instance = sum(not concept.by_residue for concept in prepared.concepts)
     counted = [Counts(tile.size, len(prepared.concepts), num_instance, device, tile.first) for tile in tiles]

@@ -35,10 +35,6 @@ class Prepared:
     """Residues."""
     facts: dict[str, Any]
 
-    @property
-    def sequences(self) -> list[str]:
-        return list(self.labelled.sequences)
-
     def part(self, half: int, index: int, of: int) -> list[int]:
         """Proteins of a half that piece `index` of `of` works on."""
         return [p for p in np.flatnonzero(self.test_P == bool(half)).tolist() if p % of == index]

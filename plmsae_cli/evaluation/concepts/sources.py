@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 
 from torch import Tensor
 
@@ -68,8 +69,12 @@ def open_sources(
         rows = Rows(scope, batch_tokens, check_stop)
         sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
         sources = [Source(SAE, sae, rows)]
-        blocks = open_blocks(scope.dataset, scope.store)
-        sample_RD = blocks.read(0, min(blocks.num_rows, SAMPLE_ROWS))
+
+        @cache
+        def sample_RD() -> Tensor:  # half a gigabyte, of which the other nulls need nothing
+            blocks = open_blocks(scope.dataset, scope.store)
+            return blocks.read(0, min(blocks.num_rows, SAMPLE_ROWS))
+
         for null in nulls:
             if null == "shuffled":
                 sources.append(Source(null, sae, rows, rotated=True))
@@ -80,7 +85,7 @@ def open_sources(
                     Source(null, residual(other.of(_training_sequences(scope)).cpu()).to(other.device), other)
                 )
             else:
-                made: Directions = {"residual": residual, "pca": principal}[null](sample_RD)
+                made: Directions = {"residual": residual, "pca": principal}[null](sample_RD())
                 sources.append(Source(null, made.to(rows.device), rows))
         yield sources
 

@@ -47,7 +47,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
 def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
     import numpy as np
 
-    from plmsae_cli.evaluation.clusters import choose_method, cluster, halves
+    from plmsae_cli.evaluation.clusters import SHOWN, choose_method, cluster, halves
     from plmsae_cli.evaluation.protein_labels import classes, labels_of, read_labels
     from plmsae_cli.evaluation.proteins import choose, read_any
 
@@ -73,7 +73,7 @@ def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
     kept = set(names)
     facts = {
         "mode": options.mode,
-        "split": {"mmseqs": "MMseqs2 cluster", "kmer": "5-mer cluster"}[method],
+        "split": SHOWN[method],
         "clusters": len(np.unique(cluster_P)),
         "proteins": {**chosen.tally, "train": int((~test_P).sum()), "test": int(test_P.sum())},
         "labelled": sum(bool(one) for one in labels),

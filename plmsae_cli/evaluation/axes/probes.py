@@ -44,7 +44,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     import numpy as np
     import torch
 
-    from plmsae_cli.evaluation.clusters import choose_method, cluster, halves
+    from plmsae_cli.evaluation.clusters import SHOWN, choose_method, cluster, halves
     from plmsae_cli.evaluation.proteins import choose, read_any
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
@@ -82,7 +82,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
         return float(np.mean([row[key] for row in found]))
 
     result = {
-        "split": {"mmseqs": "MMseqs2 cluster", "kmer": "5-mer cluster"}[method],
+        "split": SHOWN[method],
         "proteins": {**chosen.tally, "sampled": len(kept), "train": int((~test_P).sum()), "test": int(test_P.sum())},
         "residues": int(lengths_P.sum()),
         "l2": options.l2,

@@ -31,6 +31,7 @@ from plmsae_cli.evaluation.concepts.counts import THRESHOLDS, Counts
 from plmsae_cli.evaluation.concepts.labelling import Labelled
 from plmsae_cli.evaluation.concepts.vocabulary import Concept, Labels
 from plmsae_cli.evaluation.proteins import groups
+from plmsae_cli.evaluation.rows import group_residues
 from plmsae_cli.sae.interface import Latents
 
 LATENTS, K, GROUP = 20_480, 64, 512
@@ -184,9 +185,9 @@ def main() -> None:
     entries = int((data.labelled.stop_M - data.labelled.start_M).sum())
     load = os.getloadavg()[0]
     if device.type == "cuda":  # kernels are loaded before the clock starts
-        ours(synthetic(200_000), device, 65_536)
+        ours(synthetic(200_000), device, group_residues(device))
         torch.cuda.reset_peak_memory_stats()
-    counts, spent = ours(data, device, 65_536 if device.type == "cuda" else 8192)
+    counts, spent = ours(data, device, group_residues(device))
     peak = (
         torch.cuda.max_memory_allocated()
         if device.type == "cuda"

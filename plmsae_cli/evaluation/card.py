@@ -35,18 +35,17 @@ def _lines(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: Mappi
     yield f"| tokens | {facts.get('tokens', 0):,} |"
     if weights is not None:
         yield f"| weights, sha256 | `{weights['sha256'][:16]}` |"
-    if "fidelity" in metrics:
-        yield from _fidelity(metrics["fidelity"])
-    if "concepts" in metrics:
-        yield from _concepts(metrics["concepts"])
-    if "families" in metrics:
-        yield from _families(metrics["families"])
-    if "probes" in metrics:
-        yield from _probes(metrics["probes"])
-    if "contacts" in metrics:
-        yield from _contacts(metrics["contacts"])
-    if "steering" in metrics:
-        yield from _steering(metrics["steering"])
+    makers = {
+        "fidelity": _fidelity,
+        "concepts": _concepts,
+        "families": _families,
+        "probes": _probes,
+        "contacts": _contacts,
+        "steering": _steering,
+    }
+    for axis, make in makers.items():
+        if axis in metrics:
+            yield from make(metrics[axis])
 
 
 def _fidelity(body: Mapping[str, Any]) -> Iterator[str]:

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.split import split_hash
 
+SHOWN = {"mmseqs": "MMseqs2 cluster", "kmer": "5-mer cluster"}
+"""What people are told that halves were cut by."""
 IDENTITY, COVERAGE = 0.3, 0.8
 KMER = 5
 SHARED = 0.1

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from plmsae_cli.evaluation.proteins import groups
+from plmsae_cli.evaluation.splices import at_residues
 from plmsae_cli.plm.alphabet import MASK, Packed, encode, pack
-from plmsae_cli.plm.esm2 import ESM2
+from plmsae_cli.plm.esm2 import ESM2, Splice
 from plmsae_cli.runtime.device import pick_device
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.fidelity import Fidelity
@@ -77,6 +79,14 @@ def masks(sequence: str, rate: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return chosen
 
 
+def masked_residues(packed: Packed, sequences: Sequence[str], rate: float) -> torch.Tensor:
+    """Which tokens [T] of the proteins' pack are masked."""
+    masked_T = torch.zeros_like(packed.residue_mask_T)
+    flags = np.concatenate([masks(sequence, rate) for sequence in sequences])
+    masked_T[packed.residue_mask_T] = torch.from_numpy(flags).to(masked_T.device)
+    return masked_T
+
+
 @dataclass(frozen=True)
 class Sums:
     """Per protein: scored residues, and summed cross-entropy (nats) by variant, and KL(original || spliced)."""
@@ -116,9 +126,7 @@ def loss_recovered(
     for done, chosen in enumerate(batches):
         check_stop()
         packed = pack([encode(sequences[i]) for i in chosen]).to(device)
-        masked = torch.zeros_like(packed.residue_mask_T)
-        flags = np.concatenate([masks(sequences[i], mask_rate) for i in chosen])
-        masked[packed.residue_mask_T] = torch.from_numpy(flags).to(device)
+        masked = masked_residues(packed, [sequences[i] for i in chosen], mask_rate)
         splices = _splices(sae, mean_D, packed)
         found["masked"].append(
             _score(plm, layer, splices, packed, packed.tokens_T.long().masked_fill(masked, MASK), masked)
@@ -135,39 +143,24 @@ def loss_recovered(
 
 def _batches(sequences: Sequence[str], budget: int) -> list[list[int]]:
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    batches: list[list[int]] = [[]]
-    used = 0
-    for i in order:
-        size = len(sequences[i]) + 2
-        if batches[-1] and used + size > budget:
-            batches.append([])
-            used = 0
-        batches[-1].append(i)
-        used += size
-    return batches
+    return [[order[place] for place in places] for places in groups([len(sequences[i]) + 2 for i in order], budget)]
 
 
-def _splices(
-    sae: Dictionary, mean_D: torch.Tensor, packed: Packed
-) -> dict[str, Callable[[torch.Tensor], torch.Tensor] | None]:
+def _splices(sae: Dictionary, mean_D: torch.Tensor, packed: Packed) -> dict[str, Splice | None]:
     """What each variant puts at residue positions; <cls> and <eos> are left as they are."""
-    residues_T1 = packed.residue_mask_T[:, None]
-
-    def at_residues(value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x_TD: torch.where(residues_T1, value(x_TD).to(x_TD.dtype), x_TD)
-
+    residue_T1 = packed.residue_mask_T[:, None]
     return {
         "original": None,
-        "sae": at_residues(lambda x_TD: sae(x_TD.float())),
-        "zero": at_residues(torch.zeros_like),
-        "mean": at_residues(lambda x_TD: mean_D.expand_as(x_TD)),
+        "sae": at_residues(residue_T1, lambda x_TD: sae(x_TD.float())),
+        "zero": at_residues(residue_T1, torch.zeros_like),
+        "mean": at_residues(residue_T1, lambda x_TD: mean_D.expand_as(x_TD)),
     }
 
 
 def _score(
     plm: ESM2,
     layer: int,
-    splices: dict[str, Callable[[torch.Tensor], torch.Tensor] | None],
+    splices: dict[str, Splice | None],
     packed: Packed,
     inputs_T: torch.Tensor,
     scored_T: torch.Tensor,

@@ -28,7 +28,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.task import Resources, Task
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.manifest import canonical_json, read_manifest
+from plmsae_cli.store.manifest import canonical_json, read_manifest, read_parts
 
 EVAL = "eval"
 FORMAT = 1
@@ -85,7 +85,17 @@ class Scope:
 
     def content(self, path: str) -> str:
         """Hash of a file that an axis reads."""
-        return self.store.hash(str(self.store.local(path))).xxh3
+        if path not in self._contents:  # several axes may read one file, of gigabytes
+            self._contents[path] = self.store.hash(str(self.store.local(path))).xxh3
+        return self._contents[path]
+
+    def contents(self, **paths: str | None) -> dict[str, str]:
+        """Hashes of the files that an axis reads, by name, for its identity; of one that is not given, nothing."""
+        return {name: self.content(path) for name, path in paths.items() if path is not None}
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        return {}
 
     def require_same_model(self, remedy: str) -> None:
         """Raises UserError where `train.data` was embedded with another model than `model.weights`, or nobody knows which."""
@@ -117,6 +127,20 @@ class Scope:
             cost,
             {"axis": axis, "stem": stem, "step": step, **args},
         )
+
+    def pieces(
+        self, axis: str, identity: str, name: str, of: int, cost: float, needs: Sequence[str] = ()
+    ) -> list[Task]:
+        """`of` tasks of a step, `<name>-<index>of<of>`, which share its cost."""
+        return [
+            self.task(axis, identity, f"{name}-{index}of{of}", needs, cost / of, index=index, of=of)
+            for index in range(of)
+        ]
+
+    def files_of(self, task: Task, steps: Sequence[str]) -> list[str]:
+        """Names, relative to the run's folder, of what these steps of the task's axis left."""
+        parts = read_parts(self.store, self.folder)
+        return [file.name for step in steps for file in parts[f"{task.args['stem']}-{step}"].files]
 
     def write_json(self, axis: str, name: str, body: Mapping[str, Any]) -> FileRecord:
         return self.store.write(self.path(axis, name), [canonical_json(body)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.evaluation.annotations.entries import open_text
 
 
 def read_labels(path: Path) -> dict[str, set[str]]:
@@ -25,13 +24,11 @@ def read_labels(path: Path) -> dict[str, set[str]]:
         UserError: no such file, or a line that is not a table's.
     """
     try:
-        with path.open("rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        opened = gzip.open(path, "rb") if packed else path.open("rb")  # noqa: SIM115 (closed below)
+        lines = open_text(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "relative paths start at the working folder") from None
     found: dict[str, set[str]] = {}
-    with io.TextIOWrapper(opened, encoding="utf-8") as lines:
+    with lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

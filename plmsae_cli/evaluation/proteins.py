@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.annotations.entries import Entry, read_entries
+from plmsae_cli.evaluation.annotations.entries import Entry, open_bytes, read_entries
 from plmsae_cli.store.fasta import records
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.proteins import read_proteins
@@ -31,14 +31,9 @@ class Chosen:
 
 def read_any(path: Path) -> Iterator[Entry]:
     """Proteins of FASTA, or of a UniProt table or flat file."""
-    with path.open("rb") as file:
-        head = file.read(2)
-    if head == b"\x1f\x8b":
-        import gzip
-
-        with gzip.open(path, "rb") as packed:
-            head = packed.read(1)
-    if head[:1] == b">":
+    with open_bytes(path) as file:
+        head = file.read(1)
+    if head == b">":
         return (Entry(_accession(name), sequence, ()) for name, _, sequence in records(path))
     return read_entries(path)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from plmsae_cli.evaluation.frame import Scope
+from plmsae_cli.evaluation.proteins import groups
 from plmsae_cli.runtime.embedding import Embedder
 from plmsae_cli.sae.interface import Latents
 
@@ -45,6 +46,16 @@ class Rows:
             sequences, [self.layer], [False] * len(sequences), self.dtype, self._batch_tokens, nothing, self._check_stop
         )
         return kept[self.layer][0].to(self.device).float()
+
+    def encoded(
+        self, code: Any, sequences: Sequence[str], progress: Callable[[float, float], None] = lambda *_: None
+    ) -> Iterator[tuple[list[int], Latents]]:
+        """Places of consecutive proteins and the latents of their residues, a group after the other."""
+        batches = list(groups([len(sequence) for sequence in sequences], group_residues(self.device)))
+        for done, places in enumerate(batches):
+            self._check_stop()
+            yield places, encode_rows(code, self.of([sequences[p] for p in places]))
+            progress(done + 1, len(batches))
 
 
 @torch.inference_mode()

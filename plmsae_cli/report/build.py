@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from plmsae_cli.report import plots
+from plmsae_cli.report.cells import Figure
 from plmsae_cli.report.evidence import sections
 from plmsae_cli.report.examples import examples
 from plmsae_cli.report.page import write_page
@@ -18,14 +19,6 @@ from plmsae_cli.report.provenance import artifact_rows, layer, model, provenance
 from plmsae_cli.report.reading import Run, read_run
 from plmsae_cli.report.table import interval, recovered, tiles, times
 from plmsae_cli.report.words import clean, clean_block, count, number, percent, seconds
-
-
-class Figure(NamedTuple):
-    """A picture, what it shows, and a remark."""
-
-    svg: Markup
-    title: str
-    caption: str = ""
 
 
 def build_report(run: Path) -> Path:

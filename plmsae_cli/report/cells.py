@@ -9,6 +9,17 @@ from markupsafe import Markup
 
 from plmsae_cli.report.words import clean, count
 
+ROWS = 200
+"""Rows of a table; the Parquet and CSV files have all."""
+
+
+class Figure(NamedTuple):
+    """A picture, what it shows, and a remark."""
+
+    svg: Markup
+    title: str
+    caption: str = ""
+
 
 class Cell(NamedTuple):
     """What is shown, and the number it is sorted by (empty: by the text)."""
@@ -31,7 +42,7 @@ class Section(NamedTuple):
     name: str
     title: str
     lead: str
-    figures: Sequence[tuple[Markup, str, str]]
+    figures: Sequence[Figure]
     tables: Sequence[tuple[str, Table]]
 
 
@@ -43,6 +54,11 @@ def decimal(value: float | None, digits: int = 3) -> Cell:
 def whole(value: int) -> Cell:
     """A whole number."""
     return Cell(count(value), str(value))
+
+
+def latent(number: int) -> Cell:
+    """A latent's number, which is a name: no thousands are separated."""
+    return Cell(str(number), str(number))
 
 
 def text(value: object) -> Cell:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from plmsae_cli.report.cells import Cell, Section, Table, decimal, text, whole
+from plmsae_cli.report.cells import ROWS, Cell, Figure, Section, Table, decimal, latent, text, whole
 from plmsae_cli.report.interventions import contacts, steering
 from plmsae_cli.report.svg import SERIES, draw
 from plmsae_cli.report.words import clean, count, number, percent
@@ -15,8 +15,6 @@ from plmsae_cli.report.words import clean, count, number, percent
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROWS = 200
-"""Rows of a table; the Parquet and CSV files have all."""
 PATTERNS = ("dead", "point", "periodic", "short", "medium", "long", "whole")
 CODES = {
     "sae": "dictionary",
@@ -66,7 +64,7 @@ def _concepts(body: Mapping[str, Any]) -> Section:
                ("Recall", True), ("by", False), ("AUROC", True), ("Best null", True), ("Positives", True)]  # fmt: skip
     rows = [
         [
-            text(row["concept"]), Cell(str(row["latent"]), str(row["latent"])), decimal(row["threshold"], 2), decimal(row["f1"]),
+            text(row["concept"]), latent(row["latent"]), decimal(row["threshold"], 2), decimal(row["f1"]),
             Cell("[{:.2f}, {:.2f}]".format(*row["interval_f1"]) if row["interval_f1"] else ""), decimal(row["precision"]),
             decimal(row["recall"]), Cell(row["recall_by"]), decimal(row["auroc"]),
             decimal(max(row["nulls"].values()) if row["nulls"] else None), whole(row["total"][1]),
@@ -74,7 +72,7 @@ def _concepts(body: Mapping[str, Any]) -> Section:
         for row in best[:ROWS]
     ]  # fmt: skip
     figures = [
-        (
+        Figure(
             _ranked({CODES[name]: row["f1"] for name, row in codes}),
             "Best F1 of every concept",
             "Each line is sorted by itself, from the concept that the code finds best. The gap between the dictionary and the"
@@ -83,7 +81,7 @@ def _concepts(body: Mapping[str, Any]) -> Section:
     ]
     if body["curves"]:
         caption = "By residue, over all thresholds, for the latents of the best concepts (chosen on validation)."
-        figures.append((_curves(body["curves"]), "Precision and recall", caption))
+        figures.append(Figure(_curves(body["curves"]), "Precision and recall", caption))
     above = sum(row["f1"] > 0.5 for row in body["amino_acids"])
     remark = f"{_shown(len(best))} Amino acids, which the model is given, are apart: {above} of 20 have a latent with F1 > 0.5."
     tables = [("Against what learnt nothing", summary), ("Concepts", Table(columns, rows, remark))]
@@ -104,7 +102,7 @@ def _families(body: Mapping[str, Any]) -> Section:
     )
     histograms = {"dictionary": body["histogram"], "labels permuted": body["histogram_permuted"]}
     figures = [
-        (_histograms(histograms), "F1 of latents for their families", "Latents with a candidate class, on test.")
+        Figure(_histograms(histograms), "F1 of latents for their families", "Latents with a candidate class, on test.")
     ]
     patterns = Table(
         [("Pattern", False), ("Latents", True)], [[Cell(name), whole(body["patterns"][name])] for name in PATTERNS]
@@ -113,7 +111,7 @@ def _families(body: Mapping[str, Any]) -> Section:
                ("Proteins", True), ("Pattern", False)]  # fmt: skip
     rows = [
         [
-            text(row["family"]), Cell(str(row["latent"]), str(row["latent"])), decimal(row["f1"]), decimal(row["precision"]),
+            text(row["family"]), latent(row["latent"]), decimal(row["f1"]), decimal(row["precision"]),
             decimal(row["recall"]), decimal(row["f1_train"]), whole(row["proteins"]), Cell(row["pattern"]),
         ]
         for row in sorted(body["best"], key=lambda row: -row["f1"])[:ROWS]
@@ -137,7 +135,7 @@ def _probes(body: Mapping[str, Any]) -> Section:
                ("AUPRC, one", True), ("AUPRC, all", True), ("Positives", True), ("Share", True)]  # fmt: skip
     rows = [
         [
-            text(row["target"]), Cell(row["of"]), Cell(str(row["latent"]), str(row["latent"])), decimal(row["auroc_single"]),
+            text(row["target"]), Cell(row["of"]), latent(row["latent"]), decimal(row["auroc_single"]),
             decimal(row["auroc_all"]), decimal(row["auprc_single"]), decimal(row["auprc_all"]), whole(row["positives_test"]),
             Cell(percent(row["positives_test"] / row["rows_test"]), repr(row["positives_test"] / row["rows_test"])),
         ]

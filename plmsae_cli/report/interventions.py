@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from plmsae_cli.report.cells import Cell, Section, Table, decimal, text, whole
+from plmsae_cli.report.cells import ROWS, Cell, Section, Table, decimal, latent, text, whole
 from plmsae_cli.report.words import clean, count, number, percent
 
-ROWS = 200
 METHODS = {"jacobian": "categorical Jacobian", "head": "attention head"}
 
 
@@ -64,7 +63,7 @@ def steering(body: Mapping[str, Any]) -> Section:
                ("Lowers", False), ("by ", True), ("q lowered", True)]  # fmt: skip
     rows = [
         [
-            Cell(str(row["latent"]), str(row["latent"])), decimal(row["strength"], 2), decimal(row["kl"], 4),
+            latent(row["latent"]), decimal(row["strength"], 2), decimal(row["kl"], 4),
             decimal(row["kl_flipped"], 4), decimal(row["kl_direction"], 4), decimal(row["kl_other"], 4),
             decimal(row["size"], 2), decimal(row["q"], 4), Cell(row["up"]["letter"]), decimal(row["up"]["effect"]),
             decimal(row["up"]["q"], 4), Cell(row["down"]["letter"]), decimal(row["down"]["effect"]),

@@ -33,6 +33,18 @@ def load_sae_with_facts(run: str | Path, store: Store | None = None) -> SavedSAE
         UserError: there is no exported SAE, or it was written by something else.
     """
     store = store or Store()
+    folder, facts = _exported(run, store)
+    file = TensorFile(store, join(folder, "sae.safetensors"))
+    return SavedSAE(from_state({name: file.read(name) for name in file.names()}, facts["config"]).eval(), facts)
+
+
+def read_sae_facts(run: str | Path, store: Store | None = None) -> dict[str, Any]:
+    """The contents of sae.json, without the weights; raises as `load_sae_with_facts` does."""
+    return _exported(run, store or Store())[1]
+
+
+def _exported(run: str | Path, store: Store) -> tuple[str, dict[str, Any]]:
+    """The folder of the exported SAE, and what sae.json says."""
     folder = str(run)
     if store.exists(join(folder, "sae", "sae.json")):
         folder = join(folder, "sae")
@@ -44,8 +56,7 @@ def load_sae_with_facts(run: str | Path, store: Store | None = None) -> SavedSAE
         raise UserError(
             f"{path}: format {facts.get('format')!r} is not plmsae.sae/1", "was it written by a newer plmsae?"
         )
-    file = TensorFile(store, join(folder, "sae.safetensors"))
-    return SavedSAE(from_state({name: file.read(name) for name in file.names()}, facts["config"]).eval(), facts)
+    return folder, facts
 
 
 def load_sae(run: str | Path, device: str | torch.device = "cpu") -> Dictionary:

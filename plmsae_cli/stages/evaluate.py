@@ -7,6 +7,7 @@ that is added, or whose options change, is measured alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -34,10 +35,10 @@ def plan(experiment: Experiment, store: Store) -> Plan:
         figures |= shown if name == "fidelity" else {f"{name}, {key}": value for key, value in shown.items()}
     identity = digest({"axes": sorted({task.args["stem"] for task in tasks})})
     last = scope.task(MERGE, identity[:8], axes=axes)
-    tasks.append(Task(**{**vars(last), "needs": tuple(task.id for task in tasks)}))
+    tasks.append(replace(last, needs=tuple(task.id for task in tasks)))
     left = remaining(store, tasks)
     if left and left[-1].id != last.id:  # what an axis measures anew must reach the tables
-        left.append(Task(**{**vars(tasks[-1]), "needs": tuple(task.id for task in left)}))
+        left.append(replace(last, needs=tuple(task.id for task in left)))
     return Plan("eval", left, {"run": Artifact(scope.folder, identity, not left)}, figures)
 
 
@@ -50,9 +51,9 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
             context.store.delete(join(scope.folder, "parts", f"{other}.json"))
     if task.args["axis"] == MERGE:
         from plmsae_cli.evaluation.merging import merge
-        from plmsae_cli.runtime.saved import load_sae_with_facts
+        from plmsae_cli.runtime.saved import read_sae_facts
 
-        facts = load_sae_with_facts(scope.folder, context.store).facts
+        facts = read_sae_facts(scope.folder, context.store)
         return {scope.folder: Result(merge(scope, task.args["axes"], facts))}
     return {scope.folder: _module(task.args["axis"]).work(task, scope, context)}
 

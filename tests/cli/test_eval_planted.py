@@ -241,7 +241,7 @@ def test_a_planted_family_is_found_first_with_the_scores_of_counting(
     assert best[0]["latent"] == latent_of("W")
     assert result["patterns"]["dead"] == LATENTS - len(BACKGROUND) - 1
     first = (folder / "families" / "result.json").read_bytes()
-    path = trained(path.read_text().partition("\neval:")[2].join(["\neval:", ""]).replace("tasks: 2", "tasks: 1"))
+    path.write_text(path.read_text().replace("tasks: 2", "tasks: 1"))
     assert plmsae("eval", path, "--no-progress").code == 0
     assert (folder / "families" / "result.json").read_bytes() == first
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, TextIO, cast
 
 from plmsae_cli.config.errors import UserError
+
+_COFACTOR = re.compile(r"Name=([^;]+);")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,11 @@ class Entry:
     """Accessions of Pfam families, where the file has them."""
 
 
+def cofactors(comment: str) -> list[Feature]:
+    """Those that a cofactor comment names."""
+    return [Feature("COFACTOR", 0, 0, ligand=name) for name in _COFACTOR.findall(comment)]
+
+
 def position(text: str) -> tuple[int, int] | None:
     """First and last residue (from 1, inclusive) of `12`, `12..30`, `<1..>30`; None where a place is unknown.
 
@@ -60,12 +70,12 @@ def read_entries(path: Path) -> Iterator[Entry]:
     from plmsae_cli.evaluation.annotations.uniprot_table import table_entries
 
     try:
-        with _open(path) as file:
+        with open_text(path) as file:
             head = file.readline()
         if head.startswith("ID   "):
-            yield from flat_entries(path, _open(path))
+            yield from flat_entries(path, open_text(path))
         elif "\t" in head:
-            yield from table_entries(path, _open(path))
+            yield from table_entries(path, open_text(path))
         else:
             raise UserError(
                 f"{path} is neither a UniProt table nor a UniProt flat file",
@@ -77,7 +87,13 @@ def read_entries(path: Path) -> Iterator[Entry]:
         raise UserError(f"{path} is damaged: {error}", "download it again") from error
 
 
-def _open(path: Path):  # type: ignore[no-untyped-def]  # TextIO of either opener
+def open_text(path: Path) -> TextIO:
+    """The lines of a file, plain or gzip."""
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8")
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """The content of a file, plain or gzip."""
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8")
+    return cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb")

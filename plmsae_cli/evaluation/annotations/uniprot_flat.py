@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.annotations.entries import Entry, Feature
+from plmsae_cli.evaluation.annotations.entries import Entry, Feature, cofactors
 
 _DOUBT = re.compile(r"\s*\((?:by similarity|potential|probable)\)", re.IGNORECASE)
 _ONLY_DOUBT = re.compile(r"(?:by similarity|potential|probable)\.?", re.IGNORECASE)
 _OLD_BINDING = {"METAL": "BINDING", "NP_BIND": "BINDING", "CA_BIND": "BINDING"}
 """Keys that UniProt has since merged into BINDING; their text is what `/ligand=` holds today."""
-_COFACTOR = re.compile(r"Name=([^;]+);")
 
 
 def flat_entries(path: Path, file: TextIO) -> Iterator[Entry]:
@@ -42,7 +41,7 @@ def _entry(record: Any) -> Entry:
     features = [feature for one in record.features if (feature := _feature(one)) is not None]
     for comment in record.comments:
         if comment.startswith("COFACTOR:"):
-            features += [Feature("COFACTOR", 0, 0, ligand=name) for name in _COFACTOR.findall(comment)]
+            features += cofactors(comment)
     families = tuple(reference[1] for reference in record.cross_references if reference[0] == "Pfam")
     return Entry(record.accessions[0], str(record.sequence).upper(), tuple(features), families)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.annotations.entries import Entry, Feature, position
+from plmsae_cli.evaluation.annotations.entries import Entry, Feature, cofactors, position
 
 COLUMNS = {
     "ft_act_site": ("Active site", "ACT_SITE"),
@@ -34,7 +34,6 @@ COLUMNS = {
     "ft_transmem": ("Transmembrane", "TRANSMEM"),
 }
 """REST field -> the column's name in a download, and the feature key in its cells."""
-_COFACTOR = re.compile(r"Name=([^;]+);")
 
 
 def table_entries(path: Path, file: TextIO) -> Iterator[Entry]:
@@ -65,7 +64,7 @@ def table_entries(path: Path, file: TextIO) -> Iterator[Entry]:
                 raise UserError(f"{path} line {number} has only {len(cells)} cells", "is the file cut short?")
             found = [feature for key, at in features for feature in cell_features(key, cells[at])]
             if cofactor is not None and cofactor < len(cells):
-                found += [Feature("COFACTOR", 0, 0, ligand=name) for name in _COFACTOR.findall(cells[cofactor])]
+                found += cofactors(cells[cofactor])
             families = cells[pfam].split(";") if pfam is not None and pfam < len(cells) else []
             yield Entry(cells[accession], cells[sequence].upper(), tuple(found), tuple(f for f in families if f))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.runtime.task import Context, Result, Task
-from plmsae_cli.store.manifest import read_parts
 
 AXIS = "concepts"
 
@@ -17,19 +16,17 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.concepts
     assert options is not None
     scope.require_same_model("remove eval.concepts")
-    identity = scope.identity(AXIS, options.science(), {"annotations": scope.content(options.annotations)})
-    of = options.tasks
-    counts, scores = [f"count-{i}of{of}" for i in range(of)], [f"score-{i}of{of}" for i in range(of)]
-    share = {"index": 0, "of": of}
-
-    def task(step: str, needs: list[str], cost: float, **args: Any) -> Task:
-        return scope.task(AXIS, identity, step, needs, cost, **args)
-
-    tasks = [task("prepare", [], 1.0)]
-    tasks += [task(step, ["prepare"], 20.0 / of, **{**share, "index": i}) for i, step in enumerate(counts)]
-    tasks.append(task("choose", ["prepare", *counts], 2.0, counts=counts))
-    tasks += [task(step, ["choose"], 8.0 / of, **{**share, "index": i}) for i, step in enumerate(scores)]
-    tasks.append(task("report", ["choose", *scores], 2.0, scores=scores))
+    identity = scope.identity(AXIS, options.science(), scope.contents(annotations=options.annotations))
+    counting = scope.pieces(AXIS, identity, "count", options.tasks, 20.0, ["prepare"])
+    scoring = scope.pieces(AXIS, identity, "score", options.tasks, 8.0, ["choose"])
+    counts, scores = ([task.args["step"] for task in tasks] for tasks in (counting, scoring))
+    tasks = [
+        scope.task(AXIS, identity, "prepare"),
+        *counting,
+        scope.task(AXIS, identity, "choose", ["prepare", *counts], 2.0, counts=counts),
+        *scoring,
+        scope.task(AXIS, identity, "report", ["choose", *scores], 2.0, scores=scores),
+    ]
     return tasks, {
         "annotations": options.annotations,
         "mode": options.mode,
@@ -58,9 +55,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
             else:
                 files = scoring.score(scope, prepared, sources, index, of, context)
         return Result(files)
-    wanted = task.args["counts"] if step == "choose" else task.args["scores"]
-    parts = read_parts(context.store, scope.folder)
-    names = [file.name for one in wanted for file in parts[f"{task.args['stem']}-{one}"].files]
     if step == "choose":
+        names = scope.files_of(task, task.args["counts"])
         return Result(outcome.choose_all(scope, prepared, options, names, context))
-    return Result(outcome.report(scope, prepared, options, names))
+    return Result(outcome.report(scope, prepared, options, scope.files_of(task, task.args["scores"])))

@@ -30,10 +30,8 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
         _require_head(scope)
     inputs = {f"structure-{n}": _content(scope, text) for n, text in enumerate(options.structures)}
     identity = scope.identity(AXIS, options.science(), inputs)
-    of = options.tasks
-    steps = [f"part-{i}of{of}" for i in range(of)]
-    tasks = [scope.task(AXIS, identity, step, cost=30.0 / of, index=i, of=of) for i, step in enumerate(steps)]
-    tasks.append(scope.task(AXIS, identity, "report", steps))
+    pieces = scope.pieces(AXIS, identity, "part", options.tasks, 30.0)
+    tasks = [*pieces, scope.task(AXIS, identity, "report", [piece.args["step"] for piece in pieces])]
     return tasks, {"structures": len(options.structures), "methods": ", ".join(options.methods)}
 
 
@@ -174,7 +172,8 @@ class _Measure:
     def _head_scores(self, residues_L: Any, value: Splice | None) -> torch.Tensor:
         import torch
 
-        from plmsae_cli.evaluation.contacts.jacobian import at_residues, same_length
+        from plmsae_cli.evaluation.contacts.jacobian import same_length
+        from plmsae_cli.evaluation.splices import at_residues
         from plmsae_cli.plm.alphabet import wrap
         from plmsae_cli.plm.contacts import attention_contacts
 

@@ -24,12 +24,10 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.encode
     assert options is not None
     scope.require_same_model("remove eval.encode")
-    identity = scope.identity(AXIS, options.science(), {"fasta": scope.content(options.fasta)})
-    of = options.tasks
-    steps = [f"part-{i}of{of}" for i in range(of)]
-    tasks = [scope.task(AXIS, identity, step, cost=20.0 / of, index=i, of=of) for i, step in enumerate(steps)]
-    tasks.append(scope.task(AXIS, identity, "report", steps, steps=steps))
-    return tasks, {"fasta": options.fasta}
+    identity = scope.identity(AXIS, options.science(), scope.contents(fasta=options.fasta))
+    pieces = scope.pieces(AXIS, identity, "part", options.tasks, 20.0)
+    steps = [piece.args["step"] for piece in pieces]
+    return [*pieces, scope.task(AXIS, identity, "report", steps, steps=steps)], {"fasta": options.fasta}
 
 
 def work(task: Task, scope: Scope, context: Context) -> Result:
@@ -50,8 +48,8 @@ def _part(scope: Scope, options: Encode, index: int, of: int, context: Context) 
     """Every `of`-th protein: its active latents by residue, its strongest latents, and what it is."""
     import torch
 
-    from plmsae_cli.evaluation.proteins import groups, in_training, read_any
-    from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
+    from plmsae_cli.evaluation.proteins import in_training, read_any
+    from plmsae_cli.evaluation.rows import Rows
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
     entries = [e for n, e in enumerate(read_any(scope.store.local(options.fasta))) if n % of == index and e.sequence]
@@ -62,29 +60,25 @@ def _part(scope: Scope, options: Encode, index: int, of: int, context: Context) 
     facts = {"proteins": len(entries), "in_training": 0, "cut": 0, "residues": 0, "active": 0}
     top: dict[str, list[Any]] = {name: [] for name in ("protein", "rank", "latent", "activation", "share", "residue")}
     about: dict[str, list[Any]] = {name: [] for name in ("id", "length", "in_training", "encoded")}
-    batches = list(groups([min(len(e.sequence), options.max_length) for e in entries], group_residues(rows.device)))
-    for done, places in enumerate(batches):
-        context.check_stop()
+    sequences = [entry.sequence[: options.max_length] for entry in entries]
+    for done, (places, latents) in enumerate(rows.encoded(sae, sequences, context.progress)):
         ids = [entries[p].accession for p in places]
-        sequences = [entries[p].sequence[: options.max_length] for p in places]
-        lengths = torch.tensor([len(s) for s in sequences])
-        latents = encode_rows(sae, rows.of(sequences))
+        lengths = torch.tensor([len(sequences[p]) for p in places])
         protein_R = torch.arange(len(ids)).repeat_interleave(lengths)
         residue_R = torch.cat([torch.arange(1, int(length) + 1) for length in lengths])
         columns = _active(latents, sae.maximum_N, options.above, ids, protein_R, residue_R)
         files.append(scope.write_table(AXIS, f"activations/{index}of{of}-{done:05}.parquet", columns))
         _strongest(latents, sae.maximum_N, options.top, ids, protein_R, residue_R, top)
-        for p, sequence in zip(places, sequences, strict=True):
+        for p in places:
             whole = entries[p].sequence
             about["id"].append(entries[p].accession)
             about["length"].append(len(whole))
             about["in_training"].append(known(whole))
-            about["encoded"].append(len(sequence))
-            facts["cut"] += len(sequence) < len(whole)
+            about["encoded"].append(len(sequences[p]))
+            facts["cut"] += len(sequences[p]) < len(whole)
             facts["in_training"] += known(whole)
         facts["residues"] += len(protein_R)
         facts["active"] += len(columns["latent"])
-        context.progress(done + 1, len(batches))
     files.append(scope.write_table(AXIS, f"top/{index}of{of}.parquet", top))
     files.append(scope.write_table(AXIS, f"about/{index}of{of}.parquet", about))
     return Result(files, facts)

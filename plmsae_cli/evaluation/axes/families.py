@@ -10,7 +10,6 @@ from plmsae_cli.config.evaluation import Families
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.store.fs import FileRecord, join
-from plmsae_cli.store.manifest import read_parts
 
 AXIS = "families"
 SPECIFIC = 0.7
@@ -25,14 +24,11 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.families
     assert options is not None
     scope.require_same_model("remove eval.families")
-    inputs = {"proteins": scope.content(options.proteins)}
-    if options.labels is not None:
-        inputs["labels"] = scope.content(options.labels)
+    inputs = scope.contents(proteins=options.proteins, labels=options.labels)
     identity = scope.identity(AXIS, options.science(), inputs)
-    of = options.tasks
-    steps = [f"embed-{i}of{of}" for i in range(of)]
-    tasks = [scope.task(AXIS, identity, "prepare")]
-    tasks += [scope.task(AXIS, identity, s, ["prepare"], 20.0 / of, index=i, of=of) for i, s in enumerate(steps)]
+    pieces = scope.pieces(AXIS, identity, "embed", options.tasks, 20.0, ["prepare"])
+    steps = [piece.args["step"] for piece in pieces]
+    tasks = [scope.task(AXIS, identity, "prepare"), *pieces]
     tasks.append(scope.task(AXIS, identity, "match", ["prepare", *steps], 4.0, steps=steps))
     return tasks, {"proteins": options.proteins, "labels": options.labels or "Pfam", "mode": options.mode}
 
@@ -45,15 +41,13 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
         return Result(_prepare(scope, options))
     if step == "embed":
         return Result(_embed(scope, options, task.args["index"], task.args["of"], context))
-    parts = read_parts(context.store, scope.folder)
-    names = [file.name for one in task.args["steps"] for file in parts[f"{task.args['stem']}-{one}"].files]
-    return Result(_match(scope, options, names, context))
+    return Result(_match(scope, options, scope.files_of(task, task.args["steps"]), context))
 
 
 def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
     import numpy as np
 
-    from plmsae_cli.evaluation.clusters import choose_method, cluster, halves
+    from plmsae_cli.evaluation.clusters import SHOWN, choose_method, cluster, halves
     from plmsae_cli.evaluation.protein_labels import classes, labels_of, read_labels
     from plmsae_cli.evaluation.proteins import choose, read_any
 
@@ -79,7 +73,7 @@ def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
     kept = set(names)
     facts = {
         "mode": options.mode,
-        "split": {"mmseqs": "MMseqs2 cluster", "kmer": "5-mer cluster"}[method],
+        "split": SHOWN[method],
         "clusters": len(np.unique(cluster_P)),
         "proteins": {**chosen.tally, "train": int((~test_P).sum()), "test": int(test_P.sum())},
         "labelled": sum(bool(one) for one in labels),
@@ -106,8 +100,7 @@ def _embed(scope: Scope, options: Families, index: int, of: int, context: Contex
     import torch
 
     from plmsae_cli.evaluation.families.patterns import Patterns
-    from plmsae_cli.evaluation.proteins import groups
-    from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
+    from plmsae_cli.evaluation.rows import Rows
     from plmsae_cli.runtime.saved import load_sae_with_facts
     from plmsae_cli.store.tensorfile import write_tensors
 
@@ -118,20 +111,15 @@ def _embed(scope: Scope, options: Families, index: int, of: int, context: Contex
     patterns = Patterns(sae.num_latents, rows.device)
     largest_NP = torch.zeros(sae.num_latents, len(sequences), dtype=torch.float16)
     scale_N = torch.where(sae.maximum_N > 0, sae.maximum_N, 1.0)
-    batches = list(groups([len(s) for s in sequences], group_residues(rows.device)))
-    for done, places in enumerate(batches):
-        context.check_stop()
-        chosen = [sequences[p] for p in places]
-        latents = encode_rows(sae, rows.of(chosen))
-        lengths = torch.tensor([len(s) for s in chosen])
+    for places, latents in rows.encoded(sae, sequences, context.progress):
+        lengths = torch.tensor([len(sequences[p]) for p in places])
         patterns.add(latents, sae.maximum_N, lengths)
-        owner_R = torch.arange(len(chosen)).repeat_interleave(lengths).to(rows.device)
-        best_PN = torch.zeros(len(chosen) * sae.num_latents, device=rows.device)
+        owner_R = torch.arange(len(places)).repeat_interleave(lengths).to(rows.device)
+        best_PN = torch.zeros(len(places) * sae.num_latents, device=rows.device)
         key_RK = owner_R[:, None] * sae.num_latents + latents.indices_BK
         best_PN.scatter_reduce_(0, key_RK.flatten(), latents.acts_BK.flatten(), "amax")
-        best_PN = best_PN.view(len(chosen), -1) / scale_N
+        best_PN = best_PN.view(len(places), -1) / scale_N
         largest_NP[:, places[0] : places[-1] + 1] = best_PN.T.half().cpu()
-        context.progress(done + 1, len(batches))
     tensors = {"largest": largest_NP, **{name: value.cpu() for name, value in patterns.state().items()}}
     return [write_tensors(scope.store, scope.path(AXIS, "activations", f"{index}of{of}.safetensors"), tensors)]
 

@@ -25,9 +25,7 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.probes
     assert options is not None
     scope.require_same_model("remove eval.probes")
-    inputs = {"proteins": scope.content(options.proteins)}
-    if options.labels is not None:
-        inputs["labels"] = scope.content(options.labels)
+    inputs = scope.contents(proteins=options.proteins, labels=options.labels)
     identity = scope.identity(AXIS, options.science(), inputs)
     shown = {"proteins": options.proteins, "labels": options.labels or "residue annotations"}
     return [scope.task(AXIS, identity, cost=10.0)], shown
@@ -46,7 +44,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     import numpy as np
     import torch
 
-    from plmsae_cli.evaluation.clusters import choose_method, cluster, halves
+    from plmsae_cli.evaluation.clusters import SHOWN, choose_method, cluster, halves
     from plmsae_cli.evaluation.proteins import choose, read_any
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
@@ -84,7 +82,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
         return float(np.mean([row[key] for row in found]))
 
     result = {
-        "split": {"mmseqs": "MMseqs2 cluster", "kmer": "5-mer cluster"}[method],
+        "split": SHOWN[method],
         "proteins": {**chosen.tally, "sampled": len(kept), "train": int((~test_P).sum()), "test": int(test_P.sum())},
         "residues": int(lengths_P.sum()),
         "l2": options.l2,
@@ -116,8 +114,7 @@ def _features(scope: Scope, sae: Any, sequences: list[str], options: Probes, con
     import torch
 
     from plmsae_cli.evaluation.probes.logistic import Sparse
-    from plmsae_cli.evaluation.proteins import groups
-    from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
+    from plmsae_cli.evaluation.rows import Rows
 
     rows = Rows(scope, options.batch_tokens, context.check_stop)
     sae = sae.to(rows.device)
@@ -125,18 +122,15 @@ def _features(scope: Scope, sae: Any, sequences: list[str], options: Probes, con
     by_residue: list[tuple[Tensor, ...]] = []
     by_protein: list[tuple[Tensor, ...]] = []
     first = 0
-    for places in groups([len(s) for s in sequences], group_residues(rows.device)):
-        context.check_stop()
-        mine = [sequences[p] for p in places]
-        latents = encode_rows(sae, rows.of(mine))
+    for places, latents in rows.encoded(sae, sequences):
         value_RK = (latents.acts_BK / scale_N[latents.indices_BK]).double().cpu()
         index_RK = latents.indices_BK.cpu()
         row_Q, slot_Q = (value_RK > 0).nonzero(as_tuple=True)
         entries = (row_Q + first, index_RK[row_Q, slot_Q], value_RK[row_Q, slot_Q])
         by_residue.append(entries)
-        lengths = torch.tensor([len(s) for s in mine])
-        owner_Q = torch.arange(len(mine)).repeat_interleave(lengths)[row_Q]
-        best = torch.zeros(len(mine), sae.num_latents, dtype=torch.float64)
+        lengths = torch.tensor([len(sequences[p]) for p in places])
+        owner_Q = torch.arange(len(places)).repeat_interleave(lengths)[row_Q]
+        best = torch.zeros(len(places), sae.num_latents, dtype=torch.float64)
         best.view(-1).scatter_reduce_(0, owner_Q * sae.num_latents + entries[1], entries[2], "amax")
         protein_Q, latent_Q = best.nonzero(as_tuple=True)
         by_protein.append((protein_Q + places[0], latent_Q, best[protein_Q, latent_Q]))

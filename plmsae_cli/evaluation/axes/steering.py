@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError
@@ -23,19 +24,17 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.steering
     assert options is not None
     scope.require_same_model("remove eval.steering")
-    inputs = {} if options.fasta is None else {"fasta": scope.content(options.fasta)}
+    inputs = scope.contents(fasta=options.fasta)
     chosen_by = concepts.plan(scope)[0][-1] if options.latents == "concepts" else None
     if chosen_by is not None:
         inputs["concepts"] = chosen_by.id
     identity = scope.identity(AXIS, options.science(), inputs)
-    of = options.tasks
-    steps = [f"part-{i}of{of}" for i in range(of)]
     first = scope.task(AXIS, identity, "prepare")
     if chosen_by is not None:
-        first = Task(**{**vars(first), "needs": (chosen_by.id,)})
-    tasks = [first]
-    tasks += [scope.task(AXIS, identity, s, ["prepare"], 20.0 / of, index=i, of=of) for i, s in enumerate(steps)]
-    tasks.append(scope.task(AXIS, identity, "report", ["prepare", *steps], of=of))
+        first = replace(first, needs=(chosen_by.id,))
+    pieces = scope.pieces(AXIS, identity, "part", options.tasks, 20.0, ["prepare"])
+    steps = [piece.args["step"] for piece in pieces]
+    tasks = [first, *pieces, scope.task(AXIS, identity, "report", ["prepare", *steps], of=options.tasks)]
     latents = options.latents if isinstance(options.latents, str) else f"{len(options.latents)} listed"
     return tasks, {"latents": latents, "mode": options.mode, "proteins": options.fasta or "held out"}
 
@@ -79,8 +78,7 @@ def _prepare(scope: Scope, options: Steering, context: Context) -> Result:
     """Densities on the proteins, the latents that are steered, and what each is compared with."""
     import torch
 
-    from plmsae_cli.evaluation.proteins import groups
-    from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
+    from plmsae_cli.evaluation.rows import Rows
     from plmsae_cli.evaluation.steering.edits import equal_density
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
@@ -88,9 +86,7 @@ def _prepare(scope: Scope, options: Steering, context: Context) -> Result:
     rows = Rows(scope, options.batch_tokens, context.check_stop)
     sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
     fired_N = torch.zeros(sae.num_latents, dtype=torch.float64, device=rows.device)
-    for places in groups([len(s) for s in sequences], group_residues(rows.device)):
-        context.check_stop()
-        latents = encode_rows(sae, rows.of([sequences[p] for p in places]))
+    for _, latents in rows.encoded(sae, sequences):
         fired_N.index_add_(0, latents.indices_BK.flatten(), (latents.acts_BK > 0).flatten().double())
     density_N = fired_N.cpu() / sum(len(s) for s in sequences)
     alive_N = (sae.maximum_N.cpu() > 0) & (density_N > 0)
@@ -101,7 +97,13 @@ def _prepare(scope: Scope, options: Steering, context: Context) -> Result:
         "other": [equal_density(density_N.masked_fill(~alive_N, 0.0), n, set(chosen)) for n in chosen],
     }
     about = {"id": ids, "length": [len(s) for s in sequences], "in_training": trained}
-    return Result([scope.write_json(AXIS, "chosen.json", body), scope.write_table(AXIS, "proteins.parquet", about)])
+    return Result(
+        [
+            scope.write_json(AXIS, "chosen.json", body),
+            scope.write_table(AXIS, "sequences.parquet", {"sequence": sequences}),
+            scope.write_table(AXIS, "proteins.parquet", about),
+        ]
+    )
 
 
 def _choose(scope: Scope, options: Steering, density_N: Any) -> list[int]:
@@ -130,20 +132,15 @@ def _batches(
     sequences: list[str], options: Steering, plm: Any, layer: int, budget: int, device: Any
 ) -> Iterator[Batch]:
     """Packs in the proteins' order."""
-    import numpy as np
-    import torch
-
-    from plmsae_cli.evaluation.fidelity import masks
+    from plmsae_cli.evaluation.fidelity import masked_residues
     from plmsae_cli.evaluation.proteins import groups
     from plmsae_cli.evaluation.steering.readout import prepare
     from plmsae_cli.plm.alphabet import encode, pack
 
     for places in groups([len(s) + 2 for s in sequences], budget):
-        packed = pack([encode(sequences[p]) for p in places])
-        masked_T = torch.zeros_like(packed.residue_mask_T)
-        flags = np.concatenate([masks(sequences[p], options.mask_rate) for p in places])
-        masked_T[packed.residue_mask_T] = torch.from_numpy(flags)
-        yield prepare(plm, packed.to(device), masked_T.to(device), layer)
+        chosen = [sequences[p] for p in places]
+        packed = pack([encode(sequence) for sequence in chosen]).to(device)
+        yield prepare(plm, packed, masked_residues(packed, chosen, options.mask_rate), layer)
 
 
 def _part(scope: Scope, options: Steering, index: int, of: int, context: Context) -> Result:
@@ -155,7 +152,7 @@ def _part(scope: Scope, options: Steering, index: int, of: int, context: Context
     from plmsae_cli.runtime.embedding import Embedder
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
-    _, sequences, _ = _proteins(scope, options)
+    sequences = scope.read_table(AXIS, "sequences.parquet")["sequence"].to_pylist()
     compute = "float32" if options.compute == "auto" else options.compute
     embedder = Embedder.shared(scope.experiment.model.weights, scope.store, compute)
     sae = load_sae_with_facts(scope.folder, scope.store).model.to(embedder.device)

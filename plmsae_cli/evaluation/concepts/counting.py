@@ -15,10 +15,8 @@ from torch import Tensor
 
 from plmsae_cli.evaluation.concepts.counts import THRESHOLDS, Counts
 from plmsae_cli.evaluation.concepts.prepared import AXIS, Prepared
-from plmsae_cli.evaluation.concepts.sources import Reader, Source
+from plmsae_cli.evaluation.concepts.sources import Source, read
 from plmsae_cli.evaluation.frame import Scope
-from plmsae_cli.evaluation.proteins import groups
-from plmsae_cli.evaluation.rows import group_residues
 from plmsae_cli.runtime.task import Context
 from plmsae_cli.store.fs import FileRecord, join
 from plmsae_cli.store.tensorfile import TensorFile, write_tensors
@@ -83,29 +81,27 @@ def count(
 def _half(
     prepared: Prepared, tiles: Sequence[Tile], half: int, index: int, of: int, context: Context, at: tuple[int, int]
 ) -> list[Counts]:
-    names = dict.fromkeys(tile.source.name for tile in tiles)
-    sources = [next(tile.source for tile in tiles if tile.source.name == name) for name in names]
+    sources = list(dict.fromkeys(tile.source for tile in tiles))
     device = sources[0].rows.device
     num_instance = sum(not concept.by_residue for concept in prepared.concepts)
     counted = [Counts(tile.size, len(prepared.concepts), num_instance, device, tile.first) for tile in tiles]
     mine = prepared.part(half, index, of)
-    reader = Reader(sources)
-    lengths = [len(prepared.labelled.sequences[p]) for p in mine]
-    batches = list(groups(lengths, group_residues(device)))
-    for done, places in enumerate(batches):
-        context.check_stop()
-        proteins = [mine[place] for place in places]
-        labels = {r: prepared.labelled.batch(proteins, device, r) for r in {source.rotated for source in sources}}
-        for source, latents in reader.group([prepared.labelled.sequences[p] for p in proteins]):
-            for tile, counts in zip(tiles, counted, strict=True):
-                if tile.source is source:
-                    counts.add(latents, source.code.maximum_N, labels[source.rotated])
-        context.progress(at[0] + (done + 1) / len(batches), at[1])
+
+    def progress(done: float, total: float) -> None:
+        context.progress(at[0] + done / total, at[1])
+
+    for _, source, latents, labels in read(prepared.labelled, sources, mine, context.check_stop, progress):
+        for tile, counts in zip(tiles, counted, strict=True):
+            if tile.source is source:
+                counts.add(latents, source.code.maximum_N, labels)
     return [counts.at_least() for counts in counted]
 
 
 def _write(scope: Scope, path: str, both: Sequence[Counts], tile: Tile) -> FileRecord:
-    """Counts of the pairs (concept, latent) that ever meet, ordered by pair: `key`, `hits` and `found` [Q, H, T], `fired`."""
+    """Counts of the pairs that ever meet, ordered by pair, and `fired` [H, N, T].
+
+    `concept`, `latent`, `hits` [Q, H, T]; of concepts with instance recall `instance_concept`, `instance_latent`, `found`.
+    """
     some_CN = torch.stack([counts.hits_CNT[..., 0] for counts in both]).sum(0) > 0
     concept_Q, latent_Q = some_CN.nonzero(as_tuple=True)
     hits = torch.stack([counts.hits_CNT[concept_Q, latent_Q] for counts in both], 1)

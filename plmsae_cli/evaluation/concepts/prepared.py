@@ -11,7 +11,7 @@ import numpy.typing as npt
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.evaluation import Concepts
 from plmsae_cli.evaluation.annotations.entries import read_entries
-from plmsae_cli.evaluation.clusters import choose_method, cluster, halves
+from plmsae_cli.evaluation.clusters import SHOWN, choose_method, cluster, halves
 from plmsae_cli.evaluation.concepts.labelling import Labelled, totals
 from plmsae_cli.evaluation.concepts.vocabulary import Concept, Labels, amino_acid_concepts, find_concepts
 from plmsae_cli.evaluation.frame import Scope
@@ -35,10 +35,6 @@ class Prepared:
     """Residues."""
     facts: dict[str, Any]
 
-    @property
-    def sequences(self) -> list[str]:
-        return list(self.labelled.sequences)
-
     def part(self, half: int, index: int, of: int) -> list[int]:
         """Proteins of a half that piece `index` of `of` works on."""
         return [p for p in np.flatnonzero(self.test_P == bool(half)).tolist() if p % of == index]
@@ -55,15 +51,18 @@ def prepare(scope: Scope, options: Concepts) -> list[FileRecord]:
     chosen = choose(read_entries(path), scope.store, scope.dataset, options.max_length, leave_out=strict)
     sequences = [entry.sequence for entry in chosen.entries]
     split = options.split if options.split != "auto" else ("cluster" if strict else "random")
-    method = choose_method(options.clusters) if split == "cluster" else "none"
-    cluster_P = cluster(sequences, method) if split == "cluster" else np.arange(len(sequences))
+    if split == "cluster":
+        method = choose_method(options.clusters)
+        cluster_P, by = cluster(sequences, method), SHOWN[method]
+    else:
+        cluster_P, by = np.arange(len(sequences)), "protein"
     lengths_P = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     test_P = halves(cluster_P, chosen.hashes_P, lengths_P)
     found = find_concepts(chosen.entries, options.mode, options.min_instances)
     labels, total_CH, positive_CH = keep(found, sequences, chosen.hashes_P, test_P, options)
     facts = {
         "mode": options.mode,
-        "split": {"none": "protein", "mmseqs": "MMseqs2 cluster", "kmer": "5-mer cluster"}[method],
+        "split": by,
         "clusters": len(np.unique(cluster_P)),
         "proteins": {**chosen.tally, "validation": int((~test_P).sum()), "test": int(test_P.sum())},
         "residues": {"validation": int(lengths_P[~test_P].sum()), "test": int(lengths_P[test_P].sum())},

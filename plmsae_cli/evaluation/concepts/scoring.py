@@ -12,10 +12,8 @@ from plmsae_cli.evaluation.concepts.counts import BatchLabels, levels
 from plmsae_cli.evaluation.concepts.labelling import instance_ranks
 from plmsae_cli.evaluation.concepts.prepared import AXIS, Prepared
 from plmsae_cli.evaluation.concepts.scores import BINS, bins
-from plmsae_cli.evaluation.concepts.sources import Reader, Source
+from plmsae_cli.evaluation.concepts.sources import Source, read
 from plmsae_cli.evaluation.frame import Scope
-from plmsae_cli.evaluation.proteins import groups
-from plmsae_cli.evaluation.rows import group_residues
 from plmsae_cli.runtime.task import Context
 from plmsae_cli.sae.interface import Latents
 from plmsae_cli.store.fs import FileRecord
@@ -103,18 +101,11 @@ def score(
         paired[source.name] = PairScores(
             choice.read("latent"), choice.read("threshold"), source.code.maximum_N, rank_C, len(mine)
         )
-    device = sources[0].rows.device
-    reader = Reader(sources)
-    batches = list(groups([len(prepared.labelled.sequences[p]) for p in mine], group_residues(device)))
-    for done, places in enumerate(batches):
-        context.check_stop()
-        proteins = [mine[place] for place in places]
-        lengths = torch.tensor([len(prepared.labelled.sequences[p]) for p in proteins])
-        protein_R = torch.tensor(places).repeat_interleave(lengths).to(device)
-        labels = {r: prepared.labelled.batch(proteins, device, r) for r in {source.rotated for source in sources}}
-        for source, latents in reader.group([prepared.labelled.sequences[p] for p in proteins]):
-            paired[source.name].add(latents, labels[source.rotated], protein_R)
-        context.progress(done + 1, len(batches))
+    length_P = torch.tensor([len(prepared.labelled.sequences[p]) for p in mine])
+    for places, source, latents, labels in read(prepared.labelled, sources, mine, context.check_stop, context.progress):
+        place_G = torch.tensor(places)
+        protein_R = place_G.repeat_interleave(length_P[place_G]).to(sources[0].rows.device)
+        paired[source.name].add(latents, labels, protein_R)
     return [
         write_tensors(
             scope.store,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cache
 
 from torch import Tensor
 
 from plmsae_cli.evaluation.concepts.codes import Code, Directions, principal, residual
+from plmsae_cli.evaluation.concepts.counts import BatchLabels
+from plmsae_cli.evaluation.concepts.labelling import Labelled
 from plmsae_cli.evaluation.frame import Scope
-from plmsae_cli.evaluation.rows import Rows, encode_rows
+from plmsae_cli.evaluation.proteins import groups
+from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.saved import load_sae_with_facts, open_blocks
 from plmsae_cli.sae.interface import Latents
@@ -35,23 +39,35 @@ class Source:
     rotated: bool = False
 
 
-@dataclass
-class Reader:
-    """Latents of a group of proteins for each source; what sources share is computed once a group."""
+def read(
+    labelled: Labelled,
+    sources: Sequence[Source],
+    proteins: Sequence[int],
+    check_stop: Callable[[], None],
+    progress: Callable[[float, float], None],
+) -> Iterator[tuple[list[int], Source, Latents, BatchLabels]]:
+    """Places in `proteins` of a group, a source, its latents and its labels: every source of a group, group after group.
 
-    sources: list[Source]
-    _rows: dict[int, Tensor] = field(default_factory=dict)
-    _latents: dict[int, Latents] = field(default_factory=dict)
-
-    def group(self, sequences: Sequence[str]) -> Iterator[tuple[Source, Latents]]:
-        self._rows.clear()
-        self._latents.clear()
-        for source in self.sources:
-            if id(source.rows) not in self._rows:
-                self._rows[id(source.rows)] = source.rows.of(sequences)
-            if id(source.code) not in self._latents:
-                self._latents[id(source.code)] = encode_rows(source.code, self._rows[id(source.rows)])
-            yield source, self._latents[id(source.code)]
+    What sources share is computed once a group.
+    """
+    device = sources[0].rows.device
+    sequences = [labelled.sequences[p] for p in proteins]
+    batches = list(groups([len(sequence) for sequence in sequences], group_residues(device)))
+    rows: dict[int, Tensor] = {}
+    latents: dict[int, Latents] = {}
+    for done, places in enumerate(batches):
+        check_stop()
+        rows.clear()
+        latents.clear()
+        some = [proteins[place] for place in places]
+        labels = {r: labelled.batch(some, device, r) for r in {source.rotated for source in sources}}
+        for source in sources:
+            if id(source.rows) not in rows:
+                rows[id(source.rows)] = source.rows.of([sequences[place] for place in places])
+            if id(source.code) not in latents:
+                latents[id(source.code)] = encode_rows(source.code, rows[id(source.rows)])
+            yield places, source, latents[id(source.code)], labels[source.rotated]
+        progress(done + 1, len(batches))
 
 
 @contextmanager
@@ -68,8 +84,12 @@ def open_sources(
         rows = Rows(scope, batch_tokens, check_stop)
         sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
         sources = [Source(SAE, sae, rows)]
-        blocks = open_blocks(scope.dataset, scope.store)
-        sample_RD = blocks.read(0, min(blocks.num_rows, SAMPLE_ROWS))
+
+        @cache
+        def sample_RD() -> Tensor:  # half a gigabyte, of which the other nulls need nothing
+            blocks = open_blocks(scope.dataset, scope.store)
+            return blocks.read(0, min(blocks.num_rows, SAMPLE_ROWS))
+
         for null in nulls:
             if null == "shuffled":
                 sources.append(Source(null, sae, rows, rotated=True))
@@ -80,7 +100,7 @@ def open_sources(
                     Source(null, residual(other.of(_training_sequences(scope)).cpu()).to(other.device), other)
                 )
             else:
-                made: Directions = {"residual": residual, "pca": principal}[null](sample_RD)
+                made: Directions = {"residual": residual, "pca": principal}[null](sample_RD())
                 sources.append(Source(null, made.to(rows.device), rows))
         yield sources
 

@@ -12,12 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from plmsae_cli.plm.alphabet import FIRST_LETTER, Tokens, wrap
+from plmsae_cli.evaluation.splices import at_residues
+from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, Tokens, wrap
 from plmsae_cli.plm.attention import Documents
 from plmsae_cli.plm.contacts import apc
 from plmsae_cli.plm.esm2 import ESM2Output, Splice
 
-LETTERS = 20
+LETTERS = len(AMINO_ACIDS)
 _BLOCK_BYTES = 256_000_000
 
 
@@ -41,11 +42,6 @@ def same_length(tokens_MT: Tensor) -> tuple[Documents, Tensor]:
     residue_MT = torch.ones_like(tokens_MT, dtype=torch.bool)
     residue_MT[:, 0] = residue_MT[:, -1] = False
     return Documents(edges, length, (length,) * count), residue_MT.flatten()[:, None]
-
-
-def at_residues(residue_T1: Tensor, value: Splice) -> Splice:
-    """`value` at residues; `<cls>` and `<eos>` as they are."""
-    return lambda x_TD: torch.where(residue_T1, value(x_TD).to(x_TD.dtype), x_TD)
 
 
 def letter_logits(plm: Model, tokens_MT: Tensor, layer: int, value: Splice | None) -> Tensor:

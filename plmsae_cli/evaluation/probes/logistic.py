@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from plmsae_cli.evaluation.concepts.scores import auprc, auroc
+
 _STEPS = 50
 _HALVINGS = 20
 _TOLERANCE = 1e-9
@@ -137,12 +139,8 @@ def ranking(score_R: Tensor, y_R: Tensor) -> tuple[float, float]:
     """Area under the ROC curve (ties count half) and average precision of scores for labels of both kinds."""
     _, place_R = torch.unique(score_R, return_inverse=True)
     count = int(place_R.max()) + 1
-    positive = torch.bincount(place_R[y_R], minlength=count).double()
-    negative = torch.bincount(place_R[~y_R], minlength=count).double()
-    below = negative.cumsum(0) - negative
-    area = float((positive * (below + negative / 2)).sum() / (positive.sum() * negative.sum()))
-    hits, found = positive.flip(0).cumsum(0), (positive + negative).flip(0).cumsum(0)
-    return area, float((positive.flip(0) * hits / found).sum() / positive.sum())
+    positive, negative = (torch.bincount(place_R[side_R], minlength=count) for side_R in (y_R, ~y_R))
+    return float(auroc(positive, negative)), float(auprc(positive, negative))
 
 
 def log_loss(z_R: Tensor, y_R: Tensor) -> float:

@@ -24,7 +24,7 @@ READOUTS = [KL, *AMINO_ACIDS]
 
 def report(scope: Scope, options: Steering, of: int) -> Result:
     """Merge the pieces' read-outs and test them."""
-    from plmsae_cli.runtime.saved import load_sae_with_facts
+    from plmsae_cli.runtime.saved import read_sae_facts
 
     chosen = scope.read_json(AXIS, "chosen.json")
     order = steers(chosen, options.strengths)
@@ -68,7 +68,7 @@ def report(scope: Scope, options: Steering, of: int) -> Result:
         "kl_other": float(np.mean([row["kl_other"] for row in latents])),
         "latents": latents,
     }
-    number = load_sae_with_facts(scope.folder, scope.store).model.num_latents
+    number = read_sae_facts(scope.folder, scope.store)["config"]["num_latents"]
     files = [
         scope.write_json(AXIS, "result.json", body),
         scope.write_table(AXIS, "effects.parquet", {name: [row[name] for row in rows] for name in rows[0]}),

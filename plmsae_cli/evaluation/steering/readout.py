@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.evaluation.steering.edits import VARIANTS, Mode, Steer, edit
-from plmsae_cli.plm.alphabet import FIRST_LETTER, MASK, Packed
+from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, MASK, Packed
 from plmsae_cli.sae.dictionary import Dictionary
 
-LETTERS = 20
+LETTERS = len(AMINO_ACIDS)
 
 
 class Batch(NamedTuple):

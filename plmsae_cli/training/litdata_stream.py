@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.blocks import Blocks
 from plmsae_cli.store.fs import is_remote
-from plmsae_cli.training.stream import steps_per_epoch
+from plmsae_cli.training.stream import Stream, steps_per_epoch
 
 
-class LitDataStream:
-    """Batches of a local dataset through litdata, for one rank; the parts of `BlockStream` that training uses.
+class LitDataStream(Stream):
+    """Batches of a local dataset through litdata, for one rank.
 
     Args:
         blocks: the dataset, for its shape.
@@ -98,11 +97,3 @@ class LitDataStream:
 
     def close(self) -> None:
         self._batches = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -43,6 +43,17 @@ class Stream(Protocol):
     def block_of(self, step: int) -> int:
         """The block of B rows that the ranks read at `step`."""
 
+    def close(self) -> None:
+        """Stop reading; batches handed out are no longer valid."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
 
 def steps_per_epoch(num_rows: int, batch_rows: int, world: int = 1) -> int:
     """S = floor(N / B): steps of `batch_rows` (global) in one pass over `num_rows`; N mod B rows stay unseen.
@@ -79,7 +90,7 @@ class _Slot:
     """How long the last fill had to wait for the device before it could read."""
 
 
-class BlockStream:
+class BlockStream(Stream):
     """Batches of a dataset of blocks in training order, for one rank.
 
     Step s belongs to epoch e = s // S and reads block pi_e(s mod S), rank r of W its rows
@@ -212,14 +223,6 @@ class BlockStream:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._copies is not None:
             self._copies.synchronize()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _fill(self, slot: _Slot, start: int) -> None:
         """In a thread: read the rows and, for CUDA, enqueue their copy."""

@@ -69,7 +69,7 @@ def open_sources(
         sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
         sources = [Source(SAE, sae, rows)]
         blocks = open_blocks(scope.dataset, scope.store)
-        sample_RD = blocks.read(0, min(blocks.num_rows, SAMPLE_ROWS))
+        sample_RD = blocks.decode(blocks.read(0, min(blocks.num_rows, SAMPLE_ROWS)))
         for null in nulls:
             if null == "shuffled":
                 sources.append(Source(null, sae, rows, rotated=True))

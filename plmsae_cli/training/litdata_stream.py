@@ -67,7 +67,7 @@ class LitDataStream(Stream):
             )
         dataset = StreamingDataset(
             blocks.folder,
-            item_loader=TokensLoader(block_size=self._share_rows * blocks.d),
+            item_loader=TokensLoader(block_size=self._share_rows * blocks.width),
             shuffle=False,
             drop_last=True,
         )
@@ -77,7 +77,7 @@ class LitDataStream(Stream):
         self._newest: tuple[int, torch.Tensor] | None = None
 
     def rows(self, step: int) -> torch.Tensor:
-        """This rank's rows [B / W, d] of `step`, on the device; asking for the newest again reads nothing."""
+        """This rank's rows [B / W, width] of `step`, on the device; asking for the newest again reads nothing."""
         if self._newest is not None and self._newest[0] == step:
             return self._newest[1]
         begin = time.perf_counter()
@@ -86,7 +86,7 @@ class LitDataStream(Stream):
             self._batches = iter(self._loader)
             for _ in range(step % self.steps_per_epoch):
                 next(self._batches)
-        rows_RD = next(self._batches).view(self._share_rows, self.blocks.d).to(self._device)
+        rows_RD = next(self._batches).view(self._share_rows, self.blocks.width).to(self._device)
         self._newest = step, rows_RD
         self.wait_seconds += time.perf_counter() - begin
         return rows_RD

@@ -38,7 +38,7 @@ class Stream(Protocol):
     blocks: Blocks
 
     def rows(self, step: int) -> torch.Tensor:
-        """This rank's rows [B / W, d] of `step`, on the device."""
+        """This rank's rows [B / W, width] of `step`, on the device."""
 
     def block_of(self, step: int) -> int:
         """The block of B rows that the ranks read at `step`."""
@@ -137,7 +137,7 @@ class BlockStream(Stream):
         self._share_rows = batch_rows // world
         self._share_start = rank * self._share_rows
         if prefetch is None:
-            wanted = _AHEAD_BYTES // (self._share_rows * blocks.d * blocks.dtype.itemsize)
+            wanted = _AHEAD_BYTES // (self._share_rows * blocks.width * blocks.dtype.itemsize)
             prefetch = min(max(4, wanted), _MOST_THREADS - 1) if is_remote(blocks.folder) else 4
         self._device = torch.device(device)
         self._cuda = self._device.type == "cuda"
@@ -176,7 +176,7 @@ class BlockStream(Stream):
         return int(order[place - first])
 
     def rows(self, step: int) -> torch.Tensor:
-        """This rank's rows [B / W, d] of `step`, on the device, in the dtype of the dataset.
+        """This rank's rows [B / W, width] of `step`, on the device, in the dtype of the dataset.
 
         Consecutive steps are read ahead; any other step is a seek, which drops what was read ahead.
 

@@ -23,6 +23,7 @@ from plmsae_cli.store.manifest import read_manifest, verify
 from plmsae_cli.store.permutation import Permutation
 from plmsae_cli.store.proteins import read_proteins
 from plmsae_cli.store.quantise import CALIBRATION, Quantiser
+from plmsae_cli.training.litdata_stream import LitDataStream
 
 Build = Callable[..., Experiment]
 Go = Callable[..., Done]
@@ -108,6 +109,9 @@ def test_unmodified_litdata_reads_the_bytes(both: dict[str, Experiment]) -> None
     assert len(data) == blocks.num_rows
     for row in (0, 1, 63, 64, blocks.num_rows - 1):
         assert torch.equal(data[row], blocks.read(row, row + 1)[0])
+    with LitDataStream(blocks, 64, 32) as stream:
+        for step in (0, 1, stream.steps_per_epoch - 1):
+            assert torch.equal(stream.rows(step), blocks.read(32 * step, 32 * step + 32))
 
 
 def test_calibration_is_the_same_for_any_workers_and_sampled_by_hash(build: Build, go: Go, tmp_path: Path) -> None:

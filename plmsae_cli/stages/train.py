@@ -194,7 +194,6 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
 
 
 def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Result]:
-
     from plmsae_cli.runtime.device import pick_device, training_dtype
     from plmsae_cli.runtime.dist import gang
     from plmsae_cli.runtime.run_folder import RunFolder

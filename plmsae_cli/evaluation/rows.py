@@ -12,6 +12,8 @@ from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.evaluation.proteins import groups
 from plmsae_cli.runtime.embedding import Embedder
 from plmsae_cli.sae.interface import Latents
+from plmsae_cli.store.fs import join
+from plmsae_cli.store.quantise import CALIBRATION, Quantiser
 
 ENCODE_ROWS = 4096
 
@@ -22,20 +24,27 @@ def group_residues(device: torch.device) -> int:
 
 
 class Rows:
-    """Activations of one layer as the dictionary was trained on: the same layer, model and stored type."""
+    """Activations of one layer as the dictionary was trained on: the same layer, model and stored type.
+
+    int8 ones are encoded by the dataset's frozen numbers and decoded again; of `weights`, another model, they stay as computed.
+    """
 
     def __init__(
         self, scope: Scope, batch_tokens: str | int, check_stop: Callable[[], None], weights: str | None = None
     ):
         manifest = scope.made()
         self.layer: int = manifest["layer"]
-        self.dtype: str = manifest["dtype"]
         compute = scope.experiment.embed.compute if scope.experiment.embed is not None else "auto"
         if weights is None:
             self.embedder = Embedder.shared(scope.experiment.model.weights, scope.store, compute)
         else:  # of one use: not to be kept beside the model itself
             self.embedder = Embedder(weights, scope.store, compute)
         self.device = self.embedder.device
+        quantised = manifest["dtype"] == "int8"
+        self._handed: str = self.embedder.compute if quantised else manifest["dtype"]
+        self._quantiser: Quantiser | None = None
+        if quantised and weights is None:
+            self._quantiser = Quantiser.read(scope.store, join(scope.dataset, CALIBRATION)).to(self.device)
         self._batch_tokens = batch_tokens
         self._check_stop = check_stop
 
@@ -43,9 +52,16 @@ class Rows:
         """Activations [R, D], float32 on the device, of all residues of the proteins in their order."""
         nothing: Callable[..., Any] = lambda *_, **__: None  # noqa: E731
         kept = self.embedder.run(
-            sequences, [self.layer], [False] * len(sequences), self.dtype, self._batch_tokens, nothing, self._check_stop
+            sequences,
+            [self.layer],
+            [False] * len(sequences),
+            self._handed,
+            self._batch_tokens,
+            nothing,
+            self._check_stop,
         )
-        return kept[self.layer][0].to(self.device).float()
+        rows_RD = kept[self.layer][0].to(self.device)
+        return rows_RD.float() if self._quantiser is None else self._quantiser.decode(self._quantiser.encode(rows_RD))
 
     def encoded(
         self, code: Any, sequences: Sequence[str], progress: Callable[[float, float], None] = lambda *_: None

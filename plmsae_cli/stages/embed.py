@@ -28,7 +28,7 @@ from plmsae_cli.stages.common import (
     shape_of_shards,
     shard_ranges,
 )
-from plmsae_cli.stages.embed_finish import finish_embedding
+from plmsae_cli.stages.embed_finish import calibration, finish_embedding
 from plmsae_cli.stages.embed_shard import write_shard
 from plmsae_cli.store.fs import Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage
@@ -224,7 +224,6 @@ def _calibrate(task: Task, context: Context) -> Mapping[str, Result]:
     """Freeze what int8 rows are standardised by, on the training proteins with the smallest keyed hashes."""
     from plmsae_cli.runtime.embedding import Embedder
     from plmsae_cli.store.activations import Statistics
-    from plmsae_cli.store.quantise import CALIBRATION, Quantiser
     from plmsae_cli.store.scan import sampled_proteins
 
     experiment, store = context.experiment, context.store
@@ -253,10 +252,4 @@ def _calibrate(task: Task, context: Context) -> Mapping[str, Result]:
         for folder, layer in layer_of.items():
             statistics[folder].update(embedded[layer][0])
         done += sum(map(len, sequences))
-    return {
-        folder: Result(
-            [Quantiser(s.mean_D, s.variance_D.sqrt(), s.count).write(store, join(folder, CALIBRATION))],
-            {"rows": s.count},
-        )
-        for folder, s in statistics.items()
-    }
+    return {folder: calibration(context, folder, found) for folder, found in statistics.items()}

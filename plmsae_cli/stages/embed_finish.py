@@ -1,20 +1,47 @@
-"""The end of `embed`: statistics of all shards, and the manifests."""
+"""The end of `embed`, computed or imported: calibrations, statistics of all shards, the manifests."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.stages.common import manifest_facts, require_same_rows
-from plmsae_cli.store.fs import join
+from plmsae_cli.store.fs import FileRecord, join
 from plmsae_cli.store.lineage import Lineage
+from plmsae_cli.store.manifest import Part, read_parts
+
+if TYPE_CHECKING:
+    from plmsae_cli.store.activations import Statistics
+
+
+def calibration(context: Context, folder: str, statistics: Statistics) -> Result:
+    """Freeze what int8 rows of an artifact are standardised by."""
+    from plmsae_cli.store.quantise import CALIBRATION, Quantiser
+
+    quantiser = Quantiser(statistics.mean_D, statistics.variance_D.sqrt(), statistics.count)
+    return Result([quantiser.write(context.store, join(folder, CALIBRATION))], {"rows": statistics.count})
+
+
+def merge_shards(
+    task: Task, context: Context, lineage: Lineage, folder: str, layer: int
+) -> tuple[FileRecord, list[Part], dict[str, Any]]:
+    """Of an artifact whose shards are there: its statistics, as written; their records; facts that every origin has."""
+    from plmsae_cli.store.activations import Statistics
+
+    embed = context.experiment.embed
+    assert embed is not None
+    parts = read_parts(context.store, folder)
+    names = sorted(name for name in parts if name.startswith("shard-"))
+    merged = Statistics.of_shards(context.store, folder, lineage.d, names)
+    record = merged.write(context.store, join(folder, "stats.safetensors"))
+    facts = {name: task.args[name] for name in ("rows", "heldout_rows", "d", "counts")}
+    facts |= {"dtype": embed.dtype, "layer": layer, "num_layers": lineage.num_layers}
+    return record, [parts[name] for name in names], facts
 
 
 def finish_embedding(task: Task, context: Context) -> Mapping[str, Result]:
     from plmsae_cli.runtime.embedding import summary
-    from plmsae_cli.store.activations import Statistics
-    from plmsae_cli.store.manifest import read_parts
     from plmsae_cli.store.rowsum import joined
     from plmsae_cli.store.shard_writer import BUFFERS
 
@@ -25,20 +52,10 @@ def finish_embedding(task: Task, context: Context) -> Mapping[str, Result]:
         if folder in task.args["pairs"]:
             results[folder] = _finish_sorted(task, context, folder)
             continue
-        parts = read_parts(context.store, folder)
-        names = sorted(name for name in parts if name.startswith("shard-"))
-        merged = Statistics.of_shards(context.store, folder, lineage.d, names)
-        shards = [parts[name].facts for name in names]
+        record, parts, facts = merge_shards(task, context, lineage, folder, task.args["layers"][folder])
+        shards = [part.facts for part in parts]
         speed = summary(facts["figures"] for facts in shards if "figures" in facts)
-        record = merged.write(context.store, join(folder, "stats.safetensors"))
-        facts = {
-            "rows": task.args["rows"],
-            "heldout_rows": task.args["heldout_rows"],
-            "d": task.args["d"],
-            "counts": task.args["counts"],
-            "dtype": context.experiment.embed.dtype if context.experiment.embed else None,
-            "layer": task.args["layers"][folder],
-            "num_layers": lineage.num_layers,
+        facts |= {
             "weights": {"name": lineage.weights.name, "sha256": lineage.weights.sha256},
             "fasta": {"sha256": lineage.scan.sha256, "name": lineage.fasta.name},
             "kernel": _kernels(shards),
@@ -59,7 +76,6 @@ def finish_embedding(task: Task, context: Context) -> Mapping[str, Result]:
 
 def _finish_sorted(task: Task, context: Context, folder: str) -> Result:
     """The manifest of map files, as `shuffle` would write it."""
-    from plmsae_cli.store.manifest import read_parts
 
     parts = [part for name, part in read_parts(context.store, folder).items() if name.startswith("shard-")]
     source = task.args["pairs"][folder]

@@ -20,6 +20,7 @@ from plmsae_cli.stages.common import (
     remaining,
     shard_ranges,
 )
+from plmsae_cli.stages.embed_finish import calibration, merge_shards
 from plmsae_cli.store.fs import join
 from plmsae_cli.store.lineage import Lineage, Ref
 
@@ -121,7 +122,6 @@ def _calibrate(task: Task, context: Context, lineage: Lineage, layer: int, folde
 
     from plmsae_cli.store.activations import Statistics
     from plmsae_cli.store.permutation import counter_hash
-    from plmsae_cli.store.quantise import CALIBRATION, Quantiser
 
     scan, source = lineage.scan, lineage.source(layer)
     lengths_P = scan.lengths_P.astype(np.int64)
@@ -137,8 +137,7 @@ def _calibrate(task: Task, context: Context, lineage: Lineage, layer: int, folde
         for low, high in _pieces(start, start + int(lengths_P[document]), source.d):
             statistics.update(source.read(low, high, torch.float32))
         context.progress(done + 1, len(chosen))
-    quantiser = Quantiser(statistics.mean_D, statistics.variance_D.sqrt(), statistics.count)
-    return Result([quantiser.write(context.store, join(folder, CALIBRATION))], {"rows": statistics.count})
+    return calibration(context, folder, statistics)
 
 
 def _shard(task: Task, context: Context, lineage: Lineage, layer: int, folder: str) -> Result:
@@ -196,28 +195,19 @@ def _pieces(start: int, stop: int, d: int) -> Sequence[tuple[int, int]]:
 
 
 def _finish(task: Task, context: Context, lineage: Lineage, layer: int, folder: str) -> Result:
-    from plmsae_cli.store.activations import Statistics
-    from plmsae_cli.store.manifest import read_parts
     from plmsae_cli.store.rowsum import joined
     from plmsae_cli.store.shard_writer import BUFFERS
 
     embed = context.experiment.embed
     assert embed is not None
-    parts = read_parts(context.store, folder)
-    names = sorted(name for name in parts if name.startswith("shard-"))
-    merged = Statistics.of_shards(context.store, folder, lineage.d, names)
+    record, parts, facts = merge_shards(task, context, lineage, folder, layer)
     weights = {"name": lineage.weights.name, "sha256": lineage.weights.sha256} if lineage.has_model else None
     fasta = {"sha256": lineage.scan.sha256, "name": Path(lineage.fasta).name} if embed.fasta is not None else None
-    facts = {
-        **{name: task.args[name] for name in ("rows", "heldout_rows", "d", "counts")},
-        "dtype": embed.dtype,
-        "layer": layer,
-        "num_layers": lineage.num_layers,
+    facts |= {
         "weights": weights,
         "fasta": fasta,
         "imported": {"format": (source := lineage.source(layer)).format, "path": str(source.path)},
-        "row_sum": joined(parts[name].facts["row_sum"] for name in names),
+        "row_sum": joined(part.facts["row_sum"] for part in parts),
     }
     BUFFERS.clear()
-    record = merged.write(context.store, join(folder, "stats.safetensors"))
     return Result([record], manifest_facts(task, folder, facts).facts)

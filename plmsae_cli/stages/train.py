@@ -53,6 +53,7 @@ def _run_artifact(lineage: Lineage, tasks: list[Task], tokens: int) -> Artifact:
 
 
 def _plan_sae(lineage: Lineage, train: Train) -> Plan:
+    from plmsae_cli.training.prediction import state_bytes
     from plmsae_cli.training.stream import steps_per_epoch
 
     experiment, store = lineage.experiment, lineage.store
@@ -84,7 +85,7 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
         "latents": model.num_latents,
         "parameters": parameters,
         # Weights in float32 and the optimiser's state; gradients, with the fused step's copies; what a step holds.
-        "memory_per_rank": parameters * (4 + _state_bytes(train)) // _owners(experiment, model)
+        "memory_per_rank": parameters * (4 + state_bytes(train)) // _owners(experiment, model)
         + 4 * parameters
         + step_bytes,
         "memory_of_step": step_bytes,
@@ -95,12 +96,11 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
 
 def _owners(experiment: Experiment, model: Dictionary) -> int:
     """Ranks that share the weights and the optimiser's state: all of those that train by fused kernels."""
-    from plmsae_cli.training.sae_kernels import why_no_kernels
+    from plmsae_cli.training.prediction import may_fuse
 
     train = experiment.train
     assert train is not None
-    fused = count_gpus(experiment.launch) > 0 and train.kernels != "plain" and why_no_kernels(model, train) is None
-    return ranks(experiment) if fused else 1
+    return ranks(experiment) if count_gpus(experiment.launch) > 0 and may_fuse(model, train) else 1
 
 
 def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, str]:
@@ -114,11 +114,6 @@ def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, s
     gpus = ranks(experiment) if count_gpus(experiment.launch) else 0
     present = (torch.cuda.get_device_name(0), gpus) if gpus else None
     return forecast(model, train, steps, 2 * model.d, present, experiment.price.gpu_hour)
-
-
-def _state_bytes(train: Train) -> int:
-    """Bytes of optimiser state a parameter of a matrix."""
-    return 8 if train.optimizer == "adam" and train.moments == "float32" else 4
 
 
 def _outline(train: Train, d: int) -> Dictionary:
@@ -199,7 +194,6 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
 
 
 def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Result]:
-
     from plmsae_cli.runtime.device import pick_device, training_dtype
     from plmsae_cli.runtime.dist import gang
     from plmsae_cli.runtime.run_folder import RunFolder

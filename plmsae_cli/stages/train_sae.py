@@ -29,8 +29,6 @@ from plmsae_cli.training.stream import BlockStream, Stream
 if TYPE_CHECKING:
     import torch
 
-    from plmsae_cli.training.litdata_stream import LitDataStream
-
 
 def work(task: Task, context: Context) -> Mapping[str, Result]:
     """Train the SAE of the experiment, or those of `members` in the task's arguments, and export them.
@@ -127,9 +125,7 @@ def _reads(context: Context, train: Train, folder: str, manifest: Mapping[str, A
     return CheckedReads(store, folder, manifest["files"], ranks.rank, ranks.world)
 
 
-def _stream(
-    blocks: Blocks, train: Train, manifest: Mapping[str, Any], ranks: Gang, device: torch.device
-) -> BlockStream | LitDataStream:
+def _stream(blocks: Blocks, train: Train, manifest: Mapping[str, Any], ranks: Gang, device: torch.device) -> Stream:
     if train.loader == "litdata":
         from plmsae_cli.training.litdata_stream import LitDataStream
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.blocks import Blocks
 from plmsae_cli.store.fs import is_remote
-from plmsae_cli.training.stream import steps_per_epoch
+from plmsae_cli.training.stream import Stream, steps_per_epoch
 
 
-class LitDataStream:
-    """Batches of a local dataset through litdata, for one rank; the parts of `BlockStream` that training uses.
+class LitDataStream(Stream):
+    """Batches of a local dataset through litdata, for one rank.
 
     Args:
         blocks: the dataset, for its shape.
@@ -68,7 +67,7 @@ class LitDataStream:
             )
         dataset = StreamingDataset(
             blocks.folder,
-            item_loader=TokensLoader(block_size=self._share_rows * blocks.d),
+            item_loader=TokensLoader(block_size=self._share_rows * blocks.width),
             shuffle=False,
             drop_last=True,
         )
@@ -78,7 +77,7 @@ class LitDataStream:
         self._newest: tuple[int, torch.Tensor] | None = None
 
     def rows(self, step: int) -> torch.Tensor:
-        """This rank's rows [B / W, d] of `step`, on the device; asking for the newest again reads nothing."""
+        """This rank's rows [B / W, width] of `step`, on the device; asking for the newest again reads nothing."""
         if self._newest is not None and self._newest[0] == step:
             return self._newest[1]
         begin = time.perf_counter()
@@ -87,7 +86,7 @@ class LitDataStream:
             self._batches = iter(self._loader)
             for _ in range(step % self.steps_per_epoch):
                 next(self._batches)
-        rows_RD = next(self._batches).view(self._share_rows, self.blocks.d).to(self._device)
+        rows_RD = next(self._batches).view(self._share_rows, self.blocks.width).to(self._device)
         self._newest = step, rows_RD
         self.wait_seconds += time.perf_counter() - begin
         return rows_RD
@@ -98,11 +97,3 @@ class LitDataStream:
 
     def close(self) -> None:
         self._batches = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -58,6 +58,16 @@ def step_seconds(shape: StepShape, gpu: GPU, gpus: int) -> float | None:
     return products + scores + pairs + gradients + update + exchanged + OVERHEAD_S
 
 
+def state_bytes(options: Train) -> int:
+    """Bytes of optimiser state a parameter of a matrix."""
+    return 8 if options.optimizer == "adam" and options.moments == "float32" else 4
+
+
+def may_fuse(model: Dictionary, options: Train) -> bool:
+    """Whether a GPU that has the fused kernels trains it by them, as far as can be said without one."""
+    return options.kernels != "plain" and why_no_kernels(model, options) is None
+
+
 def forecast(
     model: Dictionary,
     options: Train,
@@ -72,11 +82,10 @@ def forecast(
     """
     name, number = present or ("NVIDIA H100", 1)
     gpu = known_gpu(name)
-    if gpu is None or options.kernels == "plain" or why_no_kernels(model, options) is not None:
+    if gpu is None or not may_fuse(model, options):
         return {}
     assert isinstance(model, TopK)
-    state_bytes = 4 if options.moments == "bfloat16" else 8
-    shape = StepShape(options.batch_tokens, model.d, model.num_latents, model.k, state_bytes)
+    shape = StepShape(options.batch_tokens, model.d, model.num_latents, model.k, state_bytes(options))
     said, fastest = [], 0.0
     for gpus in sorted({1, number, 8}):
         seconds = step_seconds(shape, gpu, gpus)

@@ -22,7 +22,7 @@ from plmsae_cli.training.optimizers import Group, build_optimizer
 from plmsae_cli.training.parallel import sharing
 from plmsae_cli.training.sae_kernels import fused_step, goes_fused
 from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
-from plmsae_cli.training.shard import Shard
+from plmsae_cli.training.shard import AGES, Shard
 from plmsae_cli.training.stream import Stream
 
 DEAD_BOUND = "dead_bound"
@@ -210,7 +210,7 @@ class SAEObjective:
     def tensors(self) -> Mapping[str, torch.Tensor | Part]:
         tensors = {f"model.{name}": tensor for name, tensor in self._trained().items()}
         tensors |= {f"optimizer.{name}": t for name, t in self._optimizer.state_tensors().items()}
-        tensors["tokens_since_fired_N"] = self._dead.tokens_since_fired_N
+        tensors[AGES] = self._dead.tokens_since_fired_N
         state: dict[str, torch.Tensor | Part] = dict(tensors)
         if self._shard is not None:
             state |= self._shard.parts(tensors)
@@ -227,7 +227,7 @@ class SAEObjective:
         prefix = "optimizer."
         state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         self._optimizer.load_state_tensors(state)
-        self._dead.tokens_since_fired_N.copy_(tensors["tokens_since_fired_N"])
+        self._dead.tokens_since_fired_N.copy_(tensors[AGES])
         if self._fused is not None and DEAD_BOUND in tensors:
             self._fused.dead_bound.load(tensors[DEAD_BOUND].tolist())
         self._renew()

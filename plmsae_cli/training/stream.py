@@ -38,10 +38,21 @@ class Stream(Protocol):
     blocks: Blocks
 
     def rows(self, step: int) -> torch.Tensor:
-        """This rank's rows [B / W, d] of `step`, on the device."""
+        """This rank's rows [B / W, width] of `step`, on the device."""
 
     def block_of(self, step: int) -> int:
         """The block of B rows that the ranks read at `step`."""
+
+    def close(self) -> None:
+        """Stop reading; batches handed out are no longer valid."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def steps_per_epoch(num_rows: int, batch_rows: int, world: int = 1) -> int:
@@ -79,7 +90,7 @@ class _Slot:
     """How long the last fill had to wait for the device before it could read."""
 
 
-class BlockStream:
+class BlockStream(Stream):
     """Batches of a dataset of blocks in training order, for one rank.
 
     Step s belongs to epoch e = s // S and reads block pi_e(s mod S), rank r of W its rows
@@ -126,7 +137,7 @@ class BlockStream:
         self._share_rows = batch_rows // world
         self._share_start = rank * self._share_rows
         if prefetch is None:
-            wanted = _AHEAD_BYTES // (self._share_rows * blocks.d * blocks.dtype.itemsize)
+            wanted = _AHEAD_BYTES // (self._share_rows * blocks.width * blocks.dtype.itemsize)
             prefetch = min(max(4, wanted), _MOST_THREADS - 1) if is_remote(blocks.folder) else 4
         self._device = torch.device(device)
         self._cuda = self._device.type == "cuda"
@@ -165,7 +176,7 @@ class BlockStream:
         return int(order[place - first])
 
     def rows(self, step: int) -> torch.Tensor:
-        """This rank's rows [B / W, d] of `step`, on the device, in the dtype of the dataset.
+        """This rank's rows [B / W, width] of `step`, on the device, in the dtype of the dataset.
 
         Consecutive steps are read ahead; any other step is a seek, which drops what was read ahead.
 
@@ -212,14 +223,6 @@ class BlockStream:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._copies is not None:
             self._copies.synchronize()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _fill(self, slot: _Slot, start: int) -> None:
         """In a thread: read the rows and, for CUDA, enqueue their copy."""

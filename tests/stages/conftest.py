@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import plmsae_cli
 from plmsae_cli.config.experiment import Experiment
@@ -16,11 +17,20 @@ from plmsae_cli.config.overrides import apply
 from plmsae_cli.executors.pipeline import Done, run_experiment
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.progress import PlainReporter
+from plmsae_cli.store.activations import ActivationShards
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.weights import save_model
 
 ASSETS = Path(plmsae_cli.__file__).parent / "data"
 CONFIG = ESM2Config(num_layers=3, d=32, num_heads=2)
+
+
+def rows_of(folder: str, heldout: bool) -> torch.Tensor:
+    """An artifact's rows of one side of the split, as stored."""
+    shards = ActivationShards(Store(), folder, heldout=heldout)
+    rows_RW = torch.empty(shards.stop, shards.width, dtype=shards.dtype)
+    shards.read_into(0, rows_RW)
+    return rows_RW
 
 
 class Quiet(PlainReporter):

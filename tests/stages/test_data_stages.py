@@ -13,23 +13,18 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.plm.alphabet import encode, pack
 from plmsae_cli.runtime.models import load_plm
-from plmsae_cli.store.activations import ActivationShards, Statistics
+from plmsae_cli.store.activations import Statistics
 from plmsae_cli.store.blocks import Blocks
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest, verify
 from plmsae_cli.store.permutation import Permutation
 from plmsae_cli.store.proteins import locate_rows, read_proteins
+from tests.stages.conftest import rows_of
 
 Build = Callable[..., Experiment]
 Go = Callable[..., Done]
 DATA = ["embed", "shuffle", "optimize"]
-
-
-def all_rows(shards: ActivationShards) -> torch.Tensor:
-    rows = torch.empty(shards.stop, shards.d, dtype=shards.dtype)
-    shards.read_into(0, rows)
-    return rows
 
 
 def test_embedding_is_the_model_residue_by_residue(build: Build, go: Go) -> None:
@@ -42,7 +37,7 @@ def test_embedding_is_the_model_residue_by_residue(build: Build, go: Go) -> None
         assert verify(store, folder) == []
         for side in ("train", "heldout"):
             table = read_proteins(store, join(folder, "proteins.parquet"), split=side)
-            rows = all_rows(ActivationShards(store, folder, heldout=side == "heldout"))
+            rows = rows_of(folder, side == "heldout")
             assert len(rows) == sum(table["rows"].to_pylist())
             for protein in table.to_pylist():
                 packed = pack([encode(protein["sequence"])])
@@ -56,7 +51,7 @@ def test_statistics_are_those_of_the_training_rows(build: Build, go: Go) -> None
     experiment = build()
     go(experiment, ["embed"])
     folder = Lineage(experiment, Store()).embed(2).folder
-    rows = all_rows(ActivationShards(Store(), folder)).double()
+    rows = rows_of(folder, False).double()
     statistics = Statistics.read(Store(), join(folder, "stats.safetensors"))
     assert statistics.count == len(rows)
     torch.testing.assert_close(statistics.mean_D, rows.mean(0), rtol=1e-12, atol=1e-12)
@@ -67,7 +62,7 @@ def test_every_row_is_where_the_bijection_says_and_can_be_traced_back(build: Bui
     experiment = build()
     go(experiment, DATA)
     store, lineage = Store(), Lineage(experiment, Store())
-    rows = all_rows(ActivationShards(store, lineage.embed(2).folder))
+    rows = rows_of(lineage.embed(2).folder, False)
     folder = lineage.optimize(2).folder
     blocks = Blocks(store, folder)
     placed = torch.empty_like(rows)

@@ -12,12 +12,12 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.plm.alphabet import encode, pack
 from plmsae_cli.runtime.models import load_plm
-from plmsae_cli.store.activations import ActivationShards
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest, verify
 from plmsae_cli.store.proteins import read_proteins
 from plmsae_cli.store.tensorfile import TensorFile
+from tests.stages.conftest import rows_of
 
 Build = Callable[..., Experiment]
 Go = Callable[..., Done]
@@ -25,13 +25,6 @@ Go = Callable[..., Done]
 
 def folder_of(experiment: Experiment, layer: int = 2) -> str:
     return Lineage(experiment, Store()).embed(layer).folder
-
-
-def rows_of(folder: str, heldout: bool) -> torch.Tensor:
-    shards = ActivationShards(Store(), folder, heldout=heldout)
-    rows = torch.empty(shards.stop, shards.d, dtype=shards.dtype)
-    shards.read_into(0, rows)
-    return rows
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2**-8), ("float16", 2**-11), ("float32", 0.0)])

@@ -23,11 +23,11 @@ from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.runtime.results import headline
 from plmsae_cli.runtime.saved import load_sae_with_facts, open_blocks
-from plmsae_cli.store.activations import ActivationShards
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.proteins import read_proteins
 from plmsae_cli.store.weights import save_model
+from tests.stages.conftest import rows_of
 
 Build = Callable[..., Experiment]
 Go = Callable[..., Done]
@@ -41,13 +41,6 @@ def strict(path: Path) -> dict[str, Any]:
 
     body: dict[str, Any] = json.loads(path.read_text(), parse_constant=refuse)
     return body
-
-
-def rows_of(folder: str, heldout: bool) -> torch.Tensor:
-    shards = ActivationShards(Store(), folder, heldout=heldout)
-    rows_RD = torch.empty(shards.stop, shards.d, dtype=shards.dtype)
-    shards.read_into(0, rows_RD)
-    return rows_RD
 
 
 def test_figures_and_table_are_those_of_the_raw_rows(build: Build, go: Go) -> None:

@@ -19,6 +19,7 @@ from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import delete_parts, read_manifest, verify
 from plmsae_cli.store.proteins import read_proteins
+from tests.stages.conftest import rows_of
 
 Build = Callable[..., Experiment]
 Go = Callable[..., Done]
@@ -63,13 +64,6 @@ def imported(build: Build, acts: Path) -> Build:
 
 def folder_of(experiment: Experiment, layer: int = 3) -> str:
     return Lineage(experiment, Store()).embed(layer).folder
-
-
-def rows_of(folder: str, heldout: bool) -> torch.Tensor:
-    shards = ActivationShards(Store(), folder, heldout=heldout)
-    rows = torch.empty(shards.stop, shards.width, dtype=shards.dtype)
-    shards.read_into(0, rows)
-    return rows
 
 
 def files_of(folder: str) -> list[Any]:

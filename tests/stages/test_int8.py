@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.evaluation.concepts.sources import open_sources
+from plmsae_cli.evaluation.frame import Scope
+from plmsae_cli.evaluation.rows import Rows, encode_rows
 from plmsae_cli.executors.pipeline import Done
 from plmsae_cli.store.activations import ActivationShards, Statistics
 from plmsae_cli.store.blocks import Blocks
@@ -18,7 +21,9 @@ from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest, verify
 from plmsae_cli.store.permutation import Permutation
+from plmsae_cli.store.proteins import read_proteins
 from plmsae_cli.store.quantise import CALIBRATION, Quantiser
+from plmsae_cli.training.litdata_stream import LitDataStream
 
 Build = Callable[..., Experiment]
 Go = Callable[..., Done]
@@ -79,6 +84,23 @@ def test_int8_through_every_stage(both: dict[str, Experiment]) -> None:
     assert figures[0]["config"] == figures[1]["config"]
 
 
+def test_evaluation_computes_the_rows_that_int8_stores(both: dict[str, Experiment]) -> None:
+    scope = Scope(both["int8"], Store())
+    table = read_proteins(scope.store, join(scope.dataset, "proteins.parquet"), split="heldout").to_pylist()
+    rows = Rows(scope, "auto", lambda: None)
+    computed = rows.of([protein["sequence"] for protein in table]).cpu()
+    shards = ActivationShards(scope.store, scope.dataset, heldout=True)
+    stored = shards.read(0, shards.stop)
+    quantiser = Quantiser.read(scope.store, join(scope.dataset, CALIBRATION))
+    levels_RD = (computed - quantiser.mean_D) / quantiser.deviation_D
+    step_RD = quantiser.deviation_D * levels_RD.abs().amax(1, keepdim=True) / 127
+    # Other packs round float32 otherwise, which now and then is the next of 127 levels.
+    assert ((computed - stored).abs() <= 1.01 * step_RD).all()
+    assert ((computed - stored).abs() <= 1e-5 * stored.abs().max()).float().mean() > 0.99
+    with open_sources(scope, ["residual"], "auto", lambda: None) as (_, null):
+        assert encode_rows(null.code, computed.to(null.rows.device)).acts_BK.isfinite().all()
+
+
 def test_unmodified_litdata_reads_the_bytes(both: dict[str, Experiment]) -> None:
     litdata = pytest.importorskip("litdata")
     dataset = Lineage(both["int8"], Store()).optimize(2).folder
@@ -87,6 +109,9 @@ def test_unmodified_litdata_reads_the_bytes(both: dict[str, Experiment]) -> None
     assert len(data) == blocks.num_rows
     for row in (0, 1, 63, 64, blocks.num_rows - 1):
         assert torch.equal(data[row], blocks.read(row, row + 1)[0])
+    with LitDataStream(blocks, 64, 32) as stream:
+        for step in (0, 1, stream.steps_per_epoch - 1):
+            assert torch.equal(stream.rows(step), blocks.read(32 * step, 32 * step + 32))
 
 
 def test_calibration_is_the_same_for_any_workers_and_sampled_by_hash(build: Build, go: Go, tmp_path: Path) -> None:

@@ -9,27 +9,12 @@ import pytest
 import torch
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.store.blocks import Blocks, chunk_name, write_chunk, write_index
-from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.blocks import Blocks
+from plmsae_cli.store.fs import Store
 from plmsae_cli.training.litdata_stream import LitDataStream
 from plmsae_cli.training.stream import BlockStream
 
 pytest.importorskip("litdata")
-SIZES, D = [24, 24, 24, 24, 5], 2
-
-
-def write(folder: str) -> str:
-    index = torch.arange(sum(SIZES), dtype=torch.float32)
-    names = [chunk_name(i) for i in range(len(SIZES))]
-    for name, rows_RD in zip(names, torch.stack([index, -index], dim=1).split(SIZES), strict=True):
-        write_chunk(Store(), join(folder, name), rows_RD)
-    write_index(Store(), folder, names, SIZES, D, torch.float32)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write(str(tmp_path_factory.mktemp("litdata")))
 
 
 def test_the_first_epoch_is_that_of_our_stream_and_seeks_end_where_they_should(folder: str) -> None:

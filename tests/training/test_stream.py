@@ -15,23 +15,10 @@ from hypothesis import strategies as st
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.blocks import Blocks, chunk_name, write_chunk, write_index
-from plmsae_cli.store.fs import Store, StoreError, join
+from plmsae_cli.store.fs import Store, StoreError
 from plmsae_cli.training.stream import BlockStream, steps_per_epoch
 
 NUM_ROWS, D = 101, 2
-SIZES = [24, 24, 24, 24, 5]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """101 rows in 5 chunks; row i holds (i, -i)."""
-    folder = str(tmp_path_factory.mktemp("stream"))
-    index = torch.arange(NUM_ROWS, dtype=torch.float32)
-    names = [chunk_name(i) for i in range(len(SIZES))]
-    for name, rows_RD in zip(names, torch.stack([index, -index], dim=1).split(SIZES), strict=True):
-        write_chunk(Store(), join(folder, name), rows_RD)
-    write_index(Store(), folder, names, SIZES, D, torch.float32)
-    return folder
 
 
 @pytest.fixture(scope="module")

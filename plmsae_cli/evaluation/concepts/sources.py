@@ -88,7 +88,7 @@ def open_sources(
         @cache
         def sample_RD() -> Tensor:  # half a gigabyte, of which the other nulls need nothing
             blocks = open_blocks(scope.dataset, scope.store)
-            return blocks.read(0, min(blocks.num_rows, SAMPLE_ROWS))
+            return blocks.decode(blocks.read(0, min(blocks.num_rows, SAMPLE_ROWS)))
 
         for null in nulls:
             if null == "shuffled":

@@ -83,12 +83,18 @@ class Embedder:
         self.device = pick_device()
         self.dtype = compute_dtype(compute, self.device)
         self.compute = str(self.dtype).removeprefix("torch.")
-        self.model = load_plm(weights, store, self.device, self.dtype)
-        self.d = self.model.config.d
-        self.attention: str = attention_backend(self.device, self.dtype, self.model.config.head_dim)
-        self.compile_mode, self.any_length = COMPILE_MODE, ANY_LENGTH
         self.last_done = 0.0
         self._backed_off = sys.maxsize
+        self.d: int
+        self.attention: str
+        self._open(weights, store)
+
+    def _open(self, weights: str, store: Store) -> None:
+        """Bring the model to the device."""
+        self.model = load_plm(weights, store, self.device, self.dtype)
+        self.d = self.model.config.d
+        self.attention = attention_backend(self.device, self.dtype, self.model.config.head_dim)
+        self.compile_mode, self.any_length = COMPILE_MODE, ANY_LENGTH
         self._compiles = True
         self._auto: dict[int, int] = {}
 

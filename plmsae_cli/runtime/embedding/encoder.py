@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.runtime.device import compute_dtype, pick_device
 from plmsae_cli.runtime.embedding.budget import CPU_TOKENS
 from plmsae_cli.runtime.embedding.embedder import Embedder, Put, Stream, delivery
 from plmsae_cli.runtime.embedding.packing import Typical
@@ -194,16 +193,11 @@ def _most_tokens(model: nn.Module) -> int | None:
 class EncoderEmbedder(Embedder):
     """An `Embedder` of an `hf:` model: padded batches, longest first, not compiled."""
 
-    def __init__(self, weights: str, store: Store, compute: str) -> None:
-        self.device = pick_device()
-        self.dtype = compute_dtype(compute, self.device)
-        self.compute = str(self.dtype).removeprefix("torch.")
+    def _open(self, weights: str, store: Store) -> None:
         info = resolve_weights(weights, store, download=False)
         self.encoder = Encoder(info, self.device, self.dtype)
-        self.d: int = info.config["d"]
+        self.d = info.config["d"]
         self.attention = f"transformers {self.encoder.attention}"
-        self.last_done = 0.0
-        self._backed_off = sys.maxsize
         print(
             f"model.weights: {weights} is read by transformers in padded batches, several times slower than ESM-2 of our own",
             file=sys.stderr,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from plmsae_cli.sae.auxk import fitted_length
 from plmsae_cli.sae.interface import Losses, Reduce, one_process
-from plmsae_cli.sae.matryoshka import MatryoshkaTopK, NestedError
+from plmsae_cli.sae.matryoshka import NestedError
 from plmsae_cli.sae.ranks import Ranks, Rows
 from plmsae_cli.sae.selection import encode_top_k, top_k
 from plmsae_cli.sae.sparse import Pairs, sparse_decode
@@ -34,9 +34,8 @@ class LatentShard(TopK):
         for name, parameter in parameters.items():
             setattr(self, name, parameter)
         self._ranks, self._whole_latents = ranks, whole.num_latents
-        self._prefixes_G: Tensor | None = None
-        if isinstance(whole, MatryoshkaTopK):
-            self._prefixes_G = (whole.prefixes_G - rows.first).clamp(0, rows.num)
+        prefixes_G = torch.tensor(whole.prefixes, device=self.w_enc_ND.device)
+        self._prefixes_G = (prefixes_G - rows.first).clamp(0, rows.num)
 
     def loss(self, x_BD: Tensor, dead_N: Tensor, global_rows: int, reduce: Reduce = one_process) -> Losses:
         """The loss itself, on every rank, from all `global_rows` tokens; `dead_N`, `fired_N`, `active_B`: of these latents.
@@ -52,13 +51,9 @@ class LatentShard(TopK):
             acts_P = acts_BK.gather(1, order_BK).flatten()
         pairs = Pairs.of_rows(indices_BK, self.num_latents)
         attached_P = self._attach(acts_P, x_BD, pairs)
-        groups = 1
-        if self._prefixes_G is None:
-            parts_RD = sparse_decode(attached_P, self.w_dec_ND, pairs)
-        else:
-            groups = len(self._prefixes_G)
-            group_P = torch.searchsorted(self._prefixes_G, pairs.indices_P, right=True)
-            parts_RD = sparse_decode(attached_P, self.w_dec_ND, pairs.split(group_P, groups))
+        groups = len(self._prefixes_G)
+        group_P = torch.searchsorted(self._prefixes_G, pairs.indices_P, right=True)
+        parts_RD = sparse_decode(attached_P, self.w_dec_ND, pairs.split(group_P, groups))
         parts_BGD = self._sum(parts_RD).view(-1, groups, self.d)
         # All ranks have b_dec and the whole error: each answers for its share.
         b_dec_D = self.b_dec_D.detach() + (self.b_dec_D - self.b_dec_D.detach()) / self._ranks.world

@@ -39,6 +39,7 @@ class _Nested(TopK):
                 f"fractions {list(fractions)} of {self.num_latents} latents leave a group empty: "
                 "enlarge the fraction or num_latents"
             )
+        self.prefixes = tuple(prefixes)
         self.register_buffer("prefixes_G", torch.tensor(prefixes), persistent=False)
 
     def settings(self) -> dict[str, Any]:

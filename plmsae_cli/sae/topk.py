@@ -45,6 +45,8 @@ class TopK(Dictionary):
         self.k_start = k_start
         self.k_anneal = k_anneal
         self.training_k = k
+        self.prefixes: tuple[int, ...] = (num_latents,)
+        """Latents of each nested reconstruction: here the whole dictionary is the only one."""
         for name, value in (("k", k), ("k_start", k_start)):
             if value is not None and not 1 <= value <= num_latents:
                 raise ValueError(

@@ -29,16 +29,15 @@ def why_not_latents(model: Dictionary, options: Train, world: int) -> str | None
     return None
 
 
-def bytes_sent(model: Dictionary, batch_tokens: int) -> dict[Sharing, int]:
+def bytes_sent(model: TopK, batch_tokens: int) -> dict[Sharing, int]:
     """Bytes that reach a rank in a step of the fused kernels, over (W - 1) / W; candidates and vectors aside.
 
     `data`: both matrices' gradients and then their copies, bfloat16. `latents`: raw rows and the error in bfloat16, each
     prefix's reconstruction in float32.
     """
-    prefixes = len(model.prefixes_G) if isinstance(model, MatryoshkaTopK) else 1
     return {
         "data": 2 * model.num_latents * model.d * 2 * 2,
-        "latents": batch_tokens * model.d * (2 + (4 + 2) * prefixes),
+        "latents": batch_tokens * model.d * (2 + (4 + 2) * len(model.prefixes)),
     }
 
 
@@ -55,5 +54,8 @@ def sharing(model: Dictionary, options: Train, world: int, fused: bool) -> Shari
         if reason is not None:
             raise UserError(f"train.parallel: latents cannot be had here: {reason}", "set train.parallel: auto")
         return "latents"
+    if not fused or reason is not None:
+        return "data"
+    assert isinstance(model, TopK)
     sent = bytes_sent(model, options.batch_tokens)
-    return "latents" if fused and reason is None and HIDDEN * sent["latents"] <= sent["data"] else "data"
+    return "latents" if HIDDEN * sent["latents"] <= sent["data"] else "data"

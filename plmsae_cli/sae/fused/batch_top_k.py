@@ -18,11 +18,12 @@ from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.top_k import maxima_of_groups, members_of_group
 from plmsae_cli.sae.ranks import Ranks
 
-BINS = 2**15
 BINS_APART = 8
 """Numbers from one bin to the next, so that additions to neighbours do not queue for the same sector."""
 DIGIT_BITS = 5
 DIGITS = 3
+BINS = 1 << DIGITS * DIGIT_BITS
+"""Positive values of bfloat16, zero included."""
 COUNTERS = 1024
 KEYS_A_PROGRAM = 1024
 SCORES_A_TILE = 1024
@@ -154,16 +155,7 @@ class BatchTopKEncoder:
         self.num_latents = num_latents
         self._rows, self._ranks, world = rows, ranks, ranks.world
         self._wanted_here, self._wanted = rows * k, rows * world * k
-        capacity = rows * k * min(world, 2)
-        short = num_latents < 2**16
-        self.pairs = ActivePairs(
-            torch.zeros(capacity, device=device),
-            torch.zeros(capacity, dtype=torch.int32, device=device),
-            torch.empty(capacity, dtype=torch.int16 if short else torch.int32, device=device),
-            2**15 if short else 0,
-            torch.zeros(rows + 1, dtype=torch.int32, device=device),
-            torch.zeros(capacity, dtype=torch.int32, device=device),
-        )
+        self.pairs = ActivePairs.places(rows * k * min(world, 2), num_latents, device, tokens=rows)
         self.smallest = torch.zeros((), device=device)
         self._members = members_of_group(num_latents, k)
         self._groups = triton.cdiv(num_latents, self._members)

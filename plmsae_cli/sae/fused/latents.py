@@ -21,7 +21,6 @@ from plmsae_cli.sae.fused.residual import centre
 from plmsae_cli.sae.fused.step import Batch
 from plmsae_cli.sae.fused.top_k import TopKEncoder
 from plmsae_cli.sae.fused.update import AdamOptions, Sums, Update
-from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.ranks import Ranks, Rows
 from plmsae_cli.sae.topk import TopK
 
@@ -48,8 +47,8 @@ class FusedLatentStep:
         self._model, self._batch, self._ranks, self._ages_N, self._n = model, batch, ranks, ages_N, n
         self._b_dec_D, self._global_rows = parameters["b_dec_D"], whole
         self._mine = slice(ranks.rank * rows, (ranks.rank + 1) * rows)
-        prefixes_G = model.prefixes_G if isinstance(model, MatryoshkaTopK) else torch.tensor([model.num_latents])
-        self._prefixes_G = (prefixes_G - own.first).clamp(0, n).to(device, torch.int32)
+        prefixes_G = torch.tensor(model.prefixes, dtype=torch.int32, device=device)
+        self._prefixes_G = (prefixes_G - own.first).clamp(0, n)
         groups = self._groups = len(prefixes_G)
         self._factor = -2.0 / (groups * whole * d)
         self._update = Update(parameters, state, adam, own, others=False)

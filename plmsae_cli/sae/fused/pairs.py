@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +28,20 @@ class ActivePairs:
     """int32."""
     token_P: Tensor | None = None
     """int32; with `offsets_B1`."""
+
+    @classmethod
+    def places(cls, pairs: int, num_latents: int, device: torch.device, tokens: int | None = None) -> ActivePairs:
+        """Room for so many pairs; with `tokens`, of which each has as many as it will."""
+
+        def numbers(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        short = num_latents < 2**16
+        return cls(
+            numbers(pairs, torch.float32),
+            numbers(pairs),
+            numbers(pairs, torch.int16 if short else torch.int32),
+            2**15 if short else 0,
+            None if tokens is None else numbers(tokens + 1),
+            None if tokens is None else numbers(pairs),
+        )

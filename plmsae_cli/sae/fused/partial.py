@@ -7,13 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _group_of(latent, prefixes, G: tl.constexpr):
-    group = latent * 0
-    for g in tl.static_range(G - 1):
-        group += (latent >= tl.load(prefixes + g)).to(tl.int32)
-    return group
+from plmsae_cli.sae.fused.residual import held_by, load_pairs, of_own_group, pairs_held, tiles
 
 
 @triton.jit
@@ -31,13 +25,10 @@ def _decode(
     PLACES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, K)
-    act = tl.load(acts + row * k + slot, mask=slot < k, other=0.0)
-    latent = tl.load(indices + row * k + slot, mask=slot < k, other=0)
-    group = _group_of(latent, prefixes, G)
+    act, latent, group = load_pairs(acts, indices, prefixes, row * k + tl.arange(0, K), (row + 1) * k, G)
     rows_of_w = w + latent.to(tl.int64)[:, None] * d
     prefix = tl.arange(0, PLACES)
-    held = tl.where((group[None, :] <= prefix[:, None]) & (prefix[:, None] < G), act[None, :], 0.0).to(tl.bfloat16)
+    held = held_by(prefix, act, group, G)
     active = act > 0
     for start in tl.range(0, d, D, num_stages=3):
         o = start + tl.arange(0, D)
@@ -87,10 +78,9 @@ def _slopes(
     PLACES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, K)
-    active = tl.load(acts + row * k + slot, mask=slot < k, other=0.0) > 0
-    latent = tl.load(indices + row * k + slot, mask=slot < k, other=0)
-    group = _group_of(latent, prefixes, G)
+    pair, end = row * k + tl.arange(0, K), (row + 1) * k
+    act, latent, group = load_pairs(acts, indices, prefixes, pair, end, G)
+    active = act > 0
     rows_of_w = w + latent.to(tl.int64)[:, None] * d
     prefix = tl.arange(0, PLACES)
     slopes = tl.zeros((K, PLACES), tl.float32)
@@ -101,20 +91,15 @@ def _slopes(
         source = residual + (row * G + prefix[:, None]) * d + o[None, :]
         error = tl.load(source, mask=mask[None, :] & (prefix[:, None] < G), other=0.0)
         slopes = tl.dot(weights, tl.trans(error), slopes)
-    own = tl.sum(tl.where(prefix[None, :] == group[:, None], slopes, 0.0), 1)
-    tl.store(slope + row * k + slot, tl.where(active, own, 0.0), mask=slot < k)
-
-
-def _sizes(k: int, groups: int) -> tuple[int, int, int]:
-    K = max(16, triton.next_power_of_2(k))
-    return K, max(16, min(64, 4096 // K)), max(16, triton.next_power_of_2(groups))
+    own = of_own_group(slopes, prefix, group)
+    tl.store(slope + pair, tl.where(active, own, 0.0), mask=pair < end)
 
 
 def decode(w_dec_ND: Tensor, acts_BK: Tensor, indices_BK: Tensor, prefixes_G: Tensor, out_BGD: Tensor) -> None:
     """`out_BGD`[b, g] = sum over the latents below m_g: z W_dec, float32."""
     (rows, k), d = acts_BK.shape, w_dec_ND.shape[1]
     groups = out_BGD.shape[1]
-    sizes = (groups, *_sizes(k, groups))
+    sizes = (groups, *tiles(pairs_held(k), groups))
     _decode[(rows,)](w_dec_ND, acts_BK, indices_BK, prefixes_G, out_BGD, d, k, *sizes, num_warps=1)
 
 
@@ -131,5 +116,5 @@ def slopes(
     """`slope_BK` as in `residual.residuals`."""
     (rows, k), d = acts_BK.shape, w_dec_ND.shape[1]
     groups = residual_BGD.shape[1]
-    sizes = (groups, *_sizes(k, groups))
+    sizes = (groups, *tiles(pairs_held(k), groups))
     _slopes[(rows,)](w_dec_ND, acts_BK, indices_BK, prefixes_G, residual_BGD, slope_BK, d, k, *sizes, num_warps=1)

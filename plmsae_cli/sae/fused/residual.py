@@ -29,14 +29,32 @@ def _centre(raw, mean, b_dec, x, square, scale, d: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def _load_pairs(acts, indices, prefixes, pair, end, G: tl.constexpr):
+def group_of(latent, prefixes, G: tl.constexpr):
+    """The smallest prefix that holds the latent."""
+    group = latent * 0
+    for g in tl.static_range(G - 1):
+        group += (latent >= tl.load(prefixes + g)).to(tl.int32)
+    return group
+
+
+@triton.jit
+def load_pairs(acts, indices, prefixes, pair, end, G: tl.constexpr):
     """Activations, latents and their groups; 0 from `end` on."""
     act = tl.load(acts + pair, mask=pair < end, other=0.0)
     latent = tl.load(indices + pair, mask=pair < end, other=0)
-    group = tl.zeros_like(latent)
-    for g in tl.static_range(G - 1):
-        group += (latent >= tl.load(prefixes + g)).to(tl.int32)
-    return act, latent, group
+    return act, latent, group_of(latent, prefixes, G)
+
+
+@triton.jit
+def held_by(prefix, act, group, G: tl.constexpr):
+    """Row g: the activations within prefix g, 0 where there is no such prefix. They are bfloat16 already."""
+    return tl.where((group[None, :] <= prefix[:, None]) & (prefix[:, None] < G), act[None, :], 0.0).to(tl.bfloat16)
+
+
+@triton.jit
+def of_own_group(slopes, prefix, group):
+    """Each pair's slope by the residual of its group."""
+    return tl.sum(tl.where(prefix[None, :] == group[:, None], slopes, 0.0), 1)
 
 
 @triton.jit
@@ -70,12 +88,12 @@ def _residual(
         begin = row * k
         end = begin + k
     pair = begin + tl.arange(0, K)
-    act, latent, group = _load_pairs(acts, indices, prefixes, pair, end, G)
+    act, latent, group = load_pairs(acts, indices, prefixes, pair, end, G)
     active = act > 0
     rows_of_w = w + latent.to(tl.int64)[:, None] * d
-    # Tensor cores want 16 rows: the nested groups, and zeros. Activations are bfloat16 already.
+    # Tensor cores want 16 rows: the nested groups, and zeros.
     prefix = tl.arange(0, PLACES)
-    held = tl.where((group[None, :] <= prefix[:, None]) & (prefix[:, None] < G), act[None, :], 0.0).to(tl.bfloat16)
+    held = held_by(prefix, act, group, G)
     # Part h answers for the residuals of all prefixes that hold it: h and later.
     later = (prefix[None, :] >= prefix[:, None]).to(tl.float32).to(tl.bfloat16)
     slopes = tl.zeros((K, PLACES), tl.float32)
@@ -96,7 +114,7 @@ def _residual(
         out = residual + (row * G + prefix[:, None]) * d + o[None, :]
         tl.store(out, error, mask=mask[None, :] & (prefix[:, None] < G))
         slopes = tl.dot(weights, tl.trans(error), slopes)
-    own = tl.sum(tl.where(prefix[None, :] == group[:, None], slopes, 0.0), 1)
+    own = of_own_group(slopes, prefix, group)
     tl.store(slope + pair, tl.where(active, own, 0.0), mask=pair < end)
     tl.store(energy + row, tl.sum(nested, 0))
     tl.store(energy + rows + row, tl.sum(full if G > 1 else nested, 0))
@@ -136,11 +154,10 @@ def _residual_of_many(
         mask = o < d
         decoded = tl.zeros((PLACES, D), tl.float32)
         for first in range(begin, end, K):
-            act, latent, group = _load_pairs(acts, indices, prefixes, first + tl.arange(0, K), end, G)
+            act, latent, group = load_pairs(acts, indices, prefixes, first + tl.arange(0, K), end, G)
             here = (act > 0)[:, None] & mask[None, :]
             weights = tl.load(w + latent.to(tl.int64)[:, None] * d + o[None, :], mask=here, other=0.0)
-            held = tl.where((group[None, :] <= prefix[:, None]) & (prefix[:, None] < G), act[None, :], 0.0)
-            decoded = tl.dot(held.to(tl.bfloat16), weights, decoded)
+            decoded = tl.dot(held_by(prefix, act, group, G), weights, decoded)
         target = tl.load(x + row * d + o, mask=mask, other=0.0).to(tl.float32)
         error = tl.where(prefix[:, None] < G, target[None, :] - decoded, 0.0)
         nested += tl.sum(error * error, 0)
@@ -155,7 +172,7 @@ def _residual_of_many(
     tl.debug_barrier()  # other threads of this program read what was stored
     for first in range(begin, end, K):
         pair = first + tl.arange(0, K)
-        act, latent, group = _load_pairs(acts, indices, prefixes, pair, end, G)
+        act, latent, group = load_pairs(acts, indices, prefixes, pair, end, G)
         slopes = tl.zeros((K, PLACES), tl.float32)
         for start in range(0, d, D):
             o = start + tl.arange(0, D)
@@ -165,7 +182,7 @@ def _residual_of_many(
             places = residual + (row * G + prefix[:, None]) * d + o[None, :]
             error = tl.load(places, mask=mask[None, :] & (prefix[:, None] < G), other=0.0)
             slopes = tl.dot(weights, tl.trans(error), slopes)
-        own = tl.sum(tl.where(prefix[None, :] == group[:, None], slopes, 0.0), 1)
+        own = of_own_group(slopes, prefix, group)
         tl.store(slope + pair, tl.where(act > 0, own, 0.0), mask=pair < end)
 
 
@@ -194,20 +211,28 @@ def residuals(
     """
     rows, d = x_BD.shape
     k, groups = len(pairs.acts_P) // rows, residual_BGD.shape[1]
-    ragged, places = pairs.offsets_B1 is not None, max(16, triton.next_power_of_2(groups))
+    ragged = pairs.offsets_B1 is not None
     data = (x_BD, w_dec_ND, pairs.acts_P, pairs.indices_P, pairs.offsets_B1)
     out = (prefixes_G, residual_BGD, slope_P, energy_2B)
     # Tokens by how many pairs they have: a launch each, in which the other tokens' programs end at once.
-    smallest, more_than = max(16, triton.next_power_of_2(k)), -1
+    smallest, more_than = pairs_held(k), -1
     larger = [smallest << i for i in range(1, 4) if smallest << i <= most_held] if ragged else []
     for K in (smallest, *larger):
-        D = max(16, min(64, 4096 // K))
-        _residual[(rows,)](*data, *out, d, k, rows, more_than, ragged, groups, K, D, places, num_warps=1)
+        _residual[(rows,)](*data, *out, d, k, rows, more_than, ragged, groups, *tiles(K, groups), num_warps=1)
         more_than = K
     if ragged:
-        K = min(more_than, most_held)
-        D = max(16, min(64, 4096 // K))
-        _residual_of_many[(rows,)](*data, *out, d, rows, more_than, groups, K, D, places, num_warps=1)
+        sizes = tiles(min(more_than, most_held), groups)
+        _residual_of_many[(rows,)](*data, *out, d, rows, more_than, groups, *sizes, num_warps=1)
+
+
+def pairs_held(k: int) -> int:
+    """Places for k pairs: a power of two that tensor cores take."""
+    return max(16, triton.next_power_of_2(k))
+
+
+def tiles(K: int, groups: int) -> tuple[int, int, int]:
+    """K pairs, columns of a pass, places for the groups."""
+    return K, max(16, min(64, 4096 // K)), max(16, triton.next_power_of_2(groups))
 
 
 def tile_of(d: int, largest: int) -> int:

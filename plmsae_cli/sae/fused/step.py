@@ -18,7 +18,6 @@ from plmsae_cli.sae.fused.graphs import Graphs, launched
 from plmsae_cli.sae.fused.residual import centre, residuals
 from plmsae_cli.sae.fused.top_k import TopKEncoder
 from plmsae_cli.sae.fused.update import AdamOptions, Sums, Update
-from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.ranks import Pending, Ranks, Rows
 from plmsae_cli.sae.topk import TopK
 
@@ -67,10 +66,7 @@ class FusedStep:
         self._model, self._batch, self._ranks, self._ages_N = model, batch, ranks, ages_N
         self._b_dec_D = parameters["b_dec_D"]
         self._global_rows = rows * ranks.world
-        prefixes_G = torch.tensor([n])
-        if isinstance(model, MatryoshkaTopK | MatryoshkaBatchTopK):
-            prefixes_G = model.prefixes_G
-        prefixes_G = prefixes_G.to(device, torch.int32)
+        prefixes_G = torch.tensor(model.prefixes, dtype=torch.int32, device=device)
         self._groups = len(prefixes_G)
         self._factor = -2.0 / (self._groups * self._global_rows * d)
         self._rows = Rows(n, ranks.rank, ranks.world)

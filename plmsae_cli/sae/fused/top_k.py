@@ -116,13 +116,7 @@ class TopKEncoder:
         self.groups = triton.cdiv(num_latents, self.members)
         tiles = triton.cdiv(rows * num_latents, TILE_SCORES)
         self.tile = triton.cdiv(triton.cdiv(rows, tiles), 128) * 128
-        short = num_latents < 2**16
-        self.pairs = ActivePairs(
-            torch.empty(rows * k, device=device),
-            torch.empty(rows * k, dtype=torch.int32, device=device),
-            torch.empty(rows * k, dtype=torch.int16 if short else torch.int32, device=device),
-            2**15 if short else 0,
-        )
+        self.pairs = ActivePairs.places(rows * k, num_latents, device)
         self.acts_BK = self.pairs.acts_P.view(rows, k)
         self.indices_BK = self.pairs.indices_P.view(rows, k)
         self._scores_TN = torch.empty(self.tile, num_latents, dtype=torch.bfloat16, device=device)

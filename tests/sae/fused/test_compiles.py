@@ -88,7 +88,7 @@ def test_all_kernels_compile(capability: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     expected = (
-        "_add_rows _bound _centre _columns _count _count_digit _decode _errors _gradients _histogram _keep_top "
-        "_list_reaching _long _maxima _permute _residual _residual_of_many _select _slopes _write collect finish update_rows"
+        "_add_rows _bound _centre _count _count_digit _decode _errors _histogram _keep_top _list_reaching _maxima _residual "
+        "_residual_of_many _select _slopes _write collect columns finish gradients long permute update_rows"
     )
     assert done.stdout.split() == expected.split()

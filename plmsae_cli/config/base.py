@@ -27,6 +27,10 @@ class Section(BaseModel):
         strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=False
     )
 
+    def changed(self, name: str) -> bool:
+        """Whether the field has another value than its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
     def science(self) -> dict[str, Any]:
         """The marked fields, nested sections included, as plain JSON values."""
         chosen: dict[str, Any] = {}

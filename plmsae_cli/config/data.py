@@ -77,7 +77,7 @@ class Launch(Section):
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> Launch:
         for name in ("ray", "slurm"):
-            if self.executor != name and getattr(self, name) != type(self).model_fields[name].default:
+            if self.executor != name and self.changed(name):
                 raise rule(
                     name,
                     f"launch.{name} has no effect with executor: {self.executor}",
@@ -161,7 +161,7 @@ class Embed(Section):
 
     @model_validator(mode="after")
     def _slice_has_an_effect(self) -> Embed:
-        if self.layout == "plain" and self.ordered_rows != type(self).model_fields["ordered_rows"].default:
+        if self.layout == "plain" and self.changed("ordered_rows"):
             raise rule(
                 "ordered_rows",
                 "ordered_rows has no effect with layout: plain, which keeps all rows in order",
@@ -199,7 +199,7 @@ class Embed(Section):
                     "pooled", "pooled: true needs the proteins of the imported rows", "add fasta, or remove pooled"
                 )
         for name in idle:
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self.changed(name):
                 without = "" if name in ("compute", "batch_tokens", "compile") else " without fasta"
                 raise rule(name, f"embed.{name} has no effect on imported activations{without}", "remove it")
         return self

@@ -108,9 +108,8 @@ class SAE(Section):
 
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> SAE:
-        fields = type(self).model_fields
         for name in dict.fromkeys(name for names in OPTIONS.values() for name in names):
-            if not self.has(name) and getattr(self, name) != fields[name].default:
+            if not self.has(name) and self.changed(name):
                 having = ", ".join(kind for kind, names in OPTIONS.items() if name in names)
                 raise rule(
                     name,
@@ -307,9 +306,8 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _options_of_the_loader(self) -> Train:
-        fields = type(self).model_fields
         for name in ("loader", "cache"):
-            if self.kind == "plm" and getattr(self, name) != fields[name].default:
+            if self.kind == "plm" and self.changed(name):
                 raise rule(name, f"{name} has no effect with kind: plm", "remove it")
         if self.cache is None and int(self.cache_limit) != CACHE_LIMIT:
             raise rule("cache_limit", "cache_limit has no effect without cache", "remove it or name a cache folder")
@@ -329,7 +327,7 @@ class Train(Section):
                 "use optimizer: adam",
             )
         for name in ("betas", "eps"):
-            if self.optimizer == "signum" and getattr(self, name) != type(self).model_fields[name].default:
+            if self.optimizer == "signum" and self.changed(name):
                 raise rule(name, f"{name} has no effect with optimizer: signum", "set momentum, or another optimizer")
         return self
 

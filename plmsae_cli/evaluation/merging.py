@@ -37,6 +37,7 @@ def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any]) -> list[F
         scope.store.write(join(here, "metrics.json"), [canonical_json(metrics)]),
         scope.store.write(join(here, "model_card.md"), [model_card(metrics, manifest, facts).encode()]),
     ]
+    tables: dict[str, Any] = {}
     for name, combine in (
         ("latents.parquet", _beside),
         ("latent_concepts.parquet", _below),
@@ -44,30 +45,24 @@ def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any]) -> list[F
     ):
         found = [scope.path(axis, name) for axis in axes if scope.store.exists(scope.path(axis, name))]
         if found:
-            files.append(
-                write_table(scope.store, join(here, name), combine([read_table(scope.store, p) for p in found]))
-            )
+            tables[name] = combine([read_table(scope.store, path) for path in found])
+    if "encode" in axes:
+        tables["top_latents.parquet"] = _top_latents(scope, tables["latents.parquet"])
+    for name in ("latents.parquet", "latent_concepts.parquet", "proteins.parquet", "top_latents.parquet"):
+        if name in tables:
+            files.append(write_table(scope.store, join(here, name), tables[name]))
         else:
             scope.store.delete(join(here, name))
-    if scope.store.exists(join(here, "latent_concepts.parquet")):
-        files.append(
-            scope.store.write(
-                join(here, "concepts.csv"), [_csv(read_table(scope.store, join(here, "latent_concepts.parquet")))]
-            )
-        )
+    if "latent_concepts.parquet" in tables:
+        files.append(scope.store.write(join(here, "concepts.csv"), [_csv(tables["latent_concepts.parquet"])]))
     else:
         scope.store.delete(join(here, "concepts.csv"))
-    if "encode" in axes:
-        files.append(write_table(scope.store, join(here, "top_latents.parquet"), _top_latents(scope, here)))
-    else:
-        scope.store.delete(join(here, "top_latents.parquet"))
     return files
 
 
-def _top_latents(scope: Scope, here: str) -> Any:
-    """Each encoded protein's strongest latents, with what other axes found of them."""
+def _top_latents(scope: Scope, about: Any) -> Any:
+    """Each encoded protein's strongest latents, with what other axes found of them: columns of latents.parquet."""
     table = scope.read_table("encode", "top_latents.parquet")
-    about = read_table(scope.store, join(here, "latents.parquet"))
     latent = table["latent"].to_pylist()
     for name in ("concept", "concept_f1", "family", "family_f1", "pattern"):
         if name in about.column_names:

@@ -29,7 +29,8 @@ def report(scope: Scope, options: Steering, of: int) -> Result:
     chosen = scope.read_json(AXIS, "chosen.json")
     order = steers(chosen, options.strengths)
     density = dict(zip(chosen["latents"], chosen["density"], strict=True))
-    proteins = len(scope.read_table(AXIS, "proteins.parquet"))
+    trained = scope.read_table(AXIS, "proteins.parquet")["in_training"].to_pylist()
+    proteins = len(trained)
     shape = (len(VARIANTS), proteins, LETTERS + 1)
     values: dict[int, Any] = {}
     for index in range(of):
@@ -50,7 +51,6 @@ def report(scope: Scope, options: Steering, of: int) -> Result:
         for row, q in zip(rows, q_M.tolist(), strict=True):
             row[f"q{name}"] = q
     latents = [_of_steer(rows[n : n + len(READOUTS)]) for n in range(0, len(rows), len(READOUTS))]
-    trained = scope.read_table(AXIS, "proteins.parquet")["in_training"].to_pylist()
     body = {
         "mode": options.mode,
         "residues": options.residues if isinstance(options.residues, str) else f"{len(options.residues)} positions",
@@ -88,13 +88,12 @@ def _of_steer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "kl_flipped": kl["flipped"],
         "kl_direction": kl["direction"],
         "kl_other": kl["other"],
-        "up": {
-            "letter": up["readout"],
-            **{name: up[name] for name in ("effect", "direction", "other", "flipped", "q")},
-        },
-        "down": {
-            "letter": down["readout"],
-            **{name: down[name] for name in ("effect", "direction", "other", "flipped", "q")},
+        **{
+            side: {
+                "letter": row["readout"],
+                **{name: row[name] for name in ("effect", "direction", "other", "flipped", "q")},
+            }
+            for side, row in (("up", up), ("down", down))
         },
     }
 

@@ -22,7 +22,8 @@ from record import add, stamp
 from sae_step_gpu import DEVICE, Batches, Dead, Shape, Step, dictionary_learning, saelens, sparsify
 from torch import Tensor
 
-from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.config.sae import SAE
+from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.fidelity import Fidelity

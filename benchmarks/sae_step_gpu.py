@@ -31,7 +31,8 @@ from activations import activations
 from record import add, stamp
 from torch import Tensor
 
-from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.config.sae import SAE
+from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.training.sae_objective import SAEObjective
 

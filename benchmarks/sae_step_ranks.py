@@ -20,7 +20,8 @@ import torch
 from record import add, stamp
 from sae_step_gpu import SHAPES, Batches, Shape, synthetic
 
-from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.config.sae import SAE
+from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang, gang
 from plmsae_cli.training.sae_objective import SAEObjective
 

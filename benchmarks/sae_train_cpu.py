@@ -34,7 +34,8 @@ import torch
 from record import add, cpu, stamp
 from torch import Tensor, nn
 
-from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.config.sae import SAE
+from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.fidelity import Fidelity
 from plmsae_cli.sae.initialise import initialise

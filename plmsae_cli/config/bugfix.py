@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.config.training import CACHE_LIMIT, OPTIONS
+from plmsae_cli.config.sae import OPTIONS
+from plmsae_cli.config.training import CACHE_LIMIT
 from plmsae_cli.config.tree import entries
 
 SMOKE_FASTA = "smoke.fasta.gz"

@@ -9,8 +9,10 @@ from pydantic import model_validator
 from plmsae_cli.config.base import Name, Section, rule
 from plmsae_cli.config.data import Embed, Imported, Keep, Launch, Limits, Model, Optimize, Price, Shuffle, Storage
 from plmsae_cli.config.evaluation import Concepts, Encode, Eval, Families, Fidelity, Probes
+from plmsae_cli.config.plm import PLM
+from plmsae_cli.config.sae import SAE
 from plmsae_cli.config.sweep import Sweep
-from plmsae_cli.config.training import PLM, SAE, Train
+from plmsae_cli.config.training import Train
 
 __all__ = [
     "PLM", "SAE", "Concepts", "Embed", "Encode", "Eval", "Experiment", "Families", "Fidelity", "Imported", "Keep", "Launch",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from plmsae_cli.config.data import Embed
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.config.experiment import PLM
+from plmsae_cli.config.plm import PLM
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, encode, wrap
 from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.store.fs import FileRecord, Store, join

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.config.sae import SAE
+from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.store import checkpoint
 from plmsae_cli.store.checkpoint import Part

@@ -13,7 +13,7 @@ import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.config.training import OPTIONS
+from plmsae_cli.config.sae import OPTIONS
 from plmsae_cli.executors.pipeline import Done
 from plmsae_cli.runtime.saved import load_sae_with_facts, open_blocks
 from plmsae_cli.runtime.stop import STOP

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.config.sae import SAE
+from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.device import known_gpu
 from plmsae_cli.sae.jumprelu import JumpReLU
 from plmsae_cli.sae.topk import TopK

@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from plmsae_cli.config.training import SAE, Train
+from plmsae_cli.config.sae import SAE
+from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.training.sae_objective import SAEObjective
 from plmsae_cli.training.stream import BlockStream

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 interpreter.correct()
 
-from plmsae_cli.config.training import SAE, Train  # noqa: E402
+from plmsae_cli.config.sae import SAE  # noqa: E402
+from plmsae_cli.config.training import Train  # noqa: E402
 from plmsae_cli.runtime.dist import Gang  # noqa: E402
 from plmsae_cli.sae.batch_topk import BatchTopK  # noqa: E402
 from plmsae_cli.sae.fused import gradients, update  # noqa: E402

@@ -22,15 +22,19 @@ class Dense(Dictionary):
     Losses are those of the papers divided by d, the unit of TopK's: weights keep the papers' meaning.
     """
 
+    compiles = True
+    sparsity: Tensor
+    """The weight at this step; a tensor, since a number would be compiled in."""
+
     def __init__(self, d: int, num_latents: int, sparsity_coefficient: float, sparsity_warmup: float) -> None:
         super().__init__(d, num_latents)
         self.sparsity_coefficient = sparsity_coefficient
         self.sparsity_warmup = sparsity_warmup
-        self.sparsity = sparsity_coefficient
+        self.register_buffer("sparsity", torch.tensor(float(sparsity_coefficient)), persistent=False)
 
     def schedule(self, step: int, total_steps: int) -> None:
         """Warm the weight of the penalty up."""
-        self.sparsity = self.sparsity_coefficient * ramp(step, total_steps, self.sparsity_warmup)
+        self.sparsity.fill_(self.sparsity_coefficient * ramp(step, total_steps, self.sparsity_warmup))
 
     def step_bytes(self, rows: int) -> int:
         """Pre-activations, activations and the gradients of both are held for all latents."""

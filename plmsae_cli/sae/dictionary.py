@@ -23,6 +23,8 @@ class Dictionary(nn.Module, ABC):
     """Largest activation of each latent over training rows, 0 where unknown; saved, not trained."""
     unit_rows: bool = True
     """Whether training keeps decoder rows at norm 1; an export has such rows in any case."""
+    compiles: bool = False
+    """Whether its `loss` is one graph of constant shapes, which a compiler makes faster."""
     first_row: int = 0
     """Place of this rank's first token in the global batch, set by who trains; orders equal activations."""
 

@@ -20,6 +20,7 @@ from plmsae_cli.training.latent_step import LatentStep
 from plmsae_cli.training.mixing import BatchEntropy
 from plmsae_cli.training.optimizers import Group, build_optimizer
 from plmsae_cli.training.parallel import sharing
+from plmsae_cli.training.plain_step import PlainStep
 from plmsae_cli.training.sae_kernels import fused_step, goes_fused
 from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
 from plmsae_cli.training.shard import AGES, Shard
@@ -91,21 +92,16 @@ class SAEObjective:
         self._max_norm = None if options.grad_clip is None else options.grad_clip / self.model.d
         wanted = options.lr_warmup_steps
         self._warmup = min(1000, total_steps // 20) if wanted == "auto" else wanted
-        self._latents: LatentStep | None = None
-        if self.sharing == "latents" and not fused:
-            assert self._shard is not None
-            assert isinstance(self.model, TopK)
-            self._latents = LatentStep(
-                LatentShard(self.model, self._shard.rows, self._shard.parameters, gang),
-                self._optimizer,
-                self._dead,
-                self._window,
-                self._max_norm,
-                self.standardise,
-                compute,
-                total_steps,
-                gang,
-            )
+        self._plain: PlainStep | LatentStep | None = None
+        if not fused:
+            how = (self._optimizer, self._dead, self._window, self._max_norm, self.standardise, compute)
+            if self.sharing == "latents":
+                assert self._shard is not None
+                assert isinstance(self.model, TopK)
+                part = LatentShard(self.model, self._shard.rows, self._shard.parameters, gang)
+                self._plain = LatentStep(part, *how, total_steps, gang)
+            else:
+                self._plain = PlainStep(self.model, *how, total_steps, gang)
         self._fused = None
         if fused:
             self._fused = fused_step(
@@ -154,40 +150,11 @@ class SAEObjective:
 
     def step(self, step: int) -> Mapping[str, torch.Tensor]:
         rows_BD = self._stream.rows(step)
+        if self._plain is not None:
+            return self._plain(rows_BD, step, self._rate(step))
+        assert self._fused is not None
         self.model.schedule(step, self._total_steps)
-        if self._fused is not None:
-            return self._fused(self._in_full(rows_BD), step, self._rate(step))
-        if self._latents is not None:
-            return self._latents(rows_BD, step, self._rate(step))
-        batch = self.tokens_per_step
-        x_BD = self.standardise(rows_BD)
-        dead_N = self._dead.mask(self._window)
-        with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
-            losses = self.model.loss(x_BD, dead_N, batch, self._gang.sum)
-        self._optimizer.zero_grad()
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        self._gang.sum_gradients(self.model.parameters())
-        self.model.project_gradients()
-        norm = self.model.d * self._optimizer.step(self._rate(step), self._max_norm)
-        self.model.normalize_decoder()
-        self._dead.update(losses.fired_N, batch, self._gang.sum)
-        active_B = losses.active_B.double()
-        energy, active, squares = self._gang.sum(
-            torch.stack([x_BD.square().sum().double(), active_B.sum(), active_B.square().sum()])
-        )
-        l0 = active / batch
-        share = 1.0 / self._gang.world  # of figures that every rank knows whole
-        return {
-            "loss": losses.total,
-            "reconstruction": losses.reconstruction,
-            "aux": losses.aux,
-            # Of the whole dictionary: the loss of a Matryoshka is a mean over its prefixes.
-            "fvu": (losses.xhat_BD - x_BD).square().sum() / energy,
-            "l0": losses.active_B.sum() / batch,
-            "l0_std": (squares / batch - l0.square()).clamp(min=0.0).sqrt() * share,
-            "dead": dead_N.float().mean() * share,
-            "grad_norm": norm * share,
-        }
+        return self._fused(self._in_full(rows_BD), step, self._rate(step))
 
     def _rate(self, step: int) -> float:
         return learning_rate(step, self._total_steps, self._peak, self._warmup, self._options.lr_decay)

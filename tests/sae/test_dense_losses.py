@@ -206,5 +206,5 @@ def test_the_penalty_rises_over_its_share_of_the_run(model: Dense, expected: lis
     found: list[Any] = []
     for step_ in (0, 4, 9, 19):
         model.schedule(step_, 20)
-        found.append(model.sparsity)
+        found.append(float(model.sparsity))
     assert found == pytest.approx(expected)

@@ -1,0 +1,88 @@
+"""A step of an SAE in plain PyTorch, compiled on GPUs where its loss has the same shape in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.sae.dead import DeadLatents
+from plmsae_cli.sae.dictionary import Dictionary
+from plmsae_cli.sae.interface import Losses
+from plmsae_cli.training.optimizers import Optimizer
+
+
+class _Forward(NamedTuple):
+    """This rank's losses, and what its figures are made of."""
+
+    losses: Losses
+    error: Tensor
+    """Of the whole dictionary: the loss of a Matryoshka is a mean over its prefixes."""
+    sums_3: Tensor
+    """float64: ||x||^2, active pairs, the square of a token's number of them, each summed over tokens."""
+
+
+class PlainStep:
+    """Backward, sum over ranks, remove the gradient along each decoder row, clip, update, renormalise rows."""
+
+    def __init__(
+        self,
+        model: Dictionary,
+        optimizer: Optimizer,
+        dead: DeadLatents,
+        window: int,
+        max_norm: float | None,
+        standardise: Callable[[Tensor], Tensor],
+        compute: torch.dtype,
+        total_steps: int,
+        gang: Gang,
+    ) -> None:
+        self._model, self._optimizer, self._dead, self._window = model, optimizer, dead, window
+        self._max_norm, self._standardise, self._compute = max_norm, standardise, compute
+        self._total_steps, self._gang = total_steps, gang
+        self._forward: Any = self._eager_forward
+        self._project: Any = model.project_gradients
+        self._normalize: Any = model.normalize_decoder
+        if model.compiles and model.b_dec_D.is_cuda:
+            self._forward, self._project, self._normalize = (
+                torch.compile(part, dynamic=False) for part in (self._forward, self._project, self._normalize)
+            )
+
+    def __call__(self, rows_BD: Tensor, step: int, rate: float) -> Mapping[str, Tensor]:
+        """Train on this rank's raw rows; figures are shares of a sum over ranks."""
+        model, gang = self._model, self._gang
+        batch = len(rows_BD) * gang.world
+        model.schedule(step, self._total_steps)
+        dead_N = self._dead.mask(self._window)
+        forward: _Forward = self._forward(rows_BD, dead_N)
+        self._optimizer.zero_grad()
+        forward.losses.total.backward()  # type: ignore[no-untyped-call]
+        gang.sum_gradients(model.parameters())
+        self._project()
+        norm = model.d * self._optimizer.step(rate, self._max_norm)
+        self._normalize()
+        self._dead.update(forward.losses.fired_N, batch, gang.sum)
+        energy, active, squares = gang.sum(forward.sums_3)
+        l0 = active / batch
+        share = 1.0 / gang.world  # of figures that every rank knows whole
+        return {
+            "loss": forward.losses.total,
+            "reconstruction": forward.losses.reconstruction,
+            "aux": forward.losses.aux,
+            "fvu": forward.error / energy,
+            "l0": forward.losses.active_B.sum() / batch,
+            "l0_std": (squares / batch - l0.square()).clamp(min=0.0).sqrt() * share,
+            "dead": dead_N.float().mean() * share,
+            "grad_norm": norm * share,
+        }
+
+    def _eager_forward(self, rows_BD: Tensor, dead_N: Tensor) -> _Forward:
+        x_BD = self._standardise(rows_BD)
+        with torch.autocast(x_BD.device.type, self._compute, enabled=self._compute != torch.float32):
+            losses = self._model.loss(x_BD, dead_N, len(x_BD) * self._gang.world, self._gang.sum)
+        active_B = losses.active_B.double()
+        sums_3 = torch.stack([x_BD.square().sum().double(), active_B.sum(), active_B.square().sum()])
+        return _Forward(losses, (losses.xhat_BD - x_BD).square().sum(), sums_3)

@@ -73,10 +73,11 @@ class Dense(Dictionary):
         z_BN: Tensor,
         xhat_BD: Tensor,
         more: Tensor | None = None,
+        unit: float = 1.0,
     ) -> Losses:
-        """From sums over this rank's tokens: ||x - xhat||^2, the penalty, and a further term that has no weight."""
+        """From sums over this rank's tokens: ||x - xhat||^2, the penalty in `unit`s, a further term that has no weight."""
         scale = 1 / (global_rows * self.d)
-        summed = error + self.sparsity * penalty
+        summed = error + self.sparsity * unit * penalty
         active_BN = z_BN > 0
         return Losses(
             (summed if more is None else summed + more) * scale,

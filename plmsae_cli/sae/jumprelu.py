@@ -100,8 +100,7 @@ class JumpReLU(Dense):
         active = step(pre_BN, theta_N, self.bandwidth).sum()
         if self.target_l0 is not None:
             active = self._miss(active, len(x_BD), global_rows, reduce)
-        losses = self._losses(error, self.d * active, global_rows, z_BN, xhat_BD)
-        return losses._replace(aux=losses.aux / self.d)
+        return self._losses(error, active, global_rows, z_BN, xhat_BD, unit=self.d)
 
     def _miss(self, active: Tensor, rows: int, global_rows: int, reduce: Reduce) -> Tensor:
         """This rank's share of B_global (L0 / target_l0 - 1)^2, with its gradient through this rank's tokens."""

@@ -214,7 +214,8 @@ async def serve(port: int, folder: Path) -> None:
         await listening.serve_forever()
 
 
-def _serve(port: int, folder: Path) -> None:
+def serve_files(port: int, folder: Path) -> None:
+    """`serve`, as the target of `process`."""
     asyncio.run(serve(port, folder))
 
 
@@ -278,7 +279,7 @@ def from_s3(options: argparse.Namespace, folder: Path) -> dict[str, tuple[float,
             make_public(near, size)
         else:
             make(Store(), str(folder / "data"), size)
-            near = servers.enter_context(process(_serve, folder))
+            near = servers.enter_context(process(serve_files, folder))
         address = near
         if options.delay_ms:
             address = servers.enter_context(process(_serve_delay, near, options.delay_ms / 1e3))

@@ -1,10 +1,13 @@
 """Training from a dataset in the page cache beside the step alone on batches that lie on the GPU, and beside its prediction.
 
     python benchmarks/sae_train_gpu.py --shapes S2 [--rows 1_000_000] [--seconds 30] [--folder /fast/disk]
+    python benchmarks/sae_train_gpu.py --shapes SAEFold --kind matryoshka --seconds 120
+    python benchmarks/sae_train_gpu.py --shapes S3 --kind switch --s3     # the published shape of Switch, from a server
+    python benchmarks/sae_train_gpu.py --shapes S3 --memory-gb 16
 
 Blocks of synthetic rows are written as a dataset; `plmsae train` then reads them as it reads any other: checksums, the ring
-of pinned buffers, checkpoints, metrics. Its rate is the median of metrics.jsonl without the first fifth. `--kind switch`
-trains Switch with 32 experts instead.
+of pinned buffers, checkpoints, metrics. Its rate is the median of metrics.jsonl without the first fifth. `--s3`: through
+ranges from the server of `data_stream.py`, a process that sends files from the page cache.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import json
 import statistics
 import sys
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from data_stream import BUCKET, process, serve_files
 from record import add, stamp
 from sae_step_gpu import OTHERS, SHAPES, Batches, Dead, Shape, measure, plmsae, synthetic
 
@@ -35,6 +40,17 @@ from plmsae_cli.store.manifest import write_manifest
 from plmsae_cli.training.prediction import StepShape, step_seconds
 
 CHUNK_ROWS = 65_536
+SAEFOLD = Shape("SAEFold", 16_384, 2560, 20_480, 32)
+"""That of experiments/examples/saefold-3b-l36-matryoshka.yaml."""
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "topk": ("fused", {}),
+    "matryoshka": (
+        "fused",
+        {"architecture": "matryoshka_topk", "fractions": [0.0273, 0.0427, 0.0759, 0.1708, 0.6833]},
+    ),
+    "switch": OTHERS["plmsae Switch 32"],
+}
+"""Kernels and options."""
 
 
 def dataset(folder: Path, rows_RD: torch.Tensor, rows: int) -> None:
@@ -58,10 +74,15 @@ def dataset(folder: Path, rows_RD: torch.Tensor, rows: int) -> None:
     write_manifest(store, str(folder), facts)
 
 
-def train(folder: Path, shape: Shape, sae: dict[str, Any], tokens: int) -> tuple[float, float, float]:
+def train(
+    folder: Path, shape: Shape, sae: dict[str, Any], tokens: int, endpoint: str | None
+) -> tuple[float, float, float]:
     """Tokens a second, share of the time in which the loader was waited for, seconds of the stage."""
-    body = {"data": str(folder / "data"), "batch_tokens": shape.rows, "tokens": tokens, "sae": sae, "log_every": 20}
-    experiment = {"name": shape.name.lower(), "root": str(folder / "runs"), "launch": {"gpus": 1}, "train": body}
+    data = str(folder / "data") if endpoint is None else f"s3://{BUCKET}/data"
+    body = {"data": data, "batch_tokens": shape.rows, "tokens": tokens, "sae": sae, "log_every": 20}
+    experiment = {"name": shape.name.lower(), "root": str(folder / "runs"), "launch": {"gpus": min(1, torch.cuda.device_count())}, "train": body}
+    if endpoint is not None:
+        experiment["storage"] = {"endpoint_url": endpoint, "allow_http": True, "anonymous": True}
     done = run_experiment(Experiment.model_validate(experiment), ["train"], PlainReporter())
     lines = [json.loads(line) for line in (done.run.path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "tokens_per_second" in line]
@@ -76,42 +97,54 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["S2"])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=30.0, help="of training, about")
-    parser.add_argument("--kind", choices=["topk", "switch"], default="topk")
+    parser.add_argument("--kind", choices=list(KINDS), default="topk")
+    parser.add_argument("--s3", action="store_true", help="read from a server")
+    parser.add_argument("--memory-gb", type=float, help="GPU memory that torch may take")
     parser.add_argument("--folder", type=Path, help="where the dataset lies meanwhile; default: the temporary folder")
     parser.add_argument("--results", type=Path, help="file to add the figures to")
     options = parser.parse_args()
     command = " ".join(["python benchmarks/sae_train_gpu.py", *sys.argv[1:]])
     name = torch.cuda.get_device_name()
     common = stamp("sae-train-gpu", name, command)
-    for shape in (shape for shape in SHAPES if shape.name in options.shapes):
-        kernels, kind = ("fused", {}) if options.kind == "topk" else OTHERS["plmsae Switch 32"]
+    if options.memory_gb is not None:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.memory_gb * 1e9 / whole)
+    for shape in (shape for shape in (*SHAPES, SAEFOLD) if shape.name in options.shapes):
+        kernels, kind = KINDS[options.kind]
         rows_RD = synthetic(shape)
         data = Batches(rows_RD, shape.rows)
         dead = Dead(torch.zeros(shape.latents, dtype=torch.bool, device="cuda"), False)
-        times, _ = measure(partial(plmsae, shape, data, dead, "float32", kernels, kind), 0)
+        times, peak = measure(partial(plmsae, shape, data, dead, "float32", kernels, kind), 0)
         alone = shape.rows / times[0] * 1e3
         del data
+        tokens = int(alone * options.seconds) // shape.rows * shape.rows
         with tempfile.TemporaryDirectory(dir=options.folder) as name_of_folder:
             folder = Path(name_of_folder)
             dataset(folder / "data", rows_RD, options.rows)
             del rows_RD
             gc.collect()
             sae = {"num_latents": shape.latents, "k": shape.k, **kind}
-            tokens = int(alone * options.seconds) // shape.rows * shape.rows
-            rate, share, seconds = train(folder, shape, sae, tokens)
+            with process(serve_files, folder) if options.s3 else nullcontext() as endpoint:
+                rate, share, seconds = train(folder, shape, sae, tokens, endpoint)
         gpu = known_gpu(name)
         guess = step_seconds(StepShape(shape.rows, shape.d, shape.latents, shape.k, 8), gpu, 1) if gpu else None
-        predicted = shape.rows / guess if guess and options.kind == "topk" else None
+        predicted = shape.rows / guess if guess and options.kind != "switch" else None
         print(
-            f"{shape.name} {options.kind}: alone {alone:,.0f} tok/s, from the page cache {rate:,.0f} ({rate / alone:.1%}), "
-            f"loader {share:.2%}, stage {seconds:.1f} s for {tokens:,} tokens"
+            f"{shape.name} {options.kind}: alone {alone:,.0f} tok/s, from the {'server' if options.s3 else 'page cache'} "
+            f"{rate:,.0f} ({rate / alone:.1%}), loader {share:.2%}, stage {seconds:.1f} s for {tokens:,} tokens, "
+            f"{3e8 / rate / 60:.1f} min for 300 M; peak of a step {peak:.2f} GiB"
             + (f"; predicted {predicted:,.0f}" if predicted else ""),
             flush=True,
         )
         if options.results:
-            note = f"B {shape.rows}, d {shape.d}, n {shape.latents}, k {shape.k}, {tokens:,} tokens in {seconds:.1f} s"
-            label = f"sae-train/{shape.name}-cache" + ("" if options.kind == "topk" else f"-{options.kind}")
-            lines = [("plmsae", rate, f"{note}; loader {share:.2%} of the time"), ("limit (step alone)", alone, note)]
+            cap = "" if options.memory_gb is None else f"; torch held to {options.memory_gb:g} GB"
+            note = f"B {shape.rows}, d {shape.d}, n {shape.latents}, k {shape.k}, {tokens:,} tokens in {seconds:.1f} s{cap}"
+            which = "" if options.kind == "topk" else f"-{options.kind}"
+            label = f"sae-train/{shape.name}-{'s3' if options.s3 else 'cache'}{which}"
+            if options.s3 and options.kind == "switch":
+                label = "sae-train/switch-s3"
+            waited = f"loader {share:.2%} of the time; 300 M tokens would take {3e8 / rate / 60:.1f} min"
+            lines = [("plmsae", rate, f"{note}; {waited}"), ("limit (step alone)", alone, note)]
             lines += [("plmsae (predicted by --dry-run)", predicted, note)] if predicted else []
             add(
                 options.results,

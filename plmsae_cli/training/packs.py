@@ -17,6 +17,7 @@ from plmsae_cli.store.tokens import document_offsets
 
 SHORTEST = 32
 """Mean tokens a document that a pack has room for: a pack of T tokens lists at most T / 32 documents."""
+_SPARE_DOCUMENTS = 64
 
 
 class Packs:
@@ -34,6 +35,9 @@ class Packs:
         self._start_S = np.concatenate([o[:-1] for o in offsets])
         self._length_S = np.concatenate([np.diff(o) for o in offsets]).astype(np.int64)
         assert 0 < self._length_S.max(initial=0) <= max_len <= pack_tokens
+        # Attention's kernel looks at every place in the list, filled or not: room for the usual number and a quarter.
+        usual = pack_tokens / max(1.0, float(self._length_S.mean())) if len(self._length_S) else 0.0
+        self._num_documents = min(self._num_documents, int(1.25 * usual) + _SPARE_DOCUMENTS)
         self._epochs: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         self._first: list[int] = [0]
 

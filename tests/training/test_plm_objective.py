@@ -16,8 +16,9 @@ from plmsae_cli.config.experiment import PLM, Train
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, CLS, EOS, FIRST_LETTER, MASK, PAD, Packed, encode, pack, wrap
 from plmsae_cli.plm.attention import Documents
 from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.training.masking import IGNORED, corrupt
 from plmsae_cli.training.packs import Packs
-from plmsae_cli.training.plm_objective import IGNORED, VALIDATION_SEED, PLMObjective, corrupt
+from plmsae_cli.training.plm_objective import VALIDATION_SEED, PLMObjective
 
 PACK_TOKENS = 256
 PACKS_A_STEP = 3

@@ -112,12 +112,12 @@ def _attention_by_document(
     sizes = [length * count for length, count in runs]
     outputs = []
     for (length, count), *qkv in zip(runs, *(torch.split(x, sizes) for x in (q, k, v)), strict=True):
-        batched = [x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv]
+        queries, keys, values = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
         near = None if window is None or window >= length else _band(length, window, q.device)
         if soft_cap is None:
-            mixed = scaled_dot_product_attention(*batched, attn_mask=near)
+            mixed = scaled_dot_product_attention(queries, keys, values, attn_mask=near)
         else:
-            mixed = _capped(batched[0], batched[1], batched[2], near, soft_cap)
+            mixed = _capped(queries, keys, values, near, soft_cap)
         outputs.append(mixed.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if outputs else torch.empty_like(v)
 

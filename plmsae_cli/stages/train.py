@@ -185,14 +185,12 @@ def _plan_plm(lineage: Lineage, train: Train) -> Plan:
 def _optimizer_table(train: Train) -> dict[str, str]:
     import torch
 
-    from plmsae_cli.plm.esm2 import ESM2, ESM2Config
-    from plmsae_cli.plm.unet import UNet
+    from plmsae_cli.runtime.models import build_model
     from plmsae_cli.training.plm_model import optimizer_table, parameter_groups, plm_config
 
     assert train.plm is not None
-    config = plm_config(train.plm)
     with torch.device("meta"):
-        model = ESM2(config) if isinstance(config, ESM2Config) else UNet(config)
+        model = build_model(plm_config(train.plm))
     return optimizer_table(parameter_groups(model, train), train)
 
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from plmsae_cli.config.plm import PLM
 from plmsae_cli.config.training import Train
 from plmsae_cli.plm.attention import Documents
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.plm.cost import Config
+from plmsae_cli.plm.esm2 import ESM2Config
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.plm.unet_config import UNetConfig
 from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.runtime.models import build_model
 from plmsae_cli.training.optimizers import Group, GroupedMuon, Optimizer, build_optimizer
 
 PEAK = {"adam": 1e-3, "muon": 1e-3, "signum": 1e-4}
@@ -28,7 +30,7 @@ MUON_PEAK = {
 MUON_MOMENTUM = 0.95
 
 
-def plm_config(plm: PLM) -> ESM2Config | UNetConfig:
+def plm_config(plm: PLM) -> Config:
     """The shape that the options describe."""
     if plm.architecture == "esm2":
         return ESM2Config(plm.num_layers, plm.hidden_size, plm.num_attention_heads)
@@ -49,9 +51,9 @@ def plm_config(plm: PLM) -> ESM2Config | UNetConfig:
 class TrainedModel:
     """A model on its device, with float32 parameters and products in `compute`."""
 
-    def __init__(self, config: ESM2Config | UNetConfig, seed: int, device: torch.device, compute: torch.dtype) -> None:
+    def __init__(self, config: Config, seed: int, device: torch.device, compute: torch.dtype) -> None:
         self.config, self._device, self._compute = config, device, compute
-        self.model: ESM2 | UNet = ESM2(config) if isinstance(config, ESM2Config) else UNet(config)
+        self.model = build_model(config)
         self.model.init_weights(seed)
         self.model.to(device)
         if isinstance(self.model, UNet):
@@ -81,7 +83,10 @@ class TrainedModel:
         if isinstance(self.config, UNetConfig):
             return self.config.train_flops(context, predicted)
         d, layers = self.config.d, self.config.num_layers
-        return 6 * (layers * 12 * d * d + predicted * (d * d + self.config.vocab * d)) + 12 * layers * d * context
+        return (
+            6 * (layers * self.config.block_matrices + predicted * (d * d + self.config.vocab * d))
+            + 12 * layers * d * context
+        )
 
 
 def role(name: str, ndim: int) -> str:
@@ -97,7 +102,9 @@ def peak_rate(options: Train, kind: str) -> float:
     """Peak learning rate of a role."""
     plm = options.plm
     assert plm is not None
-    own: float | str = {"hidden": plm.lr_hidden, "embed": plm.lr_embed, "head": plm.lr_head, "scalar": plm.lr_scalar}[kind]
+    own: float | str = {"hidden": plm.lr_hidden, "embed": plm.lr_embed, "head": plm.lr_head, "scalar": plm.lr_scalar}[
+        kind
+    ]
     if not isinstance(own, str):
         return own
     if options.lr != "auto":

@@ -132,9 +132,7 @@ class PLMObjective:
         """(weighted sum of cross-entropies in nats, number of correct predictions) over the chosen residues."""
         with self._trained.arithmetic():
             x_TD = self._trunk(pack.inputs_T, pack.documents, near)
-            found: tuple[Tensor, Tensor] = self._predict(
-                taken(x_TD, pack.places_M), pack.targets_M, pack.weights_M
-            )
+            found: tuple[Tensor, Tensor] = self._predict(taken(x_TD, pack.places_M), pack.targets_M, pack.weights_M)
         return found
 
     def _cross_entropies(self, rows_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class _Stack:
     def split(self, whole_NRC: Tensor) -> list[Tensor]:
         """Views of each parameter's matrices, in its shape."""
         counts = [p.numel() // math.prod(p.shape[-2:]) for p in self.parameters]
-        parts = whole_NRC.split(counts)
+        parts = torch.split(whole_NRC, counts)
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
 
@@ -93,11 +93,11 @@ class GroupedMuon(Optimizer):
             dtype = self._arithmetic or (torch.bfloat16 if m_NRC.is_cuda else torch.float32)
             u_NRC = self._orthogonal(g_NRC.lerp_(m_NRC, mu).to(dtype))
             rate = torch.where(skip, 0.0, learning_rate * stack.group.lr_scale)
-            u_NRC = u_NRC.float().mul_(rate * math.sqrt(max(1.0, rows / columns)))
-            weights = list(stack.parameters)
+            u_NRC = u_NRC.float().mul_(-rate * math.sqrt(max(1.0, rows / columns)))
+            weights: list[Tensor] = list(stack.parameters)
             if stack.group.weight_decay:
                 torch._foreach_mul_(weights, 1 - rate * stack.group.weight_decay)
-            torch._foreach_sub_(weights, stack.split(u_NRC))
+            torch._foreach_add_(weights, stack.split(u_NRC))
 
     def _orthogonal(self, m_NRC: Tensor) -> Tensor:
         gang = self._gang

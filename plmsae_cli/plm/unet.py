@@ -166,12 +166,14 @@ class UNet(nn.Module):
         wanted = frozenset(layers)
         hidden: dict[int, Tensor] = {}
         last = num_layers if logits else max(layers)
-        x_TD = self._run(tokens_T, documents, last, window, wanted, splice, hidden)
+        rope = self.rotary(documents.locate(tokens_T.shape[0])[1])
+        x_TD = self._run(tokens_T, documents, rope, last, window, wanted, splice, hidden)
         return ESM2Output(hidden, self.head(x_TD) if logits else None)
 
-    def trunk(self, tokens_T: Tensor, documents: Documents, window: int | None) -> Tensor:
-        """The last layer [T, D]: what a training step compiles."""
-        return self._run(tokens_T, documents, self.config.num_layers, window, frozenset(), {}, {})
+    def trunk(self, tokens_T: Tensor, documents: Documents, rope: Tables, window: int | None) -> Tensor:
+        """The last layer [T, D]: what a training step compiles. `rope`: the tokens' tables, which a compiler would compute
+        again in every kernel that turns by them."""
+        return self._run(tokens_T, documents, rope, self.config.num_layers, window, frozenset(), {}, {})
 
     def head(self, x_MD: Tensor) -> Tensor:
         """Logits [M, V], float32, of rows of the last layer."""
@@ -181,6 +183,7 @@ class UNet(nn.Module):
         self,
         tokens_T: Tensor,
         documents: Documents,
+        rope: Tables,
         last: int,
         window: int | None,
         wanted: frozenset[int],
@@ -190,7 +193,6 @@ class UNet(nn.Module):
         """Layer `last`, and on the way those wanted into `hidden`."""
         tokens_T = tokens_T.long()
         dtype = self.compute or self.embedding_VD.dtype
-        rope = self.rotary(documents.locate(tokens_T.shape[0])[1])
         tables = [table.to(dtype) for table in self.value_tables]
         half = self.config.num_layers // 2
         x_TD = x0_TD = rms_norm(lookup(self.embedding_VD.to(dtype), tokens_T))

@@ -14,6 +14,7 @@ from plmsae_cli.config.training import Train
 from plmsae_cli.plm.attention import Documents
 from plmsae_cli.plm.cost import Config
 from plmsae_cli.plm.esm2 import ESM2Config
+from plmsae_cli.plm.rotary import Tables
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.plm.unet_config import UNetConfig
 from plmsae_cli.runtime.dist import Gang
@@ -65,12 +66,17 @@ class TrainedModel:
             return nullcontext()
         return torch.autocast(self._device.type, self._compute)
 
-    def trunk(self, tokens_T: Tensor, documents: Documents, window: int | None) -> Tensor:
+    def rope(self, num_tokens: int, documents: Documents) -> Tables:
+        """The rotary tables of a pack's tokens."""
+        tables: Tables = self.model.rotary(documents.locate(num_tokens)[1])
+        return tables
+
+    def trunk(self, tokens_T: Tensor, documents: Documents, rope: Tables, window: int | None) -> Tensor:
         """The last layer [T, D]."""
         if isinstance(self.model, UNet):
-            return self.model.trunk(tokens_T, documents, window)
+            return self.model.trunk(tokens_T, documents, rope, window)
         last = self.model.config.num_layers
-        return self.model(tokens_T, documents, layers=(last,)).hidden[last]  # type: ignore[no-any-return]
+        return self.model(tokens_T, documents, layers=(last,), rope=rope).hidden[last]  # type: ignore[no-any-return]
 
     def head(self, rows_MD: Tensor) -> Tensor:
         """Logits [M, V] of rows of the last layer."""

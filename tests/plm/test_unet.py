@@ -124,7 +124,13 @@ def test_the_speed_runs_model_has_133065357_parameters() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"tie_embeddings": True}, {"unet": False}, {"value_embeddings": False}, {"num_att_tokens": 7}, {"expansion_ratio": 2}],
+    [
+        {"tie_embeddings": True},
+        {"unet": False},
+        {"value_embeddings": False},
+        {"num_att_tokens": 7},
+        {"expansion_ratio": 2},
+    ],
     ids=str,
 )
 def test_parameters_are_counted_for_every_option(options: dict[str, Any]) -> None:
@@ -171,7 +177,9 @@ def test_all_2048_positions_differ_in_bfloat16_models() -> None:
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(5, None), (None, 0.7), (5, 0.7), (64, None)])
 def test_attention_sees_its_window_and_caps_scores(window: int | None, soft_cap: float | None) -> None:
-    q, k, v = torch.randn(3, sum(LENGTHS), 2, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64).unbind()
+    q, k, v = torch.randn(
+        3, sum(LENGTHS), 2, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    ).unbind()
     edges = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
     document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     place = torch.arange(len(document))
@@ -205,7 +213,11 @@ def test_gradients_of_lookups_scales_and_places_are_autograds() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_layers": 3}, "two halves"), ({"num_heads": 3}, "same even width"), ({"architecture": "esm2"}, "is not unet")],
+    [
+        ({"num_layers": 3}, "two halves"),
+        ({"num_heads": 3}, "same even width"),
+        ({"architecture": "esm2"}, "is not unet"),
+    ],
 )
 def test_shapes_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -132,7 +132,7 @@ def test_ranks_orthogonalise_shares_that_need_not_divide() -> None:
         shares: list[torch.Tensor] = []
 
         class Sending(Gang):
-            def gather_rows_later(self, own: torch.Tensor, full: torch.Tensor) -> "Sending":
+            def gather_rows_later(self, own: torch.Tensor, full: torch.Tensor) -> Sending:
                 shares.append(own.clone())  # noqa: B023
                 return self
 

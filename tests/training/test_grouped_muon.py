@@ -40,7 +40,8 @@ def test_a_stack_is_orthogonalised_matrix_by_matrix() -> None:
         for one, together in zip(stack, orthogonalised(stack), strict=True):
             torch.testing.assert_close(together, orthogonalise(one), rtol=1e-4, atol=1e-5)
             values = torch.linalg.svdvals(together)
-            assert values.min() > 0.6 and values.max() < 1.3
+            assert values.min() > 0.6
+            assert values.max() < 1.3
 
 
 def test_three_steps_are_the_formula() -> None:

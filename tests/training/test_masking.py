@@ -59,7 +59,8 @@ def test_masked_diffusion_alone_masks_by_the_document_and_not_everything(many: P
     masked_SL = (found.inputs_T == MASK).view(-1)[: 2000 * 102].view(2000, 102)[:, 1:-1].float()
     share_S = masked_SL.mean(1)
     own_S = shares(many, Question(0.15, 1.0), 3, 1)[:2000]
-    assert own_S.min() >= LEAST_SHARE and own_S.max() <= 1.0
+    assert own_S.min() >= LEAST_SHARE
+    assert own_S.max() <= 1.0
     quantiles = torch.linspace(0.1, 0.9, 9)
     torch.testing.assert_close(own_S.quantile(quantiles), quantiles, rtol=0, atol=0.04)  # uniform
     assert (share_S - own_S).abs().mean() < 0.05, "a document's residues are masked at its own share"
@@ -100,7 +101,9 @@ def test_all_residues_may_be_chosen_and_none(many: Packed) -> None:
     whole = chosen_places(many, tokens_T, tokens_T, torch.ones(len(tokens_T)))
     assert whole.chosen == len(whole.places_M) == len(tokens_T)
     none = chosen_places(many, tokens_T, torch.full_like(tokens_T, IGNORED), torch.ones(len(tokens_T)))
-    assert none.chosen == 0 and not none.weights_M.any() and len(none.places_M) > 0
+    assert none.chosen == 0
+    assert not none.weights_M.any()
+    assert len(none.places_M) > 0
 
 
 def test_few_sizes_of_the_list_of_places(many: Packed) -> None:

@@ -181,10 +181,14 @@ def test_a_race_ends_at_its_loss_and_a_finished_one_starts_no_step(unet: Unet, g
     assert [line["step"] for line in science_of(run)] == [line["step"] for line in lines]
 
 
+def test_hours_end_it(unet: Unet, go: Go) -> None:
+    one = go(unet("one", plm__max_hours=1e-7)).run.path  # less than a step
+    assert newest(one).step == facts_of(one)["steps"] == 1
+
+
+@pytest.mark.slow
 def test_hours_end_it_on_all_ranks_after_one_step(unet: Unet, go: Go) -> None:
-    hours = 1e-7  # less than a step
-    one = go(unet("one", plm__max_hours=hours)).run.path
-    assert newest(one).step == 1
+    hours = 1e-7
     two = go(unet("two", plm__max_hours=hours, tokens=512 * 64, run__launch={"ranks": 2})).run.path
     assert newest(two).step == 32, "asked at step 16, agreed at the next such step"
     assert facts_of(two)["steps"] == 32

@@ -25,6 +25,8 @@ from plmsae_cli.training.plm_model import TrainedModel, parameter_groups, plm_co
 from plmsae_cli.training.schedules import learning_rate, window
 
 PREFETCH = 4
+COMPILE_MODE: str | None = None
+"""torch.compile's `mode` for the model; `benchmarks/plm.py --mode` measures others."""
 VALIDATION_SEED = 0
 RACED = "random"
 """The validation set whose loss `speedrun.target_loss` is about."""
@@ -54,7 +56,9 @@ class PLMObjective:
         self.model = self._trained.model
         cuda = device.type == "cuda"
         # Constant shapes, and kernels fused by the compiler where there are kernels to fuse.
-        self._trunk: Any = torch.compile(self._trained.trunk, dynamic=False) if cuda else self._trained.trunk
+        self._trunk: Any = (
+            torch.compile(self._trained.trunk, dynamic=False, mode=COMPILE_MODE) if cuda else self._trained.trunk
+        )
         self._predict: Any = torch.compile(self._cross_entropies) if cuda else self._cross_entropies
         self._compiled: set[tuple[int | None, int]] = set()
         self._options, self._plm, self._packs, self._valid, self._gang = options, plm, packs, valid, gang
@@ -148,6 +152,8 @@ class PLMObjective:
         for pack in packs:
             if (near, len(pack.places_M)) not in self._compiled:
                 self.clock.pause()
+                if not self._compiled and isinstance(self._optimizer, GroupedMuon):
+                    self._optimizer.prepare()
                 self._score(pack, near)[0].backward()  # type: ignore[no-untyped-call]
                 self._optimizer.zero_grad()
                 torch.cuda.synchronize(self.device)

@@ -251,6 +251,7 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
                 "tokens": steps * train.batch_tokens,
                 "steps": steps,
                 "train_seconds": objective.clock.seconds,
+                "parameters": objective.config.num_parameters,
                 "data": lineage.tokens().key,
                 "train": train.science(),
                 "valid": valid_figures,

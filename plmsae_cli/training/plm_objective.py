@@ -233,7 +233,6 @@ class PLMObjective:
             self._over = True
         return figures
 
-    @torch.no_grad()
     def score(self, step: int) -> Mapping[str, Any]:
         """Loss (nats), perplexity and accuracy on each validation set, with masks that never change (100 % <mask>)."""
         self.clock.pause()
@@ -250,7 +249,10 @@ class PLMObjective:
                     packed.tokens_T, packed.residue_mask_T, self._plm.mask_rate, "mask", VALIDATION_SEED, number
                 )
                 pack = chosen_places(packed, inputs_T, targets_T, torch.ones(len(targets_T))).to(self.device)
-                loss, hits = self._score(pack, near)
+                # Where graphs are compiled, without gradients would be another one.
+                with torch.set_grad_enabled(self.device.type == "cuda"):
+                    loss, hits = self._score(pack, near)
+                loss = loss.detach()
                 sums += torch.stack([loss.double(), hits.double(), self._full(pack.chosen).double()])
             loss_sum, hit_sum, chosen = self._gang.sum(sums).tolist()
             if not chosen:

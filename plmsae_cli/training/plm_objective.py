@@ -21,7 +21,7 @@ from plmsae_cli.training.clock import TrainingClock
 from plmsae_cli.training.masking import Masked, chosen_places, corrupt, masked, question
 from plmsae_cli.training.optimizers import GroupedMuon
 from plmsae_cli.training.packs import Packs
-from plmsae_cli.training.plm_model import TrainedModel, parameter_groups, plm_config, plm_optimizer
+from plmsae_cli.training.plm_model import TrainedModel, parameter_groups, plm_config, plm_optimizer, train_flops
 from plmsae_cli.training.schedules import learning_rate, window
 
 PREFETCH = 4
@@ -182,7 +182,7 @@ class PLMObjective:
     def flops_per_step(self) -> float:
         """What the mathematics of a step needs: the head reads the residues to predict alone."""
         predicted = self._plm.mask_rate if self._plm.objective == "mlm" else 0.5
-        return self.tokens_per_step * self._trained.train_flops(self._packs.mean_context, predicted)
+        return self.tokens_per_step * train_flops(self.config, self._packs.mean_context, predicted)
 
     # State
 

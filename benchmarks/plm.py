@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from record import add, cpu, stamp
+from torch.nn.attention import varlen
 
 from plmsae_cli.config.training import Train
 from plmsae_cli.plm.alphabet import encode, wrap
 from plmsae_cli.runtime.device import peak_flops, training_dtype
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.store.fasta import records
+from plmsae_cli.training import plm_objective
 from plmsae_cli.training.packs import Packs
 from plmsae_cli.training.plm_objective import PLMObjective
 
@@ -97,12 +99,19 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=["muon", "adam"], default="muon")
     parser.add_argument("--attention-soft-cap", type=float)
     parser.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--mode", help="of torch.compile, such as max-autotune-no-cudagraphs")
+    parser.add_argument(
+        "--cudnn", action="store_true", help="attention by cuDNN, by a switch that torch keeps to itself"
+    )
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--learn", type=int, default=0, help="train so many steps first and print losses")
     parser.add_argument("--profile", action="store_true", help="print the longest kernels of three steps")
     parser.add_argument("--results", type=Path, help="file to add the figures to")
     options = parser.parse_args()
+    plm_objective.COMPILE_MODE = options.mode
+    if options.cudnn:
+        varlen._should_use_cudnn = lambda index: True  # type: ignore[assignment]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     packs = training_packs(options.fasta, options.pack_tokens, options.max_length)
     trained = objective(options, packs, device)

@@ -17,6 +17,7 @@ from plmsae_cli.store.manifest import read_manifest, read_parts
 
 if TYPE_CHECKING:
     from plmsae_cli.sae.dictionary import Dictionary
+    from plmsae_cli.store.scan import Scan
 
 TRAIN = "train"
 
@@ -105,15 +106,11 @@ def _owners(experiment: Experiment, model: Dictionary) -> int:
 
 def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, str]:
     """See `training.prediction`."""
-    import torch
-
     from plmsae_cli.training.prediction import forecast
 
     train = experiment.train
     assert train is not None
-    gpus = ranks(experiment) if count_gpus(experiment.launch) else 0
-    present = (torch.cuda.get_device_name(0), gpus) if gpus else None
-    return forecast(model, train, steps, 2 * model.d, present, experiment.price.gpu_hour)
+    return forecast(model, train, steps, 2 * model.d, _present(experiment), experiment.price.gpu_hour)
 
 
 def _outline(train: Train, d: int) -> Dictionary:
@@ -174,12 +171,35 @@ def _plan_plm(lineage: Lineage, train: Train) -> Plan:
         "architecture": plm.architecture,
         "parameters": config.num_parameters,
         **_optimizer_table(train),
+        **(_plm_hours(lineage.experiment, scan, steps * train.batch_tokens) if tasks else {}),
     }
     artifacts = {
         "tokens": artifact(lineage.store, ref, tokens, tokens, {}),
         "run": _run_artifact(lineage, tasks, steps * train.batch_tokens),
     }
     return Plan("train", tasks, artifacts, figures)
+
+
+def _plm_hours(experiment: Experiment, scan: Scan, tokens: int) -> dict[str, str]:
+    """See `training.prediction`."""
+    from plmsae_cli.training.plm_model import plm_config, train_flops
+    from plmsae_cli.training.prediction import forecast_plm
+
+    assert experiment.train is not None
+    plm = experiment.train.plm
+    assert plm is not None
+    lengths = scan.lengths_P.clip(max=plm.max_length).astype(float) + 2
+    context = float((lengths**2).sum() / lengths.sum())
+    flops = train_flops(plm_config(plm), context, plm.mask_rate if plm.objective == "mlm" else 0.5)
+    return forecast_plm(flops, tokens, _present(experiment), experiment.price.gpu_hour)
+
+
+def _present(experiment: Experiment) -> tuple[str, int] | None:
+    """Name and number of the GPUs that a launch uses; None where it uses none."""
+    import torch
+
+    gpus = ranks(experiment) if count_gpus(experiment.launch) else 0
+    return (torch.cuda.get_device_name(0), gpus) if gpus else None
 
 
 def _optimizer_table(train: Train) -> dict[str, str]:
@@ -251,6 +271,7 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
                 "tokens": steps * train.batch_tokens,
                 "steps": steps,
                 "train_seconds": objective.clock.seconds,
+                "parameters": objective.config.num_parameters,
                 "data": lineage.tokens().key,
                 "train": train.science(),
                 "valid": valid_figures,

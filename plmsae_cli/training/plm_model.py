@@ -84,15 +84,13 @@ class TrainedModel:
             return self.model.head(rows_MD)
         return cast(Tensor, self.model.lm_head(rows_MD, self.model.embed_tokens.weight))
 
-    def train_flops(self, context: float, predicted: float) -> float:
-        """Operations a token of forward and backward; see `UNetConfig.train_flops`."""
-        if isinstance(self.config, UNetConfig):
-            return self.config.train_flops(context, predicted)
-        d, layers = self.config.d, self.config.num_layers
-        return (
-            6 * (layers * self.config.block_matrices + predicted * (d * d + self.config.vocab * d))
-            + 12 * layers * d * context
-        )
+
+def train_flops(config: Config, context: float, predicted: float) -> float:
+    """Operations a token of forward and backward; see `UNetConfig.train_flops`."""
+    if isinstance(config, UNetConfig):
+        return config.train_flops(context, predicted)
+    d, layers = config.d, config.num_layers
+    return 6 * (layers * config.block_matrices + predicted * (d * d + config.vocab * d)) + 12 * layers * d * context
 
 
 def role(name: str, ndim: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,26 +80,35 @@ class GroupedMuon(Optimizer):
 
     def update(self, learning_rate: float, divisor: Tensor | None, skip: Tensor) -> None:
         self._adam.update(learning_rate, divisor, skip)
-        mu = self.momentum()
+        # As a tensor: a number would be a constant of what is compiled, and there are many.
+        mu = torch.full((), self.momentum(), device=skip.device)
+        divisor = torch.ones((), device=skip.device) if divisor is None else divisor
         for stack in self._stacks:
-            rows, columns = stack.momentum_NRC.shape[1:]
             m_NRC = stack.momentum_NRC
+            rows, columns = m_NRC.shape[1:]
             gradients = [p.grad for p in stack.parameters]
             assert all(g is not None for g in gradients)
             g_NRC = torch.cat([g.view(-1, rows, columns) for g in gradients if g is not None])
-            if divisor is not None:
-                g_NRC.div_(divisor)
-            # Where the step is skipped, m stays m.
-            g_NRC = torch.where(skip, m_NRC, g_NRC)
-            m_NRC.lerp_(g_NRC, 1 - mu)
-            dtype = self._arithmetic or (torch.bfloat16 if m_NRC.is_cuda else torch.float32)
-            u_NRC = self._orthogonal(g_NRC.lerp_(m_NRC, mu).to(dtype))
+            u_NRC = self._orthogonal(self._mixed(g_NRC, m_NRC, mu, divisor, skip))
             rate = torch.where(skip, 0.0, learning_rate * stack.group.lr_scale)
             u_NRC = u_NRC.float().mul_(-rate * math.sqrt(max(1.0, rows / columns)))
             weights: list[Tensor] = list(stack.parameters)
             if stack.group.weight_decay:
                 torch._foreach_mul_(weights, 1 - rate * stack.group.weight_decay)
             torch._foreach_add_(weights, stack.split(u_NRC))
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Have kernels compiled, where they are: an update that is skipped, and changes nothing."""
+        for stack in self._stacks:
+            m_NRC = stack.momentum_NRC
+            if m_NRC.is_cuda:
+                one, skip = torch.ones((), device=m_NRC.device), torch.ones((), dtype=torch.bool, device=m_NRC.device)
+                self._mixed(torch.zeros_like(m_NRC), m_NRC, one, one, skip)
+
+    def _mixed(self, g_NRC: Tensor, m_NRC: Tensor, mu: Tensor, divisor: Tensor, skip: Tensor) -> Tensor:
+        half, mix = (torch.bfloat16, _compiled_mix()) if m_NRC.is_cuda else (torch.float32, nesterov)
+        return mix(g_NRC, m_NRC, mu, divisor, skip, self._arithmetic or half)
 
     def _orthogonal(self, m_NRC: Tensor) -> Tensor:
         gang = self._gang
@@ -111,6 +122,19 @@ class GroupedMuon(Optimizer):
         whole_NRC = m_NRC.new_empty(share * gang.world, *m_NRC.shape[1:])
         gang.gather_rows_later(own_NRC, whole_NRC).wait()
         return whole_NRC[: len(m_NRC)]
+
+
+def nesterov(g_NRC: Tensor, m_NRC: Tensor, mu: Tensor, divisor: Tensor, skip: Tensor, dtype: torch.dtype) -> Tensor:
+    """m <- mu m + (1 - mu) g in place; returns (1 - mu) g + mu m. Where the step is skipped, m stays m."""
+    g_NRC = torch.where(skip, m_NRC, g_NRC / divisor)
+    m_NRC.add_((g_NRC - m_NRC) * (1 - mu))
+    return torch.lerp(g_NRC, m_NRC, mu).to(dtype)
+
+
+@cache
+def _compiled_mix() -> Any:
+    """`nesterov` in one pass over memory."""
+    return torch.compile(nesterov, dynamic=False)
 
 
 def orthogonalised(m_NRC: Tensor) -> Tensor:

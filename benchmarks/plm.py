@@ -1,6 +1,7 @@
 """One training step of a protein language model, the optimiser included: tokens a second, MFU, memory, shares of the time.
 
     python benchmarks/plm.py proteins.fasta.gz [--steps 30] [--results benchmarks/results.jsonl]
+    torchrun --nproc-per-node 2 benchmarks/plm.py proteins.fasta.gz                      # the same micro-batches on each GPU
     python benchmarks/plm.py proteins.fasta.gz --layers 2 --hidden 64 --heads 2 --pack-tokens 2048 --steps 3   # on a CPU
 
 The model of the speed runs by default: 24 layers of 768, 133,065,357 parameters, packs of 65,536 tokens. The proteins are
@@ -11,6 +12,7 @@ timed steps; shares are medians of CUDA events over further steps. `--learn N` t
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -26,7 +28,7 @@ from torch.nn.attention import varlen
 from plmsae_cli.config.training import Train
 from plmsae_cli.plm.alphabet import encode, wrap
 from plmsae_cli.runtime.device import peak_flops, training_dtype
-from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.runtime.dist import Gang, gang
 from plmsae_cli.store.fasta import records
 from plmsae_cli.training import plm_objective
 from plmsae_cli.training.packs import Packs
@@ -41,7 +43,7 @@ def training_packs(fasta: Path, pack_tokens: int, max_length: int) -> Packs:
     return Packs([np.concatenate(documents)], pack_tokens, max_length + 2, seed=0)
 
 
-def objective(options: argparse.Namespace, packs: Packs, device: torch.device) -> PLMObjective:
+def objective(options: argparse.Namespace, packs: Packs, device: torch.device, ranks: Gang) -> PLMObjective:
     plm: dict[str, Any] = {
         "architecture": options.architecture, "fasta": str(options.fasta), "num_layers": options.layers,
         "hidden_size": options.hidden, "num_attention_heads": options.heads, "max_length": options.max_length,
@@ -50,13 +52,14 @@ def objective(options: argparse.Namespace, packs: Packs, device: torch.device) -
     if options.architecture == "unet":
         plm |= {"attention_soft_cap": options.attention_soft_cap}
     train = {
-        "kind": "plm", "plm": plm, "batch_tokens": options.pack_tokens * options.packs, "optimizer": options.optimizer,
-        "betas": [0.8, 0.95], "eps": 1e-8, "grad_clip": None, "lr_warmup_steps": 0, "compute": options.compute,
+        "kind": "plm", "plm": plm, "batch_tokens": options.pack_tokens * options.packs * ranks.world,
+        "optimizer": options.optimizer, "betas": [0.8, 0.95], "eps": 1e-8, "grad_clip": None, "lr_warmup_steps": 0,
+        "compute": options.compute,
     }  # fmt: skip
     parsed = Train.model_validate(train)
     compute = training_dtype(options.compute, device)
     total = max(options.learn, options.warm) + options.steps + 16
-    return PLMObjective(parsed, packs, {}, total, Gang(), device, compute)
+    return PLMObjective(parsed, packs, {}, total, ranks, device, compute)
 
 
 def wait(device: torch.device) -> None:
@@ -86,6 +89,11 @@ def parts(trained: PLMObjective, step: int, device: torch.device) -> list[float]
 
 
 def main() -> None:
+    with gang() as ranks:
+        measure(ranks)
+
+
+def measure(ranks: Gang) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fasta", type=Path)
     parser.add_argument("--architecture", choices=["unet", "esm2"], default="unet")
@@ -112,9 +120,11 @@ def main() -> None:
     plm_objective.COMPILE_MODE = options.mode
     if options.cudnn:
         varlen._should_use_cudnn = lambda index: True  # type: ignore[assignment]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     packs = training_packs(options.fasta, options.pack_tokens, options.max_length)
-    trained = objective(options, packs, device)
+    trained = objective(options, packs, device, ranks)
+    if not ranks.first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     print(
         f"{trained.config.num_parameters:,} parameters, {packs.num_tokens:,} tokens of {packs.num_documents:,} proteins"
     )
@@ -138,7 +148,7 @@ def main() -> None:
     waited = (trained.rates(0)["loader_wait"] - waited) / options.steps / seconds
     pace = trained.tokens_per_step / seconds
     peak = peak_flops(device, trained.compute)
-    reached = trained.flops_per_step() / seconds
+    reached = trained.flops_per_step() / seconds / ranks.world
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     shares = [
         statistics.median(each) for each in zip(*(parts(trained, step + i, device) for i in range(5)), strict=True)
@@ -157,16 +167,18 @@ def main() -> None:
             wait(device)
         by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=by, row_limit=45, max_name_column_width=90))
-    if options.results:
+    if options.results and ranks.first:
         name = torch.cuda.get_device_name() if device.type == "cuda" else cpu(torch.get_num_threads())
         command = " ".join(["python benchmarks/plm.py", *sys.argv[1:]])
         note = (
-            f"{trained.config.num_parameters:,} parameters, {options.pack_tokens} tokens x {options.packs}, "
-            f"{options.optimizer}, {options.objective}, {1e3 * seconds:.2f} ms{mfu}, {memory:.1f} GiB; "
+            f"{trained.config.num_parameters:,} parameters, {ranks.world} GPU(s), "
+            f"{options.pack_tokens} tokens x {options.packs} a GPU, {options.optimizer}, {options.objective}, "
+            f"{1e3 * seconds:.2f} ms{mfu}, {memory:.1f} GiB; "
             + ", ".join(f"{part} {ms:.1f} ms" for part, ms in zip(PARTS, shares, strict=True))
         )
-        label = f"plm-step/{options.architecture}-{options.layers}x{options.hidden}"
-        line = {"name": label, "who": "plmsae", "value": round(pace), "unit": "tokens/s", "note": note}
+        label = f"plm/{trained.config.num_parameters / 1e6:.0f}M"
+        who = "plmsae" if ranks.world == 1 else f"plmsae, {ranks.world} GPUs"
+        line = {"name": label, "who": who, "value": round(pace), "unit": "tokens/s", "note": note}
         add(options.results, [{**line, **stamp("plm-step", name, command)}])
 
 

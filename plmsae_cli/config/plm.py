@@ -47,7 +47,7 @@ class PLM(Section):
     soft_logit_cap: Annotated[Annotated[float, Field(gt=0.0)], ADDED] = 32.0
     """`unet`: logits are cap tanh(z / cap)."""
     attention_soft_cap: Annotated[Positive | None, ADDED] = None
-    """`unet`: scores of attention are cap tanh(s / cap); slower, since no flash kernel does it. Null: as they are."""
+    """`unet`: scores of attention are cap tanh(s / cap). Null: as they are."""
     tie_embeddings: Annotated[bool, ADDED] = False
     """`unet`: the output weight is the embedding's."""
     unet: Annotated[bool, ADDED] = True

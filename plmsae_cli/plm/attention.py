@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, cast
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-Backend = Literal["varlen", "sdpa"]
+Backend = Literal["tiles", "varlen", "sdpa"]
 _WINDOWS = "window_size" in inspect.signature(varlen_attn).parameters
 """Older releases of torch have no windows in the variable-length kernel."""
 
@@ -32,7 +33,17 @@ class Documents(NamedTuple):
     """No document is longer. A compiled model wants it constant from pack to pack."""
     lengths: tuple[int, ...] | None = None
     """Tokens of each document on the host, so that the loop need not ask the device. A compiled model on the
-    variable-length kernel leaves it out: it is not read there, and would be a new constant in each pack."""
+    GPU leaves it out: it is not read there, and would be a new constant in each pack."""
+    tiles: Tensor | None = None
+    """What `flash.tile_table` makes of `cu_seqlens`, where it is known: once a pack instead of once a layer."""
+
+    def tiled(self, num_tokens: int) -> Documents:
+        """With `tiles`, where attention's own kernels are."""
+        if self.tiles is not None or not _kernels(self.cu_seqlens.device.type, self.cu_seqlens.device.index):
+            return self
+        from plmsae_cli.plm.flash import tile_table
+
+        return self._replace(tiles=tile_table(self.cu_seqlens, num_tokens))
 
     def locate(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """(document of each token [T], position of each token in its document [T]), int64, on the device."""
@@ -54,16 +65,25 @@ def _varlen_capable(device_index: int | None) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kernels(device_type: str, device_index: int | None) -> bool:
+    """Whether our own kernels run there."""
+    return device_type == "cuda" and _varlen_capable(device_index) and find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _backend_name(device_type: str, device_index: int | None, half: bool, head_dim: int) -> str:
     if device_type != "cuda" or not half or head_dim % 8 or head_dim > 256:
         return "sdpa"
+    if head_dim in (16, 32, 64, 128) and _kernels(device_type, device_index):
+        return "tiles"
     return "varlen" if _varlen_capable(device_index) else "sdpa"
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> Backend:
-    """The kernel that `attention` uses: `varlen` on CUDA from sm80 in fp16 or bf16, `sdpa` everywhere else.
+    """The kernels that `attention` uses on a device.
 
-    The flash kernel behind `varlen` also needs a head width that is a multiple of 8 and at most 256.
+    On CUDA from sm80 on, in fp16 or bf16: `tiles`, our own, for heads 16, 32, 64 or 128 wide, where triton is installed;
+    `varlen`, torch's, for other multiples of 8 up to 256. `sdpa`, document by document, everywhere else.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     return cast(Backend, _backend_name(device.type, device.index, half, head_dim))
@@ -76,6 +96,7 @@ def attention(
     cu_seqlens: Tensor,
     max_len: int,
     lengths: Sequence[int] | None = None,
+    tiles: Tensor | None = None,
     *,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -89,6 +110,11 @@ def attention(
     if window is not None and window >= max_len:
         window = None
     backend = attention_backend(q.device, q.dtype, q.shape[-1])
+    if backend == "tiles":
+        from plmsae_cli.plm.flash import packed_attention, tile_table
+
+        tiles = tile_table(cu_seqlens, len(q)) if tiles is None else tiles
+        return cast(Tensor, packed_attention(q, k, v, tiles, window or 0, soft_cap or 0.0)[0])
     if soft_cap is not None and q.is_cuda:
         return _flexible(q, k, v, cu_seqlens, window, soft_cap)
     if backend == "varlen" and soft_cap is None and (window is None or _WINDOWS):

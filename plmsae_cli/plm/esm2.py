@@ -172,6 +172,7 @@ class ESM2(nn.Module):
         if not layers and not logits:
             raise ValueError("nothing asked for: name layers, or set logits=True")
 
+        documents = documents.tiled(tokens_T.shape[0])
         document_T, position_T = documents.locate(tokens_T.shape[0])
         if rope is None:
             rope = self.rotary(position_T)

@@ -166,6 +166,7 @@ class UNet(nn.Module):
         wanted = frozenset(layers)
         hidden: dict[int, Tensor] = {}
         last = num_layers if logits else max(layers)
+        documents = documents.tiled(tokens_T.shape[0])
         rope = self.rotary(documents.locate(tokens_T.shape[0])[1])
         x_TD = self._run(tokens_T, documents, rope, last, window, wanted, splice, hidden)
         return ESM2Output(hidden, self.head(x_TD) if logits else None)

@@ -134,9 +134,10 @@ class PLMObjective:
 
     def _score(self, pack: Masked, near: int | None) -> tuple[Tensor, Tensor]:
         """(weighted sum of cross-entropies in nats, number of correct predictions) over the chosen residues."""
-        rope = self._trained.rope(len(pack.inputs_T), pack.documents)
+        documents = pack.documents.tiled(len(pack.inputs_T))
+        rope = self._trained.rope(len(pack.inputs_T), documents)
         with self._trained.arithmetic():
-            x_TD = self._trunk(pack.inputs_T, pack.documents, rope, near)
+            x_TD = self._trunk(pack.inputs_T, documents, rope, near)
             found: tuple[Tensor, Tensor] = self._predict(taken(x_TD, pack.places_M), pack.targets_M, pack.weights_M)
         return found
 

@@ -120,18 +120,16 @@ def disk_rate(folder: Path, size: int) -> float:
 
 @contextmanager
 def attention_by(choice: str) -> Iterator[None]:
-    """With `cudnn`, torch's own switch inside `varlen_attn` is turned to cuDNN."""
-    from torch.nn.attention import varlen
+    """`tiles`: our kernels; `flash`: torch's variable-length attention instead."""
+    from plmsae_cli.plm import attention
 
+    before = attention._backend_name
     if choice == "flash":
-        yield
-        return
-    before = varlen._should_use_cudnn
-    varlen._should_use_cudnn = lambda device_index: True  # type: ignore[assignment]
+        attention._backend_name = lambda *_: "varlen"
     try:
         yield
     finally:
-        varlen._should_use_cudnn = before
+        attention._backend_name = before
 
 
 def forward_alone(
@@ -319,7 +317,7 @@ def bench_model(bench: Bench, name: str, folder: Path) -> None:
     ]
     for kernel, mode, budget in tried:
         free()
-        who = f"plmsae forward alone, {mode} {budget // 1024}k" + (" cudnn" if kernel == "cudnn" else "")
+        who = f"plmsae forward alone, {mode} {budget // 1024}k" + (" torch's attention" if kernel == "flash" else "")
         try:
             with attention_by(kernel):
                 found, work, padding, note = forward_alone(
@@ -362,7 +360,7 @@ def main() -> int:
         help="default, any-length (both by default: kernels for one shape, and as the stage uses them), eager, "
         "max-autotune-no-cudagraphs, graph (the pass as one CUDA graph)",
     )
-    parser.add_argument("--attention", nargs="+", choices=("flash", "cudnn"), default=["flash"])
+    parser.add_argument("--attention", nargs="+", choices=("tiles", "flash"), default=["tiles"])
     parser.add_argument("--skip-peers", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement of the forward pass")

@@ -56,6 +56,11 @@ class ESM2Config:
         return self.d // self.num_heads
 
     @property
+    def block_matrices(self) -> int:
+        """Weights in the products of a block."""
+        return 12 * self.d**2
+
+    @property
     def num_parameters(self) -> int:
         """Trained numbers, the language-model head included (its output weight is the embedding's)."""
         d = self.d
@@ -149,13 +154,15 @@ class ESM2(nn.Module):
         layers: Sequence[int] = (),
         splice: Mapping[int, Splice] | None = None,
         logits: bool = False,
+        rope: Tables | None = None,
     ) -> ESM2Output:
         """Read layers, and optionally the logits, of a pack.
 
         `tokens_T` holds integers of any type, `documents` says where each sequence lies. `splice[k]` maps
         layer k [T, D] to what the layers above see in its place (it must not write into its argument). Only
         the blocks below the last layer wanted are run, unless the logits are asked for. Raises ValueError for
-        a layer the model does not have, and if nothing is asked for.
+        a layer the model does not have, and if nothing is asked for. `rope`: the tokens' rotary tables, where they are
+        known.
         """
         num_layers = self.config.num_layers
         splice = splice or {}
@@ -165,8 +172,10 @@ class ESM2(nn.Module):
         if not layers and not logits:
             raise ValueError("nothing asked for: name layers, or set logits=True")
 
+        documents = documents.tiled(tokens_T.shape[0])
         document_T, position_T = documents.locate(tokens_T.shape[0])
-        rope = self.rotary(position_T)
+        if rope is None:
+            rope = self.rotary(position_T)
         x_TD = self.embed(tokens_T.long(), documents, document_T)
         hidden: dict[int, Tensor] = {}
         for k in range((num_layers if logits else max(layers)) + 1):

@@ -134,6 +134,7 @@ class Reader:
             raise ValueError(f"layers {list(wanted)} asked of a model that has layers 0 to {num_layers}")
         steps = self._steps(mode) if compiled else _EAGER
         flexible = compiled and any_length
+        documents = documents.tiled(tokens_T.shape[0])
         document_T, position_T = documents.locate(tokens_T.shape[0])
         x_TD = self.model.embed(tokens_T.long(), documents, document_T)
         if 0 in wanted:

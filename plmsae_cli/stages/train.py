@@ -17,6 +17,7 @@ from plmsae_cli.store.manifest import read_manifest, read_parts
 
 if TYPE_CHECKING:
     from plmsae_cli.sae.dictionary import Dictionary
+    from plmsae_cli.store.scan import Scan
 
 TRAIN = "train"
 
@@ -105,15 +106,11 @@ def _owners(experiment: Experiment, model: Dictionary) -> int:
 
 def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, str]:
     """See `training.prediction`."""
-    import torch
-
     from plmsae_cli.training.prediction import forecast
 
     train = experiment.train
     assert train is not None
-    gpus = ranks(experiment) if count_gpus(experiment.launch) else 0
-    present = (torch.cuda.get_device_name(0), gpus) if gpus else None
-    return forecast(model, train, steps, 2 * model.d, present, experiment.price.gpu_hour)
+    return forecast(model, train, steps, 2 * model.d, _present(experiment), experiment.price.gpu_hour)
 
 
 def _outline(train: Train, d: int) -> Dictionary:
@@ -136,12 +133,19 @@ def _outline(train: Train, d: int) -> Dictionary:
 
 
 def _plan_plm(lineage: Lineage, train: Train) -> Plan:
-    from plmsae_cli.plm.esm2 import ESM2Config
     from plmsae_cli.stages.tokens import scanned, sources
+    from plmsae_cli.training.plm_model import plm_config
 
     plm = train.plm
     assert plm is not None
     sources(plm)  # refuses names before anything runs
+    config = plm_config(plm)
+    most = None if plm.speedrun is None else plm.speedrun.max_parameters
+    if most is not None and config.num_parameters > most:
+        raise UserError(
+            f"train.plm.speedrun.max_parameters is {most:,}, the model has {config.num_parameters:,} parameters",
+            "lower train.plm.num_layers or hidden_size, or leave the race",
+        )
     gang = ranks(lineage.experiment)
     if (train.batch_tokens // plm.pack_tokens) % gang:
         raise UserError(
@@ -155,7 +159,6 @@ def _plan_plm(lineage: Lineage, train: Train) -> Plan:
     make = Task("tokens", "train", (ref.folder,), cost=float(scan.num_proteins) / 1e3)
     finish = finish_task("train", [ref], [make], {"tokens": tokens, "proteins": scan.num_proteins})
     tasks = remaining(lineage.store, [make, finish, _run_task(lineage, (FINISH,), steps)])
-    config = ESM2Config(plm.num_layers, plm.hidden_size, plm.num_attention_heads)
     figures = {
         "proteins": scan.num_proteins,
         "heldout_proteins": int(scan.heldout_P.sum()),
@@ -165,13 +168,50 @@ def _plan_plm(lineage: Lineage, train: Train) -> Plan:
         "epochs": round(steps * train.batch_tokens / tokens, 3),
         "ranks": gang,
         "packs_per_step": train.batch_tokens // plm.pack_tokens,
+        "architecture": plm.architecture,
         "parameters": config.num_parameters,
+        **_optimizer_table(train),
+        **(_plm_hours(lineage.experiment, scan, steps * train.batch_tokens) if tasks else {}),
     }
     artifacts = {
         "tokens": artifact(lineage.store, ref, tokens, tokens, {}),
         "run": _run_artifact(lineage, tasks, steps * train.batch_tokens),
     }
     return Plan("train", tasks, artifacts, figures)
+
+
+def _plm_hours(experiment: Experiment, scan: Scan, tokens: int) -> dict[str, str]:
+    """See `training.prediction`."""
+    from plmsae_cli.training.plm_model import plm_config, train_flops
+    from plmsae_cli.training.prediction import forecast_plm
+
+    assert experiment.train is not None
+    plm = experiment.train.plm
+    assert plm is not None
+    lengths = scan.lengths_P.clip(max=plm.max_length).astype(float) + 2
+    context = float((lengths**2).sum() / lengths.sum())
+    flops = train_flops(plm_config(plm), context, plm.mask_rate if plm.objective == "mlm" else 0.5)
+    return forecast_plm(flops, tokens, _present(experiment), experiment.price.gpu_hour)
+
+
+def _present(experiment: Experiment) -> tuple[str, int] | None:
+    """Name and number of the GPUs that a launch uses; None where it uses none."""
+    import torch
+
+    gpus = ranks(experiment) if count_gpus(experiment.launch) else 0
+    return (torch.cuda.get_device_name(0), gpus) if gpus else None
+
+
+def _optimizer_table(train: Train) -> dict[str, str]:
+    import torch
+
+    from plmsae_cli.runtime.models import build_model
+    from plmsae_cli.training.plm_model import optimizer_table, parameter_groups, plm_config
+
+    assert train.plm is not None
+    with torch.device("meta"):
+        model = build_model(plm_config(train.plm))
+    return optimizer_table(parameter_groups(model, train), train)
 
 
 def work(task: Task, context: Context) -> Mapping[str, Result]:
@@ -221,18 +261,22 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
         def lost(training: Training, error: Diverged) -> None:
             raise error
 
-        fit([Training(objective, steps, context.experiment, run, ranks_)], ranks_, context.progress, lost)
-        valid_figures = objective.validate(steps)
+        training = Training(objective, steps, context.experiment, run, ranks_)
+        fit([training], ranks_, context.progress, lost)
+        steps = training.total_steps
+        valid_figures = objective.score(steps)
         files = []
         if ranks_.first:
             facts: dict[str, Any] = {
                 "tokens": steps * train.batch_tokens,
                 "steps": steps,
+                "train_seconds": objective.clock.seconds,
+                "parameters": objective.config.num_parameters,
                 "data": lineage.tokens().key,
                 "train": train.science(),
                 "valid": valid_figures,
                 "unigram_entropy": tokens.unigram_entropy(manifest["residue_counts"]),
             }
-            state = {k: v.detach().cpu() for k, v in objective.model.state_dict().items()}
+            state = {k: v.detach().cpu() for k, v in objective.released().items()}
             files = save_model(context.store, join(task.folders[0], "plm"), state, asdict(objective.config), facts)
     return {task.folders[0]: Result(files, {"steps": steps, "valid": valid_figures})}

@@ -6,6 +6,7 @@ cut. Pack g of the run is the same for any number of ranks; the only state is th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,9 @@ from plmsae_cli.store.tokens import document_offsets
 
 SHORTEST = 32
 """Mean tokens a document that a pack has room for: a pack of T tokens lists at most T / 32 documents."""
+ROOM = 1.5
+"""And at most so many times as many as are to be expected in it."""
+_SPARE_DOCUMENTS = 64
 
 
 class Packs:
@@ -28,12 +32,17 @@ class Packs:
         """`seed` None keeps the documents in their own order: validation."""
         self._shards = shards
         self._pack_tokens, self._max_len, self._seed = pack_tokens, max_len, seed
-        self._num_documents = max(1, pack_tokens // SHORTEST)
         offsets = [document_offsets(shard) for shard in shards]
         self._shard_S = np.concatenate([np.full(len(o) - 1, i, dtype=np.int32) for i, o in enumerate(offsets)])
         self._start_S = np.concatenate([o[:-1] for o in offsets])
         self._length_S = np.concatenate([np.diff(o) for o in offsets]).astype(np.int64)
         assert 0 < self._length_S.max(initial=0) <= max_len <= pack_tokens
+        # Attention kernels visit each place for a document, used or not.
+        expected = ROOM * pack_tokens / max(1.0, self._length_S.mean())
+        self._num_documents = max(1, min(pack_tokens // SHORTEST, math.ceil(expected)))
+        # Attention's kernel looks at every place in the list, filled or not: room for the usual number and a quarter.
+        usual = pack_tokens / max(1.0, float(self._length_S.mean())) if len(self._length_S) else 0.0
+        self._num_documents = min(self._num_documents, int(1.25 * usual) + _SPARE_DOCUMENTS)
         self._epochs: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         self._first: list[int] = [0]
 

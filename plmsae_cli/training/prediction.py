@@ -1,8 +1,8 @@
-"""How long a fused step will take on a GPU, from its data sheet: for `--dry-run`, before anything is rented.
+"""How long training will take on a GPU, from its data sheet: for `--dry-run`, before anything is rented.
 
-A sum over the parts of the step: products at 80 % of the peak, passes over memory at 83 % of its rate, rows that many
-tokens share at the rates the caches gave them. Beside measured steps of four shapes on an H100 and three on an H200
-(`benchmarks/README.md`, sae-step) it is off by 3 % at most, beside three on two H200 by 6 %.
+Of a dictionary's fused step: a sum over its parts: products at 80 % of the peak, passes over memory at 83 % of its rate,
+rows that many tokens share at the rates the caches gave them. Beside measured steps of four shapes on an H100 and three on an
+H200 (`benchmarks/README.md`, sae-step) it is off by 3 % at most, beside three on two H200 by 6 %.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ SCATTERED, GATHERED = 4.7e-3, 8.7e-3
 """Bytes an operation of the peak at which rows are read for the residuals and the gradients: most come from the L2 cache,
 whose rate goes with the number of cores."""
 OVERHEAD_S = 120e-6
+PLM_SHARE = 0.4
+"""Of the peak that a language model's step is assumed to reach."""
 LINKED, UNLINKED = 300e9, 20e9
 """Bytes a second that a collective moves past each GPU, over NVLink and over PCIe."""
 
@@ -100,6 +102,24 @@ def forecast(
         "predicted": ", ".join(said),
         "predicted_from": f"data sheets and measured steps, where blocks come at up to {speed:.2g} GB/s; initialisation, "
         "checkpoints and export apart",
+    }
+
+
+def forecast_plm(flops: float, tokens: int, present: tuple[str, int] | None, gpu_hour: float | None) -> dict[str, str]:
+    """The same of a language model that needs `flops` a token: operations over an assumed share of the peak."""
+    name, number = present or ("NVIDIA H100", 1)
+    gpu = known_gpu(name)
+    if gpu is None or gpu.tflops_bfloat16 is None:
+        return {}
+    said = []
+    for gpus in sorted({1, number, 8}):
+        seconds = flops * tokens / (PLM_SHARE * gpu.tflops_bfloat16 * 1e12 * gpus)
+        cost = "" if gpu_hour is None else f" (${seconds / 3600 * gpus * gpu_hour:,.2f})"
+        said.append(f"{_time(seconds)} on {gpus} x {name}{cost}")
+    return {
+        "predicted": ", ".join(said),
+        "predicted_from": f"{flops / 1e9:.3g} GFLOP a token at {PLM_SHARE:.0%} of the data sheet's peak, assumed; compiling, "
+        "validation and checkpoints apart",
     }
 
 

@@ -29,6 +29,11 @@ KINDS = [
     "architecture: jumprelu, penalty: tanh", "architecture: relu_l1", "architecture: switch",
 ]  # fmt: skip
 PLM = "train: {kind: plm, plm: {fasta: x.fasta, pack_tokens: 2048}}\n"
+OF_A_UNET = [
+    "architecture: unet, p_attention: true, starting_mask_rate: 0.1",
+    "architecture: unet, objective: masked_diffusion",
+    "speedrun: {target_loss: 2.1}",
+]
 SAMPLES: dict[Any, list[Any]] = {
     bool: [True, False], int: [2, 4096, 3, 24], float: [0.25, 3.5], str: ["some text"],
 }  # fmt: skip
@@ -80,6 +85,9 @@ def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
         bodies = [f"{SAE}price: {{gpu_hour: 2.5}}\n"]
     if path == "train.cache_limit":
         bodies = [SAE.replace("train: {", "train: {cache: there, ")]
+    if path.startswith("train.plm."):
+        bodies += [PLM.replace("fasta:", f"{more}, fasta:") for more in OF_A_UNET]
+        bodies += [body.replace("kind: plm", "kind: plm, optimizer: muon") for body in bodies]
     if path.startswith("train.sae."):
         bodies += [SAE.replace("architecture: matryoshka_topk", kind) for kind in KINDS]
     accepted = 0

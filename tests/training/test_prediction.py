@@ -13,7 +13,7 @@ from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.device import known_gpu
 from plmsae_cli.sae.jumprelu import JumpReLU
 from plmsae_cli.sae.topk import TopK
-from plmsae_cli.training.prediction import StepShape, forecast, step_seconds
+from plmsae_cli.training.prediction import PLM_SHARE, StepShape, forecast, forecast_plm, step_seconds
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results.jsonl"
 NOTE = re.compile(r"B ([\d,]+), d (\d+), n (\d+), k (\d+); ([\d.]+) ms a step in a row")
@@ -67,3 +67,13 @@ def test_the_forecast_says_hours_and_dollars() -> None:
     assert forecast(TopK(64, 128, 4), options, 10, 128, ("Unknown card", 1), None) == {}
     jump = Train(sae=SAE(architecture="jumprelu", num_latents=128, target_l0=4))
     assert forecast(JumpReLU(64, 128), jump, 10, 128, None, None) == {}
+
+
+def test_a_language_models_time_is_its_operations_over_a_share_of_the_peak() -> None:
+    found = forecast_plm(1e9, 10**10, ("NVIDIA H100 80GB HBM3", 2), 3.0)
+    seconds = 1e19 / (PLM_SHARE * 989.4e12)
+    assert f"{seconds / 3600:.1f} h on 1 x" in found["predicted"]
+    assert f"(${seconds / 3600 * 3:,.2f})" in found["predicted"], "as many GPU hours cost as much"
+    assert "on 2 x" in found["predicted"]
+    assert "on 8 x" in found["predicted"]
+    assert forecast_plm(1e9, 10**10, ("Some GPU", 1), None) == {}

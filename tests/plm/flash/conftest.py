@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    _spec = importlib.util.spec_from_file_location(
+        "interpreter", Path(__file__).parents[2] / "sae" / "fused" / "interpreter.py"
+    )
+    assert _spec is not None
+    assert _spec.loader is not None
+    _interpreter = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_interpreter)
+    _interpreter.correct()

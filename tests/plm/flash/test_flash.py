@@ -1,0 +1,88 @@
+"""The kernels against attention written out document by document in float64; on a CPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from plmsae_cli.plm.attention import Documents, _attention_by_document
+from plmsae_cli.plm.flash import TILE, packed_attention, tile_table
+
+LENGTHS = (5, 130, 0, 64, 1, 200)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def packed(lengths: tuple[int, ...], empty: int = 2) -> Tensor:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return torch.tensor([0, *ends, *[sum(lengths)] * empty], dtype=torch.int32, device=DEVICE)
+
+
+def test_tiles_cover_every_row_once_and_the_longest_documents_come_first() -> None:
+    table = tile_table(packed(LENGTHS), sum(LENGTHS)).tolist()
+    rows = [row for first, _, end in table for row in range(first, min(first + TILE, end))]
+    assert sorted(rows) == list(range(sum(LENGTHS)))
+    assert all(first >= begin for first, begin, end in table if end)
+    lengths = [end - begin for _, begin, end in table]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(table) == sum(LENGTHS) // TILE + len(LENGTHS) + 2
+
+
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 0.0), (150, 2.0)])
+def test_kernels_are_attention_and_its_gradients(window: int, cap: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(LENGTHS), 3, 2, 16, generator=generator).to(DEVICE)
+    weights = torch.randn(sum(LENGTHS), 2, 16, generator=generator).to(DEVICE)
+    inputs = [x.detach().requires_grad_() for x in qkv.unbind(1)]  # views with gaps, as one product for the three gives
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    tiles = tile_table(packed(LENGTHS), sum(LENGTHS))
+    found = packed_attention(*inputs, tiles, window, cap)[0]
+    expected = _attention_by_document(*exact, LENGTHS, window or None, cap or None)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    ours = torch.autograd.grad((found * weights).sum(), inputs)
+    theirs = torch.autograd.grad((expected * weights.double()).sum(), exact)
+    for mine, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-3, atol=1e-5)
+
+
+def test_documents_make_their_tiles_once() -> None:
+    documents = Documents(packed(LENGTHS), max(LENGTHS))
+    assert documents.tiled(sum(LENGTHS)).tiles is None or DEVICE.type == "cuda"
+    known = documents._replace(tiles=torch.zeros(1, 3))
+    assert known.tiled(7) is known
+
+
+PROGRAM = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from plmsae_cli.plm import flash
+
+capability = int(sys.argv[1])
+KINDS = {"q k v out grad grad_q grad_k grad_v": "*bf16", "lse delta": "*fp32", "tiles": "*i32", "scale cap": "fp32"}
+keys = flash._backward_keys
+for kernel, shapes in ((flash._forward, flash._FORWARD), (flash._backward_queries, flash._QUERIES), (keys, flash._KEYS)):
+    for width, (block, warps, stages) in (*shapes.items(), (32, flash._LEAN)):
+        inner = {"M": block, "N": flash.TILE} if kernel is keys else {"M": flash.TILE, "N": block}
+        fixed = {"DH": width, "WINDOW": True, "CAPPED": width == 128, **inner}
+        kinds = {n: next((kind for names, kind in KINDS.items() if n in names.split()), "i32") for n in kernel.arg_names}
+        kinds |= dict.fromkeys(fixed, "constexpr")
+        source = ASTSource(kernel, kinds, {(kernel.arg_names.index(n),): value for n, value in fixed.items()})
+        options = {"num_warps": warps, "num_stages": stages}
+        made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        most = flash._SHARED_BYTES if width == 128 else 99 << 10  # what GPUs for desks have
+        assert made.metadata.shared <= most, (kernel.__name__, width, made.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_within_the_shared_memory_of_gpus(capability: int) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -137,11 +137,11 @@ def _outline(train: Train, d: int) -> Dictionary:
 
 def _plan_plm(lineage: Lineage, train: Train) -> Plan:
     from plmsae_cli.plm.esm2 import ESM2Config
-    from plmsae_cli.stages.tokens import scanned, sources
+    from plmsae_cli.stages import tokens as tokens_of
 
     plm = train.plm
     assert plm is not None
-    sources(plm)  # refuses names before anything runs
+    tokens_of.sources(plm)  # refuses names before anything runs
     gang = ranks(lineage.experiment)
     if (train.batch_tokens // plm.pack_tokens) % gang:
         raise UserError(
@@ -149,17 +149,15 @@ def _plan_plm(lineage: Lineage, train: Train) -> Plan:
             f"make it a multiple of {gang * plm.pack_tokens} (plm.pack_tokens x ranks)",
         )
     ref = lineage.tokens()
-    scan = scanned(lineage, plm.fasta)
-    tokens = int((scan.lengths_P[~scan.heldout_P] + 2).sum())
+    proteins = tokens_of.figures(lineage)
+    tokens = proteins["tokens_per_epoch"]
     steps = max(1, (train.tokens or tokens) // train.batch_tokens)
-    make = Task("tokens", "train", (ref.folder,), cost=float(scan.num_proteins) / 1e3)
-    finish = finish_task("train", [ref], [make], {"tokens": tokens, "proteins": scan.num_proteins})
+    make = Task("tokens", "train", (ref.folder,), cost=tokens / 1e6)
+    finish = finish_task("train", [ref], [make], {"tokens": tokens, "proteins": proteins["proteins"]})
     tasks = remaining(lineage.store, [make, finish, _run_task(lineage, (FINISH,), steps)])
     config = ESM2Config(plm.num_layers, plm.hidden_size, plm.num_attention_heads)
     figures = {
-        "proteins": scan.num_proteins,
-        "heldout_proteins": int(scan.heldout_P.sum()),
-        "tokens_per_epoch": tokens,
+        **proteins,
         "steps": steps,
         "tokens": steps * train.batch_tokens,
         "epochs": round(steps * train.batch_tokens / tokens, 3),
@@ -181,9 +179,8 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
         return tokens.write(task, context)
     if task.id == FINISH:
         (folder,) = task.folders
-        counts = read_parts(context.store, folder)["tokens"].facts["residue_counts"]
-        facts = {k: task.args[k] for k in ("tokens", "proteins")}
-        return {folder: manifest_facts(task, folder, {**facts, "residue_counts": counts})}
+        planned = {k: task.args[k] for k in ("tokens", "proteins")}
+        return {folder: manifest_facts(task, folder, planned | read_parts(context.store, folder)["tokens"].facts)}
     train = context.experiment.train
     assert train is not None
     if train.kind == "plm":
@@ -207,10 +204,15 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
     assert plm is not None
     lineage = Lineage(context.experiment, context.store)
     manifest = require_manifest(context.store, lineage.tokens().folder)
-    shards = tokens.read(context.store, lineage.tokens().folder, manifest)
-    longest = plm.max_length + 2
-    packs = Packs(shards.pop("train"), plm.pack_tokens, longest, train.seed)
-    valid = {name: Packs(arrays, plm.pack_tokens, longest, None) for name, arrays in shards.items() if len(arrays[0])}
+    sets = tokens.read(context.store, lineage.tokens().folder, manifest, plm)
+    size, longest = plm.pack_tokens, plm.max_length + 2
+    own = sets.pop("train")
+    packs = Packs(own.shards, size, longest, train.seed, own.documents)
+    valid = {
+        name: Packs(each.shards, size, longest, None, each.documents)
+        for name, each in sets.items()
+        if len(each.documents.length_P)
+    }
     steps = max(1, (train.tokens or packs.num_tokens) // train.batch_tokens)
     run = RunFolder(task.folders[0])
     with gang() as ranks_:

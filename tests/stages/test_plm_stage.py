@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import verify
 from plmsae_cli.store.proteins import read_proteins
-from plmsae_cli.store.tokens import document_offsets
+from plmsae_cli.store.tokens import TokenStream
 from plmsae_cli.store.weights import load_state, resolve_weights
 from plmsae_cli.training import loop
 
@@ -103,6 +102,12 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "fault", fault)
 
 
+def texts_of(own: tokens.TokenSet) -> list[str]:
+    """The sequences of a set."""
+    stream = TokenStream(own.shards)
+    return [decode(stream.read(int(a), int(n))) for a, n in zip(*own.documents, strict=True)]
+
+
 def test_tokens_are_the_proteins_split_as_embed_splits_them(plm: Plm, go: Go, fasta: Path, tmp_path: Path) -> None:
     more = tmp_path / "clusters.fasta"
     more.write_text(">a\nMKVWW\n>b\nacdx\n>a\nMMM\n>empty\n>c\nMKJ\n")
@@ -112,12 +117,11 @@ def test_tokens_are_the_proteins_split_as_embed_splits_them(plm: Plm, go: Go, fa
     folder = lineage.tokens().folder
     assert verify(store, folder) == []
     manifest = json.loads((Path(folder) / "MANIFEST.json").read_text())
-    sets = tokens.read(store, folder, manifest)
-    texts = {
-        name: [decode(shard[a:b]) for shard in shards for a, b in pairwise(document_offsets(shard))]
-        for name, shards in sets.items()
-    }
-    assert texts["clusters-30"] == ["<cls>MKVWW<eos>", "<cls>ACDX<eos>", "<cls>MKX<eos>"]
+    assert experiment.train is not None
+    assert experiment.train.plm is not None
+    sets = tokens.read(store, folder, manifest, experiment.train.plm)
+    texts = {name: texts_of(own) for name, own in sets.items()}
+    assert texts["clusters-30"] == ["MKVWW", "ACDX", "MKX"]
 
     # The same proteins through embed fall on the same sides.
     body = {"fasta": str(fasta), "layers": [0], "holdout": 0.1, "max_length": 50, "dtype": "float32"}
@@ -126,13 +130,13 @@ def test_tokens_are_the_proteins_split_as_embed_splits_them(plm: Plm, go: Go, fa
     table = join(Lineage(embedded, store).embed(0).folder, "proteins.parquet")
     for name, side in (("train", "train"), ("random", "heldout")):
         sequences = read_proteins(store, table, split=side)["sequence"].to_pylist()
-        assert texts[name] == [f"<cls>{s}<eos>" for s in sequences]
+        assert texts[name] == sequences
         assert sequences
 
     # Plan and work agree on the numbers; the entropy is that of the letters.
-    counts = Counter("".join(texts["train"]).replace("<cls>", "").replace("<eos>", ""))
+    counts = Counter("".join(texts["train"]))
     assert manifest["residue_counts"] == [counts[letter] for letter in AMINO_ACIDS]
-    assert manifest["tokens"] == sum(len(shard) for shard in sets["train"])
+    assert manifest["tokens"] == sum(len(shard) for shard in sets["train"].shards)
     figures = plan_stage("train", experiment, store).figures
     assert figures["tokens_per_epoch"] == manifest["tokens"]
     standard = sum(counts[letter] for letter in AMINO_ACIDS)

@@ -131,7 +131,7 @@ def _cut_train(train: dict[str, Any], layers: Mapping[int, int], fasta: str) -> 
             train[field] = min(train[field], most)
     if is_plm:
         valid = dict.fromkeys(train["plm"]["valid"], fasta)
-        train["plm"] |= {**_SMALL_PLM, "fasta": fasta, "valid": valid}
+        train["plm"] |= {**_SMALL_PLM, "fasta": fasta, "bin": None, "valid": valid}
         return
     sae = train["sae"] or {}
     expansion = min(sae.get("expansion") or _MOST_EXPANSION, _MOST_EXPANSION)
@@ -215,7 +215,7 @@ _FIXED = (
     "data_root", "launch", "storage", "model", "wandb", "limits", "embed.fasta", "embed.imported", "embed.shard",
     "embed.ordered_rows", "embed.compute", "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory",
     "optimize.chunk", "train.data",
-    "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
+    "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.bin", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING),
     *(f"eval.{axis}" for axis in _ANNOTATED),
 )  # fmt: skip

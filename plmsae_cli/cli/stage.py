@@ -211,8 +211,8 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool, yes: b
             what = "cannot be written to" if existing.is_dir() else "is not a folder"
             raise UserError(f"{field}: {place} cannot be made, {existing} {what}", f"name another folder in {field}")
     _reach(experiment, write=fetch)
-    if fetch and experiment.embed is not None:
-        resolve_weights(experiment.model.weights, Store(experiment.storage))
+    for weights in experiment.published_weights() if fetch else []:
+        resolve_weights(weights, Store(experiment.storage))
     plans = plans_of(experiment, stages)
     if not yes:
         refuse_beyond(experiment, stages)

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from plmsae_cli.config.evaluation import TRAINED, LanguageModels
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.sae import OPTIONS
 from plmsae_cli.config.training import CACHE_LIMIT
@@ -55,6 +56,7 @@ _SMALL_DATA = {
 _SORTED_SHARD = 500_000  # of every layer of the bundled model, within shuffle.memory
 # Axes that need annotated proteins or structures, of which the package has none.
 _ANNOTATED = ("concepts", "families", "probes", "encode", "contacts")
+_SMALL_LM = {"bin": None, "sequences": 16, "max_length": 128, "compute": "auto", "batch_tokens": 1024}
 # Latents and positions of another dictionary may not exist in the small one.
 _SMALL_STEERING = {
     "latents": "densest",
@@ -96,13 +98,27 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
     if data["train"] is not None:
         _cut_train(data["train"], layers, fasta)
     if data["eval"] is not None:
-        data["eval"]["fidelity"] |= {"proteins": 8, "batch_tokens": "auto"}
+        if experiment.has_dictionary:
+            data["eval"]["fidelity"] |= {"proteins": 8, "batch_tokens": "auto"}
         data["eval"] |= dict.fromkeys(_ANNOTATED)
+        _cut_language_models(data, fasta)
         if data["eval"]["steering"] is not None:
             data["eval"]["steering"] |= _SMALL_STEERING
     if data["sweep"] is not None:
         data["sweep"]["grid"] = _cut_grid(data["sweep"]["grid"], layers, data["train"])
     return Experiment.model_validate(data)
+
+
+def _cut_language_models(data: dict[str, Any], fasta: str) -> None:
+    """Few proteins and the models at hand; without an autoencoder something is left to measure in any case."""
+    evaluated, train = data["eval"], data["train"]
+    if evaluated["lm"] is None and (train is None or train["kind"] == "plm"):
+        evaluated["lm"] = LanguageModels(fasta=fasta).model_dump(mode="json")
+    if evaluated["lm"] is not None:
+        models = evaluated["lm"]["models"]
+        kept = None if models is None else list(dict.fromkeys(m if m == TRAINED else "bundled" for m in models))
+        evaluated["lm"] |= {**_SMALL_LM, "fasta": fasta, "models": kept}
+    evaluated["representations"] = None
 
 
 def _own_data(data: dict[str, Any]) -> None:
@@ -217,7 +233,8 @@ _FIXED = (
     "optimize.chunk", "train.data",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.bin", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING),
-    *(f"eval.{axis}" for axis in _ANNOTATED),
+    *(f"eval.{axis}" for axis in (*_ANNOTATED, "representations")),
+    *(f"eval.lm.{field}" for field in (*_SMALL_LM, "fasta", "models")),
 )  # fmt: skip
 _MOST_TRIALS = 2
 

@@ -11,7 +11,10 @@ def headline(run: Path) -> dict[str, float]:
     path = run / "eval" / "metrics.json"
     if not path.exists():
         return {}
-    fidelity = json.loads(path.read_text())["fidelity"]
+    scores = json.loads(path.read_text())
+    if "fidelity" not in scores:
+        return {}
+    fidelity = scores["fidelity"]
     found = {name: fidelity[name] for name in ("fvu", "cosine", "l0_mean", "dead_share")}
     if "loss" in fidelity:
         masked = fidelity["loss"]["masked"]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from plmsae_cli.config.data import Embed
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.plm import PLM
-from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, LETTERS, encode, wrap
+from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, encode, letters, wrap
 from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.store.fs import FileRecord, Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage
@@ -31,9 +31,6 @@ from plmsae_cli.store.tokens import (
 
 SHARD_TOKENS = 100_000_000
 _INDEX = ".documents.safetensors"
-_OTHER = ord("X")
-_CHARACTER = np.full(256, _OTHER, np.uint8)
-_CHARACTER[FIRST_LETTER : FIRST_LETTER + len(LETTERS)] = list(LETTERS.encode())
 Tokens = npt.NDArray[np.uint8]
 
 
@@ -208,7 +205,7 @@ def _hashes(stream: TokenStream, documents: Documents, context: Context) -> npt.
     for p, (first, length) in enumerate(zip(*documents, strict=True)):
         if p % 65_536 == 0:
             context.check_stop()
-        hashes_P[p] = split_hash(_CHARACTER[stream.read(int(first), int(length))].tobytes())
+        hashes_P[p] = split_hash(letters(stream.read(int(first), int(length))))
     return hashes_P
 
 

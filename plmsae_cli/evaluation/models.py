@@ -25,13 +25,13 @@ class Scored:
     """Stands for the weights; of a model yet to be trained, for its training."""
 
 
-def scored_models(scope: Scope, wanted: Sequence[str], field: str) -> list[Scored]:
+def scored_models(scope: Scope, wanted: Sequence[str], field: str, encoders: bool = False) -> list[Scored]:
     """The models by their names.
 
     Raises:
-        UserError: naming `field`, where weights are not found, or can be embedded only.
+        UserError: naming `field`, where weights are not found, or can be embedded only and `encoders` is false.
     """
-    return [_own(scope) if name == TRAINED else _given(scope, name, field) for name in wanted]
+    return [_own(scope) if name == TRAINED else _given(scope, name, field, encoders) for name in wanted]
 
 
 def _own(scope: Scope) -> Scored:
@@ -40,13 +40,13 @@ def _own(scope: Scope) -> Scored:
     return Scored(name, join(scope.folder, "plm"), f"run-{digest(scope.lineage.run_identity())}")
 
 
-def _given(scope: Scope, name: str, field: str) -> Scored:
+def _given(scope: Scope, name: str, field: str, encoders: bool) -> Scored:
     of_run = join(name, "plm")
     weights = of_run if scope.store.exists(join(of_run, "config.json")) else name
     try:
         info = resolve_weights(weights, scope.store, download=False)
     except UserError as error:
         raise UserError(error.message.replace("model.weights", field), error.hint) from error
-    if info.format == "encoder":
+    if info.format == "encoder" and not encoders:
         raise UserError(f"{field}: {name} can be embedded, but has no predictions that this scores", "name an ESM-2 model")
     return Scored(name, weights, f"{info.sha256}-{digest(dict(info.config))}")

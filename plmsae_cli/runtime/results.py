@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def headline(run: Path) -> dict[str, float]:
@@ -20,3 +21,10 @@ def headline(run: Path) -> dict[str, float]:
         masked = fidelity["loss"]["masked"]
         found |= {name: masked[name] for name in ("recovered_zero", "recovered_mean") if name in masked}
     return found
+
+
+def of_models(run: Path) -> dict[str, Any]:
+    """What the axes about language models found, as in metrics.json; empty where they were not measured."""
+    path = run / "eval" / "metrics.json"
+    scores = json.loads(path.read_text()) if path.exists() else {}
+    return {axis: scores[axis] for axis in ("lm", "representations") if axis in scores}

@@ -16,7 +16,7 @@ import torch
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.evaluation import fidelity
-from plmsae_cli.evaluation.fidelity import masks
+from plmsae_cli.runtime.masked_scores import masks
 from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.plm.alphabet import MASK, encode, pack
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config

@@ -118,7 +118,7 @@ def test_representations_tell_what_is_planted(score: Any, plmsae: Plmsae, tmp_pa
         ({"lm": {"models": ["bundle"], "fasta": str(ASSETS / "smoke.fasta.gz")}}, "eval.lm.models: 'bundle' is no published"),
         ({"lm": {"models": ["bundled"], "fasta": "absent.fasta"}}, "absent.fasta"),
         ({"lm": {"models": ["bundled"], "bin": "absent_*.bin"}}, "no token shard matches"),
-        ({"lm": {"mask_rat": 0.1, "fasta": "x.fasta"}}, "did you mean mask_rate"),
+        ({"lm": {"mask_rat": 0.1, "fasta": "x.fasta"}}, "did you mean eval.lm.mask_rate"),
         ({"representations": {"tasks": ["structure"]}}, "structure is no task and no CSV file"),
         ({"representations": {"tasks": ["localisation"]}}, "localisation needs annotated proteins"),
         ({"representations": {"tasks": ["a.csv"], "annotations": "x.dat"}}, "annotations has no effect"),

@@ -244,7 +244,9 @@ def init(
     full: Annotated[bool, typer.Option("--full", help="Every field there is, with its help.")] = False,
     source: Annotated[
         Path | None,
-        typer.Option("--from", metavar="OLD", help="Convert another tool's settings instead: a YAML of SpeedrunningPLMs."),
+        typer.Option(
+            "--from", metavar="OLD", help="Convert another tool's settings instead: a YAML of SpeedrunningPLMs."
+        ),
     ] = None,
 ) -> None:
     """Write a commented experiment to begin with; never over a file that exists."""
@@ -278,7 +280,7 @@ def ls(
         typer.Option(
             "--leaderboard",
             metavar="TRACK",
-            help="Language-model runs, best first: speed, by the training time to their target loss; quality, by what they are worth.",
+            help="Language-model runs, best first: speed, by the time to their target loss, or quality.",
         ),
     ] = None,
     json: Json = False,
@@ -304,7 +306,9 @@ def export(
     hf: Annotated[Path, typer.Option("--hf", metavar="FOLDER", help="The Hugging Face folder to write: new or empty.")],
     push: Annotated[
         str | None,
-        typer.Option("--push", metavar="NAME", help="Also upload it to the Hugging Face hub, as a private OWNER/MODEL."),
+        typer.Option(
+            "--push", metavar="NAME", help="Also upload it to the Hugging Face hub, as a private OWNER/MODEL."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:

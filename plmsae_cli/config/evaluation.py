@@ -281,7 +281,9 @@ class Representations(Section):
         named = [task for task in self.tasks if task in NAMED_TASKS]
         for task in self.tasks:
             if task not in NAMED_TASKS and not task.removesuffix(".gz").endswith((".csv", ".tsv")):
-                raise rule("tasks", f"{task} is no task and no CSV file", f"one of: {', '.join(NAMED_TASKS)}; or a path")
+                raise rule(
+                    "tasks", f"{task} is no task and no CSV file", f"one of: {', '.join(NAMED_TASKS)}; or a path"
+                )
         if named and self.annotations is None:
             raise rule("annotations", f"{named[0]} needs annotated proteins", "add annotations: a UniProtKB file")
         if self.annotations is not None and not named:
@@ -301,7 +303,7 @@ def _each_once(section: _S, name: str) -> _S:
 
 
 class Eval(Section):
-    """Evidence about the trained dictionary, and about language models; ends in Parquet, JSON, a model card and an HTML report."""
+    """Evidence about the trained dictionary and language models; ends in Parquet, JSON, a model card and an HTML report."""
 
     fidelity: Annotated[Fidelity, SCIENCE] = Fidelity()
     """Reconstruction and loss recovered."""

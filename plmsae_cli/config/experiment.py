@@ -9,7 +9,15 @@ from pydantic import model_validator
 from plmsae_cli.config.base import Name, Section, rule
 from plmsae_cli.config.data import Embed, Imported, Keep, Launch, Limits, Model, Optimize, Price, Shuffle, Storage
 from plmsae_cli.config.evaluation import (
-    TRAINED, Concepts, Encode, Eval, Families, Fidelity, LanguageModels, Probes, Representations,
+    TRAINED,
+    Concepts,
+    Encode,
+    Eval,
+    Families,
+    Fidelity,
+    LanguageModels,
+    Probes,
+    Representations,
 )  # fmt: skip
 from plmsae_cli.config.plm import PLM
 from plmsae_cli.config.sae import SAE
@@ -133,7 +141,9 @@ class Experiment(Section):
         if self.train is None or self.train.kind != "plm":
             for name, axis in (("lm", self.eval.lm), ("representations", self.eval.representations)):
                 if axis is not None and TRAINED in (axis.models or []):
-                    raise rule(f"eval.{name}.models", f"{TRAINED} is the model of train.kind: plm", "name another model")
+                    raise rule(
+                        f"eval.{name}.models", f"{TRAINED} is the model of train.kind: plm", "name another model"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -48,5 +48,7 @@ def _given(scope: Scope, name: str, field: str, encoders: bool) -> Scored:
     except UserError as error:
         raise UserError(error.message.replace("model.weights", field), error.hint) from error
     if info.format == "encoder" and not encoders:
-        raise UserError(f"{field}: {name} can be embedded, but has no predictions that this scores", "name an ESM-2 model")
+        raise UserError(
+            f"{field}: {name} can be embedded, but has no predictions that this scores", "name an ESM-2 model"
+        )
     return Scored(name, weights, f"{info.sha256}-{digest(dict(info.config))}")

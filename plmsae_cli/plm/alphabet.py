@@ -77,7 +77,8 @@ _CHARACTER[FIRST_LETTER : FIRST_LETTER + len(LETTERS)] = list(LETTERS.encode())
 
 def letters(residues: npt.NDArray[np.integer]) -> bytes:
     """One letter a residue token, X for any other: as the protein stands in a file, and so is hashed."""
-    return _CHARACTER[residues].tobytes()
+    text: bytes = _CHARACTER[residues].tobytes()
+    return text
 
 
 def wrap(residues: Tokens) -> Tokens:

@@ -32,7 +32,9 @@ def language_models(body: Mapping[str, Any]) -> Section:
         ]
         for row in body["models"]
     ]  # fmt: skip
-    return Section("lm", "How well language models predict hidden residues", lead, [], [("Models", Table(columns, rows))])
+    return Section(
+        "lm", "How well language models predict hidden residues", lead, [], [("Models", Table(columns, rows))]
+    )
 
 
 def representations(body: Mapping[str, Any]) -> Section:
@@ -51,19 +53,22 @@ def representations(body: Mapping[str, Any]) -> Section:
         ]
         for model in body["models"]
     ]  # fmt: skip
+    kinds = ["number" if task["regression"] else f"{len(task['classes'])} classes" for task in body["tasks"]]
     about = Table(
         [("Task", False), ("of", False), ("Kind", False), ("Split by", False), ("Train", True), ("Valid", True), ("Test", True)],
         [
             [
-                text(_short(task["task"])), Cell(task["of"]), Cell("number" if task["regression"] else f"{len(task['classes'])} classes"),
+                text(_short(task["task"])), Cell(task["of"]), Cell(kind),
                 text(task["split"]), *(whole(task["proteins"][split]) for split in ("train", "valid", "test")),
             ]
-            for task in body["tasks"]
+            for task, kind in zip(body["tasks"], kinds, strict=True)
         ],
         "Proteins of each part.",
     )  # fmt: skip
     figures = [
-        Figure(_by_layer(body["models"], place), clean(_short(name), 60), "Test score of each layer, by relative depth.")
+        Figure(
+            _by_layer(body["models"], place), clean(_short(name), 60), "Test score of each layer, by relative depth."
+        )
         for place, name in enumerate(names)
     ]
     tables = [("Best layer of each task", Table(columns, rows)), ("Tasks", about)]
@@ -81,7 +86,14 @@ def _by_layer(models: Any, place: int) -> Markup:
             layers = model["tasks"][place]["layers"]
             deepest = max(1, layers[-1]["layer"])
             depth = [row["layer"] / deepest for row in layers]
-            axes.plot(depth, [row["test"] for row in layers], color=colour, marker="o", markersize=3, label=clean(model["model"], 32))
+            axes.plot(
+                depth,
+                [row["test"] for row in layers],
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=clean(model["model"], 32),
+            )
         axes.set_xlabel("layer / number of layers")
         axes.set_ylabel("score on test")
         axes.grid(axis="y")
@@ -96,5 +108,7 @@ def lines(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         value = f"{number(row['loss'], 4)}, accuracy {number(row['accuracy'])}, F1 {number(row['f1'])}, MCC {number(row['mcc'])}"
         yield f"loss of {clean(row['model'], 40)}", value
     for model in scores.get("representations", {}).get("models", []):
-        best = ", ".join(f"{clean(_short(t['task']), 24)} {number(t['score'])} (layer {t['layer']})" for t in model["tasks"])
+        best = ", ".join(
+            f"{clean(_short(t['task']), 24)} {number(t['score'])} (layer {t['layer']})" for t in model["tasks"]
+        )
         yield f"representations of {clean(model['model'], 40)}", f"{number(model['score'])}: {best}"

@@ -42,7 +42,9 @@ class Entry:
 def leaderboard(root: Path, track: str) -> list[Entry]:
     """The runs below a folder, best first: `speed`, those that reached their target, by time; `quality`, all that were validated,
     by what their representations are worth where all have it measured, else by loss."""
-    found = [entry for path in sorted(root.rglob("metrics.jsonl")) if (entry := _entry(path.parent, root, track)) is not None]
+    found = [
+        entry for path in sorted(root.rglob("metrics.jsonl")) if (entry := _entry(path.parent, root, track)) is not None
+    ]
     if track == "speed":
         return sorted(found, key=lambda entry: (entry.seconds is None, entry.seconds, entry.loss))
     if found and all(entry.representations is not None for entry in found):

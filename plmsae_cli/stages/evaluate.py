@@ -1,4 +1,5 @@
-"""Evidence about a trained dictionary or about language models: an axis is tasks of its own, the last task merges all into tables beside the run.
+"""Evidence about a trained dictionary or about language models: an axis is tasks of its own, the last task merges all into
+tables beside the run.
 
 `eval/latents.parquet` has one row a latent; `eval/metrics.json` the figures of the run; `report/index.html` shows both. An axis
 that is added, or whose options change, is measured alone.

@@ -26,7 +26,15 @@ from plmsae_cli.store.manifest import read_manifest
 from plmsae_cli.store.proteins import heldout, kept_proteins, scan, split_hash
 from plmsae_cli.store.tensorfile import TensorFile, write_tensors
 from plmsae_cli.store.tokens import (
-    Documents, TokenStream, check_alphabet, count_tokens, find_shards, is_bin, open_tokens, read_tokens, write_tokens,
+    Documents,
+    TokenStream,
+    check_alphabet,
+    count_tokens,
+    find_shards,
+    is_bin,
+    open_tokens,
+    read_tokens,
+    write_tokens,
 )  # fmt: skip
 
 SHARD_TOKENS = 100_000_000

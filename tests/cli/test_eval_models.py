@@ -90,7 +90,12 @@ def test_representations_tell_what_is_planted(score: Any, plmsae: Plmsae, tmp_pa
     }
     for name, lines in tables.items():
         (tmp_path / name).write_text("sequence,label\n" + "\n".join(lines) + "\n")
-    options = {"models": ["bundled"], "tasks": [str(tmp_path / name) for name in tables], "layers": [0, 2], "clusters": "hash"}
+    options = {
+        "models": ["bundled"],
+        "tasks": [str(tmp_path / name) for name in tables],
+        "layers": [0, 2],
+        "clusters": "hash",
+    }
     found, folder = score({"representations": options})
     (model,) = found["representations"]["models"]
     oily, named, noise = (task["score"] for task in model["tasks"])
@@ -108,14 +113,17 @@ def test_representations_tell_what_is_planted(score: Any, plmsae: Plmsae, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "evaluation, message",
+    ("evaluation", "message"),
     [
         ({}, "eval needs a train section"),
         ({"lm": {"fasta": "x.fasta"}, "fidelity": {"proteins": 3}}, "eval.fidelity needs a train section"),
         ({"lm": {"models": ["bundled"]}}, "neither is given"),
         ({"lm": {"models": ["trained"], "fasta": "x.fasta"}}, "trained is the model of train.kind: plm"),
         ({"lm": {"models": ["bundled", "bundled"], "fasta": "x.fasta"}}, "names one twice"),
-        ({"lm": {"models": ["bundle"], "fasta": str(ASSETS / "smoke.fasta.gz")}}, "eval.lm.models: 'bundle' is no published"),
+        (
+            {"lm": {"models": ["bundle"], "fasta": str(ASSETS / "smoke.fasta.gz")}},
+            "eval.lm.models: 'bundle' is no published",
+        ),
         ({"lm": {"models": ["bundled"], "fasta": "absent.fasta"}}, "absent.fasta"),
         ({"lm": {"models": ["bundled"], "bin": "absent_*.bin"}}, "no token shard matches"),
         ({"lm": {"mask_rat": 0.1, "fasta": "x.fasta"}}, "did you mean eval.lm.mask_rate"),

@@ -163,7 +163,9 @@ def test_given_shards_train_as_the_fasta_of_their_proteins_does(plm: Plm, go: Go
     """The same proteins on the same sides in the same packs: every loss is the same number, with long ones cut too."""
     short = {"plm__max_length": 40, "tokens": 512 * 4, "checkpoint_every": 4}
     one = go(plm("fasta", **short)).run.path
-    given = plm("bin", plm__fasta=None, plm__bin=f"{shards}/train_*.bin", plm__valid={"all": [f"{shards}/train_0.bin"]}, **short)
+    given = plm(
+        "bin", plm__fasta=None, plm__bin=f"{shards}/train_*.bin", plm__valid={"all": [f"{shards}/train_0.bin"]}, **short
+    )
     before = plan_stage("train", given, Store()).figures
     assert before["shards"] == 3
     two = go(given).run.path
@@ -176,13 +178,17 @@ def test_given_shards_train_as_the_fasta_of_their_proteins_does(plm: Plm, go: Go
     manifest = json.loads((Path(folder) / "MANIFEST.json").read_text())
     other = json.loads((Path(Lineage(plm("fasta", **short), Store()).tokens().folder) / "MANIFEST.json").read_text())
     assert (manifest["proteins"], manifest["tokens"]) == (other["proteins"], other["tokens"])
-    assert sum(manifest["residue_counts"]) > sum(other["residue_counts"])  # the FASTA's are of what is left of long ones
-    assert {file["name"] for file in manifest["files"]} == {f"{n}.documents.safetensors" for n in ("train", "random", "all")}
+    assert sum(manifest["residue_counts"]) > sum(
+        other["residue_counts"]
+    )  # the FASTA's are of what is left of long ones
+    assert {file["name"] for file in manifest["files"]} == {
+        f"{n}.documents.safetensors" for n in ("train", "random", "all")
+    }
     assert plan_stage("train", given, Store()).figures["cut_proteins"] == manifest["cut_proteins"] > 50
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"plm__bin": "a.bin"}, "both are given"),
         ({"plm__fasta": None}, "neither is given"),

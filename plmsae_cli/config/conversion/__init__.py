@@ -28,5 +28,8 @@ def convert_file(path: Path) -> tuple[str, list[str]]:
         raise UserError(f"{path} cannot be read: {error}", "name a text file of settings") from None
     for source in SOURCES.values():
         if source.recognises(text):
-            return source.convert(text)
-    raise UserError(f"{path} is not a file of settings of {' or '.join(SOURCES)}", "`plmsae init` writes one to begin with")
+            converted: tuple[str, list[str]] = source.convert(text)
+            return converted
+    raise UserError(
+        f"{path} is not a file of settings of {' or '.join(SOURCES)}", "`plmsae init` writes one to begin with"
+    )

@@ -11,7 +11,15 @@ from typing import Any
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 
-MARKS = ("num_hidden_layers", "lr_hidden", "use_muon", "muon_momentum_warmup_steps", "input_bin", "mask_rate_schedule", "lr_embed")
+MARKS = (
+    "num_hidden_layers",
+    "lr_hidden",
+    "use_muon",
+    "muon_momentum_warmup_steps",
+    "input_bin",
+    "mask_rate_schedule",
+    "lr_embed",
+)
 """Names of which a file of theirs has at least two."""
 TRACK_TOKENS = 65_536
 """Most tokens of a micro-batch: what one GPU takes at their sizes."""
@@ -63,7 +71,9 @@ def convert(text: str) -> tuple[str, list[str]]:
     try:
         experiment = {"name": _name(old), "train": _train(old, notes)}
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"a value is not what its name asks for: {error}", "compare the file with its tool's README") from error
+        raise UserError(
+            f"a value is not what its name asks for: {error}", "compare the file with its tool's README"
+        ) from error
     for name, value in old.items():
         if SECRET.search(name):
             notes.append(f"{name}: secrets stay out of files; `wandb login` and `hf auth login` keep them")
@@ -207,7 +217,9 @@ def _pack(batch: int, accumulated: int, longest: int, notes: list[str]) -> int:
     size = batch // parts
     if size < longest + 2:
         size = batch
-    notes.append(f"grad_accum: {batch:,} tokens a step are {batch // size} packs of {size:,}, shared by however many GPUs there are")
+    notes.append(
+        f"grad_accum: {batch:,} tokens a step are {batch // size} packs of {size:,}, shared by all GPUs"
+    )
     return size
 
 
@@ -215,7 +227,9 @@ def _written(experiment: Mapping[str, Any], notes: list[str]) -> str:
     from ruamel.yaml import YAML
 
     yaml = YAML()
-    yaml.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null"))
+    yaml.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     sink = io.StringIO()
     yaml.dump(dict(experiment), sink)
     head = ["# yaml-language-server: $schema=plmsae.schema.json", "# From settings of SpeedrunningPLMs."]

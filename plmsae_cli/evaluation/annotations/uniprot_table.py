@@ -67,8 +67,8 @@ def table_entries(path: Path, file: TextIO) -> Iterator[Entry]:
             if cofactor is not None and cofactor < len(cells):
                 found += cofactors(cells[cofactor])
             families = cells[pfam].split(";") if pfam is not None and pfam < len(cells) else []
-            place = location(cells[places]) if places is not None and places < len(cells) else ""
-            yield Entry(cells[accession], cells[sequence].upper(), tuple(found), tuple(f for f in families if f), place)
+            where = location(cells[places]) if places is not None and places < len(cells) else ""
+            yield Entry(cells[accession], cells[sequence].upper(), tuple(found), tuple(f for f in families if f), where)
 
 
 def cell_features(key: str, cell: str) -> list[Feature]:

@@ -90,7 +90,9 @@ def _report(scope: Scope, options: LanguageModels) -> Result:
         tally = parts[0]["proteins"]
         figures = sums.figures()
         assert figures is not None
-        rows.append({"model": model.name, "parameters": parts[0]["parameters"], "compute": parts[0]["compute"], **figures})
+        rows.append(
+            {"model": model.name, "parameters": parts[0]["parameters"], "compute": parts[0]["compute"], **figures}
+        )
     body = {
         "estimator": f"{100 * options.mask_rate:g} % of the residues, 100 % <mask>, chosen by a hash of the sequence",
         "mask_rate": options.mask_rate,

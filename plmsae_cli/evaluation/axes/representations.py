@@ -76,7 +76,9 @@ def _read(scope: Scope, place: int, about: Mapping[str, Any]) -> Labelled:
 
     table = scope.read_table(AXIS, f"tasks/{place}.parquet")
     columns = {name: table[name].to_pylist() for name in ("sequence", "label", "split")}
-    return Labelled(about["task"], about["of"], about["regression"], columns["sequence"], columns["label"], columns["split"])
+    return Labelled(
+        about["task"], about["of"], about["regression"], columns["sequence"], columns["label"], columns["split"]
+    )
 
 
 def _probe(task: Task, scope: Scope, options: Representations, context: Context) -> Result:
@@ -101,7 +103,9 @@ def _probe(task: Task, scope: Scope, options: Representations, context: Context)
             labels = {split: targets[mine_R] for split, mine_R in splits.items()}
             valid, test = probe(own, labels, None if classes is None else len(classes), options.l2)
             found.append({"layer": layer, "valid": valid, "test": test})
-        rows.append({**about, "classes": classes, "rows": {s: int(m.sum()) for s, m in splits.items()}, "layers": found})
+        rows.append(
+            {**about, "classes": classes, "rows": {s: int(m.sum()) for s, m in splits.items()}, "layers": found}
+        )
     parameters = sum(p.numel() for p in embedder.model.parameters())
     body = {"model": model.name, "parameters": parameters, "d": embedder.d, "tasks": rows}
     return Result([scope.write_json(AXIS, f"{task.args['step']}.json", body)])
@@ -149,15 +153,30 @@ def _report(scope: Scope, options: Representations) -> Result:
         for found in body["tasks"]:
             measure = "spearman" if found["regression"] else "mcc"
             best = max(found["layers"], key=lambda row: row["valid"][measure])  # the first of equals
-            scores = [{"layer": r["layer"], "valid": r["valid"][measure], "test": r["test"][measure]} for r in found["layers"]]
+            scores = [
+                {"layer": r["layer"], "valid": r["valid"][measure], "test": r["test"][measure]} for r in found["layers"]
+            ]
             tasks.append(
-                {"task": found["task"], "layer": best["layer"], "score": best["test"][measure], **best["test"], "layers": scores}
+                {
+                    "task": found["task"],
+                    "layer": best["layer"],
+                    "score": best["test"][measure],
+                    **best["test"],
+                    "layers": scores,
+                }
             )
         score = sum(task["score"] for task in tasks) / len(tasks)
         rows.append({**{k: body[k] for k in ("model", "parameters", "d")}, "score": score, "tasks": tasks})
     shared = scope.read_json(AXIS, "model-0.json")["tasks"]
-    about = [{k: task[k] for k in ("task", "of", "regression", "split", "proteins", "rows", "classes")} for task in shared]
-    table = [(m["model"], t["task"], r["layer"], r["valid"], r["test"]) for m in rows for t in m["tasks"] for r in t["layers"]]
+    about = [
+        {k: task[k] for k in ("task", "of", "regression", "split", "proteins", "rows", "classes")} for task in shared
+    ]
+    table = [
+        (m["model"], t["task"], r["layer"], r["valid"], r["test"])
+        for m in rows
+        for t in m["tasks"]
+        for r in t["layers"]
+    ]
     columns = dict(zip(("model", "task", "layer", "valid", "test"), map(list, zip(*table, strict=True)), strict=True))
     files = [
         scope.write_json(AXIS, "result.json", {"tasks": about, "models": rows}),

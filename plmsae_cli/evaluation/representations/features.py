@@ -21,9 +21,9 @@ def layer_features(
     check_stop: Callable[[], None],
     progress: Callable[[float, float], None],
 ) -> dict[int, Tensor]:
-    """For each layer, float32 on the CPU: mean over each protein [P, D], or with `keep` (bool [L] a protein) those residues [R, D].
+    """For each layer, float32 on the CPU: mean over each protein [P, D], or with `keep` the residues it marks [R, D].
 
-    Each layer is moved to the host group by group, so a device holds one group of proteins alone.
+    `keep` has a bool [L] a protein. A device holds the activations of one group of proteins at a time.
     """
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     batches = list(groups([len(sequence) for sequence in sequences], group_residues(embedder.device)))
@@ -36,9 +36,9 @@ def layer_features(
         )
         lengths = [len(sequence) for sequence in wanted]
         for layer in layers:
-            rows_RD = found[layer][0].float().cpu()
+            rows_RD = found[layer][0].float()
             if keep is None:
-                kept[layer].append(torch.stack([rows.double().mean(0) for rows in rows_RD.split(lengths)]).float())
+                kept[layer].append(torch.stack([rows.double().mean(0) for rows in torch.split(rows_RD, lengths)]).float())
             else:
                 kept[layer].append(rows_RD[torch.cat([keep[p] for p in places])])
     return {layer: torch.cat(parts) for layer, parts in kept.items()}

@@ -73,7 +73,10 @@ def number_scores(predicted_R: Tensor, y_R: Tensor) -> dict[str, float]:
     scale = math.sqrt(float(rank @ rank) * float(other @ other))
     spread = float((y_R - y_R.mean()).square().sum())
     error = float((y_R - predicted_R).square().sum())
-    return {"spearman": float(rank @ other) / scale if scale > 0 else 0.0, "r2": 1 - error / spread if spread > 0 else 0.0}
+    return {
+        "spearman": float(rank @ other) / scale if scale > 0 else 0.0,
+        "r2": 1 - error / spread if spread > 0 else 0.0,
+    }
 
 
 def _ranks(values_R: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -122,7 +122,9 @@ def table_task(path: Path, name: str) -> Labelled:
             raise UserError(f"{path} line {number}: split is {line['split']!r}", f"one of: {', '.join(SPLITS)}")
     labels = [line["label"].strip() for line in lines]
     splits = [line["split"] for line in lines] if "split" in columns else []
-    return Labelled(name, "protein", _are_numbers(labels), [line["sequence"].strip().upper() for line in lines], labels, splits)
+    return Labelled(
+        name, "protein", _are_numbers(labels), [line["sequence"].strip().upper() for line in lines], labels, splits
+    )
 
 
 def _are_numbers(labels: Sequence[str]) -> bool:

@@ -70,7 +70,13 @@ def _facts(store: Store, weights: str) -> dict[str, Any]:
 
 
 def _tokeniser(longest: int) -> dict[str, Any]:
-    names = {"cls_token": "<cls>", "eos_token": "<eos>", "mask_token": "<mask>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    names = {
+        "cls_token": "<cls>",
+        "eos_token": "<eos>",
+        "mask_token": "<mask>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
     return {"tokenizer_class": "EsmTokenizer", "model_max_length": longest, **names}
 
 
@@ -120,7 +126,9 @@ def push(folder: Path, name: str) -> str:
         address = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except LocalTokenNotFoundError as error:
-        raise UserError("--push: the hub wants a token, and there is none", f"`hf auth login`, or set HF_TOKEN; {hint}") from error
+        raise UserError(
+            "--push: the hub wants a token, and there is none", f"`hf auth login`, or set HF_TOKEN; {hint}"
+        ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"--push: {name} was not uploaded: {first_line(error)}", hint) from error
     return str(address)

@@ -42,7 +42,7 @@ class PlmsaeUNetConfig(PretrainedConfig):
         self.intermediate_size, self.soft_logit_cap = intermediate_size, soft_logit_cap
         self.attention_soft_cap, self.unet, self.value_embeddings = attention_soft_cap, unet, value_embeddings
         self.num_att_tokens, self.tied_output = num_att_tokens, tied_output
-        super().__init__(pad_token_id=pad_token_id, **others)
+        super().__init__(**{"pad_token_id": pad_token_id, **others})
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -92,7 +92,9 @@ class Attention(nn.Module):
         self.out_DD = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
         self.value_mix_2 = nn.Parameter(torch.empty(2)) if config.value_embeddings else None
 
-    def forward(self, x_BLD: Tensor, embedded_BLD: Tensor | None, rope: tuple[Tensor, Tensor], seen_B11L: Tensor) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, embedded_BLD: Tensor | None, rope: tuple[Tensor, Tensor], seen_B11L: Tensor
+    ) -> Tensor:
         q_BLD, k_BLD, v_BLD = self.project(x_BLD).chunk(3, dim=-1)
         if self.value_mix_2 is not None:
             assert embedded_BLD is not None
@@ -125,6 +127,8 @@ class Block(nn.Module):
 
 
 class Rotary(nn.Module):
+    inv_freq: Tensor
+
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.register_buffer("inv_freq", torch.empty(head_dim // 2))
@@ -171,7 +175,8 @@ class PlmsaeUNetModel(PlmsaeUNetPreTrainedModel):
         rope = angles_LD.cos(), angles_LD.sin()
         half = len(self.layers) // 2
         x = x0 = rms_norm(self.embedding_VD[input_ids])
-        hidden, skips = [x], []
+        hidden: list[Tensor] = [x]
+        skips: list[Tensor] = []
         for i, block in enumerate(self.layers):
             if self.skip_weights is not None and i >= half:
                 x = x + self.skip_weights[i - half] * skips.pop()

@@ -19,7 +19,9 @@ def test_softmax_is_scikit_learns_logistic_regression(l2: float) -> None:
     from sklearn.linear_model import LogisticRegression
 
     x, generator = made(300, 8)
-    y = (x[:, 0] + 0.7 * torch.randn(300, generator=generator, dtype=torch.float64)).div(0.8).round().clamp(-1, 1).long() + 1
+    y = (x[:, 0] + 0.7 * torch.randn(300, generator=generator, dtype=torch.float64)).div(0.8).round().clamp(
+        -1, 1
+    ).long() + 1
     theta = fit_softmax(x, y, 3, l2)
     peer = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=1000).fit(x.numpy(), y.numpy())
     np.testing.assert_allclose(theta[:-1].T.numpy(), peer.coef_, atol=2e-3)
@@ -59,5 +61,7 @@ def test_planted_labels_are_found_and_random_ones_are_not(classes: int | None) -
     splits = {"train": slice(0, 300), "valid": slice(300, 450), "test": slice(450, 600)}
     for target, low, high in ((x[:, 3], 0.9, 1.0), (noise, -0.25, 0.25)):
         y = target if classes is None else (target > 0).long()
-        _, test = probe({s: x[p] for s, p in splits.items()}, {s: y[p] for s, p in splits.items()}, classes, [1.0, 100.0])
+        _, test = probe(
+            {s: x[p] for s, p in splits.items()}, {s: y[p] for s, p in splits.items()}, classes, [1.0, 100.0]
+        )
         assert low <= test["spearman" if classes is None else "mcc"] <= high

@@ -10,7 +10,13 @@ import pytest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.evaluation.annotations.entries import Entry, Feature, read_entries
 from plmsae_cli.evaluation.representations.tasks import (
-    Labelled, localisation, named_task, prepare, secondary_structure, table_task, transmembrane,
+    Labelled,
+    localisation,
+    named_task,
+    prepare,
+    secondary_structure,
+    table_task,
+    transmembrane,
 )  # fmt: skip
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
 
@@ -29,7 +35,7 @@ def test_labels_by_residue() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, place",
+    ("text", "place"),
     [
         ("Cell membrane; Multi-pass membrane protein.", "cell membrane"),
         ("Mitochondrion inner membrane. Nucleus.", "mitochondrion"),
@@ -96,8 +102,13 @@ def test_splits_are_a_function_of_the_sequences(clusters: str) -> None:
 def test_samples_and_classes() -> None:
     task = random_task(40)
     assert len(prepare(task, 100, 30, 100, 2, "hash")[0].sequences) == 30
-    assert prepare(task, 100, 30, 100, 2, "hash")[0].sequences == prepare(task, 100, None, 100, 2, "hash")[0].sequences[:30]
+    assert (
+        prepare(task, 100, 30, 100, 2, "hash")[0].sequences
+        == prepare(task, 100, None, 100, 2, "hash")[0].sequences[:30]
+    )
     rare = Labelled("t", "protein", False, task.sequences, [*task.labels[:-1], "rare"], [])
     assert "rare" not in prepare(rare, 100, None, 100, 2, "hash")[0].labels
     with pytest.raises(UserError, match="fewer than two different labels"):
-        prepare(Labelled("t", "protein", False, task.sequences, ["a"] * len(task.sequences), []), 100, None, 9, 1, "hash")
+        prepare(
+            Labelled("t", "protein", False, task.sequences, ["a"] * len(task.sequences), []), 100, None, 9, 1, "hash"
+        )

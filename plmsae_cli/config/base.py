@@ -13,6 +13,9 @@ from pydantic_core import PydanticCustomError
 # `train`, the identity of the run). Paths, names, memory, workers and other comforts never carry it.
 SCIENCE = Field(json_schema_extra={"x-science": True})
 
+ADDED = Field(json_schema_extra={"x-science": True, "x-added": True})
+"""Science that came later: absent from keys at its default, so that what was made before keeps its own."""
+
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -37,6 +40,8 @@ class Section(BaseModel):
         for name, info in type(self).model_fields.items():
             extra = info.json_schema_extra
             if not (isinstance(extra, dict) and extra.get("x-science")):
+                continue
+            if extra.get("x-added") and not self.changed(name):
                 continue
             value = getattr(self, name)
             chosen[name] = value.science() if isinstance(value, Section) else value

@@ -47,6 +47,15 @@ _SMALL_PLM = {
     "eval_every": STEPS // 2,
     "eval_tokens": 2048,
 }
+# Of a language model too, where they are larger: the same schedules within a few steps.
+_CAPPED_PLM = {
+    "num_att_tokens": 16,
+    "window": 32,
+    "mask_rate_steps": STEPS // 2,
+    "diffusion_warmup_steps": STEPS // 2,
+    "muon_momentum_warmup_steps": STEPS // 2,
+    "cooldown_steps": STEPS // 4,
+}
 _SMALL_DATA = {
     "shuffle.memory": 8_000_000,
     "optimize.chunk": 1_000_000,
@@ -148,6 +157,10 @@ def _cut_train(train: dict[str, Any], layers: Mapping[int, int], fasta: str) -> 
     if is_plm:
         valid = dict.fromkeys(train["plm"]["valid"], fasta)
         train["plm"] |= {**_SMALL_PLM, "fasta": fasta, "bin": None, "valid": valid}
+        for field, most in _CAPPED_PLM.items():
+            value = train["plm"][field]
+            if value is not None and value != entries()[f"train.plm.{field}"].default:
+                train["plm"][field] = min(value, most)
         return
     sae = train["sae"] or {}
     expansion = min(sae.get("expansion") or _MOST_EXPANSION, _MOST_EXPANSION)
@@ -218,6 +231,7 @@ _CAPPED: dict[str, float] = {
     "train.lr_warmup_steps": STEPS // 4,
     "train.dead_tokens": 2 * _ROWS,
     "eval.fidelity.proteins": 8,
+    **{f"train.plm.{field}": most for field, most in _CAPPED_PLM.items()},
 }
 # The same, but replaced in any case: these must suit each other and the two ranks.
 _SET: dict[str, float] = {

@@ -47,11 +47,11 @@ class Train(Section):
     batch_tokens: Annotated[Count, SCIENCE] = 8192
     """Tokens of one step over ALL ranks."""
     optimizer: Annotated[Literal["adam", "muon", "signum"], SCIENCE] = "adam"
-    """`adam`; `muon`: matrices by their orthogonalised momentum (Jordan et al. 2024), the rest by Adam; `signum`: the sign of
-    a momentum (Bernstein et al. 2018), which keeps half of Adam's state."""
+    """`adam`; `muon`: matrices by their orthogonalised momentum (Jordan et al. 2024), the rest by Adam; of a pLM the matrices
+    of its blocks; `signum`: the sign of a momentum (Bernstein et al. 2018), which keeps half of Adam's state."""
     lr: Annotated[Auto | Positive, SCIENCE] = "auto"
     """Peak learning rate. `auto` for an SAE: 2e-4 / sqrt(num_latents / 2^14) (Gao et al. 2024; low for short runs), with
-    `muon` 2e-3; for a pLM: 1e-3, with `signum` 1e-4."""
+    `muon` 2e-3; for a pLM: 1e-3, with `signum` 1e-4, with `muon` see `plm.lr_hidden` and its like."""
     lr_warmup_steps: Annotated[Auto | Annotated[int, Field(ge=0)], SCIENCE] = "auto"
     """Steps of linear warm-up; `auto` is the smaller of 1,000 and a twentieth of the run."""
     lr_decay: Annotated[Annotated[float, Field(ge=0.0, le=1.0)], SCIENCE] = 0.2
@@ -103,6 +103,14 @@ class Train(Section):
                 )
             if self.parallel != "auto":
                 raise rule("parallel", "parallel has no effect with kind: plm", "remove it")
+            if self.optimizer != "muon" and self.plm.changed("muon_momentum_warmup_steps"):
+                raise rule(
+                    "plm.muon_momentum_warmup_steps",
+                    f"muon_momentum_warmup_steps has no effect with optimizer: {self.optimizer}",
+                    "set optimizer: muon or remove it",
+                )
+            if self.plm.cooldown_steps is not None and self.changed("lr_decay"):
+                raise rule("lr_decay", "plm.cooldown_steps says how long the rate falls", "remove one of the two")
         elif self.plm is not None:
             raise rule("plm", "a plm section has no effect with kind: sae", "set kind: plm or remove it")
         return self

@@ -20,6 +20,7 @@ from plmsae_cli.evaluation.proteins import groups
 from plmsae_cli.evaluation.splices import at_residues
 from plmsae_cli.plm.alphabet import MASK, Packed, encode, pack
 from plmsae_cli.plm.esm2 import ESM2, Splice
+from plmsae_cli.plm.unet import UNet
 from plmsae_cli.runtime.device import pick_device
 from plmsae_cli.runtime.masked_scores import masks
 from plmsae_cli.sae.dictionary import Dictionary
@@ -89,7 +90,7 @@ class Sums:
 
 @torch.inference_mode()
 def loss_recovered(
-    plm: ESM2,
+    plm: ESM2 | UNet,
     sae: Dictionary,
     layer: int,
     mean_D: torch.Tensor,
@@ -146,7 +147,7 @@ def _splices(sae: Dictionary, mean_D: torch.Tensor, packed: Packed) -> dict[str,
 
 
 def _score(
-    plm: ESM2,
+    plm: ESM2 | UNet,
     layer: int,
     splices: dict[str, Splice | None],
     packed: Packed,

@@ -1,14 +1,16 @@
-"""Attention within each document of a packed stream: one seam, two kernels.
+"""Attention within each document of a packed stream: one seam, one kernel for each case, and a plain twin.
 
 Shape letters: T tokens of the pack, S documents, H heads, Dh width of a head.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 Backend = Literal["varlen", "sdpa"]
+_WINDOWS = "window_size" in inspect.signature(varlen_attn).parameters
+"""Older releases of torch have no windows in the variable-length kernel."""
 
 
 class Documents(NamedTuple):
@@ -66,27 +70,97 @@ def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int = 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, lengths: Sequence[int] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    lengths: Sequence[int] | None = None,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / sqrt(Dh)) v within each document; q, k, v and the result are [T, H, Dh].
 
-    Call it as `attention(q, k, v, *documents)`. Differentiable; the softmax is computed in fp32 by either
-    kernel. Without `lengths` the loop reads `cu_seqlens` back from the device, which waits for it.
+    With `window` W a token sees those less than W places away; with `soft_cap` c scores s are c tanh(s / c). Call it as
+    `attention(q, k, v, *documents)`. Differentiable; the softmax is computed in fp32 by every kernel. Without `lengths`
+    the loop over documents reads `cu_seqlens` back from the device, which waits for it.
     """
-    if attention_backend(q.device, q.dtype, q.shape[-1]) == "varlen":
+    if window is not None and window >= max_len:
+        window = None
+    backend = attention_backend(q.device, q.dtype, q.shape[-1])
+    if soft_cap is not None and q.is_cuda:
+        return _flexible(q, k, v, cu_seqlens, window, soft_cap)
+    if backend == "varlen" and soft_cap is None and (window is None or _WINDOWS):
         # Positional: the keywords changed in torch 2.11, 2.12 and 2.13.
-        return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len))
+        sizes = (cu_seqlens, cu_seqlens, max_len, max_len)
+        if window is None:
+            return cast(Tensor, varlen_attn(q, k, v, *sizes))
+        return cast(Tensor, varlen_attn(q, k, v, *sizes, window_size=(window - 1, window - 1)))
+    if backend == "varlen" and soft_cap is None:
+        return _flexible(q, k, v, cu_seqlens, window, None)
     if lengths is None:
         lengths = cast("list[int]", cu_seqlens.diff().tolist())
-    return _attention_by_document(q, k, v, lengths)
+    return _attention_by_document(q, k, v, lengths, window, soft_cap)
 
 
-def _attention_by_document(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+def _attention_by_document(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, soft_cap: float | None
+) -> Tensor:
     # Neighbours of equal length share a call: a sorted pack is then a few batches without any padding.
     runs = [(length, len(list(same))) for length, same in groupby(lengths) if length]
     sizes = [length * count for length, count in runs]
     outputs = []
     for (length, count), *qkv in zip(runs, *(torch.split(x, sizes) for x in (q, k, v)), strict=True):
-        batched = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-        outputs.append(scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1))
+        queries, keys, values = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
+        near = None if window is None or window >= length else _band(length, window, q.device)
+        if soft_cap is None:
+            mixed = scaled_dot_product_attention(queries, keys, values, attn_mask=near)
+        else:
+            mixed = _capped(queries, keys, values, near, soft_cap)
+        outputs.append(mixed.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if outputs else torch.empty_like(v)
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """Which places see which: bool [length, length]."""
+    places = torch.arange(length, device=device)
+    return (places[:, None] - places).abs() < window
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, near: Tensor | None, soft_cap: float) -> Tensor:
+    """Attention in plain products, [..., L, Dh], with capped scores."""
+    scores = (q @ k.mT).float() / math.sqrt(q.shape[-1])
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    if near is not None:
+        scores = scores.masked_fill(~near, -math.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _flexible(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, soft_cap: float | None
+) -> Tensor:
+    """By torch's compiled flex_attention: slower than the variable-length kernel, but it changes scores."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    num_tokens = len(q)
+    document_T = Documents(cu_seqlens, num_tokens).locate(num_tokens)[0]
+
+    def seen(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        same = document_T[i] == document_T[j]
+        return same if window is None else same & ((i - j).abs() < window)
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score if soft_cap is None else soft_cap * torch.tanh(score / soft_cap)
+
+    mask = create_block_mask(seen, None, None, num_tokens, num_tokens, device=q.device)
+    flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    batched = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return cast(Tensor, flex(*batched, score_mod=capped, block_mask=mask)[0].transpose(0, 1))
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)

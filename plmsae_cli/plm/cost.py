@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from plmsae_cli.plm.esm2 import ESM2Config
+from plmsae_cli.plm.unet_config import UNetConfig
+
+Config = ESM2Config | UNetConfig
 
 
-def matrix_flops(config: ESM2Config, depth: int) -> int:
+def matrix_flops(config: Config, depth: int) -> int:
     """Floating-point operations of the matrix products of a token's pass through `depth` blocks: 2 a weight."""
-    return 24 * config.d**2 * depth
+    return 2 * config.block_matrices * depth
 
 
-def forward_flops(config: ESM2Config, depth: int, tokens: float, squared_tokens: float) -> float:
+def forward_flops(config: Config, depth: int, tokens: float, squared_tokens: float) -> float:
     """Operations of documents that have `tokens` tokens, and `squared_tokens` as the sum of their squares.
 
-    Products with weights, 24 d² a token and block, and the two of attention, 4 d L² a document of L tokens and block.
+    Products with weights, and the two of attention, 4 d L² a document of L tokens and block.
     """
     return matrix_flops(config, depth) * tokens + 4.0 * config.d * depth * squared_tokens
 

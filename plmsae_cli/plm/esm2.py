@@ -56,6 +56,11 @@ class ESM2Config:
         return self.d // self.num_heads
 
     @property
+    def block_matrices(self) -> int:
+        """Weights in the products of a block."""
+        return 12 * self.d**2
+
+    @property
     def num_parameters(self) -> int:
         """Trained numbers, the language-model head included (its output weight is the embedding's)."""
         d = self.d

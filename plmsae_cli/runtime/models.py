@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.errors import UserError, first_line
+from plmsae_cli.plm.cost import Config
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.plm.rotary import inverse_frequencies
+from plmsae_cli.plm.unet import UNet
+from plmsae_cli.plm.unet_config import UNetConfig
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.weights import WeightsInfo, load_state, resolve_weights
 
@@ -16,7 +19,7 @@ def load_plm(
     store: Store | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> ESM2:
+) -> ESM2 | UNet:
     """The model in evaluation mode, its parameters in `dtype` on `device`.
 
     Args:
@@ -30,13 +33,26 @@ def load_plm(
     """
     info = resolve_weights(weights, store or Store()) if isinstance(weights, str) else weights
     state = load_state(info)
-    try:
-        config = ESM2Config(**info.config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{info.path}: {error}") from error
+    config = model_config(info)
     state.setdefault("rotary.inv_freq", inverse_frequencies(config.head_dim))
     # Without memory of its own until the loaded tensors take their places: no second copy of a large model.
     with torch.device("meta"):
-        model = ESM2(config)
-    model.load_state_dict(state, assign=True)
+        model = build_model(config)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{info.path} does not fit its configuration: {first_line(error)}") from error
     return model.to(device=device, dtype=dtype).eval()
+
+
+def model_config(info: WeightsInfo) -> Config:
+    """The shape of the model. Raises UserError where it is none."""
+    try:
+        return UNetConfig(**info.config) if info.config.get("architecture") == "unet" else ESM2Config(**info.config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{info.path}: {error}") from error
+
+
+def build_model(config: Config) -> ESM2 | UNet:
+    """A model of this shape, its weights yet to be loaded or drawn (`init_weights`)."""
+    return UNet(config) if isinstance(config, UNetConfig) else ESM2(config)

@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.plm.esm2 import ESM2Config
 from plmsae_cli.runtime.embedding import forecast
+from plmsae_cli.runtime.models import model_config
 from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task
 from plmsae_cli.stages import imported
 from plmsae_cli.stages.common import (
@@ -185,7 +185,7 @@ def _hours(experiment: Experiment, lineage: Lineage, depth: int) -> dict[str, An
     assert embed is not None
     if lineage.weights.format == "encoder":
         return {"hours_from": "not predicted for hf: encoders"}
-    config = ESM2Config(**lineage.weights.config)
+    config = model_config(lineage.weights)
     return forecast.forecast(config, depth, scan.lengths_P, scan.max_length, experiment.launch, embed.compute)
 
 

@@ -136,12 +136,19 @@ def _outline(train: Train, d: int) -> Dictionary:
 
 
 def _plan_plm(lineage: Lineage, train: Train) -> Plan:
-    from plmsae_cli.plm.esm2 import ESM2Config
     from plmsae_cli.stages import tokens as tokens_of
+    from plmsae_cli.training.plm_model import plm_config
 
     plm = train.plm
     assert plm is not None
     tokens_of.sources(plm)  # refuses names before anything runs
+    config = plm_config(plm)
+    most = None if plm.speedrun is None else plm.speedrun.max_parameters
+    if most is not None and config.num_parameters > most:
+        raise UserError(
+            f"train.plm.speedrun.max_parameters is {most:,}, the model has {config.num_parameters:,} parameters",
+            "lower train.plm.num_layers or hidden_size, or leave the race",
+        )
     gang = ranks(lineage.experiment)
     if (train.batch_tokens // plm.pack_tokens) % gang:
         raise UserError(
@@ -155,7 +162,6 @@ def _plan_plm(lineage: Lineage, train: Train) -> Plan:
     make = Task("tokens", "train", (ref.folder,), cost=tokens / 1e6)
     finish = finish_task("train", [ref], [make], {"tokens": tokens, "proteins": proteins["proteins"]})
     tasks = remaining(lineage.store, [make, finish, _run_task(lineage, (FINISH,), steps)])
-    config = ESM2Config(plm.num_layers, plm.hidden_size, plm.num_attention_heads)
     figures = {
         **proteins,
         "steps": steps,
@@ -163,13 +169,27 @@ def _plan_plm(lineage: Lineage, train: Train) -> Plan:
         "epochs": round(steps * train.batch_tokens / tokens, 3),
         "ranks": gang,
         "packs_per_step": train.batch_tokens // plm.pack_tokens,
+        "architecture": plm.architecture,
         "parameters": config.num_parameters,
+        **_optimizer_table(train),
     }
     artifacts = {
         "tokens": artifact(lineage.store, ref, tokens, tokens, {}),
         "run": _run_artifact(lineage, tasks, steps * train.batch_tokens),
     }
     return Plan("train", tasks, artifacts, figures)
+
+
+def _optimizer_table(train: Train) -> dict[str, str]:
+    import torch
+
+    from plmsae_cli.runtime.models import build_model
+    from plmsae_cli.training.plm_model import optimizer_table, parameter_groups, plm_config
+
+    assert train.plm is not None
+    with torch.device("meta"):
+        model = build_model(plm_config(train.plm))
+    return optimizer_table(parameter_groups(model, train), train)
 
 
 def work(task: Task, context: Context) -> Mapping[str, Result]:
@@ -223,18 +243,21 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
         def lost(training: Training, error: Diverged) -> None:
             raise error
 
-        fit([Training(objective, steps, context.experiment, run, ranks_)], ranks_, context.progress, lost)
-        valid_figures = objective.validate(steps)
+        training = Training(objective, steps, context.experiment, run, ranks_)
+        fit([training], ranks_, context.progress, lost)
+        steps = training.total_steps
+        valid_figures = objective.score(steps)
         files = []
         if ranks_.first:
             facts: dict[str, Any] = {
                 "tokens": steps * train.batch_tokens,
                 "steps": steps,
+                "train_seconds": objective.clock.seconds,
                 "data": lineage.tokens().key,
                 "train": train.science(),
                 "valid": valid_figures,
                 "unigram_entropy": tokens.unigram_entropy(manifest["residue_counts"]),
             }
-            state = {k: v.detach().cpu() for k, v in objective.model.state_dict().items()}
+            state = {k: v.detach().cpu() for k, v in objective.released().items()}
             files = save_model(context.store, join(task.folders[0], "plm"), state, asdict(objective.config), facts)
     return {task.folders[0]: Result(files, {"steps": steps, "valid": valid_figures})}

@@ -98,7 +98,9 @@ def state_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def check_state(state: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: str) -> None:
     """Raise a UserError unless `state` is that of a model of this configuration; frequencies may be
-    absent."""
+    absent. A UNet's tensors are checked by the model that takes them."""
+    if config.get("architecture") == "unet":
+        return
     try:
         shapes = state_shapes(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:

@@ -43,7 +43,7 @@ PUBLISHED = {
 """Published names, and the layers of each."""
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/fair-esm/models"
 BUNDLED = Path(__file__).parents[1] / "data" / "bundled"
-OWN_FORMAT = "plmsae.esm2/1"
+OWN_FORMATS = {"esm2": "plmsae.esm2/1", "unet": "plmsae.unet/1"}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class WeightsInfo:
     """Of the original file (the `.pt`, or `model.safetensors`)."""
     format: Literal["fair-esm", "hf", "plmsae", "encoder"]
     config: dict[str, Any]
-    """`num_layers`, `d`, `num_heads`, `token_dropout`, `vocab`; of an `encoder` (`hf:`) the first two, and hashes of its
-    settings and its tokeniser."""
+    """`num_layers`, `d`, `num_heads`, `token_dropout`, `vocab`; of a UNet the fields of its configuration; of an `encoder`
+    (`hf:`) the first two, and hashes of its settings and its tokeniser."""
 
 
 def cache_folder() -> Path:
@@ -131,7 +131,7 @@ def save_model(
     JSON)."""
     check_state(dict(state), config, folder)
     model = write_tensors(store, join(folder, "model.safetensors"), state, {"format": "pt"})
-    about = {"format": OWN_FORMAT, "config": dict(config), "facts": dict(facts)}
+    about = {"format": OWN_FORMATS[config.get("architecture", "esm2")], "config": dict(config), "facts": dict(facts)}
     text = json.dumps(about, indent=2, sort_keys=True).encode() + b"\n"
     return [model, store.write(join(folder, "config.json"), [text])]
 
@@ -218,7 +218,7 @@ def _from_folder(folder: str, name: str, store: Store, cache: Path) -> WeightsIn
         raise UserError(f"model.weights: {where} is missing")
     try:
         about = json.loads(store.read(where))
-        kind: Literal["hf", "plmsae"] = "plmsae" if about.get("format") == OWN_FORMAT else "hf"
+        kind: Literal["hf", "plmsae"] = "plmsae" if about.get("format") in OWN_FORMATS.values() else "hf"
         facts = dict(about.get("facts", {}))
         config = dict(about["config"]) if kind == "plmsae" else _hugging_face_config(about, where)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:

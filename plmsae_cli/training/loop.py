@@ -24,9 +24,9 @@ from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.store import checkpoint as checkpoints
+from plmsae_cli.training.agreed import Agreed, Behind
 from plmsae_cli.training.profiling import NoProfile, StepProfile, TorchProfile
 
-AGREE_EVERY = 16
 SHOWN = ("loss", "fvu", "l0", "dead", "tokens_per_second", "step_ms", "loader_share", "mfu")
 """Figures on the progress line."""
 
@@ -51,10 +51,16 @@ class Objective(Protocol):
     def tensors(self) -> Mapping[str, torch.Tensor | checkpoints.Part]:
         """Everything that must be restored, by name; of what is spread over ranks, this one's part."""
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def state(self) -> Mapping[str, Any]:
+        """Plain values beside the tensors, the same on all ranks."""
+
+    def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None: ...
 
     def validate(self, step: int) -> Mapping[str, Any]:
         """Figures of a validation due after this many steps, or nothing."""
+
+    def over(self, step: int) -> bool:
+        """Whether training ends after this many steps, before their number is reached; the same on all ranks."""
 
 
 class Diverged(UserError):
@@ -77,8 +83,10 @@ class Training:
         """The newest line, `step` and the figures in `SHOWN`; empty before the first."""
         self._options, self._gang = experiment.train, gang
         if (found := checkpoints.load_newest(run.checkpoints)) is not None:
-            objective.load(found.tensors)
+            objective.load(found.tensors, found.state)
             self.start = found.step
+            if objective.over(found.step):
+                self.total_steps = found.step
         self._saved = self.start
         self._sinks = open_sinks(experiment, run.path, self.start, gang.first)
         self._lines = _Lines(objective, gang)
@@ -114,6 +122,11 @@ class Training:
                 sink.add({"step": done, "tokens": done * self.objective.tokens_per_step, "valid": valid})
         return seen
 
+    def end_where_over(self, done: int) -> None:
+        """Let this step be the last where the objective says so."""
+        if self.objective.over(done):
+            self.total_steps = done
+
     def save_where_due(self, done: int) -> None:
         """A checkpoint every so many steps and after the last."""
         if done == self.total_steps or done % self._options.checkpoint_every == 0:
@@ -125,7 +138,7 @@ class Training:
             return
         self._write(self._lines.flush())  # never replace a good state by one whose loss was not looked at
         state = {"tokens": done * self.objective.tokens_per_step, "world": self._gang.world}
-        found = checkpoints.Checkpoint(done, self.objective.tensors(), state)
+        found = checkpoints.Checkpoint(done, self.objective.tensors(), {**state, **self.objective.state()})
         gang, keep = self._gang, self._options.keep_checkpoints
         checkpoints.save(self.run.checkpoints, found, keep, gang.rank, gang.world, gang.barrier)
         self._saved = done
@@ -164,7 +177,7 @@ def fit(
     """
     live = list(trainings)
     start, total = min(t.start for t in live), max(t.total_steps for t in live)
-    stop = _AgreedStop(gang, live[0].objective.device)
+    stop = Agreed(gang, live[0].objective.device, STOP.requested)
     told = 0
 
     def each(act: Callable[[Training, int], None], done: int) -> None:
@@ -197,8 +210,9 @@ def fit(
             if stop.asked(done):
                 each(Training.save, done)
                 raise Interrupted
+            each(Training.end_where_over, done)
             each(Training.save_where_due, done)
-            if not live:
+            if all(training.total_steps <= done for training in live):
                 break
     finally:
         for training in live:
@@ -220,31 +234,12 @@ def _summary(live: Sequence[Training], num: int) -> dict[str, Any]:
     return found
 
 
-class _Behind:
-    """A tensor on its way to the host: copied behind the computation, waited for only when it is read."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self._values = values
-        self._event: torch.cuda.Event | None = None
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def read(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-        values: list[float] = self._values.tolist()
-        return values
-
-
 class _Lines:
     """Figures on their way to the host: copied asynchronously, delivered at the next call."""
 
     def __init__(self, objective: Objective, gang: Gang) -> None:
         self._objective, self._gang = objective, gang
-        self._waiting: tuple[dict[str, Any], list[str], _Behind] | None = None
+        self._waiting: tuple[dict[str, Any], list[str], Behind] | None = None
         peak = peak_flops(objective.device, objective.compute)
         self._peak = None if peak is None else peak * gang.world
         self._clock, self._waited = time.monotonic(), 0.0
@@ -267,7 +262,7 @@ class _Lines:
             if self._peak is not None:
                 line["mfu"] = round(pace * self._objective.flops_per_step() / self._peak, 4)
         self._clock, self._step, self._waited = now, step, line["loader_wait"]
-        self._waiting = (line, names, _Behind(values))
+        self._waiting = (line, names, Behind(values))
         # On a CPU the values are there already: no reason to make the reader wait for the next line.
         return ready if values.is_cuda else self.flush()
 
@@ -277,21 +272,3 @@ class _Lines:
         line, names, values = self._waiting
         self._waiting = None
         return {**line, **dict(zip(names, values.read(), strict=True))}
-
-
-class _AgreedStop:
-    """All ranks stop after the same step: the wish is reduced every few steps and read at the next such step."""
-
-    def __init__(self, gang: Gang, device: torch.device) -> None:
-        self._gang, self._device = gang, device
-        self._flag: _Behind | None = None
-
-    def asked(self, step: int) -> bool:
-        if self._gang.world == 1:
-            return STOP.requested()
-        if step % AGREE_EVERY:
-            return False
-        agreed = self._flag is not None and self._flag.read() == [1.0]
-        # Filled on the device: a tensor made on the host would wait for the stream.
-        self._flag = _Behind(self._gang.maximum(torch.full((1,), float(STOP.requested()), device=self._device)))
-        return agreed

@@ -17,6 +17,7 @@ from plmsae_cli.store.tokens import Documents, TokenStream
 
 SHORTEST = 32
 """Mean tokens a document that a pack has room for: a pack of T tokens lists at most T / 32 documents."""
+_SPARE_DOCUMENTS = 64
 
 
 class Packs:
@@ -39,6 +40,9 @@ class Packs:
         self._first_P, residues_P = documents or self._stream.documents()
         self._length_P = np.minimum(residues_P + 2, max_len)
         self.num_cut = int((residues_P + 2 > max_len).sum())
+        # Attention's kernel looks at every place in the list, filled or not: room for the usual number and a quarter.
+        usual = pack_tokens / max(1.0, float(self._length_P.mean())) if len(self._length_P) else 0.0
+        self._num_documents = min(self._num_documents, int(1.25 * usual) + _SPARE_DOCUMENTS)
         self._epochs: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         self._first: list[int] = [0]
 

@@ -1,4 +1,4 @@
-"""Masked language modelling of proteins (Devlin et al. 2019; Lin et al. 2023) with the ESM-2 encoder."""
+"""Masked language modelling (Devlin et al. 2019) and masked diffusion (Sahoo et al. 2024) of proteins."""
 
 from __future__ import annotations
 
@@ -10,42 +10,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from plmsae_cli.config.experiment import Train
-from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, MASK, Packed
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.plm.gradients import taken
 from plmsae_cli.runtime.dist import Gang
-from plmsae_cli.training.counter import uniform
-from plmsae_cli.training.optimizers import Group, build_optimizer
+from plmsae_cli.training.agreed import Agreed
+from plmsae_cli.training.averaging import Average
+from plmsae_cli.training.clock import TrainingClock
+from plmsae_cli.training.masking import Masked, chosen_places, corrupt, masked, question
+from plmsae_cli.training.optimizers import GroupedMuon
 from plmsae_cli.training.packs import Packs
-from plmsae_cli.training.schedules import learning_rate
+from plmsae_cli.training.plm_model import TrainedModel, parameter_groups, plm_config, plm_optimizer
+from plmsae_cli.training.schedules import learning_rate, window
 
-IGNORED = -100
 PREFETCH = 4
-PEAK = {"adam": 1e-3, "muon": 1e-3, "signum": 1e-4}
-"""`lr: auto`. Muon's updates are as large as Adam's; signs want a third to a tenth (Chen et al. 2023, arXiv 2302.06675)."""
 VALIDATION_SEED = 0
+RACED = "random"
+"""The validation set whose loss `speedrun.target_loss` is about."""
 LARGEST_EXPONENT = 700.0
 """exp of more than 709 is no float64: a run that diverges must not end in its validation."""
-
-
-def corrupt(
-    tokens_T: torch.Tensor, residues_T: torch.Tensor, rate: float, corruption: str, *keys: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked inputs and targets, a function of the keys and of the position in the pack alone.
-
-    Each residue is chosen with probability `rate`. `mask`: chosen ones become <mask>. `bert`: 80 % <mask>, 10 % a random
-    amino acid, 10 % unchanged (Devlin et al. 2019). Targets are IGNORED at residues not chosen.
-    """
-    index_T = torch.arange(tokens_T.shape[0], device=tokens_T.device)
-    tokens_T = tokens_T.long()
-    chosen_T = residues_T & (uniform(index_T, *keys, 0) < rate)
-    inputs_T = tokens_T.masked_fill(chosen_T, MASK)
-    if corruption == "bert":
-        fate_T = uniform(index_T, *keys, 1)
-        random_T = FIRST_LETTER + (uniform(index_T, *keys, 2) * len(AMINO_ACIDS)).long()
-        inputs_T = torch.where(chosen_T & (fate_T >= 0.8), torch.where(fate_T < 0.9, random_T, tokens_T), inputs_T)
-    return inputs_T, tokens_T.masked_fill(~chosen_T, IGNORED)
 
 
 class PLMObjective:
@@ -63,32 +47,36 @@ class PLMObjective:
     ) -> None:
         plm = options.plm
         assert plm is not None
-        self.device = device
+        self.device, self.compute = device, compute
         self.tokens_per_step = options.batch_tokens
-        self.config = ESM2Config(plm.num_layers, plm.hidden_size, plm.num_attention_heads)
-        self.model = ESM2(self.config)
-        self.model.init_weights(options.seed)
-        self.model.to(device)
+        self.config = plm_config(plm)
+        self._trained = TrainedModel(self.config, options.seed, device, compute)
+        self.model = self._trained.model
+        cuda = device.type == "cuda"
         # Constant shapes, and kernels fused by the compiler where there are kernels to fuse.
-        self._forward: Any = torch.compile(self.model, dynamic=False) if device.type == "cuda" else self.model
+        self._trunk: Any = torch.compile(self._trained.trunk, dynamic=False) if cuda else self._trained.trunk
+        self._predict: Any = torch.compile(self._cross_entropies) if cuda else self._cross_entropies
+        self._compiled: set[tuple[int | None, int]] = set()
         self._options, self._plm, self._packs, self._valid, self._gang = options, plm, packs, valid, gang
-        self.compute = compute
         self._total_steps = total_steps
-        self._peak = PEAK[options.optimizer] if options.lr == "auto" else options.lr
         wanted = options.lr_warmup_steps
         self._warmup = min(1000, total_steps // 20) if wanted == "auto" else wanted
-        named = dict(self.model.named_parameters())
-        matrices = {n: p for n, p in named.items() if p.ndim == 2 and n != "embed_tokens.weight"}
-        rest = {n: p for n, p in named.items() if n not in matrices}
-        groups = [Group("matrices", matrices, weight_decay=plm.weight_decay), Group("rest", rest, linear_maps=False)]
-        self._optimizer = build_optimizer(options, groups)
+        groups = parameter_groups(self.model, options)
+        self._optimizer = plm_optimizer(groups, options, gang)
+        self._peak = next(group.lr_scale for group in groups if group.name == "hidden")
+        self._average = None if plm.ema is None else Average(self.model, plm.ema)
         self._per_rank = options.batch_tokens // plm.pack_tokens // gang.world
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="packs")
-        self._ahead: dict[int, Future[list[Packed]]] = {}
+        self._ahead: dict[int, Future[list[Masked]]] = {}
         self._waited = 0.0
+        self.clock = TrainingClock(device)
+        self._over = False
+        self._hours = Agreed(gang, device, self._out_of_time)
 
-    def _load(self, step: int) -> list[Packed]:
-        """This rank's packs of a step, made by the background thread some steps ahead."""
+    # Data
+
+    def _load(self, step: int) -> list[Masked]:
+        """This rank's packs of a step, masked by the background thread some steps ahead."""
         for wanted in range(step, min(step + PREFETCH, self._total_steps)):
             if wanted not in self._ahead:
                 self._ahead[wanted] = self._threads.submit(self._make, wanted)
@@ -97,92 +85,167 @@ class PLMObjective:
         begun = time.monotonic()
         packs = self._ahead.pop(step).result()
         self._waited += time.monotonic() - begun
-        return [packed.to(self.device) for packed in packs]
+        return [pack.to(self.device) for pack in packs]
 
-    def _make(self, step: int) -> list[Packed]:
-        first = step * self._per_rank * self._gang.world
-        made = [self._packs.pack(first + i * self._gang.world + self._gang.rank) for i in range(self._per_rank)]
-        return [p.pin_memory() for p in made] if self.device.type == "cuda" else made
+    def _make(self, step: int) -> list[Masked]:
+        asked = question(self._plm, step)
+        first = step * self._per_rank * self._gang.world + self._gang.rank
+        numbers = range(first, first + self._per_rank * self._gang.world, self._gang.world)
+        return [masked(self._packs.pack(n), self._plm, asked, self._options.seed, n) for n in numbers]
 
-    def step(self, step: int) -> Mapping[str, torch.Tensor]:
+    # The step
+
+    def step(self, step: int) -> Mapping[str, Tensor]:
         packs = self._load(step)
-        prepared = []
-        for i, packed in enumerate(packs):
-            number = step * self._per_rank * self._gang.world + i * self._gang.world + self._gang.rank
-            seed = self._options.seed
-            masked = corrupt(
-                packed.tokens_T, packed.residue_mask_T, self._plm.mask_rate, self._plm.corruption, seed, number
-            )
-            prepared.append((packed, *masked))
-        targets = torch.stack([(targets_T != IGNORED).sum() for _, _, targets_T in prepared]).sum()
+        near = self._window(step)
+        self._compile(packs, near)
+        self.clock.run()
+        chosen = sum(pack.chosen for pack in packs)
+        per_residue = self._plm.objective == "masked_diffusion"
+        share = sum(pack.residues for pack in packs) if per_residue else chosen
         # The loss is one mean over the global batch, however many ranks and packs it is spread over.
-        count = self._gang.sum(targets.float().reshape(1)).clamp(min=1)
+        counts = self._gang.sum(torch.stack([self._full(share), self._full(chosen)])).clamp(min=1)
         self._optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
-        correct = torch.zeros((), device=self.device)
-        for packed, inputs_T, targets_T in prepared:
-            loss_sum, hits = self._score(packed, inputs_T, targets_T)
-            loss = loss_sum / count[0]
+        total, correct = self._full(0.0), self._full(0.0)
+        for pack in packs:
+            loss_sum, hits = self._score(pack, near)
+            loss = loss_sum / counts[0]
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-            correct += hits / count[0]
+            correct += hits / counts[1]
         self._gang.sum_gradients(self.model.parameters())
-        norm = self._optimizer.step(self._rate(step), self._options.grad_clip)
-        return {"loss": total, "accuracy": correct, "grad_norm": norm / self._gang.world}
+        if isinstance(self._optimizer, GroupedMuon):
+            self._optimizer.steps_done = step
+        norm = self._optimizer.step(self._schedule(step), self._options.grad_clip)
+        if self._average is not None:
+            self._average.update()
+        figures = {"loss": total, "accuracy": correct, "grad_norm": norm / self._gang.world}
+        if per_residue or self._plm.starting_mask_rate is not None:
+            figures["masked"] = self._full(chosen / sum(pack.residues for pack in packs)) / self._gang.world
+        return figures
 
-    def _score(
-        self, packed: Packed, inputs_T: torch.Tensor, targets_T: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(summed cross-entropy in nats, number of correct predictions) over the chosen residues."""
-        documents = packed.documents
-        if self.device.type == "cuda":
-            documents = documents._replace(lengths=None)  # a constant for the compiler
-        with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
-            logits_TV = self._forward(inputs_T, documents, logits=True).logits
-        logits_TV = logits_TV.float()
-        loss = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
-        return loss, (logits_TV.argmax(-1) == targets_T).sum()
+    def _full(self, value: float) -> Tensor:
+        # Filled on the device: a tensor made on the host would wait for the stream.
+        return torch.full((), float(value), device=self.device)
 
-    def _rate(self, step: int) -> float:
-        return learning_rate(step, self._total_steps, self._peak, self._warmup, self._options.lr_decay)
+    def _score(self, pack: Masked, near: int | None) -> tuple[Tensor, Tensor]:
+        """(weighted sum of cross-entropies in nats, number of correct predictions) over the chosen residues."""
+        with self._trained.arithmetic():
+            x_TD = self._trunk(pack.inputs_T, pack.documents, near)
+            found: tuple[Tensor, Tensor] = self._predict(taken(x_TD, pack.places_M), pack.targets_M, pack.weights_M)
+        return found
+
+    def _cross_entropies(self, rows_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
+        logits_MV = self._trained.head(rows_MD).float()
+        losses_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
+        hits_M = (logits_MV.argmax(-1) == targets_M) & (weights_M > 0)
+        return (losses_M * weights_M).sum(), hits_M.sum()
+
+    def _compile(self, packs: list[Masked], near: int | None) -> None:
+        """Have the kernels of such packs made now, off the clock: a pass whose gradients are thrown away."""
+        if self.device.type != "cuda":
+            return
+        for pack in packs:
+            if (near, len(pack.places_M)) not in self._compiled:
+                self.clock.pause()
+                self._score(pack, near)[0].backward()  # type: ignore[no-untyped-call]
+                self._optimizer.zero_grad()
+                torch.cuda.synchronize(self.device)
+                self._compiled.add((near, len(pack.places_M)))
+
+    # Schedules and figures
+
+    def _window(self, step: int) -> int | None:
+        if self._plm.architecture == "esm2":
+            return None
+        return window(step, self._total_steps, self._plm.window, self._plm.max_length + 2)
+
+    def _schedule(self, step: int) -> float:
+        """What all peak rates are multiplied by."""
+        cooldown = self._plm.cooldown_steps
+        decay = self._options.lr_decay if cooldown is None else min(1.0, cooldown / self._total_steps)
+        return learning_rate(step, self._total_steps, 1.0, self._warmup, decay, shape=self._plm.scheduler_type)
 
     def rates(self, step: int) -> Mapping[str, float]:
-        return {"lr": self._rate(step), "loader_wait": round(self._waited, 4)}
+        return {
+            "lr": self._peak * self._schedule(step),
+            "loader_wait": round(self._waited, 4),
+            "train_seconds": round(self.clock.seconds, 3),
+        }
 
     def flops_per_step(self) -> float:
-        """Forward and twice as much backward: 6 a token and weight of a product, 12 d a layer, token and attended token."""
-        d, layers = self.config.d, self.config.num_layers
-        products = layers * 12 * d * d + d * d + self.config.vocab * d
-        return float(self.tokens_per_step * (6 * products + 12 * layers * d * self._packs.mean_context))
+        """What the mathematics of a step needs: the head reads the residues to predict alone."""
+        predicted = self._plm.mask_rate if self._plm.objective == "mlm" else 0.5
+        return self.tokens_per_step * self._trained.train_flops(self._packs.mean_context, predicted)
 
-    def tensors(self) -> Mapping[str, torch.Tensor]:
+    # State
+
+    def tensors(self) -> Mapping[str, Tensor]:
         parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        return {**parameters, **{f"optimizer.{name}": t for name, t in self._optimizer.state_tensors().items()}}
+        optimizer = {f"optimizer.{name}": t for name, t in self._optimizer.state_tensors().items()}
+        average = {} if self._average is None else {f"ema.{name}": t for name, t in self._average.tensors().items()}
+        return {**parameters, **optimizer, **average}
+
+    def state(self) -> Mapping[str, Any]:
+        self.clock.pause()  # saving is no training
+        return {"train_seconds": self.clock.seconds, "target_reached": self._over}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
-        prefix = "optimizer."
-        state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        self._optimizer.load_state_tensors(state)
+        self._optimizer.load_state_tensors(_under("optimizer.", tensors))
+        if self._average is not None:
+            self._average.load(_under("ema.", tensors))
+        state = state or {}
+        self.clock.set(float(state.get("train_seconds", 0.0)))
+        self._over = bool(state.get("target_reached", False)) or self._out_of_time()
 
-    @torch.no_grad()
+    def released(self) -> dict[str, Tensor]:
+        """The weights to save: of the average, where there is one."""
+        state = dict(self.model.state_dict())
+        return state if self._average is None else state | self._average.tensors()
+
+    # The end
+
+    def _out_of_time(self) -> bool:
+        hours = self._plm.max_hours
+        return hours is not None and self.clock.seconds >= 3600 * hours
+
+    def over(self, step: int) -> bool:
+        if self._plm.max_hours is not None and self._hours.asked(step):
+            self._over = True
+        return self._over
+
     def validate(self, step: int) -> Mapping[str, Any]:
-        """Loss (nats), perplexity and accuracy on each validation set, with masks that never change (100 % <mask>)."""
+        """`score` where it is due; a loss below `speedrun.target_loss` ends the training."""
         if step % self._plm.eval_every and step != self._total_steps:
             return {}
+        figures = self.score(step)
+        race = self._plm.speedrun
+        if race is not None and RACED in figures and figures[RACED]["loss"] < race.target_loss:
+            self._over = True
+        return figures
+
+    @torch.no_grad()
+    def score(self, step: int) -> Mapping[str, Any]:
+        """Loss (nats), perplexity and accuracy on each validation set, with masks that never change (100 % <mask>)."""
+        self.clock.pause()
+        near = self._window(min(step, self._total_steps - 1))
         figures = {}
+        if self._average is not None:
+            self._average.swap()
         for name, packs in self._valid.items():
             count = min(packs.epoch_packs(0), max(1, self._plm.eval_tokens // self._plm.pack_tokens))
             sums = torch.zeros(3, dtype=torch.float64, device=self.device)
             for number in range(self._gang.rank, count, self._gang.world):
-                packed = packs.pack(number).to(self.device)
+                packed = packs.pack(number)
                 inputs_T, targets_T = corrupt(
                     packed.tokens_T, packed.residue_mask_T, self._plm.mask_rate, "mask", VALIDATION_SEED, number
                 )
-                loss, hits = self._score(packed, inputs_T, targets_T)
-                sums += torch.stack([loss.double(), hits.double(), (targets_T != IGNORED).sum().double()])
+                pack = chosen_places(packed, inputs_T, targets_T, torch.ones(len(targets_T))).to(self.device)
+                loss, hits = self._score(pack, near)
+                sums += torch.stack([loss.double(), hits.double(), self._full(pack.chosen).double()])
             loss_sum, hit_sum, chosen = self._gang.sum(sums).tolist()
             if not chosen:
                 continue  # a few short proteins may have no residue that is masked
@@ -192,4 +255,10 @@ class PLMObjective:
                 "accuracy": hit_sum / chosen,
                 "residues": int(chosen),
             }
+        if self._average is not None:
+            self._average.swap()
         return figures
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -218,8 +218,11 @@ class SAEObjective:
             state[DEAD_BOUND] = torch.tensor(bound)
         return state
 
+    def state(self) -> Mapping[str, Any]:
+        return {}
+
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any] | None = None) -> None:
         if self._shard is not None:
             tensors = self._shard.own(tensors)
         for name, tensor in self._trained().items():
@@ -234,3 +237,6 @@ class SAEObjective:
 
     def validate(self, step: int) -> Mapping[str, Any]:
         return {}
+
+    def over(self, step: int) -> bool:
+        return False

@@ -41,3 +41,15 @@ def sae_learning_rate(optimizer: str, num_latents: int) -> float:
     relies on its averaging of weights: under a warm-up and a fall it left nine latents in ten dead.
     """
     return 2e-3 if optimizer == "muon" else topk_learning_rate(num_latents)
+
+
+def window(step: int, total_steps: int, start: int | None, longest: int) -> int | None:
+    """How far attention sees at step `step`, from 0: `start` places, growing in four equal steps; None is everything.
+
+    The published speed runs grow it in steps of 128; each size is compiled anew, so ours are fewer. The last quarter of the
+    steps sees all `longest` tokens.
+    """
+    if start is None or start >= longest:
+        return None
+    quarter = min(3, 4 * step // total_steps)
+    return None if quarter == 3 else start + (longest - start) * quarter // 3

@@ -44,6 +44,11 @@ VARIETY = {
     "sweep: {stream: shared, grid: {train.lr: [auto, 1e-3]}}\n",
     "plm": "train: {kind: plm, batch_tokens: 65536, plm: {fasta: s3://b/x, valid: {far: s3://b/y}, num_layers: 30,"
     " hidden_size: 640, num_attention_heads: 20}}\n",
+    "unet": "train: {kind: plm, optimizer: muon, batch_tokens: 524288, plm: {architecture: unet, fasta: x, num_layers: 24,"
+    " hidden_size: 768, pack_tokens: 65536, p_attention: true, num_att_tokens: 256, window: 512, mask_rate: 0.3,"
+    " starting_mask_rate: 0.1, mask_rate_steps: 9000, objective: masked_diffusion, diffusion_warmup_steps: 2000,"
+    " cooldown_steps: 5000, max_hours: 8, speedrun: {target_loss: 2.1, max_parameters: 150000000}}}\n"
+    "sweep: {grid: {train.plm.window: [512, 1024, null], train.plm.lr_hidden: [auto, 0.02]}}\n",
     "plm-swept": "train: {kind: plm, batch_tokens: 32768, plm: {fasta: x}}\n"
     "sweep: {grid: {train.plm.num_layers: [6, 12], train.plm.hidden_size: [192, 384, 768]}}\n",
     "plm-batches-swept": "train: {kind: plm, batch_tokens: 32768, plm: {fasta: x}}\n"

@@ -29,6 +29,11 @@ KINDS = [
     "architecture: jumprelu, penalty: tanh", "architecture: relu_l1", "architecture: switch",
 ]  # fmt: skip
 PLM = "train: {kind: plm, plm: {fasta: x.fasta, pack_tokens: 2048}}\n"
+UNETS = [
+    "train: {kind: plm, optimizer: muon, plm: {architecture: unet, fasta: x, pack_tokens: 2048, p_attention: true, starting_mask_rate: 0.1}}\n",
+    "train: {kind: plm, plm: {architecture: unet, fasta: x, pack_tokens: 2048, objective: masked_diffusion}}\n",
+    "train: {kind: plm, plm: {fasta: x, pack_tokens: 2048, speedrun: {target_loss: 2.1}}}\n",
+]
 SAMPLES: dict[Any, list[Any]] = {
     bool: [True, False], int: [2, 4096, 3, 24], float: [0.25, 3.5], str: ["some text"],
 }  # fmt: skip
@@ -80,6 +85,8 @@ def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
         bodies = [f"{SAE}price: {{gpu_hour: 2.5}}\n"]
     if path == "train.cache_limit":
         bodies = [SAE.replace("train: {", "train: {cache: there, ")]
+    if path.startswith("train.plm."):
+        bodies += UNETS
     if path.startswith("train.sae."):
         bodies += [SAE.replace("architecture: matryoshka_topk", kind) for kind in KINDS]
     accepted = 0

@@ -31,6 +31,7 @@ from plmsae_cli.store.proteins import read_proteins
 from plmsae_cli.store.tokens import TokenStream, open_tokens
 from plmsae_cli.store.weights import load_state, resolve_weights
 from plmsae_cli.training import loop
+from plmsae_cli.training.agreed import AGREE_EVERY
 from plmsae_cli.training.packs import Packs
 
 Go = Callable[..., Done]
@@ -279,7 +280,7 @@ def test_two_ranks_agree_to_stop_and_one_continues(plm: Plm, go: Go, monkeypatch
     stopped = load_newest(folder / "checkpoints")
     assert stopped is not None
     # Asked on one rank in step 3, agreed at step 16, obeyed at step 32.
-    assert stopped.step == 2 * loop.AGREE_EVERY
+    assert stopped.step == 2 * AGREE_EVERY
     assert not (folder / "STOP").exists()
     go(plm("parts", tokens=512 * 60, log_every=10))
     first, second = science_of(whole), science_of(folder)

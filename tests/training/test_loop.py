@@ -54,11 +54,17 @@ class Counting:
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {"total": self.total}
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def state(self) -> Mapping[str, Any]:
+        return {}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         self.total.copy_(tensors["total"])
 
     def validate(self, step: int) -> Mapping[str, Any]:
         return {"random": {"loss": float(step)}} if step % 6 == 0 else {}
+
+    def over(self, step: int) -> bool:
+        return False
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,10 @@ from plmsae_cli.config.experiment import PLM, Train
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, CLS, EOS, FIRST_LETTER, MASK, PAD, Packed, encode, pack, wrap
 from plmsae_cli.plm.attention import Documents
 from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.training.masking import IGNORED, corrupt
 from plmsae_cli.training.packs import Packs
-from plmsae_cli.training.plm_objective import IGNORED, VALIDATION_SEED, PLMObjective, corrupt
+from plmsae_cli.training.plm_model import parameter_groups
+from plmsae_cli.training.plm_objective import VALIDATION_SEED, PLMObjective
 
 PACK_TOKENS = 256
 PACKS_A_STEP = 3
@@ -34,21 +36,25 @@ def packs(count: int, seed: int, order: int | None = SEED, pack_tokens: int = PA
     return Packs([shard], pack_tokens, 92, order)
 
 
-def objective(**changes: Any) -> PLMObjective:
-    """A small model on random proteins, three packs a step."""
+def options(**changes: Any) -> Train:
+    """A small model, three packs a step."""
     plm = {
         "fasta": "none.fasta", "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_length": 90,
         "pack_tokens": PACK_TOKENS, "eval_every": 2, "eval_tokens": 4 * PACK_TOKENS, "corruption": "mask",
     }  # fmt: skip
     plm |= changes.pop("plm", {})
-    options = Train.model_validate(
+    return Train.model_validate(
         {
             "kind": "plm", "plm": PLM.model_validate(plm), "batch_tokens": PACKS_A_STEP * PACK_TOKENS, "seed": SEED,
             "lr": 1e-3, "lr_warmup_steps": 0, "grad_clip": None, **changes,
         }
     )  # fmt: skip
+
+
+def objective(**changes: Any) -> PLMObjective:
+    """That model on random proteins."""
     valid = {"random": packs(60, 2, None)}
-    return PLMObjective(options, packs(150, 1), valid, 10, Gang(), torch.device("cpu"), torch.float32)
+    return PLMObjective(options(**changes), packs(150, 1), valid, 10, Gang(), torch.device("cpu"), torch.float32)
 
 
 # What is corrupted
@@ -209,10 +215,15 @@ def test_gradients_of_several_packs_are_those_of_one_large_pack() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"moments": "bfloat16"}, {"optimizer": "muon"}, {"optimizer": "signum"}], ids=str
-)
-def test_saved_state_continues_bit_for_bit(options: dict[str, str]) -> None:
-    one, other = objective(grad_clip=1.0, **options), objective(grad_clip=1.0, **options)
+    "changes",
+    [
+        {}, {"moments": "bfloat16"}, {"optimizer": "muon"}, {"optimizer": "signum"},
+        {"optimizer": "muon", "lr": "auto", "plm": {"architecture": "unet", "ema": 0.9, "objective": "masked_diffusion"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_saved_state_continues_bit_for_bit(changes: dict[str, Any]) -> None:
+    one, other = objective(**{"grad_clip": 1.0, **changes}), objective(**{"grad_clip": 1.0, **changes})
     for step in range(3):
         one.step(step)
     saved = {name: tensor.clone() for name, tensor in one.tensors().items()}
@@ -227,9 +238,12 @@ def test_saved_state_continues_bit_for_bit(options: dict[str, str]) -> None:
 
 def test_weight_decay_is_on_matrices_alone() -> None:
     names = objective().tensors()
-    decayed = {n.split(".", 2)[2].rpartition(".")[0] for n in names if n.startswith("optimizer.matrices.")}
+    groups = {group.name: group for group in parameter_groups(objective().model, options())}
+    decayed = {name for group in groups.values() if group.weight_decay for name in group.parameters}
     model = objective().model
     assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+    held = {n.split(".", 2)[2].rpartition(".")[0] for n in names if n.startswith("optimizer.")}
+    assert held == dict(model.named_parameters()).keys()
 
 
 def test_muon_has_the_matrices_and_adam_the_embedding() -> None:
@@ -237,7 +251,7 @@ def test_muon_has_the_matrices_and_adam_the_embedding() -> None:
     muons = {n.split(".", 2)[2].rpartition(".")[0] for n in one.tensors() if n.endswith(".momentum")}
     adams = {n.split(".", 2)[2].rpartition(".")[0] for n in one.tensors() if n.endswith(".exp_avg")}
     matrices = {n for n, p in one.model.named_parameters() if p.ndim == 2}
-    assert muons == matrices - {"embed_tokens.weight"}
+    assert muons == matrices - {"embed_tokens.weight", "lm_head.dense.weight"}
     assert adams == dict(one.model.named_parameters()).keys() - muons
 
 
@@ -252,9 +266,13 @@ def test_flops_are_three_times_the_products_of_a_forward() -> None:
     assert one._packs.mean_context == 32
     packed = one._packs.pack(0)
     # Attention in products, since the counter knows no other form of it on a CPU.
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        one.model(packed.tokens_T.long(), packed.documents, logits=True)
-    assert one.flops_per_step() == 3 * PACKS_A_STEP * counter.get_total_flops()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as trunk:
+            x_TD = one._trained.trunk(packed.tokens_T, packed.documents, None)
+        with FlopCounterMode(display=False) as head:
+            one._trained.head(x_TD)
+    needed = trunk.get_total_flops() + 0.15 * head.get_total_flops()
+    assert one.flops_per_step() == pytest.approx(3 * PACKS_A_STEP * needed, rel=1e-12)
 
 
 def test_context_is_the_mean_over_tokens() -> None:

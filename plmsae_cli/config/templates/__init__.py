@@ -24,6 +24,7 @@ _EXAMPLES: dict[str, Any] = {
     "embed.imported.path": "activations/",
     "embed.layers": [6],
     "train.plm.fasta": "proteins.fasta.gz",
+    "train.plm.speedrun.target_loss": 2.1,
     "sweep.grid": {"train.sae.k": [16, 32, 64]},
     "eval.concepts.annotations": "uniprot.tsv.gz",
     "eval.families.proteins": "uniprot.tsv.gz",

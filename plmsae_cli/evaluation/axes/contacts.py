@@ -176,8 +176,10 @@ class _Measure:
         from plmsae_cli.evaluation.splices import at_residues
         from plmsae_cli.plm.alphabet import wrap
         from plmsae_cli.plm.contacts import attention_contacts
+        from plmsae_cli.plm.esm2 import ESM2
 
         assert self.head is not None
+        assert isinstance(self.plm, ESM2)  # no other model has a head
         tokens_T = torch.from_numpy(wrap(residues_L)).to(self.device)
         _, residue_T1 = same_length(tokens_T[None])
         splice = None if value is None else {self.layer: at_residues(residue_T1, value)}

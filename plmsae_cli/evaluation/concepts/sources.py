@@ -16,7 +16,7 @@ from plmsae_cli.evaluation.concepts.labelling import Labelled
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.evaluation.proteins import groups
 from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.runtime.models import build_model, model_config
 from plmsae_cli.runtime.saved import load_sae_with_facts, open_blocks
 from plmsae_cli.sae.interface import Latents
 from plmsae_cli.store.fs import Store, join
@@ -108,9 +108,9 @@ def open_sources(
 @contextmanager
 def _random_weights(scope: Scope) -> Iterator[str]:
     """A folder with random weights in the shape of the model."""
-    config = ESM2Config(**scope.lineage.weights.config)
+    config = model_config(scope.lineage.weights)
     with tempfile.TemporaryDirectory() as folder:
-        model = ESM2(config)
+        model = build_model(config)
         model.init_weights(RANDOM_SEED)
         save_model(Store(), folder, dict(model.state_dict()), asdict(config), {})
         del model

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from plmsae_cli.plm.cost import matrix_flops, peak_activations
-from plmsae_cli.plm.esm2 import ESM2Config
+from plmsae_cli.plm.cost import Config, matrix_flops, peak_activations
 
 CPU_TOKENS = 4096
 MOST_TOKENS = 65_536
@@ -17,7 +16,7 @@ _REPAYS_FLOPS = 2e16
 """Operations of a job that compiling speeds up by more than it takes: about a minute of an H100."""
 
 
-def auto_tokens(config: ESM2Config, device: torch.device, dtype: torch.dtype, num_layers: int) -> int:
+def auto_tokens(config: Config, device: torch.device, dtype: torch.dtype, num_layers: int) -> int:
     """Tokens of one pass that hands out `num_layers` layers: what fits the device's free memory, within bounds."""
     if device.type == "cpu":
         return CPU_TOKENS
@@ -36,7 +35,7 @@ def tokens_in(memory: int, d: int, itemsize: int, num_layers: int) -> int:
     return min(MOST_TOKENS, max(_LEAST_TOKENS, fitting // _LEAST_TOKENS * _LEAST_TOKENS))
 
 
-def compiling_pays(wanted: str | bool, config: ESM2Config, device: torch.device, depth: int, tokens: float) -> bool:
+def compiling_pays(wanted: str | bool, config: Config, device: torch.device, depth: int, tokens: float) -> bool:
     """Whether to compile a job of so many tokens through `depth` blocks: as wanted; `auto`: on CUDA, if it is long."""
     if isinstance(wanted, bool):
         return wanted

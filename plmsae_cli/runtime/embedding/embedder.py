@@ -15,6 +15,8 @@ import torch
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.plm.attention import attention_backend
 from plmsae_cli.plm.reader import Reader
+from plmsae_cli.plm.unet import UNet
+from plmsae_cli.plm.unet_reader import UNetReader
 from plmsae_cli.runtime.device import compute_dtype, pick_device
 from plmsae_cli.runtime.embedding.batches import Batch, ahead, make_batch
 from plmsae_cli.runtime.embedding.budget import auto_tokens, compiling_pays
@@ -95,7 +97,7 @@ class Embedder:
         self.d = self.model.config.d
         self.attention = attention_backend(self.device, self.dtype, self.model.config.head_dim)
         self.compile_mode, self.any_length = COMPILE_MODE, ANY_LENGTH
-        self._compiles = True
+        self._compiles = not isinstance(self.model, UNet)
         self._auto: dict[int, int] = {}
 
     @classmethod
@@ -112,8 +114,8 @@ class Embedder:
         return cls._shared[key]
 
     @cached_property
-    def reader(self) -> Reader:
-        return Reader(self.model)
+    def reader(self) -> Reader | UNetReader:
+        return UNetReader(self.model) if isinstance(self.model, UNet) else Reader(self.model)
 
     @cached_property
     def transfer(self) -> Transfer:

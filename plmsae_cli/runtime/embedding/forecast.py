@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plmsae_cli.config.data import Launch
-from plmsae_cli.plm.cost import forward_flops
-from plmsae_cli.plm.esm2 import ESM2Config
+from plmsae_cli.plm.cost import Config, forward_flops
 from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Typical
 
 _GPU_SHARE = 0.5
@@ -41,7 +40,7 @@ def _documents(lengths_P: npt.NDArray[np.int32], max_length: int) -> npt.NDArray
 
 
 def forecast(
-    config: ESM2Config, depth: int, lengths_P: npt.NDArray[np.int32], max_length: int, launch: Launch, compute: str
+    config: Config, depth: int, lengths_P: npt.NDArray[np.int32], max_length: int, launch: Launch, compute: str
 ) -> dict[str, Any]:
     """`hours` on this machine's devices as the launch has them, and `hours_from`: the model in words.
 

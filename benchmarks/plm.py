@@ -1,0 +1,165 @@
+"""One training step of a protein language model, the optimiser included: tokens a second, MFU, memory, shares of the time.
+
+    python benchmarks/plm.py proteins.fasta.gz [--steps 30] [--results benchmarks/results.jsonl]
+    python benchmarks/plm.py proteins.fasta.gz --layers 2 --hidden 64 --heads 2 --pack-tokens 2048 --steps 3   # on a CPU
+
+The model of the speed runs by default: 24 layers of 768, 133,065,357 parameters, packs of 65,536 tokens. The proteins are
+packed as `plmsae train` packs them, masked by its threads, and each step is its step. Milliseconds are wall time over all
+timed steps; shares are medians of CUDA events over further steps. `--learn N` trains N steps and prints the loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import add, cpu, stamp
+
+from plmsae_cli.config.training import Train
+from plmsae_cli.plm.alphabet import encode, wrap
+from plmsae_cli.runtime.device import peak_flops, training_dtype
+from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.store.fasta import records
+from plmsae_cli.training.packs import Packs
+from plmsae_cli.training.plm_objective import PLMObjective
+
+PARTS = ("forward", "backward", "optimiser")
+
+
+def training_packs(fasta: Path, pack_tokens: int, max_length: int) -> Packs:
+    """All proteins of the file, those beyond `max_length` cut."""
+    documents = [wrap(encode(sequence[:max_length])) for _, _, sequence in records(fasta) if sequence]
+    return Packs([np.concatenate(documents)], pack_tokens, max_length + 2, seed=0)
+
+
+def objective(options: argparse.Namespace, packs: Packs, device: torch.device) -> PLMObjective:
+    plm: dict[str, Any] = {
+        "architecture": options.architecture, "fasta": str(options.fasta), "num_layers": options.layers,
+        "hidden_size": options.hidden, "num_attention_heads": options.heads, "max_length": options.max_length,
+        "pack_tokens": options.pack_tokens, "objective": options.objective,
+    }  # fmt: skip
+    if options.architecture == "unet":
+        plm |= {"attention_soft_cap": options.attention_soft_cap}
+    train = {
+        "kind": "plm", "plm": plm, "batch_tokens": options.pack_tokens * options.packs, "optimizer": options.optimizer,
+        "betas": [0.8, 0.95], "eps": 1e-8, "grad_clip": None, "lr_warmup_steps": 0, "compute": options.compute,
+    }  # fmt: skip
+    parsed = Train.model_validate(train)
+    compute = training_dtype(options.compute, device)
+    total = max(options.learn, options.warm) + options.steps + 16
+    return PLMObjective(parsed, packs, {}, total, Gang(), device, compute)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def parts(trained: PLMObjective, step: int, device: torch.device) -> list[float]:
+    """Milliseconds of `PARTS` of one step, each waited for."""
+    packs, near = trained._load(step), trained._window(step)
+    spent = [0.0, 0.0, 0.0]
+
+    def timed(part: int, act: Callable[[], Any]) -> Any:
+        wait(device)
+        begun = time.perf_counter()
+        found = act()
+        wait(device)
+        spent[part] += 1e3 * (time.perf_counter() - begun)
+        return found
+
+    trained._optimizer.zero_grad()
+    for pack in packs:
+        loss = timed(0, lambda pack=pack: trained._score(pack, near)[0] / max(1, pack.chosen))
+        timed(1, loss.backward)
+    timed(2, lambda: trained._optimizer.step(trained._schedule(step), None))
+    return spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fasta", type=Path)
+    parser.add_argument("--architecture", choices=["unet", "esm2"], default="unet")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--max-length", type=int, default=1022)
+    parser.add_argument("--pack-tokens", type=int, default=65_536)
+    parser.add_argument("--packs", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--objective", choices=["mlm", "masked_diffusion"], default="mlm")
+    parser.add_argument("--optimizer", choices=["muon", "adam"], default="muon")
+    parser.add_argument("--attention-soft-cap", type=float)
+    parser.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--warm", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--learn", type=int, default=0, help="train so many steps first and print losses")
+    parser.add_argument("--profile", action="store_true", help="print the longest kernels of three steps")
+    parser.add_argument("--results", type=Path, help="file to add the figures to")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    packs = training_packs(options.fasta, options.pack_tokens, options.max_length)
+    trained = objective(options, packs, device)
+    print(
+        f"{trained.config.num_parameters:,} parameters, {packs.num_tokens:,} tokens of {packs.num_documents:,} proteins"
+    )
+
+    begun = time.perf_counter()
+    first = float(trained.step(0)["loss"])
+    print(f"first step, compilation included: {time.perf_counter() - begun:.1f} s, loss {first:.3f}", flush=True)
+    step = 1
+    while step < max(options.warm, options.learn):
+        figures = trained.step(step)
+        step += 1
+        if step % max(1, options.learn // 10) == 0 or step in (5, 10, 20):
+            print(f"  step {step}: loss {float(figures['loss']):.4f}", flush=True)
+    wait(device)
+    waited, begun = trained.rates(0)["loader_wait"], time.perf_counter()
+    for _ in range(options.steps):
+        figures = trained.step(step)
+        step += 1
+    wait(device)
+    seconds = (time.perf_counter() - begun) / options.steps
+    waited = (trained.rates(0)["loader_wait"] - waited) / options.steps / seconds
+    pace = trained.tokens_per_step / seconds
+    peak = peak_flops(device, trained.compute)
+    reached = trained.flops_per_step() / seconds
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    shares = [
+        statistics.median(each) for each in zip(*(parts(trained, step + i, device) for i in range(5)), strict=True)
+    ]
+    mfu = "" if peak is None else f", MFU {reached / peak:.1%}"
+    print(
+        f"{pace:,.0f} tok/s, {1e3 * seconds:.2f} ms a step, {reached / 1e12:.1f} TFLOP/s{mfu}, {memory:.1f} GiB, "
+        f"waited for data {waited:.2%}, loss {float(figures['loss']):.4f}"
+    )
+    print("  " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in zip(PARTS, shares, strict=True)), flush=True)
+    if options.profile:
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            for i in range(3):
+                trained.step(step + 5 + i)
+            wait(device)
+        by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=by, row_limit=45, max_name_column_width=90))
+    if options.results:
+        name = torch.cuda.get_device_name() if device.type == "cuda" else cpu(torch.get_num_threads())
+        command = " ".join(["python benchmarks/plm.py", *sys.argv[1:]])
+        note = (
+            f"{trained.config.num_parameters:,} parameters, {options.pack_tokens} tokens x {options.packs}, "
+            f"{options.optimizer}, {options.objective}, {1e3 * seconds:.2f} ms{mfu}, {memory:.1f} GiB; "
+            + ", ".join(f"{part} {ms:.1f} ms" for part, ms in zip(PARTS, shares, strict=True))
+        )
+        label = f"plm-step/{options.architecture}-{options.layers}x{options.hidden}"
+        line = {"name": label, "who": "plmsae", "value": round(pace), "unit": "tokens/s", "note": note}
+        add(options.results, [{**line, **stamp("plm-step", name, command)}])
+
+
+if __name__ == "__main__":
+    main()

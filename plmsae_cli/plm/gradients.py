@@ -1,0 +1,86 @@
+"""Three small operations whose gradients autograd would compute slowly, or in another order each time.
+
+Shape letters: T tokens, M chosen tokens, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_COLUMNS = 64
+"""One-hot columns: tensor cores want a multiple of 8."""
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a small table. Backward: one-hot tokens times the gradient, a matrix product in a fixed order, where
+    autograd would add up thousands of rows atomically in 33 places."""
+
+    @staticmethod
+    def forward(ctx: Any, table_VD: Tensor, tokens_T: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_T)
+        ctx.rows = table_VD.shape[0]
+        return table_VD[tokens_T]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (tokens_T,) = ctx.saved_tensors
+        grad_TD = gradients[0]
+        hot_TV = (tokens_T[:, None] == torch.arange(_COLUMNS, device=tokens_T.device)).to(grad_TD.dtype)
+        return (hot_TV.mT @ grad_TD)[: ctx.rows], None
+
+
+class _Scaled(torch.autograd.Function):
+    """x times one learned number. Backward sums rows first: that pass then fuses with others over rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight)
+        return (x_TD * weight).to(x_TD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight = ctx.saved_tensors
+        grad_TD = gradients[0]
+        grad_weight = (grad_TD.float() * x_TD.float()).sum(-1).sum()
+        return (grad_TD * weight).to(grad_TD.dtype), grad_weight.to(weight.dtype)
+
+
+class _Taken(torch.autograd.Function):
+    """Rows of x at different places. Backward writes instead of adding."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, places_M: Tensor) -> Tensor:
+        ctx.save_for_backward(places_M)
+        ctx.shape = x_TD.shape
+        return x_TD.index_select(0, places_M)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (places_M,) = ctx.saved_tensors
+        grad_MD = gradients[0]
+        return grad_MD.new_zeros(ctx.shape).index_copy_(0, places_M, grad_MD), None
+
+
+def lookup(table_VD: Tensor, tokens_T: Tensor) -> Tensor:
+    """table[tokens], [T, D]; at most 64 rows in the table."""
+    assert table_VD.shape[0] <= _COLUMNS
+    return cast(Tensor, _Lookup.apply(table_VD, tokens_T))  # type: ignore[no-untyped-call]
+
+
+def scaled(x_TD: Tensor, weight: Tensor) -> Tensor:
+    """x times a 0-dim weight, in the dtype of x."""
+    return cast(Tensor, _Scaled.apply(x_TD, weight))  # type: ignore[no-untyped-call]
+
+
+def taken(x_TD: Tensor, places_M: Tensor) -> Tensor:
+    """x[places], [M, D]; no place may occur twice."""
+    return cast(Tensor, _Taken.apply(x_TD, places_M))  # type: ignore[no-untyped-call]
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x over the root mean square of its last dimension (Zhang & Sennrich 2019), without weights."""
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)

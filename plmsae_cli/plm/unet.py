@@ -1,0 +1,241 @@
+"""The UNet transformer of the protein speed runs, over packed sequences.
+
+x = rms_norm(embedding); each block: x = l0 x + l1 x0; x += attention(rms_norm(x)); x += mlp(rms_norm(x)), where l0 and l1
+are learned numbers and x0 is the embedding. Block i of the second half first adds w_i times what the block that mirrors
+it gave. After Jordan et al., modded-nanogpt (2024), as SpeedrunningPLMs (Synthyra, 2024) applied it to proteins.
+
+Shape letters: T tokens of the pack, M chosen tokens, D residual width, F feed-forward width, H heads, Dh width of a head,
+N learned keys and values, V vocabulary. Layer 0 is x0; layer k the residual stream after block k, without a norm, the
+last one too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from plmsae_cli.plm.attention import Documents, attention
+from plmsae_cli.plm.esm2 import ESM2Output, Splice
+from plmsae_cli.plm.gradients import lookup, rms_norm, scaled
+from plmsae_cli.plm.rotary import Rotary, Tables, rotate
+from plmsae_cli.plm.unet_config import UNetConfig
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype))
+
+
+class Matrices(nn.Module):
+    """q, k and v by one product."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.qkv_3DD = Parameter(torch.empty(3, config.d, config.d))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return _linear(x_TD, self.qkv_3DD.flatten(0, 1))
+
+
+class LearnedTokens(nn.Module):
+    """`p_attention`: each of q, k and v is softmax(W x · keys / sqrt(D)) values, over N learned keys and values."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        assert config.num_att_tokens is not None
+        self.query_3DD = Parameter(torch.empty(3, config.d, config.d))
+        self.keys_3ND = Parameter(torch.empty(3, config.num_att_tokens, config.d))
+        self.values_3ND = Parameter(torch.empty(3, config.num_att_tokens, config.d))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        parts = []
+        for query_DD, keys_ND, values_ND in zip(self.query_3DD, self.keys_3ND, self.values_3ND, strict=True):
+            scores_TN = _linear(_linear(x_TD, query_DD), keys_ND) / math.sqrt(x_TD.shape[1])
+            parts.append(scores_TN.float().softmax(-1).to(x_TD.dtype) @ values_ND.to(x_TD.dtype))
+        return torch.cat(parts, dim=1)
+
+
+class Attention(nn.Module):
+    """Rotary attention of normed q and k within documents; values are mixed with those of the token's embedding."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.num_heads, self.soft_cap = config.num_heads, config.attention_soft_cap
+        self.project = Matrices(config) if config.num_att_tokens is None else LearnedTokens(config)
+        self.out_DD = Parameter(torch.empty(config.d, config.d))
+        self.value_mix_2 = Parameter(torch.empty(2)) if config.mixes_values else None
+
+    def forward(
+        self, x_TD: Tensor, embedded_TD: Tensor | None, rope: Tables, documents: Documents, window: int | None
+    ) -> Tensor:
+        qkv = self.project(x_TD).view(len(x_TD), 3, self.num_heads, -1)
+        q, k, v = qkv.unbind(1)
+        if self.value_mix_2 is not None:
+            assert embedded_TD is not None
+            l0, l1 = self.value_mix_2.unbind()
+            v = (scaled(v.flatten(1), l0) + scaled(embedded_TD, l1)).view_as(v)
+        q, k = rotate(rms_norm(q), rope), rotate(rms_norm(k), rope)
+        mixed_THD = attention(q, k, v, *documents, window=window, soft_cap=self.soft_cap)
+        return _linear(mixed_THD.flatten(1), self.out_DD)
+
+
+class Block(nn.Module):
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.up_FD = Parameter(torch.empty(config.hidden, config.d))
+        self.down_DF = Parameter(torch.empty(config.d, config.hidden))
+        self.residual_mix_2 = Parameter(torch.empty(2)) if config.unet else None
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        x0_TD: Tensor,
+        embedded_TD: Tensor | None,
+        rope: Tables,
+        documents: Documents,
+        window: int | None,
+    ) -> Tensor:
+        if self.residual_mix_2 is not None:
+            l0, l1 = self.residual_mix_2.unbind()
+            x_TD = scaled(x_TD, l0) + scaled(x0_TD, l1)
+        x_TD = x_TD + self.attention(rms_norm(x_TD), embedded_TD, rope, documents, window)
+        return x_TD + _linear(F.relu(_linear(rms_norm(x_TD), self.up_FD)).square(), self.down_DF)
+
+
+class Head(nn.Module):
+    """Dense, GELU, the vocabulary with a bias, cap tanh(z / cap)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.cap = config.soft_logit_cap
+        self.dense_DD = Parameter(torch.empty(config.d, config.d))
+        self.decoder_VD = None if config.tie_embeddings else Parameter(torch.empty(config.vocab, config.d))
+        self.bias_V = Parameter(torch.empty(config.vocab))
+
+    def forward(self, x_MD: Tensor, embedding_VD: Tensor) -> Tensor:
+        """Logits [M, V] in float32 of the last layer's rows."""
+        decoder_VD = embedding_VD if self.decoder_VD is None else self.decoder_VD
+        z_MV = _linear(F.gelu(_linear(rms_norm(x_MD), self.dense_DD)), decoder_VD).float() + self.bias_V.float()
+        return self.cap * torch.tanh(z_MV / self.cap)
+
+
+class UNet(nn.Module):
+    """The protein language model. Weights are undefined until loaded or `init_weights` is called.
+
+    Arithmetic is in the dtype of `compute`, by default that of the parameters, which may stay float32 masters.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute: torch.dtype | None = None
+        self.embedding_VD = Parameter(torch.empty(config.vocab, config.d))
+        tables = config.num_layers // 2 if config.mixes_values else 0
+        self.value_tables = nn.ParameterList(torch.empty(config.vocab, config.d) for _ in range(tables))
+        self.rotary = Rotary(config.head_dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.skip_weights = Parameter(torch.empty(config.num_layers // 2)) if config.unet else None
+        self.lm_head = Head(config)
+
+    def forward(
+        self,
+        tokens_T: Tensor,
+        documents: Documents,
+        layers: Sequence[int] = (),
+        splice: Mapping[int, Splice] | None = None,
+        logits: bool = False,
+        window: int | None = None,
+    ) -> ESM2Output:
+        """Read layers, and optionally the logits, of a pack; as `ESM2.forward`.
+
+        What `splice[k]` gives is what all layers above see, through skips too. `window`: as in `attention`.
+        """
+        num_layers = self.config.num_layers
+        splice = splice or {}
+        for k in (*layers, *splice):
+            if not 0 <= k <= num_layers:
+                raise ValueError(f"layer {k} asked of a model that has layers 0 to {num_layers}")
+        if not layers and not logits:
+            raise ValueError("nothing asked for: name layers, or set logits=True")
+        wanted = frozenset(layers)
+        hidden: dict[int, Tensor] = {}
+        last = num_layers if logits else max(layers)
+        x_TD = self._run(tokens_T, documents, last, window, wanted, splice, hidden)
+        return ESM2Output(hidden, self.head(x_TD) if logits else None)
+
+    def trunk(self, tokens_T: Tensor, documents: Documents, window: int | None) -> Tensor:
+        """The last layer [T, D]: what a training step compiles."""
+        return self._run(tokens_T, documents, self.config.num_layers, window, frozenset(), {}, {})
+
+    def head(self, x_MD: Tensor) -> Tensor:
+        """Logits [M, V], float32, of rows of the last layer."""
+        return cast(Tensor, self.lm_head(x_MD, self.embedding_VD))
+
+    def _run(
+        self,
+        tokens_T: Tensor,
+        documents: Documents,
+        last: int,
+        window: int | None,
+        wanted: frozenset[int],
+        splice: Mapping[int, Splice],
+        hidden: dict[int, Tensor],
+    ) -> Tensor:
+        """Layer `last`, and on the way those wanted into `hidden`."""
+        tokens_T = tokens_T.long()
+        dtype = self.compute or self.embedding_VD.dtype
+        rope = self.rotary(documents.locate(tokens_T.shape[0])[1])
+        tables = [table.to(dtype) for table in self.value_tables]
+        half = self.config.num_layers // 2
+        x_TD = x0_TD = rms_norm(lookup(self.embedding_VD.to(dtype), tokens_T))
+        skips: list[Tensor] = []
+        for k in range(last + 1):
+            if k > 0:
+                i = k - 1
+                if self.skip_weights is not None and i >= half:
+                    x_TD = x_TD + scaled(skips.pop(), self.skip_weights[i - half])
+                # Looked up in each block: that costs nothing inside the kernel that mixes it in, a stored one memory.
+                embedded_TD = lookup(tables[min(i, 2 * half - 1 - i)], tokens_T) if tables else None
+                x_TD = self.layers[i](x_TD, x0_TD, embedded_TD, rope, documents, window)
+            if k in wanted:
+                hidden[k] = x_TD
+            if k in splice:
+                x_TD = splice[k](x_TD)
+            if k == 0:
+                x0_TD = x_TD
+            elif k <= half and self.skip_weights is not None:
+                skips.append(x_TD)
+        return x_TD
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw weights to train from, the same for a seed on any device and in any dtype.
+
+        Embeddings, learned keys and values are normal; a tied embedding has deviation 1 / sqrt(D), since it is the output
+        too. Matrices are uniform within 1 / sqrt(fan-in), those that write into the stream zero.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            kind = name.rpartition(".")[2]
+            shape = parameter.shape
+            if kind in ("out_DD", "down_DF", "bias_V"):
+                parameter.zero_()
+            elif kind == "residual_mix_2":
+                parameter.copy_(torch.tensor([1.0, 0.0]))
+            elif kind == "value_mix_2":
+                parameter.fill_(0.5)
+            elif kind == "skip_weights":
+                parameter.fill_(1.0)
+            elif kind == "embedding_VD" or "value_tables" in name or kind in ("keys_3ND", "values_3ND"):
+                tied = kind == "embedding_VD" and self.config.tie_embeddings
+                scale = 1 / math.sqrt(self.config.d) if tied else 1.0
+                parameter.copy_(torch.randn(shape, generator=generator) * scale)
+            else:
+                bound = 1 / math.sqrt(shape[-1])
+                parameter.copy_((2 * torch.rand(shape, generator=generator) - 1) * bound)

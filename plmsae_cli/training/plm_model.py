@@ -1,0 +1,152 @@
+"""The two architectures as training sees them: a trunk, a head, and parameters by their role."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from plmsae_cli.config.plm import PLM
+from plmsae_cli.config.training import Train
+from plmsae_cli.plm.attention import Documents
+from plmsae_cli.plm.cost import Config
+from plmsae_cli.plm.esm2 import ESM2Config
+from plmsae_cli.plm.unet import UNet
+from plmsae_cli.plm.unet_config import UNetConfig
+from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.runtime.models import build_model
+from plmsae_cli.training.optimizers import Group, GroupedMuon, Optimizer, build_optimizer
+
+PEAK = {"adam": 1e-3, "muon": 1e-3, "signum": 1e-4}
+"""`lr: auto`. Signs want a third to a tenth of Adam's (Chen et al. 2023, arXiv 2302.06675)."""
+MUON_PEAK = {
+    "esm2": {"hidden": 0.02},
+    "unet": {"hidden": 0.05, "embed": 0.06, "head": 0.008, "scalar": 0.04},
+}
+"""`lr: auto` with `optimizer: muon`, by role; of the UNet those of the published speed runs."""
+MUON_MOMENTUM = 0.95
+
+
+def plm_config(plm: PLM) -> Config:
+    """The shape that the options describe."""
+    if plm.architecture == "esm2":
+        return ESM2Config(plm.num_layers, plm.hidden_size, plm.num_attention_heads)
+    return UNetConfig(
+        plm.num_layers,
+        plm.hidden_size,
+        plm.num_attention_heads,
+        expansion_ratio=plm.expansion_ratio,
+        soft_logit_cap=plm.soft_logit_cap,
+        attention_soft_cap=plm.attention_soft_cap,
+        tie_embeddings=plm.tie_embeddings,
+        unet=plm.unet,
+        value_embeddings=plm.value_embeddings,
+        num_att_tokens=plm.num_att_tokens if plm.p_attention else None,
+    )
+
+
+class TrainedModel:
+    """A model on its device, with float32 parameters and products in `compute`."""
+
+    def __init__(self, config: Config, seed: int, device: torch.device, compute: torch.dtype) -> None:
+        self.config, self._device, self._compute = config, device, compute
+        self.model = build_model(config)
+        self.model.init_weights(seed)
+        self.model.to(device)
+        if isinstance(self.model, UNet):
+            self.model.compute = compute
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """Around forward passes."""
+        if isinstance(self.model, UNet) or self._compute == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._device.type, self._compute)
+
+    def trunk(self, tokens_T: Tensor, documents: Documents, window: int | None) -> Tensor:
+        """The last layer [T, D]."""
+        if isinstance(self.model, UNet):
+            return self.model.trunk(tokens_T, documents, window)
+        last = self.model.config.num_layers
+        return self.model(tokens_T, documents, layers=(last,)).hidden[last]  # type: ignore[no-any-return]
+
+    def head(self, rows_MD: Tensor) -> Tensor:
+        """Logits [M, V] of rows of the last layer."""
+        if isinstance(self.model, UNet):
+            return self.model.head(rows_MD)
+        return cast(Tensor, self.model.lm_head(rows_MD, self.model.embed_tokens.weight))
+
+    def train_flops(self, context: float, predicted: float) -> float:
+        """Operations a token of forward and backward; see `UNetConfig.train_flops`."""
+        if isinstance(self.config, UNetConfig):
+            return self.config.train_flops(context, predicted)
+        d, layers = self.config.d, self.config.num_layers
+        return (
+            6 * (layers * self.config.block_matrices + predicted * (d * d + self.config.vocab * d))
+            + 12 * layers * d * context
+        )
+
+
+def role(name: str, ndim: int) -> str:
+    """`embed`, `head`, `hidden` (the blocks' matrices) or `scalar` (all that is no matrix)."""
+    if name.startswith(("embed_tokens", "embedding_VD", "value_tables")):
+        return "embed"
+    if name.startswith("lm_head"):
+        return "head"
+    return "hidden" if ndim >= 2 else "scalar"
+
+
+def peak_rate(options: Train, kind: str) -> float:
+    """Peak learning rate of a role."""
+    plm = options.plm
+    assert plm is not None
+    own: float | str = {"hidden": plm.lr_hidden, "embed": plm.lr_embed, "head": plm.lr_head, "scalar": plm.lr_scalar}[
+        kind
+    ]
+    if not isinstance(own, str):
+        return own
+    if options.lr != "auto":
+        return options.lr
+    muons = MUON_PEAK[plm.architecture] if options.optimizer == "muon" else {}
+    return muons.get(kind, PEAK[options.optimizer])
+
+
+def parameter_groups(model: torch.nn.Module, options: Train) -> list[Group]:
+    """The parameters by role, those of the head by whether they are matrices: vectors do not decay.
+
+    `lr_scale` is the role's peak rate, so that a step's rate is the schedule, in 0 to 1.
+    """
+    assert options.plm is not None
+    found: dict[str, dict[str, torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        kind = role(name, parameter.ndim)
+        found.setdefault(f"{kind}_vectors" if kind == "head" and parameter.ndim < 2 else kind, {})[name] = parameter
+    decay = {"hidden": options.plm.weight_decay, "head": options.plm.weight_decay}
+    return [
+        Group(name, own, decay.get(name, 0.0), peak_rate(options, name.partition("_")[0]), linear_maps=name == "hidden")
+        for name, own in found.items()
+    ]
+
+
+def plm_optimizer(groups: Sequence[Group], options: Train, gang: Gang) -> Optimizer:
+    """`train.optimizer` for a language model: `muon` is `GroupedMuon`, the others as for dictionaries."""
+    assert options.plm is not None
+    if options.optimizer != "muon":
+        return build_optimizer(options, groups)
+    momentum = MUON_MOMENTUM if options.momentum == "auto" else options.momentum
+    betas = (options.betas[0], options.betas[1])
+    return GroupedMuon(groups, momentum, options.plm.muon_momentum_warmup_steps, betas, options.eps, gang)
+
+
+def optimizer_table(groups: Sequence[Group], options: Train) -> dict[str, str]:
+    """Of each group: what updates how many parameters, at which peak rate and decay."""
+    table = {}
+    for group in groups:
+        muon = options.optimizer == "muon" and group.linear_maps
+        name = options.optimizer if muon or options.optimizer != "muon" else "adam"
+        count = sum(p.numel() for p in group.parameters.values())
+        decay = f"weight decay {group.weight_decay:g}" if group.weight_decay else "no weight decay"
+        table[f"parameters_{group.name}"] = f"{count:,} by {name}, lr {group.lr_scale:g}, {decay}"
+    return table

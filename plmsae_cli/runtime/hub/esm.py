@@ -27,9 +27,9 @@ def esm_state(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> d
     found: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         place, _, kind = name.rpartition(".")
-        if place == "rotary":
-            continue  # as transformers computes them
-        if place.startswith("layers."):
+        if place == "rotary":  # of the model, as transformers 5 has them; 4 had a copy in each layer, and computes them
+            found["esm.rotary_embeddings.inv_freq"] = tensor
+        elif place.startswith("layers."):
             _, number, part = place.split(".", 2)
             found[f"esm.encoder.layer.{number}.{_BLOCK[part]}.{kind}"] = tensor
         elif place == "embed_tokens":

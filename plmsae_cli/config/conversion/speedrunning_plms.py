@@ -217,9 +217,7 @@ def _pack(batch: int, accumulated: int, longest: int, notes: list[str]) -> int:
     size = batch // parts
     if size < longest + 2:
         size = batch
-    notes.append(
-        f"grad_accum: {batch:,} tokens a step are {batch // size} packs of {size:,}, shared by all GPUs"
-    )
+    notes.append(f"grad_accum: {batch:,} tokens a step are {batch // size} packs of {size:,}, shared by all GPUs")
     return size
 
 

@@ -38,7 +38,9 @@ def layer_features(
         for layer in layers:
             rows_RD = found[layer][0].float()
             if keep is None:
-                kept[layer].append(torch.stack([rows.double().mean(0) for rows in torch.split(rows_RD, lengths)]).float())
+                kept[layer].append(
+                    torch.stack([rows.double().mean(0) for rows in torch.split(rows_RD, lengths)]).float()
+                )
             else:
                 kept[layer].append(rows_RD[torch.cat([keep[p] for p in places])])
     return {layer: torch.cat(parts) for layer, parts in kept.items()}

@@ -23,7 +23,11 @@ from plmsae_cli.store.fs import Store
 from plmsae_cli.store.tensorfile import TensorFile
 from plmsae_cli.store.weights import save_model
 
-SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG", "W"]
+SEQUENCES = [
+    "MKTAYIAKQRQISFVKSHFSRQ",
+    "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
+    "W",
+]
 CONFIGS: dict[str, ESM2Config | UNetConfig] = {
     "esm2": ESM2Config(2, 32, 2),
     "unet": UNetConfig(4, 32, 2),

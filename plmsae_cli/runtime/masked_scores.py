@@ -22,6 +22,8 @@ from plmsae_cli.store.permutation import counter_hash
 from plmsae_cli.store.split import split_hash
 
 MASK_SEED = 0
+MASK_RATE = 0.15
+"""Share of the residues that validation masks, whatever training masks."""
 LARGEST_EXPONENT = 700.0
 """exp of more than 709 is no float64: a model that diverged still has a perplexity."""
 _IGNORED = -100

@@ -55,7 +55,8 @@ def candidates(entry: Entry) -> Iterator[Any]:
         "eval.steering.latents": [3], "eval.steering.residues": "active",
         "eval.concepts.nulls": ["pca"], "train.kind": "sae", "launch.slurm.options": {"qos": "high"},
         "train.plm.bin": "x.bin", "eval.lm.models": ["bundled"], "eval.lm.bin": "x.bin",
-        "eval.representations.models": ["bundled"], "eval.representations.tasks": ["y.csv"], "eval.representations.layers": [1], "eval.representations.l2": [2.0],
+        "eval.representations.models": ["bundled"], "eval.representations.tasks": ["y.csv"],
+        "eval.representations.layers": [1], "eval.representations.l2": [2.0],
         "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
     }  # fmt: skip
     if entry.path in special:

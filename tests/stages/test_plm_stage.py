@@ -35,7 +35,7 @@ from plmsae_cli.training.agreed import AGREE_EVERY
 from plmsae_cli.training.packs import Packs
 
 Go = Callable[..., Done]
-CLOCK = {"tokens_per_second", "loader_wait", "step_ms", "loader_share"}
+CLOCK = {"tokens_per_second", "loader_wait", "step_ms", "loader_share", "train_seconds"}
 
 
 @pytest.fixture(autouse=True)

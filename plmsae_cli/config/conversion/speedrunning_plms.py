@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from plmsae_cli.config.check import check
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.config.experiment import Experiment
 
 MARKS = (
     "num_hidden_layers",
@@ -64,7 +64,7 @@ def convert(text: str) -> tuple[str, list[str]]:
     """The experiment, and what of the settings was read otherwise than it looks, or not at all.
 
     Raises:
-        UserError: a value is of another kind than its name asks for.
+        UserError: a value is of another kind than its name asks for, or values do not fit each other.
     """
     old = _read(text)
     notes: list[str] = []
@@ -81,7 +81,10 @@ def convert(text: str) -> tuple[str, list[str]]:
             notes.append(f"{name}: no counterpart: {WITHOUT[name]}")
         elif name not in TAKEN:
             notes.append(f"{name}: unknown, and left out")
-    Experiment.model_validate(experiment)
+    _, findings = check(experiment)
+    if findings:
+        listed = "; ".join(f"{'.'.join(map(str, finding.path))}: {finding.message}" for finding in findings)
+        raise UserError(f"what it describes does not fit together: {listed}", findings[0].hint)
     return _written(experiment, notes), notes
 
 
@@ -161,7 +164,7 @@ def _plm(old: Mapping[str, Any], batch: int, muon: bool, notes: list[str]) -> di
     if cap and old.get("add_att_soft_cap", True):
         plm["attention_soft_cap"] = float(cap)
         notes.append("attention_soft_cap: kept; null is faster, since q and k are normed anyway")
-    plm |= _objective(old, notes) | _rates(old, muon)
+    plm |= _objective(old, notes) | _rates(old, muon, notes)
     if "eval_every" in old:
         plm["eval_every"] = int(old["eval_every"])
     plm["pack_tokens"] = _pack(batch, int(old.get("grad_accum") or 1), longest, notes)
@@ -196,7 +199,7 @@ def _objective(old: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     return found
 
 
-def _rates(old: Mapping[str, Any], muon: bool) -> dict[str, Any]:
+def _rates(old: Mapping[str, Any], muon: bool, notes: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"weight_decay": 0.0}
     if muon:
         found |= {name: float(old[name]) for name in ("lr_hidden", "lr_embed", "lr_head", "lr_scalar") if name in old}
@@ -206,6 +209,8 @@ def _rates(old: Mapping[str, Any], muon: bool) -> dict[str, Any]:
         found["cooldown_steps"] = int(old["cooldown_steps"])
     kind = str(old.get("scheduler_type", "cosine"))
     found["scheduler_type"] = kind if kind in ("linear", "cosine") else "linear"
+    if kind != found["scheduler_type"]:
+        notes.append(f"scheduler_type: {kind} is read as linear over the cooldown")
     return found
 
 

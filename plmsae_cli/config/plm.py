@@ -21,7 +21,7 @@ class Speedrun(Section):
     """A race to a validation loss (`train.plm.speedrun`)."""
 
     target_loss: Positive
-    """Training ends after the first validation whose loss, of the random split or else of the set `valid`, is below this (nats)."""
+    """Training ends after the first validation whose loss, of the random split or else of the set `valid`, is below (nats)."""
     max_parameters: Count | None = None
     """Most parameters of a model in this race; more are refused before anything runs."""
 

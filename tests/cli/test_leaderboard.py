@@ -33,7 +33,9 @@ def run(root: Path, name: str, losses: list[float], seconds: float, **about: Any
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 99')
     values = {"speedrun": "null", "price": "null"} | about
     (folder / "resolved.yaml").write_text(YAML.format(name=name, **values))
-    (folder / "environment.json").write_text(json.dumps({"device": "H100", "commit": "f" * 40, "dirty": about.get("dirty", False)}))
+    (folder / "environment.json").write_text(
+        json.dumps({"device": "H100", "commit": "f" * 40, "dirty": about.get("dirty", False)})
+    )
     checkpoint = folder / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
     (checkpoint / "CHECKPOINT.json").write_text(json.dumps({"state": {"world": about.get("world", 1)}}))

@@ -29,7 +29,9 @@ OLD = {
 
 def converted(tmp_path: Path, **changes: Any) -> tuple[Experiment, list[str]]:
     lines = [f"{name}: {'null' if value is None else value}" for name, value in {**OLD, **changes}.items()]
-    (tmp_path / "old.yaml").write_text("# theirs\n" + "\n".join(lines).replace("True", "true").replace("False", "false"))
+    (tmp_path / "old.yaml").write_text(
+        "# theirs\n" + "\n".join(lines).replace("True", "true").replace("False", "false")
+    )
     text, notes = convert_file(tmp_path / "old.yaml")
     (tmp_path / "new.yaml").write_text(text)
     return load(tmp_path / "new.yaml").experiment, notes
@@ -57,7 +59,15 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
     assert (plm.muon_momentum_warmup_steps, plm.pack_tokens, plm.holdout) == (200, 65536, 0.0)
     assert (plm.bin, plm.valid) == ("d/t_*.bin", {"valid": "d/v_*.bin", "test": "d/e_*.bin"})
     told = {note.partition(":")[0] for note in notes}
-    assert told >= {"num_workers", "prefetch_factor", "clear_cache_every", "token_dropout", "lr", "hf_model_name", "max_length"}
+    assert told >= {
+        "num_workers",
+        "prefetch_factor",
+        "clear_cache_every",
+        "token_dropout",
+        "lr",
+        "hf_model_name",
+        "max_length",
+    }
     assert not any("unknown" in note for note in notes)
     assert set(OLD) <= TAKEN
 
@@ -65,7 +75,10 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"masked_diffusion": True, "mask_rate_schedule": False}, {"objective": "masked_diffusion", "starting_mask_rate": None}),
+        (
+            {"masked_diffusion": True, "mask_rate_schedule": False},
+            {"objective": "masked_diffusion", "starting_mask_rate": None},
+        ),
         ({"masked_diffusion": True}, {"objective": "masked_diffusion", "diffusion_warmup_steps": 250}),
         ({"add_att_soft_cap": False}, {"attention_soft_cap": None}),
         ({"p_attention": False}, {"p_attention": False, "num_att_tokens": 512}),
@@ -80,7 +93,9 @@ def test_values_that_hang_together(tmp_path: Path, changes: dict[str, Any], want
 
 
 def test_adam_alone_and_old_names(tmp_path: Path) -> None:
-    experiment, notes = converted(tmp_path, use_muon=False, grad_clip=2.0, save_every=100, bfloat16=False, wandb_token="abc", hidden=3)
+    experiment, notes = converted(
+        tmp_path, use_muon=False, grad_clip=2.0, save_every=100, bfloat16=False, wandb_token="abc", hidden=3
+    )
     train = experiment.train
     assert train is not None
     assert (train.optimizer, train.lr, train.grad_clip, train.checkpoint_every) == ("adam", 0.001, 2.0, 100)
@@ -97,7 +112,12 @@ def test_flags_of_a_command_line(tmp_path: Path) -> None:
     text, notes = convert_file(tmp_path / "run.sh")
     (tmp_path / "new.yaml").write_text(text)
     plm = plm_of(load(tmp_path / "new.yaml").experiment)
-    assert (plm.num_layers, plm.lr_hidden, plm.unet, plm.bin) == (4, 0.02, True, "data/omg_prot50/omg_prot50_train_*.bin")
+    assert (plm.num_layers, plm.lr_hidden, plm.unet, plm.bin) == (
+        4,
+        0.02,
+        True,
+        "data/omg_prot50/omg_prot50_train_*.bin",
+    )
     assert any(note.startswith("bugfix: no counterpart: it is a flag here") for note in notes)
 
 

@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from plmsae_cli.config.evaluation import TRAINED, LanguageModels
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.language_models import TRAINED, LanguageModels
 from plmsae_cli.config.sae import OPTIONS
 from plmsae_cli.config.training import CACHE_LIMIT
 from plmsae_cli.config.tree import entries

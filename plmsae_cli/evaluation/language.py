@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.config.evaluation import LanguageModels
+from plmsae_cli.config.language_models import LanguageModels
 from plmsae_cli.evaluation.proteins import groups, read_any
 from plmsae_cli.plm.alphabet import encode, pack
 from plmsae_cli.runtime.masked_scores import MaskedScores, mask, masks_of_pack

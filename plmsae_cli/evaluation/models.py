@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from plmsae_cli.config.base import digest
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.config.evaluation import TRAINED
+from plmsae_cli.config.language_models import TRAINED
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.store.fs import join
 from plmsae_cli.store.weights import resolve_weights

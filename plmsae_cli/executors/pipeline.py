@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError, first_line
-from plmsae_cli.config.evaluation import TRAINED
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.language_models import TRAINED
 from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, plain_http, refuse_gangs
 from plmsae_cli.executors.keep import free_unkept
 from plmsae_cli.executors.locks import locked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from plmsae_cli.config.evaluation import LanguageModels
+from plmsae_cli.config.language_models import LanguageModels
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.evaluation.models import Scored, scored_models
 from plmsae_cli.runtime.task import Context, Result, Task

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.config.evaluation import NAMED_TASKS, Representations
+from plmsae_cli.config.language_models import NAMED_TASKS, Representations
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.evaluation.models import Scored, scored_models
 from plmsae_cli.runtime.task import Context, Result, Task

@@ -80,7 +80,12 @@ def train(
     """Tokens a second, share of the time in which the loader was waited for, seconds of the stage."""
     data = str(folder / "data") if endpoint is None else f"s3://{BUCKET}/data"
     body = {"data": data, "batch_tokens": shape.rows, "tokens": tokens, "sae": sae, "log_every": 20}
-    experiment = {"name": shape.name.lower(), "root": str(folder / "runs"), "launch": {"gpus": min(1, torch.cuda.device_count())}, "train": body}
+    experiment = {
+        "name": shape.name.lower(),
+        "root": str(folder / "runs"),
+        "launch": {"gpus": min(1, torch.cuda.device_count())},
+        "train": body,
+    }
     if endpoint is not None:
         experiment["storage"] = {"endpoint_url": endpoint, "allow_http": True, "anonymous": True}
     done = run_experiment(Experiment.model_validate(experiment), ["train"], PlainReporter())

@@ -242,10 +242,20 @@ def init(
         typer.Option(metavar="KIND", help="sae: sparse autoencoder; plm: language model; sweep: many autoencoders."),
     ] = "sae",
     full: Annotated[bool, typer.Option("--full", help="Every field there is, with its help.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="OLD", help="Convert another tool's settings instead: a YAML of SpeedrunningPLMs."
+        ),
+    ] = None,
 ) -> None:
     """Write a commented experiment to begin with; never over a file that exists."""
-    from plmsae_cli.cli.tools import write_template
+    from plmsae_cli.cli.tools import write_converted, write_template
 
+    if source is not None:
+        if full or kind != "sae":
+            raise typer.BadParameter("it decides the kind: leave out --kind and --full", param_hint="--from")
+        raise typer.Exit(write_converted(path, source))
     raise typer.Exit(write_template(path, kind, full))
 
 
@@ -265,12 +275,50 @@ def validate(
 @_tool_verb()
 def ls(
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of runs; runs/ unless named.")] = Path("runs"),
+    leaderboard: Annotated[
+        str | None,
+        typer.Option(
+            "--leaderboard",
+            metavar="TRACK",
+            help="Language-model runs, best first: speed, by the time to their target loss, or quality.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """List runs with their figures, and data folders with the runs that use them."""
+    if leaderboard is not None:
+        from plmsae_cli.cli.leaderboard import show_leaderboard
+
+        raise typer.Exit(show_leaderboard(root, leaderboard, json))
     from plmsae_cli.cli.listing import list_root
 
     raise typer.Exit(list_root(root, json))
+
+
+@_tool_verb(
+    epilog="""
+    plmsae export runs/my-plm --hf my-plm-hf                     a folder for transformers
+    plmsae export runs/my-plm --hf my-plm-hf --push owner/model  and upload it
+    """
+)
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A language model's run, or what model.weights may be.")],
+    hf: Annotated[Path, typer.Option("--hf", metavar="FOLDER", help="The Hugging Face folder to write: new or empty.")],
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push", metavar="NAME", help="Also upload it to the Hugging Face hub, as a private OWNER/MODEL."
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a language model as a folder that transformers loads, with its logits unchanged.
+
+    ESM-2 runs become a plain EsmForMaskedLM; UNet runs bring their code, for trust_remote_code=True.
+    """
+    from plmsae_cli.cli.export import export_model
+
+    raise typer.Exit(export_model(run, hf, push, json))
 
 
 @_tool_verb()

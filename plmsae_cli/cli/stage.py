@@ -155,14 +155,16 @@ def execute(loaded: Loaded, stages: list[str], no_progress: bool, restart: bool,
 
 def outcome(run: Path) -> dict[str, Any]:
     """Where a run's results are, and its headline figures."""
-    from plmsae_cli.runtime.results import headline
+    from plmsae_cli.runtime.results import headline, of_models
     from plmsae_cli.runtime.run_folder import read_json
 
+    scored = of_models(run)
     report = run / "report" / "index.html"
     return {
         "run": str(run),
         "artifacts": read_json(run / "artifacts.json") or {},
         "figures": headline(run),
+        **({"evaluation": scored} if scored else {}),
         "report": str(report) if report.exists() else None,
     }
 
@@ -211,8 +213,8 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool, yes: b
             what = "cannot be written to" if existing.is_dir() else "is not a folder"
             raise UserError(f"{field}: {place} cannot be made, {existing} {what}", f"name another folder in {field}")
     _reach(experiment, write=fetch)
-    if fetch and experiment.embed is not None:
-        resolve_weights(experiment.model.weights, Store(experiment.storage))
+    for weights in experiment.published_weights() if fetch else []:
+        resolve_weights(weights, Store(experiment.storage))
     plans = plans_of(experiment, stages)
     if not yes:
         refuse_beyond(experiment, stages)

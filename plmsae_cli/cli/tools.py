@@ -22,22 +22,41 @@ def write_template(path: Path, kind: str, full: bool) -> int:
     """Write a commented template; never over an existing file."""
 
     def work() -> int:
-        from plmsae_cli.config.errors import UserError
         from plmsae_cli.config.templates import full_template, template
 
-        text = full_template() if full else template(kind)
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            raise UserError(f"{path} exists already", "name another file; init never overwrites") from None
-        except OSError as error:
-            hint = "name a file in a folder that exists"
-            raise UserError(f"{path} cannot be written: {error.strerror}", hint) from None
-        print(f"wrote {path}; next: edit it, then `plmsae validate {path}` and `plmsae run {path}`", file=sys.stderr)
+        _write_new(path, full_template() if full else template(kind))
         return DONE
 
     return checked(work)
+
+
+def write_converted(path: Path, source: Path) -> int:
+    """Write the experiment that another tool's settings describe, and say what of them has no counterpart."""
+
+    def work() -> int:
+        from plmsae_cli.config.conversion import convert_file
+
+        text, notes = convert_file(source)
+        _write_new(path, text)
+        for note in notes:
+            print(f"  {note}", file=sys.stderr)
+        return DONE
+
+    return checked(work)
+
+
+def _write_new(path: Path, text: str) -> None:
+    from plmsae_cli.config.errors import UserError
+
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{path} exists already", "name another file; init never overwrites") from None
+    except OSError as error:
+        hint = "name a file in a folder that exists"
+        raise UserError(f"{path} cannot be written: {error.strerror}", hint) from None
+    print(f"wrote {path}; next: edit it, then `plmsae validate {path}` and `plmsae run {path}`", file=sys.stderr)
 
 
 def validate_files(targets: list[Path], sets: Sequence[str] | None, bugfix: bool, as_json: bool) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.language_models import TRAINED, LanguageModels
 from plmsae_cli.config.sae import OPTIONS
 from plmsae_cli.config.training import CACHE_LIMIT
 from plmsae_cli.config.tree import entries
@@ -64,6 +65,7 @@ _SMALL_DATA = {
 _SORTED_SHARD = 500_000  # of every layer of the bundled model, within shuffle.memory
 # Axes that need annotated proteins or structures, of which the package has none.
 _ANNOTATED = ("concepts", "families", "probes", "encode", "contacts")
+_SMALL_LM = {"bin": None, "sequences": 16, "max_length": 128, "compute": "auto", "batch_tokens": 1024}
 # Latents and positions of another dictionary may not exist in the small one.
 _SMALL_STEERING = {
     "latents": "densest",
@@ -105,13 +107,27 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
     if data["train"] is not None:
         _cut_train(data["train"], layers, fasta)
     if data["eval"] is not None:
-        data["eval"]["fidelity"] |= {"proteins": 8, "batch_tokens": "auto"}
+        if experiment.has_dictionary:
+            data["eval"]["fidelity"] |= {"proteins": 8, "batch_tokens": "auto"}
         data["eval"] |= dict.fromkeys(_ANNOTATED)
+        _cut_language_models(data, fasta)
         if data["eval"]["steering"] is not None:
             data["eval"]["steering"] |= _SMALL_STEERING
     if data["sweep"] is not None:
         data["sweep"]["grid"] = _cut_grid(data["sweep"]["grid"], layers, data["train"])
     return Experiment.model_validate(data)
+
+
+def _cut_language_models(data: dict[str, Any], fasta: str) -> None:
+    """Few proteins and the models at hand; without an autoencoder something is left to measure in any case."""
+    evaluated, train = data["eval"], data["train"]
+    if evaluated["lm"] is None and (train is None or train["kind"] == "plm"):
+        evaluated["lm"] = LanguageModels(fasta=fasta).model_dump(mode="json")
+    if evaluated["lm"] is not None:
+        models = evaluated["lm"]["models"]
+        kept = None if models is None else list(dict.fromkeys(m if m == TRAINED else "bundled" for m in models))
+        evaluated["lm"] |= {**_SMALL_LM, "fasta": fasta, "models": kept}
+    evaluated["representations"] = None
 
 
 def _own_data(data: dict[str, Any]) -> None:
@@ -140,7 +156,7 @@ def _cut_train(train: dict[str, Any], layers: Mapping[int, int], fasta: str) -> 
             train[field] = min(train[field], most)
     if is_plm:
         valid = dict.fromkeys(train["plm"]["valid"], fasta)
-        train["plm"] |= {**_SMALL_PLM, "fasta": fasta, "valid": valid}
+        train["plm"] |= {**_SMALL_PLM, "fasta": fasta, "bin": None, "valid": valid}
         for field, most in _CAPPED_PLM.items():
             value = train["plm"][field]
             if value is not None and value != entries()[f"train.plm.{field}"].default:
@@ -229,9 +245,10 @@ _FIXED = (
     "data_root", "launch", "storage", "model", "wandb", "limits", "embed.fasta", "embed.imported", "embed.shard",
     "embed.ordered_rows", "embed.compute", "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory",
     "optimize.chunk", "train.data",
-    "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
+    "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.bin", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING),
-    *(f"eval.{axis}" for axis in _ANNOTATED),
+    *(f"eval.{axis}" for axis in (*_ANNOTATED, "representations")),
+    *(f"eval.lm.{field}" for field in (*_SMALL_LM, "fasta", "models")),
 )  # fmt: skip
 _MOST_TRIALS = 2
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Section, rule
+from plmsae_cli.config.language_models import LanguageModels, Representations
 
 
 class Fidelity(Section):
@@ -210,7 +211,7 @@ class Steering(Section):
 
 
 class Eval(Section):
-    """Evidence about the trained dictionary; ends in Parquet, JSON, a model card and an HTML report."""
+    """Evidence about the trained dictionary and language models; ends in Parquet, JSON, a model card and an HTML report."""
 
     fidelity: Annotated[Fidelity, SCIENCE] = Fidelity()
     """Reconstruction and loss recovered."""
@@ -226,6 +227,14 @@ class Eval(Section):
     """Contacts of known structures; absent: not measured."""
     steering: Annotated[Steering | None, SCIENCE] = None
     """What latents do to predictions; absent: not measured."""
+    lm: Annotated[LanguageModels | None, SCIENCE] = None
+    """Masked prediction of language models; absent: not measured."""
+    representations: Annotated[Representations | None, SCIENCE] = None
+    """What language models' layers tell; absent: not measured."""
+
+    def of_models(self) -> list[LanguageModels | Representations]:
+        """The axes about language models: they need no autoencoder."""
+        return [axis for axis in (self.lm, self.representations) if axis is not None]
 
     @model_validator(mode="after")
     def _concepts_choose(self) -> Eval:

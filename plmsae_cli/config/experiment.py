@@ -9,6 +9,7 @@ from pydantic import model_validator
 from plmsae_cli.config.base import Name, Section, rule
 from plmsae_cli.config.data import Embed, Imported, Keep, Launch, Limits, Model, Optimize, Price, Shuffle, Storage
 from plmsae_cli.config.evaluation import Concepts, Encode, Eval, Families, Fidelity, Probes
+from plmsae_cli.config.language_models import TRAINED, LanguageModels, Representations
 from plmsae_cli.config.plm import PLM
 from plmsae_cli.config.sae import SAE
 from plmsae_cli.config.sweep import Sweep
@@ -20,6 +21,8 @@ __all__ = [
     "Model", "Optimize", "Price", "Probes", "Shuffle", "Storage", "Sweep", "Train", "Wandb",
 ]  # fmt: skip
 
+OF_DICTIONARIES = ("fidelity", "concepts", "families", "probes", "encode", "contacts", "steering")
+"""Axes of `eval` that score a sparse autoencoder."""
 STAGES = ("embed", "shuffle", "optimize", "train", "sweep", "eval")
 
 
@@ -74,7 +77,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _stages_have_their_inputs(self) -> Experiment:
-        needs = {"shuffle": ("embed",), "optimize": ("shuffle",), "sweep": ("train",), "eval": ("train",)}
+        needs = {"shuffle": ("embed",), "optimize": ("shuffle",), "sweep": ("train",)}
         for stage, inputs in needs.items():
             for upstream in inputs:
                 if getattr(self, stage) is not None and getattr(self, upstream) is None:
@@ -89,8 +92,6 @@ class Experiment(Section):
             raise rule(
                 "train", "train needs data", "add embed, shuffle and optimize sections, or train.data: a dataset folder"
             )
-        if self.eval is not None and self.train is not None and self.train.kind == "plm":
-            raise rule("eval", "eval scores sparse autoencoders; a pLM run validates itself", "remove eval")
         if self.sweep is not None and self.sweep.stream == "each" and self.train is not None and self.train.saes:
             raise rule(
                 "sweep.stream",
@@ -114,6 +115,26 @@ class Experiment(Section):
             )
         if all(getattr(self, stage) is None for stage in STAGES):
             raise rule("", "no stage in this experiment", f"add one of: {', '.join(STAGES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _eval_has_what_it_scores(self) -> Experiment:
+        if self.eval is None:
+            return self
+        if not self.has_dictionary:
+            given = [axis for axis in OF_DICTIONARIES if self.eval.changed(axis)]
+            why = "needs a train section" if self.train is None else "scores sparse autoencoders, and kind is plm"
+            if given:
+                raise rule(f"eval.{given[0]}", f"eval.{given[0]} {why}", "remove it; lm and representations need none")
+            if not self.eval.of_models():
+                remedy = "add `train:`, or eval.lm or eval.representations, or remove `eval:`"
+                raise rule("eval", f"eval {why}", remedy)
+        if self.train is None or self.train.kind != "plm":
+            for name, axis in (("lm", self.eval.lm), ("representations", self.eval.representations)):
+                if axis is not None and TRAINED in (axis.models or []):
+                    raise rule(
+                        f"eval.{name}.models", f"{TRAINED} is the model of train.kind: plm", "name another model"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -191,6 +212,24 @@ class Experiment(Section):
             return self.train.layer
         assert self.embed is not None
         return self.embed.layers[0]
+
+    @property
+    def has_dictionary(self) -> bool:
+        """Whether it trains sparse autoencoders."""
+        return self.train is not None and self.train.kind == "sae"
+
+    def language_models(self, axis: LanguageModels | Representations) -> list[str]:
+        """The models that an axis of `eval` scores, as they were named."""
+        if axis.models is not None:
+            return axis.models
+        return [TRAINED if self.train is not None and self.train.kind == "plm" else self.model.weights]
+
+    def published_weights(self) -> list[str]:
+        """The weights that a start reads, run folders apart: what is published and absent is downloaded first."""
+        axes = self.eval.of_models() if self.eval is not None else []
+        named = [weights for axis in axes for weights in self.language_models(axis)]
+        own = [self.model.weights] if self.embed is not None else []
+        return list(dict.fromkeys([*own, *(weights for weights in named if weights.startswith("esm2_t"))]))
 
     def data_folder(self) -> str:
         """`data_root`, or `<root>/data`."""

@@ -21,7 +21,7 @@ class Speedrun(Section):
     """A race to a validation loss (`train.plm.speedrun`)."""
 
     target_loss: Positive
-    """Training ends after the first validation whose loss, of the random split, is below this (nats)."""
+    """Training ends after the first validation whose loss, of the random split or else of the set `valid`, is below (nats)."""
     max_parameters: Count | None = None
     """Most parameters of a model in this race; more are refused before anything runs."""
 
@@ -32,10 +32,13 @@ class PLM(Section):
     architecture: Annotated[Literal["esm2", "unet"], SCIENCE] = "esm2"
     """`esm2`: the ESM-2 encoder. `unet`: the speed runs' transformer, with skips from its first half to its second, value
     embeddings and squared ReLU. `embed` reads both."""
-    fasta: str
+    fasta: str | None = None
     """Proteins to train on; split by the hash that `embed` uses."""
-    valid: dict[str, str] = Field(default_factory=dict)
-    """Further validation sets by name (such as held-out clusters): FASTA files that are never trained on."""
+    bin: str | list[str] | None = None
+    """Token shards to train on instead of a FASTA: SpeedrunningPLMs' `.bin` files as they are, by path or glob or a list of
+    both, local or `s3://`; split by the same hash."""
+    valid: dict[str, str | list[str]] = Field(default_factory=dict)
+    """Further validation sets by name (such as held-out clusters), never trained on: a FASTA file each, or `.bin` shards."""
     num_layers: Annotated[Count, SCIENCE] = 6
     """Transformer blocks."""
     hidden_size: Annotated[Count, SCIENCE] = 192
@@ -107,7 +110,22 @@ class PLM(Section):
     eval_every: Count = 1000
     """Steps between validations."""
     eval_tokens: Count = 1_000_000
-    """Tokens of each validation set that are scored, with masks that never change."""
+    """Tokens of each validation set that are scored: 15 % of the residues, with masks that never change."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PLM:
+        if (self.fasta is None) == (self.bin is None):
+            given = "both are given" if self.fasta is not None else "neither is given"
+            raise rule("fasta", f"proteins come from fasta or from bin: {given}", "name one of the two")
+        named = {"bin": self.bin, **{f"valid.{name}": files for name, files in self.valid.items()}}
+        for name, files in named.items():
+            several = isinstance(files, list)
+            for path in [] if files is None else files if isinstance(files, list) else [files]:
+                if (several or name == "bin") and not path.endswith(".bin"):
+                    raise rule(name, f"{path} does not end in .bin", "name token shards, or a FASTA file alone")
+            if files == []:
+                raise rule(name, f"{name} is an empty list", "name at least one file")
+        return self
 
     @model_validator(mode="after")
     def _shapes(self) -> PLM:

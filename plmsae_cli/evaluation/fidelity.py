@@ -22,13 +22,11 @@ from plmsae_cli.plm.alphabet import MASK, Packed, encode, pack
 from plmsae_cli.plm.esm2 import ESM2, Splice
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.runtime.device import pick_device
+from plmsae_cli.runtime.masked_scores import masks
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.fidelity import Fidelity
 from plmsae_cli.store.activations import ActivationShards
-from plmsae_cli.store.permutation import counter_hash
-from plmsae_cli.store.split import split_hash
 
-MASK_SEED = 0
 BOOTSTRAPS = 1000
 
 
@@ -68,16 +66,6 @@ def reconstruction(
         first_N.scatter_reduce_(0, latents.indices_BK.flatten(), place_BK.flatten(), "amin")
         top_row_N = torch.where(first_N < rows, first_N, top_row_N)
     return Reconstruction(figures, activation_N.cpu(), top_row_N.cpu())
-
-
-def masks(sequence: str, rate: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which residues are masked: a function of the sequence and the position, the same for every SAE and machine."""
-    position = np.arange(len(sequence), dtype=np.uint64)
-    word = np.full(len(sequence), split_hash(sequence), dtype=np.uint64)
-    chosen = counter_hash(MASK_SEED, word, position) < np.uint64(int(rate * 2**64))
-    if not chosen.any() and len(sequence):
-        chosen[int(counter_hash(MASK_SEED, word[:1])[0] % np.uint64(len(sequence)))] = True
-    return chosen
 
 
 def masked_residues(packed: Packed, sequences: Sequence[str], rate: float) -> torch.Tensor:

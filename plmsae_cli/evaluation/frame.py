@@ -78,9 +78,12 @@ class Scope:
             )
         return self.manifest
 
-    def identity(self, axis: str, science: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
-        """Eight hex digits that stand for the run, the axis's options and the content of its files."""
-        body = {"format": FORMAT, "run": self.lineage.run_identity(), axis: dict(science)}
+    def identity(
+        self, axis: str, science: Mapping[str, Any], inputs: Mapping[str, str] | None = None, of_run: bool = True
+    ) -> str:
+        """Eight hex digits that stand for the run (unless the axis is not about it), the axis's options and its files."""
+        run = {"run": self.lineage.run_identity()} if of_run else {}
+        body = {"format": FORMAT, **run, axis: dict(science)}
         return digest({**body, "inputs": dict(inputs)} if inputs else body)[:8]
 
     def content(self, path: str) -> str:

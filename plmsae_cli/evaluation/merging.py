@@ -13,30 +13,21 @@ from plmsae_cli.store.fs import FileRecord, join
 from plmsae_cli.store.manifest import canonical_json
 
 
-def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any]) -> list[FileRecord]:
+def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any] | None) -> list[FileRecord]:
     """Write eval/metrics.json, latents.parquet, latent_concepts.parquet, proteins.parquet, concepts.csv and model_card.md.
 
     Args:
         axes: those that were measured, in order.
-        facts: contents of sae.json.
+        facts: contents of sae.json; None where no dictionary was trained: then no model card either.
     """
-    manifest = scope.made()
-    metrics: dict[str, Any] = {
-        "schema": 1,
-        "demo": (manifest["weights"] or {}).get("name") == "bundled",
-        "layer": manifest["layer"],
-        "architecture": facts["config"]["architecture"],
-        "num_latents": facts["config"]["num_latents"],
-        "k": facts["config"].get("k"),
-        "axes": list(axes),
-    }
+    metrics: dict[str, Any] = {"schema": 1, **_dictionary(scope, facts), "axes": list(axes)}
     for axis in axes:
         metrics[axis] = scope.read_json(axis, "result.json")
     here = join(scope.folder, EVAL)
-    files = [
-        scope.store.write(join(here, "metrics.json"), [canonical_json(metrics)]),
-        scope.store.write(join(here, "model_card.md"), [model_card(metrics, manifest, facts).encode()]),
-    ]
+    files = [scope.store.write(join(here, "metrics.json"), [canonical_json(metrics)])]
+    if facts is not None:
+        card = model_card(metrics, scope.made(), facts)
+        files.append(scope.store.write(join(here, "model_card.md"), [card.encode()]))
     tables: dict[str, Any] = {}
     for name, combine in (
         ("latents.parquet", _beside),
@@ -58,6 +49,20 @@ def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any]) -> list[F
     else:
         scope.store.delete(join(here, "concepts.csv"))
     return files
+
+
+def _dictionary(scope: Scope, facts: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What metrics.json says of the dictionary."""
+    if facts is None:
+        return {"demo": False}
+    manifest = scope.made()
+    return {
+        "demo": (manifest["weights"] or {}).get("name") == "bundled",
+        "layer": manifest["layer"],
+        "architecture": facts["config"]["architecture"],
+        "num_latents": facts["config"]["num_latents"],
+        "k": facts["config"].get("k"),
+    }
 
 
 def _top_latents(scope: Scope, about: Any) -> Any:

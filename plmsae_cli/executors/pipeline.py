@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.language_models import TRAINED
 from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, plain_http, refuse_gangs
 from plmsae_cli.executors.keep import free_unkept
 from plmsae_cli.executors.locks import locked
@@ -83,11 +84,24 @@ def missing_inputs(stage: str, experiment: Experiment, store: Store) -> list[str
             return []
         dataset = lineage.dataset()
         return [] if read_manifest(store, dataset.folder) else [f"{dataset.folder} (optimize)"]
+    if not experiment.has_dictionary:
+        return _missing_language_models(experiment, store)
     if experiment.swept:
         exports = {f"{trial.run}/sae/sae.json": "sweep" for trial in _trials(experiment)}
     else:
         exports = {f"{lineage.run_folder()}/sae/sae.json": "train"}
     return [f"{export} ({upstream})" for export, upstream in exports.items() if not store.exists(export)]
+
+
+def _missing_language_models(experiment: Experiment, store: Store) -> list[str]:
+    """The models that this experiment has yet to train, where its evaluation wants them."""
+    assert experiment.eval is not None
+    if not any(TRAINED in experiment.language_models(axis) for axis in experiment.eval.of_models()):
+        return []
+    owners = [trial.experiment for trial in _trials(experiment)] if experiment.swept else [experiment]
+    upstream = "sweep" if experiment.swept else "train"
+    wanted = [f"{Lineage(owner, store).run_folder()}/plm/config.json" for owner in owners]
+    return [f"{path} ({upstream})" for path in wanted if not store.exists(path)]
 
 
 def run_experiment(
@@ -121,7 +135,7 @@ def run_experiment(
         if restart and (old := run.archive()) is not None:
             reporter.say(f"archived the old run as {old}")
         try:
-            if run.identity.exists():
+            if experiment.train is not None and run.identity.exists():
                 run.claim_identity(Lineage(experiment, store).run_identity())
             run.begin(experiment, text)
             STOP.watch(run.stop_file)
@@ -149,8 +163,8 @@ def _run_stages(
 ) -> None:
     """The stages and the report; `seconds` gets the time of each that had something to do."""
     run.status(state="running", stage=None, error=None)
-    if experiment.embed is not None:
-        resolve_weights(experiment.model.weights, store)  # downloads published weights, once
+    for weights in experiment.published_weights():
+        resolve_weights(weights, store)  # downloads them, once
     if experiment.train is not None and experiment.train.data is not None:
         ref = Lineage(experiment, store).dataset()
         rows = (read_manifest(store, ref.folder) or {}).get("rows", 0)

@@ -71,6 +71,16 @@ def decode(tokens: npt.NDArray[np.integer] | Sequence[int]) -> str:
     return "".join(TOKEN_NAMES[int(token)] for token in tokens)
 
 
+_CHARACTER = np.full(256, ord("X"), dtype=np.uint8)
+_CHARACTER[FIRST_LETTER : FIRST_LETTER + len(LETTERS)] = list(LETTERS.encode())
+
+
+def letters(residues: npt.NDArray[np.integer]) -> bytes:
+    """One letter a residue token, X for any other: as the protein stands in a file, and so is hashed."""
+    text: bytes = _CHARACTER[residues].tobytes()
+    return text
+
+
 def wrap(residues: Tokens) -> Tokens:
     """`<cls>` residues `<eos>`: [L] to [L + 2]."""
     wrapped = np.empty(len(residues) + 2, dtype=np.uint8)

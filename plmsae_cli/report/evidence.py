@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from plmsae_cli.report.cells import ROWS, Cell, Figure, Section, Table, decimal, latent, text, whole
 from plmsae_cli.report.interventions import contacts, steering
+from plmsae_cli.report.models import language_models, representations
 from plmsae_cli.report.svg import SERIES, draw
 from plmsae_cli.report.words import clean, count, number, percent
 
@@ -33,6 +34,8 @@ def sections(scores: Mapping[str, Any] | None) -> list[Section]:
         "probes": _probes,
         "contacts": contacts,
         "steering": steering,
+        "lm": language_models,
+        "representations": representations,
     }
     return [make(scores[axis]) for axis, make in makers.items() if scores is not None and axis in scores]
 

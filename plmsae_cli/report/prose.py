@@ -87,6 +87,15 @@ def verdict(run: Run) -> str:
     if run.plm:
         last = run.plm[-1]
         return f"Trained on {magnitude(last['tokens'])} residues to a loss of {number(last['loss'])} nats."
+    if models := ((run.scores or {}).get("lm") or {}).get("models"):
+        best = min(models, key=lambda row: row["loss"])
+        return (
+            f"Of {count(len(models))} language model{'s' if len(models) > 1 else ''}, {clean(best['model'], 40)} predicts hidden"
+            f" residues best: {number(best['loss'], 4)} nats, the right one in {percent(best['accuracy'])} of the cases."
+        )
+    if models := ((run.scores or {}).get("representations") or {}).get("models"):
+        best = max(models, key=lambda row: row["score"])
+        return f"Most can be read off the layers of {clean(best['model'], 40)}: {number(best['score'])} on average over tasks."
     return "This run has recorded what was asked, and no results yet."
 
 

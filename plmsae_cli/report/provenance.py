@@ -23,6 +23,8 @@ def model(run: Run) -> str | None:
     if run.asked("train", "kind") == "plm" and plm:
         shape = f"{plm.get('num_layers')} layers of width {plm.get('hidden_size')}"
         return f"{plm.get('architecture')}, {shape}" if plm.get("num_layers") else plm.get("architecture")
+    if run.asked("train") is None and run.asked("embed") is None:
+        return None  # it compares several, and trains or explains none
     if run.dictionary.get("weights", run) is None:
         return "not known: activations were imported"
     weights = run.asked("model", "weights")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from plmsae_cli.report.models import lines
 from plmsae_cli.report.reading import STAGE_ORDER, Run, read_run
 from plmsae_cli.report.words import clean, count, magnitude, number, percent, seconds
 
@@ -56,6 +57,7 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
         yield f"contacts by {method}, P@L", f"{number(body['sae'])} (model {number(body['original'])}){share}"
     if steering := scored.get("steering"):
         yield "steering effects found", f"{count(steering['found'])} of {count(steering['tests'])}"
+    yield from lines(scored)
     for name, scores in final_validation(run).items():
         yield f"perplexity, {clean(name, 40)}", number(scores["perplexity"])
     if (rows := training_rows(run)) is not None:

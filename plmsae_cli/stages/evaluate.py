@@ -1,4 +1,5 @@
-"""Evidence about a trained dictionary: an axis is tasks of its own, the last task merges all into tables beside the run.
+"""Evidence about a trained dictionary or about language models: an axis is tasks of its own, the last task merges all into
+tables beside the run.
 
 `eval/latents.parquet` has one row a latent; `eval/metrics.json` the figures of the run; `report/index.html` shows both. An axis
 that is added, or whose options change, is measured alone.
@@ -12,21 +13,22 @@ from importlib import import_module
 from typing import Any
 
 from plmsae_cli.config.base import digest
-from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.experiment import OF_DICTIONARIES, Experiment
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.runtime.task import Artifact, Context, Plan, Result, Task
 from plmsae_cli.stages.common import remaining
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.manifest import read_parts
 
-AXES = ("fidelity", "concepts", "families", "probes", "encode", "contacts", "steering")
+AXES = (*OF_DICTIONARIES, "lm", "representations")
 """Fields of the `eval` section, and modules of `evaluation.axes`."""
 MERGE = "merge"
 
 
 def plan(experiment: Experiment, store: Store) -> Plan:
     scope = Scope(experiment, store)
-    axes = [name for name in AXES if getattr(scope.options, name) is not None]
+    possible = [name for name in AXES if experiment.has_dictionary or name not in OF_DICTIONARIES]
+    axes = [name for name in possible if getattr(scope.options, name) is not None]
     tasks: list[Task] = []
     figures: dict[str, Any] = {"axes": axes}
     for name in axes:
@@ -53,7 +55,7 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
         from plmsae_cli.evaluation.merging import merge
         from plmsae_cli.runtime.saved import read_sae_facts
 
-        facts = read_sae_facts(scope.folder, context.store)
+        facts = read_sae_facts(scope.folder, context.store) if context.experiment.has_dictionary else None
         return {scope.folder: Result(merge(scope, task.args["axes"], facts))}
     return {scope.folder: _module(task.args["axis"]).work(task, scope, context)}
 

@@ -17,7 +17,6 @@ from plmsae_cli.store.manifest import read_manifest, read_parts
 
 if TYPE_CHECKING:
     from plmsae_cli.sae.dictionary import Dictionary
-    from plmsae_cli.store.scan import Scan
 
 TRAIN = "train"
 
@@ -133,12 +132,12 @@ def _outline(train: Train, d: int) -> Dictionary:
 
 
 def _plan_plm(lineage: Lineage, train: Train) -> Plan:
-    from plmsae_cli.stages.tokens import scanned, sources
+    from plmsae_cli.stages import tokens as tokens_of
     from plmsae_cli.training.plm_model import plm_config
 
     plm = train.plm
     assert plm is not None
-    sources(plm)  # refuses names before anything runs
+    tokens_of.sources(plm)  # refuses names before anything runs
     config = plm_config(plm)
     most = None if plm.speedrun is None else plm.speedrun.max_parameters
     if most is not None and config.num_parameters > most:
@@ -153,16 +152,14 @@ def _plan_plm(lineage: Lineage, train: Train) -> Plan:
             f"make it a multiple of {gang * plm.pack_tokens} (plm.pack_tokens x ranks)",
         )
     ref = lineage.tokens()
-    scan = scanned(lineage, plm.fasta)
-    tokens = int((scan.lengths_P[~scan.heldout_P] + 2).sum())
+    proteins = tokens_of.figures(lineage)
+    tokens = proteins["tokens_per_epoch"]
     steps = max(1, (train.tokens or tokens) // train.batch_tokens)
-    make = Task("tokens", "train", (ref.folder,), cost=float(scan.num_proteins) / 1e3)
-    finish = finish_task("train", [ref], [make], {"tokens": tokens, "proteins": scan.num_proteins})
+    make = Task("tokens", "train", (ref.folder,), cost=tokens / 1e6)
+    finish = finish_task("train", [ref], [make], {"tokens": tokens, "proteins": proteins["proteins"]})
     tasks = remaining(lineage.store, [make, finish, _run_task(lineage, (FINISH,), steps)])
     figures = {
-        "proteins": scan.num_proteins,
-        "heldout_proteins": int(scan.heldout_P.sum()),
-        "tokens_per_epoch": tokens,
+        **proteins,
         "steps": steps,
         "tokens": steps * train.batch_tokens,
         "epochs": round(steps * train.batch_tokens / tokens, 3),
@@ -171,7 +168,7 @@ def _plan_plm(lineage: Lineage, train: Train) -> Plan:
         "architecture": plm.architecture,
         "parameters": config.num_parameters,
         **_optimizer_table(train),
-        **(_plm_hours(lineage.experiment, scan, steps * train.batch_tokens) if tasks else {}),
+        **(_plm_hours(lineage.experiment, proteins.get("mean_context"), steps * train.batch_tokens) if tasks else {}),
     }
     artifacts = {
         "tokens": artifact(lineage.store, ref, tokens, tokens, {}),
@@ -180,17 +177,17 @@ def _plan_plm(lineage: Lineage, train: Train) -> Plan:
     return Plan("train", tasks, artifacts, figures)
 
 
-def _plm_hours(experiment: Experiment, scan: Scan, tokens: int) -> dict[str, str]:
-    """See `training.prediction`."""
+def _plm_hours(experiment: Experiment, context: float | None, tokens: int) -> dict[str, str]:
+    """See `training.prediction`; without a known context, that of documents half as long as allowed."""
     from plmsae_cli.training.plm_model import plm_config, train_flops
     from plmsae_cli.training.prediction import forecast_plm
 
     assert experiment.train is not None
     plm = experiment.train.plm
     assert plm is not None
-    lengths = scan.lengths_P.clip(max=plm.max_length).astype(float) + 2
-    context = float((lengths**2).sum() / lengths.sum())
-    flops = train_flops(plm_config(plm), context, plm.mask_rate if plm.objective == "mlm" else 0.5)
+    flops = train_flops(
+        plm_config(plm), context or plm.max_length / 2, plm.mask_rate if plm.objective == "mlm" else 0.5
+    )
     return forecast_plm(flops, tokens, _present(experiment), experiment.price.gpu_hour)
 
 
@@ -221,9 +218,8 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
         return tokens.write(task, context)
     if task.id == FINISH:
         (folder,) = task.folders
-        counts = read_parts(context.store, folder)["tokens"].facts["residue_counts"]
-        facts = {k: task.args[k] for k in ("tokens", "proteins")}
-        return {folder: manifest_facts(task, folder, {**facts, "residue_counts": counts})}
+        planned = {k: task.args[k] for k in ("tokens", "proteins")}
+        return {folder: manifest_facts(task, folder, planned | read_parts(context.store, folder)["tokens"].facts)}
     train = context.experiment.train
     assert train is not None
     if train.kind == "plm":
@@ -247,10 +243,15 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
     assert plm is not None
     lineage = Lineage(context.experiment, context.store)
     manifest = require_manifest(context.store, lineage.tokens().folder)
-    shards = tokens.read(context.store, lineage.tokens().folder, manifest)
-    longest = plm.max_length + 2
-    packs = Packs(shards.pop("train"), plm.pack_tokens, longest, train.seed)
-    valid = {name: Packs(arrays, plm.pack_tokens, longest, None) for name, arrays in shards.items() if len(arrays[0])}
+    sets = tokens.read(context.store, lineage.tokens().folder, manifest, plm)
+    size, longest = plm.pack_tokens, plm.max_length + 2
+    own = sets.pop("train")
+    packs = Packs(own.shards, size, longest, train.seed, own.documents)
+    valid = {
+        name: Packs(each.shards, size, longest, None, each.documents)
+        for name, each in sets.items()
+        if len(each.documents.length_P)
+    }
     steps = max(1, (train.tokens or packs.num_tokens) // train.batch_tokens)
     run = RunFolder(task.folders[0])
     with gang() as ranks_:

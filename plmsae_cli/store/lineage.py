@@ -183,11 +183,20 @@ class Lineage:
         train = self.experiment.train
         assert train is not None
         assert train.plm is not None
-        sources = {"train": train.plm.fasta, **{f"valid-{k}": v for k, v in sorted(train.plm.valid.items())}}
+        proteins = train.plm.fasta if train.plm.bin is None else train.plm.bin
+        assert proteins is not None
+        sources = {"train": proteins, **{f"valid-{k}": v for k, v in sorted(train.plm.valid.items())}}
         config = {"max_length": train.plm.max_length, "holdout": train.plm.holdout}
-        from plmsae_cli.store.proteins import fasta_sha256
+        return self._ref("tokens", config, {k: self._proteins_digest(v) for k, v in sources.items()})
 
-        return self._ref("tokens", config, {k: fasta_sha256(self.store.local(v)) for k, v in sources.items()})
+    def _proteins_digest(self, files: str | list[str]) -> str:
+        from plmsae_cli.store.proteins import fasta_sha256
+        from plmsae_cli.store.tokens import find_shards, is_bin, shards_digest
+
+        if is_bin(files):
+            return shards_digest(self.store, find_shards(self.store, files))
+        assert isinstance(files, str)
+        return fasta_sha256(self.store.local(files))
 
     def dataset(self) -> Ref:
         """What `train` reads: this experiment's own blocks, or the folder `train.data` names."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +14,11 @@ from torch import Tensor
 from plmsae_cli.config.experiment import Train
 from plmsae_cli.plm.gradients import taken
 from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.runtime.masked_scores import MASK_RATE, MaskedScores, mask, masks_of_pack
 from plmsae_cli.training.agreed import Agreed
 from plmsae_cli.training.averaging import Average
 from plmsae_cli.training.clock import TrainingClock
-from plmsae_cli.training.masking import Masked, chosen_places, corrupt, masked, question
+from plmsae_cli.training.masking import IGNORED, Masked, chosen_places, masked, question
 from plmsae_cli.training.optimizers import GroupedMuon
 from plmsae_cli.training.packs import Packs
 from plmsae_cli.training.plm_model import TrainedModel, parameter_groups, plm_config, plm_optimizer, train_flops
@@ -27,11 +27,8 @@ from plmsae_cli.training.schedules import learning_rate, window
 PREFETCH = 4
 COMPILE_MODE: str | None = None
 """torch.compile's `mode` for the model; `benchmarks/plm.py --mode` measures others."""
-VALIDATION_SEED = 0
-RACED = "random"
-"""The validation set whose loss `speedrun.target_loss` is about."""
-LARGEST_EXPONENT = 700.0
-"""exp of more than 709 is no float64: a run that diverges must not end in its validation."""
+RACED = ("random", "valid")
+"""The validation set whose loss `speedrun.target_loss` is about: the first of these that there is."""
 
 
 class PLMObjective:
@@ -134,12 +131,15 @@ class PLMObjective:
 
     def _score(self, pack: Masked, near: int | None) -> tuple[Tensor, Tensor]:
         """(weighted sum of cross-entropies in nats, number of correct predictions) over the chosen residues."""
+        with self._trained.arithmetic():
+            found: tuple[Tensor, Tensor] = self._predict(self._last_layer(pack, near), pack.targets_M, pack.weights_M)
+        return found
+
+    def _last_layer(self, pack: Masked, near: int | None) -> Tensor:
+        """[M, D] at the pack's places."""
         documents = pack.documents.tiled(len(pack.inputs_T))
         rope = self._trained.rope(len(pack.inputs_T), documents)
-        with self._trained.arithmetic():
-            x_TD = self._trunk(pack.inputs_T, documents, rope, near)
-            found: tuple[Tensor, Tensor] = self._predict(taken(x_TD, pack.places_M), pack.targets_M, pack.weights_M)
-        return found
+        return taken(self._trunk(pack.inputs_T, documents, rope, near), pack.places_M)
 
     def _cross_entropies(self, rows_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
         logits_MV = self._trained.head(rows_MD).float()
@@ -231,12 +231,13 @@ class PLMObjective:
             return {}
         figures = self.score(step)
         race = self._plm.speedrun
-        if race is not None and RACED in figures and figures[RACED]["loss"] < race.target_loss:
+        raced = next((figures[name] for name in RACED if name in figures), None)
+        if race is not None and raced is not None and raced["loss"] < race.target_loss:
             self._over = True
         return figures
 
     def score(self, step: int) -> Mapping[str, Any]:
-        """Loss (nats), perplexity and accuracy on each validation set, with masks that never change (100 % <mask>)."""
+        """Each validation set's figures, as `eval.lm` has them: fixed masks, one confusion matrix over all ranks."""
         self.clock.pause()
         near = self._window(min(step, self._total_steps - 1))
         figures = {}
@@ -244,27 +245,19 @@ class PLMObjective:
             self._average.swap()
         for name, packs in self._valid.items():
             count = min(packs.epoch_packs(0), max(1, self._plm.eval_tokens // self._plm.pack_tokens))
-            sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+            scores = MaskedScores(count, self.device)
             for number in range(self._gang.rank, count, self._gang.world):
                 packed = packs.pack(number)
-                inputs_T, targets_T = corrupt(
-                    packed.tokens_T, packed.residue_mask_T, self._plm.mask_rate, "mask", VALIDATION_SEED, number
-                )
-                pack = chosen_places(packed, inputs_T, targets_T, torch.ones(len(targets_T))).to(self.device)
+                masked_T = masks_of_pack(packed, MASK_RATE)
+                targets_T = packed.tokens_T.long().masked_fill(~masked_T, IGNORED)
+                hidden_T = mask(packed.tokens_T, masked_T)
+                pack = chosen_places(packed, hidden_T, targets_T, torch.ones(len(targets_T))).to(self.device)
                 # Where graphs are compiled, without gradients would be another one.
-                with torch.set_grad_enabled(self.device.type == "cuda"):
-                    loss, hits = self._score(pack, near)
-                loss = loss.detach()
-                sums += torch.stack([loss.double(), hits.double(), self._full(pack.chosen).double()])
-            loss_sum, hit_sum, chosen = self._gang.sum(sums).tolist()
-            if not chosen:
-                continue  # a few short proteins may have no residue that is masked
-            figures[name] = {
-                "loss": loss_sum / chosen,
-                "perplexity": math.exp(min(loss_sum / chosen, LARGEST_EXPONENT)),
-                "accuracy": hit_sum / chosen,
-                "residues": int(chosen),
-            }
+                with self._trained.arithmetic(), torch.set_grad_enabled(self.device.type == "cuda"):
+                    logits_MV = self._trained.head(self._last_layer(pack, near)).detach()
+                scores.add(number, logits_MV, pack.targets_M, pack.weights_M > 0)
+            if (found := scores.figures(self._gang.sum)) is not None:
+                figures[name] = found
         if self._average is not None:
             self._average.swap()
         return figures

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from plmsae_cli.evaluation.contacts.jacobian import coupling, jacobian
-from plmsae_cli.evaluation.fidelity import masks
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, MASK, encode, pack
+from plmsae_cli.runtime.masked_scores import masks
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.sae.export import to_state
 from plmsae_cli.sae.topk import TopK

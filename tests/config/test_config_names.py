@@ -27,7 +27,7 @@ def test_renames_lead_from_foreign_names_to_fields() -> None:
         ("embed", "batch_size", ["embed.batch_tokens"]),
         ("train.sae", "batch_size", ["train.batch_tokens"]),
         ("train.plm", "max_len", ["train.plm.max_length"]),
-        ("", "fasta", ["embed.fasta", "train.plm.fasta", "eval.encode.fasta", "eval.steering.fasta"]),
+        ("", "fasta", [f"{s}.fasta" for s in ("embed", "train.plm", "eval.encode", "eval.steering", "eval.lm")]),
         ("train.sae", "seed", ["train.seed"]),
         ("", "seed", ["shuffle.seed", "train.seed"]),
         ("train", "Expansion", ["train.sae.expansion"]),

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from plmsae_cli.evaluation.fidelity import loss_recovered, masks, recovered
+from plmsae_cli.evaluation.fidelity import loss_recovered, recovered
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, MASK, encode, pack
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.runtime.masked_scores import masks
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.interface import Latents, Losses
 

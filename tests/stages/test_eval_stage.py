@@ -16,10 +16,10 @@ import torch
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.evaluation import fidelity
-from plmsae_cli.evaluation.fidelity import masks
 from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.plm.alphabet import MASK, encode, pack
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.runtime.masked_scores import masks
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.runtime.results import headline
 from plmsae_cli.runtime.saved import load_sae_with_facts, open_blocks

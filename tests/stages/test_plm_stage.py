@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pipeline import Done, plan_stage
-from plmsae_cli.plm.alphabet import AMINO_ACIDS, decode, encode, pack
+from plmsae_cli.plm.alphabet import AMINO_ACIDS, decode, encode, pack, wrap
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.runtime.stop import STOP
@@ -29,10 +28,11 @@ from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import verify
 from plmsae_cli.store.proteins import read_proteins
-from plmsae_cli.store.tokens import document_offsets
+from plmsae_cli.store.tokens import TokenStream, open_tokens
 from plmsae_cli.store.weights import load_state, resolve_weights
 from plmsae_cli.training import loop
 from plmsae_cli.training.agreed import AGREE_EVERY
+from plmsae_cli.training.packs import Packs
 
 Go = Callable[..., Done]
 CLOCK = {"tokens_per_second", "loader_wait", "step_ms", "loader_share", "train_seconds"}
@@ -104,6 +104,12 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "fault", fault)
 
 
+def texts_of(own: tokens.TokenSet) -> list[str]:
+    """The sequences of a set."""
+    stream = TokenStream(own.shards)
+    return [decode(stream.read(int(a), int(n))) for a, n in zip(*own.documents, strict=True)]
+
+
 def test_tokens_are_the_proteins_split_as_embed_splits_them(plm: Plm, go: Go, fasta: Path, tmp_path: Path) -> None:
     more = tmp_path / "clusters.fasta"
     more.write_text(">a\nMKVWW\n>b\nacdx\n>a\nMMM\n>empty\n>c\nMKJ\n")
@@ -113,12 +119,11 @@ def test_tokens_are_the_proteins_split_as_embed_splits_them(plm: Plm, go: Go, fa
     folder = lineage.tokens().folder
     assert verify(store, folder) == []
     manifest = json.loads((Path(folder) / "MANIFEST.json").read_text())
-    sets = tokens.read(store, folder, manifest)
-    texts = {
-        name: [decode(shard[a:b]) for shard in shards for a, b in pairwise(document_offsets(shard))]
-        for name, shards in sets.items()
-    }
-    assert texts["clusters-30"] == ["<cls>MKVWW<eos>", "<cls>ACDX<eos>", "<cls>MKX<eos>"]
+    assert experiment.train is not None
+    assert experiment.train.plm is not None
+    sets = tokens.read(store, folder, manifest, experiment.train.plm)
+    texts = {name: texts_of(own) for name, own in sets.items()}
+    assert texts["clusters-30"] == ["MKVWW", "ACDX", "MKX"]
 
     # The same proteins through embed fall on the same sides.
     body = {"fasta": str(fasta), "layers": [0], "holdout": 0.1, "max_length": 50, "dtype": "float32"}
@@ -127,19 +132,92 @@ def test_tokens_are_the_proteins_split_as_embed_splits_them(plm: Plm, go: Go, fa
     table = join(Lineage(embedded, store).embed(0).folder, "proteins.parquet")
     for name, side in (("train", "train"), ("random", "heldout")):
         sequences = read_proteins(store, table, split=side)["sequence"].to_pylist()
-        assert texts[name] == [f"<cls>{s}<eos>" for s in sequences]
+        assert texts[name] == sequences
         assert sequences
 
     # Plan and work agree on the numbers; the entropy is that of the letters.
-    counts = Counter("".join(texts["train"]).replace("<cls>", "").replace("<eos>", ""))
+    counts = Counter("".join(texts["train"]))
     assert manifest["residue_counts"] == [counts[letter] for letter in AMINO_ACIDS]
-    assert manifest["tokens"] == sum(len(shard) for shard in sets["train"])
+    assert manifest["tokens"] == sum(len(shard) for shard in sets["train"].shards)
     figures = plan_stage("train", experiment, store).figures
     assert figures["tokens_per_epoch"] == manifest["tokens"]
     standard = sum(counts[letter] for letter in AMINO_ACIDS)
     shares = [counts[letter] / standard for letter in AMINO_ACIDS if counts[letter]]
     config = json.loads((Path(experiment.root) / "plm" / "plm" / "config.json").read_text())
     assert config["facts"]["unigram_entropy"] == pytest.approx(-sum(p * math.log(p) for p in shares), rel=1e-12)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, repeats: Path) -> Path:
+    """The proteins of `repeats` in three `.bin` files of a writer that fills a file to its last byte."""
+    folder = tmp_path_factory.mktemp("shards")
+    sequences = repeats.read_text().split("\n")[1::2]
+    stream = np.concatenate([wrap(encode(sequence)) for sequence in sequences])
+    for number, body in enumerate(np.split(stream, [3333, 3340])):
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(body)
+        (folder / f"train_{number}.bin").write_bytes(header.tobytes() + body.tobytes())
+    return folder
+
+
+def test_given_shards_train_as_the_fasta_of_their_proteins_does(plm: Plm, go: Go, shards: Path, repeats: Path) -> None:
+    """The same proteins on the same sides in the same packs: every loss is the same number, with long ones cut too."""
+    short = {"plm__max_length": 40, "tokens": 512 * 4, "checkpoint_every": 4}
+    one = go(plm("fasta", **short)).run.path
+    given = plm(
+        "bin", plm__fasta=None, plm__bin=f"{shards}/train_*.bin", plm__valid={"all": [f"{shards}/train_0.bin"]}, **short
+    )
+    before = plan_stage("train", given, Store()).figures
+    assert before["shards"] == 3
+    two = go(given).run.path
+
+    def without_all(line: dict[str, Any]) -> dict[str, Any]:
+        return {k: {n: v for n, v in line[k].items() if n != "all"} if k == "valid" else line[k] for k in line}
+
+    assert [without_all(line) for line in science_of(two)] == science_of(one)
+    folder = Lineage(given, Store()).tokens().folder
+    manifest = json.loads((Path(folder) / "MANIFEST.json").read_text())
+    other = json.loads((Path(Lineage(plm("fasta", **short), Store()).tokens().folder) / "MANIFEST.json").read_text())
+    assert (manifest["proteins"], manifest["tokens"]) == (other["proteins"], other["tokens"])
+    assert sum(manifest["residue_counts"]) > sum(
+        other["residue_counts"]
+    )  # the FASTA's are of what is left of long ones
+    assert {file["name"] for file in manifest["files"]} == {
+        f"{n}.documents.safetensors" for n in ("train", "random", "all")
+    }
+    assert plan_stage("train", given, Store()).figures["cut_proteins"] == manifest["cut_proteins"] > 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plm__bin": "a.bin"}, "both are given"),
+        ({"plm__fasta": None}, "neither is given"),
+        ({"plm__fasta": None, "plm__bin": "a.fasta"}, "does not end in .bin"),
+        ({"plm__valid": {"far": ["a.fasta", "b.fasta"]}}, "does not end in .bin"),
+        ({"plm__fasta": None, "plm__bin": []}, "empty list"),
+    ],
+)
+def test_sources_that_make_no_sense_are_refused(plm: Plm, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plm(**changes)
+
+
+def test_the_data_order_changes_between_epochs_and_every_rank_count_sees_the_same(plm: Plm, shards: Path) -> None:
+    own = [open_tokens(Store(), str(path)) for path in sorted(shards.iterdir())]
+    packs = Packs(own, 256, 42, 0)
+    orders = []
+    first = 0
+    for epoch in range(3):
+        number = packs.epoch_packs(epoch)
+        orders.append(torch.cat([packs.pack(first + i).tokens_T for i in range(number)]))
+        first += number
+    assert not torch.equal(orders[0][:2000], orders[1][:2000])
+    assert not torch.equal(orders[1][:2000], orders[2][:2000])
+    # The same proteins each time: token counts agree but for padding.
+    counts = [torch.bincount(order[order != 1].long(), minlength=33) for order in orders]
+    assert torch.equal(counts[0], counts[1])
+    assert torch.equal(counts[1], counts[2])
 
 
 def test_one_epoch_is_the_default(plm: Plm, go: Go) -> None:

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from plmsae_cli.config.experiment import PLM, Train
+from plmsae_cli.evaluation.language import score
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, CLS, EOS, FIRST_LETTER, MASK, PAD, Packed, encode, pack, wrap
 from plmsae_cli.plm.attention import Documents
 from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.runtime.masked_scores import mask, masks_of_pack
 from plmsae_cli.training.masking import IGNORED, corrupt
 from plmsae_cli.training.packs import Packs
 from plmsae_cli.training.plm_model import parameter_groups
-from plmsae_cli.training.plm_objective import VALIDATION_SEED, PLMObjective
+from plmsae_cli.training.plm_objective import PLMObjective
 
 PACK_TOKENS = 256
 PACKS_A_STEP = 3
@@ -173,7 +175,10 @@ def test_validation_is_fair_esms_on_fixed_masks_whatever_the_step() -> None:
     assert one.validate(8) == figures
     source = packs(60, 2, None)
     assert source.epoch_packs(0) > 4, "eval_tokens must cut"
-    batch = corrupted_packs(source, range(4), VALIDATION_SEED, "mask")
+    batch = []
+    for packed in map(source.pack, range(4)):
+        masked_T, tokens_T = masks_of_pack(packed, 0.15), packed.tokens_T.long()
+        batch.append((packed, mask(tokens_T, masked_T), tokens_T.masked_fill(~masked_T, IGNORED)))
     loss, accuracy, count = peer_scores(one.model, batch)
     found = figures["random"]
     assert found["loss"] == pytest.approx(loss, rel=2e-6)
@@ -184,12 +189,22 @@ def test_validation_is_fair_esms_on_fixed_masks_whatever_the_step() -> None:
     assert one.validate(2)["random"]["loss"] != found["loss"], "it reads the model's present weights"
 
 
-def test_a_validation_set_without_a_masked_residue_is_left_out() -> None:
-    one = objective(plm={"mask_rate": 1e-6})
-    tiny = pack([encode("M")])
-    assert (corrupt(tiny.tokens_T, tiny.residue_mask_T, 1e-6, "mask", VALIDATION_SEED, 0)[1] == IGNORED).all()
-    one._valid = {"tiny": Packs([wrap(encode("M"))], PACK_TOKENS, 92, None)}
-    assert one.validate(2) == {}
+def test_validation_is_the_estimator_of_eval_lm() -> None:
+    one = objective()
+    one._valid = {"all": packs(12, 2, None)}
+    found = one.validate(2)["all"]
+    other = score(one.model, [encode(s) for s in proteins(12, 2)], 0.15, 500, torch.float32).figures()
+    assert other is not None
+    assert found.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-6)
+    assert found.pop("perplexity") == pytest.approx(other.pop("perplexity"), rel=1e-5)
+    assert found == other
+
+
+def test_a_validation_set_without_proteins_is_left_out() -> None:
+    one = objective()
+    one._valid = {"tiny": Packs([wrap(encode("M"))], PACK_TOKENS, 92, None), "none": Packs([], PACK_TOKENS, 92, None)}
+    found = one.validate(2)
+    assert (list(found), found["tiny"]["residues"]) == (["tiny"], 1)
 
 
 def test_gradients_of_several_packs_are_those_of_one_large_pack() -> None:

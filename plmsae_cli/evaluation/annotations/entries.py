@@ -38,11 +38,18 @@ class Entry:
     features: tuple[Feature, ...]
     families: tuple[str, ...] = ()
     """Accessions of Pfam families, where the file has them."""
+    location: str = ""
+    """What the file says of where in the cell the protein is, as text."""
 
 
 def cofactors(comment: str) -> list[Feature]:
     """Those that a cofactor comment names."""
     return [Feature("COFACTOR", 0, 0, ligand=name) for name in _COFACTOR.findall(comment)]
+
+
+def location(comment: str) -> str:
+    """The places of a comment on subcellular location, without its notes."""
+    return comment.removeprefix("SUBCELLULAR LOCATION:").partition("Note=")[0].strip()
 
 
 def position(text: str) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.annotations.entries import Entry, Feature, cofactors
+from plmsae_cli.evaluation.annotations.entries import Entry, Feature, cofactors, location
 
 _DOUBT = re.compile(r"\s*\((?:by similarity|potential|probable)\)", re.IGNORECASE)
 _ONLY_DOUBT = re.compile(r"(?:by similarity|potential|probable)\.?", re.IGNORECASE)
@@ -43,7 +43,8 @@ def _entry(record: Any) -> Entry:
         if comment.startswith("COFACTOR:"):
             features += cofactors(comment)
     families = tuple(reference[1] for reference in record.cross_references if reference[0] == "Pfam")
-    return Entry(record.accessions[0], str(record.sequence).upper(), tuple(features), families)
+    places = " ".join(location(comment) for comment in record.comments if comment.startswith("SUBCELLULAR LOCATION:"))
+    return Entry(record.accessions[0], str(record.sequence).upper(), tuple(features), families, places)
 
 
 def _feature(one: Any) -> Feature | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.annotations.entries import Entry, Feature, cofactors, position
+from plmsae_cli.evaluation.annotations.entries import Entry, Feature, cofactors, location, position
 
 COLUMNS = {
     "ft_act_site": ("Active site", "ACT_SITE"),
@@ -57,6 +57,7 @@ def table_entries(path: Path, file: TextIO) -> Iterator[Entry]:
             )
         features = [(key, at) for field, (title, key) in COLUMNS.items() if (at := column(title, field)) is not None]
         cofactor, pfam = column("Cofactor", "cc_cofactor"), column("Pfam", "xref_pfam")
+        places = column("Subcellular location [CC]", "cc_subcellular_location")
         for number, cells in enumerate(lines, start=2):
             if not cells:
                 continue
@@ -66,7 +67,8 @@ def table_entries(path: Path, file: TextIO) -> Iterator[Entry]:
             if cofactor is not None and cofactor < len(cells):
                 found += cofactors(cells[cofactor])
             families = cells[pfam].split(";") if pfam is not None and pfam < len(cells) else []
-            yield Entry(cells[accession], cells[sequence].upper(), tuple(found), tuple(f for f in families if f))
+            where = location(cells[places]) if places is not None and places < len(cells) else ""
+            yield Entry(cells[accession], cells[sequence].upper(), tuple(found), tuple(f for f in families if f), where)
 
 
 def cell_features(key: str, cell: str) -> list[Feature]:

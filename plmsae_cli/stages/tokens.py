@@ -87,7 +87,10 @@ def _options(lineage: Lineage) -> PLM:
 
 
 def figures(lineage: Lineage) -> dict[str, Any]:
-    """`proteins`, `heldout_proteins`, `tokens_per_epoch` for the plan, and how many tokens one attends to; of shards not yet looked into what their headers tell."""
+    """`proteins`, `heldout_proteins`, `tokens_per_epoch` for the plan, and how many tokens one attends to.
+
+    Of shards not yet looked into: what their headers tell.
+    """
     plm = _options(lineage)
     if plm.bin is None:
         assert plm.fasta is not None

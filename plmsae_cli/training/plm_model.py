@@ -51,13 +51,15 @@ def plm_config(plm: PLM) -> Config:
 class TrainedModel:
     """A model on its device, with float32 parameters and products in `compute`."""
 
-    def __init__(self, config: Config, seed: int, device: torch.device, compute: torch.dtype) -> None:
+    def __init__(self, config: Config, seed: int, device: torch.device, compute: torch.dtype, longest: int) -> None:
+        """`longest`: tokens of the longest document."""
         self.config, self._device, self._compute = config, device, compute
         self.model = build_model(config)
         self.model.init_weights(seed)
         self.model.to(device)
         if isinstance(self.model, UNet):
             self.model.compute = compute
+            self._tables = self.model.tables(longest)
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Around forward passes."""
@@ -68,7 +70,7 @@ class TrainedModel:
     def trunk(self, tokens_T: Tensor, documents: Documents, window: int | None) -> Tensor:
         """The last layer [T, D]."""
         if isinstance(self.model, UNet):
-            return self.model.trunk(tokens_T, documents, window)
+            return self.model.trunk(tokens_T, documents, window, self._tables)
         last = self.model.config.num_layers
         return self.model(tokens_T, documents, layers=(last,)).hidden[last]  # type: ignore[no-any-return]
 

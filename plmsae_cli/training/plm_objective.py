@@ -21,12 +21,17 @@ from plmsae_cli.training.clock import TrainingClock
 from plmsae_cli.training.masking import Masked, chosen_places, corrupt, masked, question
 from plmsae_cli.training.optimizers import GroupedMuon
 from plmsae_cli.training.packs import Packs
-from plmsae_cli.training.plm_model import TrainedModel, parameter_groups, plm_config, plm_optimizer, train_flops
+from plmsae_cli.training.plm_model import (
+    TrainedModel,
+    compiled_trunk,
+    parameter_groups,
+    plm_config,
+    plm_optimizer,
+    train_flops,
+)
 from plmsae_cli.training.schedules import learning_rate, window
 
 PREFETCH = 4
-COMPILE_MODE: str | None = None
-"""torch.compile's `mode` for the model; `benchmarks/plm.py --mode` measures others."""
 VALIDATION_SEED = 0
 RACED = "random"
 """The validation set whose loss `speedrun.target_loss` is about."""
@@ -56,9 +61,7 @@ class PLMObjective:
         self.model = self._trained.model
         cuda = device.type == "cuda"
         # Constant shapes, and kernels fused by the compiler where there are kernels to fuse.
-        self._trunk: Any = (
-            torch.compile(self._trained.trunk, dynamic=False, mode=COMPILE_MODE) if cuda else self._trained.trunk
-        )
+        self._trunk: Any = compiled_trunk(self._trained) if cuda else self._trained.trunk
         self._predict: Any = torch.compile(self._cross_entropies) if cuda else self._cross_entropies
         self._compiled: set[tuple[int | None, int]] = set()
         self._options, self._plm, self._packs, self._valid, self._gang = options, plm, packs, valid, gang
@@ -233,6 +236,7 @@ class PLMObjective:
             self._over = True
         return figures
 
+    @torch.no_grad()
     def score(self, step: int) -> Mapping[str, Any]:
         """Loss (nats), perplexity and accuracy on each validation set, with masks that never change (100 % <mask>)."""
         self.clock.pause()
@@ -249,10 +253,7 @@ class PLMObjective:
                     packed.tokens_T, packed.residue_mask_T, self._plm.mask_rate, "mask", VALIDATION_SEED, number
                 )
                 pack = chosen_places(packed, inputs_T, targets_T, torch.ones(len(targets_T))).to(self.device)
-                # Where graphs are compiled, without gradients would be another one.
-                with torch.set_grad_enabled(self.device.type == "cuda"):
-                    loss, hits = self._score(pack, near)
-                loss = loss.detach()
+                loss, hits = self._score(pack, near)
                 sums += torch.stack([loss.double(), hits.double(), self._full(pack.chosen).double()])
             loss_sum, hit_sum, chosen = self._gang.sum(sums).tolist()
             if not chosen:

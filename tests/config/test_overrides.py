@@ -29,11 +29,17 @@ KINDS = [
     "architecture: jumprelu, penalty: tanh", "architecture: relu_l1", "architecture: switch",
 ]  # fmt: skip
 PLM = "train: {kind: plm, plm: {fasta: x.fasta, pack_tokens: 2048}}\n"
-OF_A_UNET = [
-    "architecture: unet, p_attention: true, starting_mask_rate: 0.1",
-    "architecture: unet, objective: masked_diffusion",
-    "speedrun: {target_loss: 2.1}",
+UNETS = [
+    "train: {kind: plm, optimizer: muon, plm: {architecture: unet, fasta: x, pack_tokens: 2048, p_attention: true,"
+    " starting_mask_rate: 0.1}}\n",
+    "train: {kind: plm, plm: {architecture: unet, fasta: x, pack_tokens: 2048, objective: masked_diffusion}}\n",
+    "train: {kind: plm, plm: {fasta: x, pack_tokens: 2048, speedrun: {target_loss: 2.1}}}\n",
+    "train: {kind: plm, plm: {pack_tokens: 2048}}\n",
 ]
+MODELS = [
+    "eval: {lm: {fasta: x}}\n", "eval: {lm: {models: [bundled]}}\n", "eval: {representations: {tasks: [x.csv]}}\n",
+    "eval: {representations: {tasks: [localisation], annotations: x}}\n",
+]  # fmt: skip
 SAMPLES: dict[Any, list[Any]] = {
     bool: [True, False], int: [2, 4096, 3, 24], float: [0.25, 3.5], str: ["some text"],
 }  # fmt: skip
@@ -48,6 +54,9 @@ def candidates(entry: Entry) -> Iterator[Any]:
         "eval.contacts.structures": ["a.pdb"], "eval.contacts.methods": ["head"], "eval.steering.strengths": [2.0],
         "eval.steering.latents": [3], "eval.steering.residues": "active",
         "eval.concepts.nulls": ["pca"], "train.kind": "sae", "launch.slurm.options": {"qos": "high"},
+        "train.plm.bin": "x.bin", "eval.lm.models": ["bundled"], "eval.lm.bin": "x.bin",
+        "eval.representations.models": ["bundled"], "eval.representations.tasks": ["y.csv"],
+        "eval.representations.layers": [1], "eval.representations.l2": [2.0],
         "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
     }  # fmt: skip
     if entry.path in special:
@@ -86,8 +95,9 @@ def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
     if path == "train.cache_limit":
         bodies = [SAE.replace("train: {", "train: {cache: there, ")]
     if path.startswith("train.plm."):
-        bodies += [PLM.replace("fasta:", f"{more}, fasta:") for more in OF_A_UNET]
-        bodies += [body.replace("kind: plm", "kind: plm, optimizer: muon") for body in bodies]
+        bodies += UNETS
+    if path.startswith(("eval.lm", "eval.representations")):
+        bodies = MODELS
     if path.startswith("train.sae."):
         bodies += [SAE.replace("architecture: matryoshka_topk", kind) for kind in KINDS]
     accepted = 0

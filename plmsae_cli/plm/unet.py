@@ -166,18 +166,12 @@ class UNet(nn.Module):
         wanted = frozenset(layers)
         hidden: dict[int, Tensor] = {}
         last = num_layers if logits else max(layers)
-        tables = self.tables(documents.max_len)
-        x_TD = self._run(tokens_T, documents, last, window, tables, wanted, splice, hidden)
+        x_TD = self._run(tokens_T, documents, last, window, wanted, splice, hidden)
         return ESM2Output(hidden, self.head(x_TD) if logits else None)
 
-    def tables(self, length: int) -> Tables:
-        """cos and sin of positions below `length`, fp32 [L, 1, Dh / 2]."""
-        return cast(Tables, self.rotary(torch.arange(length, device=self.rotary.inv_freq.device)))
-
-    def trunk(self, tokens_T: Tensor, documents: Documents, window: int | None, tables: Tables) -> Tensor:
-        """The last layer [T, D]: what a training step compiles. `tables` from outside of what is compiled are read where
-        they are used; made inside, every kernel that rotates would compute its sines."""
-        return self._run(tokens_T, documents, self.config.num_layers, window, tables, frozenset(), {}, {})
+    def trunk(self, tokens_T: Tensor, documents: Documents, window: int | None) -> Tensor:
+        """The last layer [T, D]: what a training step compiles."""
+        return self._run(tokens_T, documents, self.config.num_layers, window, frozenset(), {}, {})
 
     def head(self, x_MD: Tensor) -> Tensor:
         """Logits [M, V], float32, of rows of the last layer."""
@@ -189,7 +183,6 @@ class UNet(nn.Module):
         documents: Documents,
         last: int,
         window: int | None,
-        tables: Tables,
         wanted: frozenset[int],
         splice: Mapping[int, Splice],
         hidden: dict[int, Tensor],
@@ -197,9 +190,8 @@ class UNet(nn.Module):
         """Layer `last`, and on the way those wanted into `hidden`."""
         tokens_T = tokens_T.long()
         dtype = self.compute or self.embedding_VD.dtype
-        position_T = documents.locate(tokens_T.shape[0])[1]
-        rope = tables[0][position_T], tables[1][position_T]
-        letters = [table.to(dtype) for table in self.value_tables]
+        rope = self.rotary(documents.locate(tokens_T.shape[0])[1])
+        tables = [table.to(dtype) for table in self.value_tables]
         half = self.config.num_layers // 2
         x_TD = x0_TD = rms_norm(lookup(self.embedding_VD.to(dtype), tokens_T))
         skips: list[Tensor] = []
@@ -209,7 +201,7 @@ class UNet(nn.Module):
                 if self.skip_weights is not None and i >= half:
                     x_TD = x_TD + scaled(skips.pop(), self.skip_weights[i - half])
                 # Looked up in each block: that costs nothing inside the kernel that mixes it in, a stored one memory.
-                embedded_TD = lookup(letters[min(i, 2 * half - 1 - i)], tokens_T) if letters else None
+                embedded_TD = lookup(tables[min(i, 2 * half - 1 - i)], tokens_T) if tables else None
                 x_TD = self.layers[i](x_TD, x0_TD, embedded_TD, rope, documents, window)
             if k in wanted:
                 hidden[k] = x_TD

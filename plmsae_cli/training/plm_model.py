@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,15 +53,13 @@ def plm_config(plm: PLM) -> Config:
 class TrainedModel:
     """A model on its device, with float32 parameters and products in `compute`."""
 
-    def __init__(self, config: Config, seed: int, device: torch.device, compute: torch.dtype, longest: int) -> None:
-        """`longest`: tokens of the longest document."""
+    def __init__(self, config: Config, seed: int, device: torch.device, compute: torch.dtype) -> None:
         self.config, self._device, self._compute = config, device, compute
         self.model = build_model(config)
         self.model.init_weights(seed)
         self.model.to(device)
         if isinstance(self.model, UNet):
             self.model.compute = compute
-            self._tables = self.model.tables(longest)
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Around forward passes."""
@@ -72,7 +70,7 @@ class TrainedModel:
     def trunk(self, tokens_T: Tensor, documents: Documents, window: int | None) -> Tensor:
         """The last layer [T, D]."""
         if isinstance(self.model, UNet):
-            return self.model.trunk(tokens_T, documents, window, self._tables)
+            return self.model.trunk(tokens_T, documents, window)
         last = self.model.config.num_layers
         return self.model(tokens_T, documents, layers=(last,)).hidden[last]  # type: ignore[no-any-return]
 
@@ -83,13 +81,13 @@ class TrainedModel:
         return cast(Tensor, self.model.lm_head(rows_MD, self.model.embed_tokens.weight))
 
 
-def compiled_trunk(trained: TrainedModel) -> Callable[[Tensor, Documents, int | None], Tensor]:
+def compiled_trunk(trained: TrainedModel) -> Callable[..., Tensor]:
     """`trained.trunk`, compiled once for training and validation: without gradients it would be another graph."""
     compiled = torch.compile(trained.trunk, dynamic=False, mode=COMPILE_MODE)
 
-    def trunk(tokens_T: Tensor, documents: Documents, window: int | None) -> Tensor:
+    def trunk(*pack: Any) -> Tensor:
         with torch.enable_grad():
-            x_TD = compiled(tokens_T, documents, window)
+            x_TD: Tensor = compiled(*pack)
         return x_TD if torch.is_grad_enabled() else x_TD.detach()
 
     return trunk

@@ -57,7 +57,7 @@ class PLMObjective:
         self.device, self.compute = device, compute
         self.tokens_per_step = options.batch_tokens
         self.config = plm_config(plm)
-        self._trained = TrainedModel(self.config, options.seed, device, compute, plm.max_length + 2)
+        self._trained = TrainedModel(self.config, options.seed, device, compute)
         self.model = self._trained.model
         cuda = device.type == "cuda"
         # Constant shapes, and kernels fused by the compiler where there are kernels to fuse.

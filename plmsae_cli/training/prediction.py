@@ -1,8 +1,8 @@
 """How long training will take on a GPU, from its data sheet: for `--dry-run`, before anything is rented.
 
-Of a dictionary's fused step, a sum over its parts: products at 80 % of the peak, passes over memory at 83 % of its rate, rows
-that many tokens share at the rates the caches gave them. Beside measured steps of four shapes on an H100 and three on
-an H200 (`benchmarks/README.md`, sae-step) it is off by 3 % at most, beside three on two H200 by 6 %.
+Of a dictionary's fused step: a sum over its parts: products at 80 % of the peak, passes over memory at 83 % of its rate,
+rows that many tokens share at the rates the caches gave them. Beside measured steps of four shapes on an H100 and three on an
+H200 (`benchmarks/README.md`, sae-step) it is off by 3 % at most, beside three on two H200 by 6 %.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from plmsae_cli.plm.alphabet import encode, wrap
 from plmsae_cli.runtime.device import peak_flops, training_dtype
 from plmsae_cli.runtime.dist import Gang, gang
 from plmsae_cli.store.fasta import records
-from plmsae_cli.training import plm_objective
+from plmsae_cli.training import plm_model
 from plmsae_cli.training.packs import Packs
 from plmsae_cli.training.plm_objective import PLMObjective
 
@@ -117,7 +117,7 @@ def measure(ranks: Gang) -> None:
     parser.add_argument("--profile", action="store_true", help="print the longest kernels of three steps")
     parser.add_argument("--results", type=Path, help="file to add the figures to")
     options = parser.parse_args()
-    plm_objective.COMPILE_MODE = options.mode
+    plm_model.COMPILE_MODE = options.mode
     if options.cudnn:
         varlen._should_use_cudnn = lambda index: True  # type: ignore[assignment]
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")

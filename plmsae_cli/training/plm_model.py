@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ MUON_PEAK = {
 }
 """`lr: auto` with `optimizer: muon`, by role; of the UNet those of the published speed runs."""
 MUON_MOMENTUM = 0.95
+COMPILE_MODE: str | None = None
+"""torch.compile's `mode` for the trunk; `benchmarks/plm.py --mode` measures others."""
 
 
 def plm_config(plm: PLM) -> Config:
@@ -83,6 +85,18 @@ class TrainedModel:
         if isinstance(self.model, UNet):
             return self.model.head(rows_MD)
         return cast(Tensor, self.model.lm_head(rows_MD, self.model.embed_tokens.weight))
+
+
+def compiled_trunk(trained: TrainedModel) -> Callable[..., Tensor]:
+    """`trained.trunk`, compiled once for training and validation: without gradients it would be another graph."""
+    compiled = torch.compile(trained.trunk, dynamic=False, mode=COMPILE_MODE)
+
+    def trunk(*pack: Any) -> Tensor:
+        with torch.enable_grad():
+            x_TD: Tensor = compiled(*pack)
+        return x_TD if torch.is_grad_enabled() else x_TD.detach()
+
+    return trunk
 
 
 def train_flops(config: Config, context: float, predicted: float) -> float:

@@ -21,12 +21,17 @@ from plmsae_cli.training.clock import TrainingClock
 from plmsae_cli.training.masking import IGNORED, Masked, chosen_places, masked, question
 from plmsae_cli.training.optimizers import GroupedMuon
 from plmsae_cli.training.packs import Packs
-from plmsae_cli.training.plm_model import TrainedModel, parameter_groups, plm_config, plm_optimizer, train_flops
+from plmsae_cli.training.plm_model import (
+    TrainedModel,
+    compiled_trunk,
+    parameter_groups,
+    plm_config,
+    plm_optimizer,
+    train_flops,
+)
 from plmsae_cli.training.schedules import learning_rate, window
 
 PREFETCH = 4
-COMPILE_MODE: str | None = None
-"""torch.compile's `mode` for the model; `benchmarks/plm.py --mode` measures others."""
 RACED = ("random", "valid")
 """The validation set whose loss `speedrun.target_loss` is about: the first of these that there is."""
 
@@ -53,9 +58,7 @@ class PLMObjective:
         self.model = self._trained.model
         cuda = device.type == "cuda"
         # Constant shapes, and kernels fused by the compiler where there are kernels to fuse.
-        self._trunk: Any = (
-            torch.compile(self._trained.trunk, dynamic=False, mode=COMPILE_MODE) if cuda else self._trained.trunk
-        )
+        self._trunk: Any = compiled_trunk(self._trained) if cuda else self._trained.trunk
         self._predict: Any = torch.compile(self._cross_entropies) if cuda else self._cross_entropies
         self._compiled: set[tuple[int | None, int]] = set()
         self._options, self._plm, self._packs, self._valid, self._gang = options, plm, packs, valid, gang
@@ -236,6 +239,7 @@ class PLMObjective:
             self._over = True
         return figures
 
+    @torch.no_grad()
     def score(self, step: int) -> Mapping[str, Any]:
         """Each validation set's figures, as `eval.lm` has them: fixed masks, one confusion matrix over all ranks."""
         self.clock.pause()
@@ -252,9 +256,8 @@ class PLMObjective:
                 targets_T = packed.tokens_T.long().masked_fill(~masked_T, IGNORED)
                 hidden_T = mask(packed.tokens_T, masked_T)
                 pack = chosen_places(packed, hidden_T, targets_T, torch.ones(len(targets_T))).to(self.device)
-                # Where graphs are compiled, without gradients would be another one.
-                with self._trained.arithmetic(), torch.set_grad_enabled(self.device.type == "cuda"):
-                    logits_MV = self._trained.head(self._last_layer(pack, near)).detach()
+                with self._trained.arithmetic():
+                    logits_MV = self._trained.head(self._last_layer(pack, near))
                 scores.add(number, logits_MV, pack.targets_M, pack.weights_M > 0)
             if (found := scores.figures(self._gang.sum)) is not None:
                 figures[name] = found

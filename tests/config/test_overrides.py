@@ -29,10 +29,12 @@ KINDS = [
     "architecture: jumprelu, penalty: tanh", "architecture: relu_l1", "architecture: switch",
 ]  # fmt: skip
 PLM = "train: {kind: plm, plm: {fasta: x.fasta, pack_tokens: 2048}}\n"
-OF_A_UNET = [
-    "architecture: unet, p_attention: true, starting_mask_rate: 0.1",
-    "architecture: unet, objective: masked_diffusion",
-    "speedrun: {target_loss: 2.1}",
+UNETS = [
+    "train: {kind: plm, optimizer: muon, plm: {architecture: unet, fasta: x, pack_tokens: 2048, p_attention: true,"
+    " starting_mask_rate: 0.1}}\n",
+    "train: {kind: plm, plm: {architecture: unet, fasta: x, pack_tokens: 2048, objective: masked_diffusion}}\n",
+    "train: {kind: plm, plm: {fasta: x, pack_tokens: 2048, speedrun: {target_loss: 2.1}}}\n",
+    "train: {kind: plm, plm: {pack_tokens: 2048}}\n",
 ]
 MODELS = [
     "eval: {lm: {fasta: x}}\n", "eval: {lm: {models: [bundled]}}\n", "eval: {representations: {tasks: [x.csv]}}\n",
@@ -93,9 +95,7 @@ def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
     if path == "train.cache_limit":
         bodies = [SAE.replace("train: {", "train: {cache: there, ")]
     if path.startswith("train.plm."):
-        bodies += [PLM.replace("fasta:", f"{more}, fasta:") for more in OF_A_UNET]
-        bodies += [body.replace("kind: plm", "kind: plm, optimizer: muon") for body in bodies]
-        bodies.append("train: {kind: plm, plm: {pack_tokens: 2048}}\n")
+        bodies += UNETS
     if path.startswith(("eval.lm", "eval.representations")):
         bodies = MODELS
     if path.startswith("train.sae."):

@@ -207,8 +207,12 @@ def test_a_validation_set_without_proteins_is_left_out() -> None:
     assert (list(found), found["tiny"]["residues"]) == (["tiny"], 1)
 
 
-def test_gradients_of_several_packs_are_those_of_one_large_pack() -> None:
-    one = objective()
+@pytest.mark.parametrize("plm", [{}, {"architecture": "unet"}], ids=str)
+def test_gradients_of_several_packs_are_those_of_one_large_pack(plm: dict[str, Any]) -> None:
+    one = objective(plm=plm)
+    with torch.no_grad():
+        for parameter in one.model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     model = one.model
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     one.step(0)

@@ -1,4 +1,4 @@
-"""A made-up `eval/features/` with every part, for whoever reads the format: python tests/evaluation/features_example.py FOLDER."""
+"""A made-up `eval/features/` with every part, for whoever reads it: python tests/evaluation/features_example.py FOLDER."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def write_example(
     groups = -(-num_latents // latents_per_group)
     lengths = draw.integers(40, 900, proteins)
     sequences = ["".join(draw.choice(list(AMINO_ACIDS), n)) for n in lengths]
+    thresholds = [j / 100 for j in range(layout.LEVELS)]
     index = {
         "format": layout.FORMAT, "run": "example", "demo": True, "model": {"name": "bundled", "sha256": "0" * 64},
         "dataset": "0" * 16, "split": "train", "layer": 5, "num_layers": 6, "d": 192, "architecture": "matryoshka_topk",
@@ -38,7 +39,7 @@ def write_example(
         "top": top, "random": 5, "one_per": "protein", "context": 1022, "bands": list(layout.BANDS),
         "histogram_bins": layout.HISTOGRAM_BINS, "letters": AMINO_ACIDS, "letter_shares": [0.05] * 20,
         "mean_length": float((lengths**2).sum() / lengths.sum()),
-        "concepts": {"thresholds": [j / 100 for j in range(layout.LEVELS)], "proteins": 40, "residues": 16000, "by": "MMseqs2 cluster"},
+        "concepts": {"thresholds": thresholds, "proteins": 40, "residues": 16000, "by": "MMseqs2 cluster"},
         "parts": ["annotations", "concepts", "descriptions", "logits", "parent"],
     }  # fmt: skip
     (folder / layout.EXAMPLES).mkdir(parents=True, exist_ok=True)
@@ -89,8 +90,9 @@ def _examples(draw: Any, latent: int, lengths: Any, top: int) -> list[dict[str, 
 
 def _latent(draw: Any, latent: int, num_latents: int, fired: bool, index: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "latent": latent, "firing": 0, "density": 0.0, "max": 0.0, "largest": 0.0, "band_counts": [0] * 4, "histogram": [0] * 32,
-        "neighbours": [(latent + 1 + i) % num_latents for i in range(10)], "neighbour_cosines": [0.9 - 0.08 * i for i in range(10)],
+        "latent": latent, "firing": 0, "density": 0.0, "max": 0.0, "largest": 0.0, "band_counts": [0] * 4,
+        "histogram": [0] * 32, "neighbours": [(latent + 1 + i) % num_latents for i in range(10)],
+        "neighbour_cosines": [0.9 - 0.08 * i for i in range(10)],
         "logits": draw.normal(size=20).tolist(), "row_logits": draw.normal(size=20).tolist(),
     }  # fmt: skip
     if fired:
@@ -102,7 +104,8 @@ def _latent(draw: Any, latent: int, num_latents: int, fired: bool, index: dict[s
             "letters": draw.dirichlet(np.full(20, 0.3)).tolist(), "deciles": draw.dirichlet(np.full(10, 2.0)).tolist(),
             "mean_length": float(draw.uniform(200, 600)), "together": [(latent + 7) % num_latents], "together_shares": [0.4],
             "together_jaccard": [0.2], "description": f"Residues of motif {latent}" if latent % 3 == 0 else None,
-            "description_pearson": 0.5 if latent % 3 == 0 else None, "description_spearman": 0.4 if latent % 3 == 0 else None,
+            "description_pearson": 0.5 if latent % 3 == 0 else None,
+            "description_spearman": 0.4 if latent % 3 == 0 else None,
         }  # fmt: skip
         if latent >= index["prefixes"][0]:
             row |= {"parent": int(draw.integers(index["prefixes"][0])), "parent_share": 0.6}
@@ -114,8 +117,8 @@ def _concept(draw: Any, latent: int, rank: int) -> dict[str, Any]:
     inside, outside = (np.sort(draw.integers(0, high, 101))[::-1] for high in (60, 30))
     by_residue = name.startswith("Active")
     return {
-        "latent": latent, "rank": rank, "concept": name, "kind": name.partition(":")[0], "by_residue": by_residue, "threshold": 0.5,
-        "inside": inside.tolist(), "outside": outside.tolist(), "found": (inside if by_residue else inside // 8 + 1).tolist(),
+        "latent": latent, "rank": rank, "concept": name, "kind": name.partition(":")[0], "by_residue": by_residue,
+        "threshold": 0.5, "inside": inside.tolist(), "outside": outside.tolist(), "found": (inside if by_residue else inside // 8 + 1).tolist(),
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ BANDS = (0.0, 0.25, 0.5, 0.75)
 """Lower ends of the activation bands, as shares of the latent's maximum; the last has no upper end."""
 HISTOGRAM_BINS = 32
 """Equal bins of activation / maximum; what is above the maximum is in the last."""
+BINS_PER_BAND = HISTOGRAM_BINS // len(BANDS)
 DECILES = 10
 NEIGHBOURS = 10
 LEVELS = 100
@@ -27,7 +28,7 @@ _FLOATS, _INTS, _COUNTS = pa.list_(pa.float32()), pa.list_(pa.int32()), pa.list_
 
 LATENTS_SCHEMA = pa.schema(
     [
-        ("latent", pa.int32()),
+        ("latent", pa.int64()),
         ("firing", pa.int64()),
         ("density", pa.float64()),
         ("max", pa.float32()),

@@ -1,0 +1,99 @@
+"""The last step: index.json, latents.parquet, the proteins shown, and the axis's figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from plmsae_cli.evaluation.features import layout
+from plmsae_cli.evaluation.features.job import AXIS, Job
+from plmsae_cli.evaluation.features.latent_rows import known_model, prefixes
+from plmsae_cli.evaluation.frame import read_table, write_table
+from plmsae_cli.plm.alphabet import AMINO_ACIDS
+from plmsae_cli.store.fs import FileRecord
+from plmsae_cli.store.tensorfile import TensorFile
+
+_SLICE = 1 << 16
+
+
+def finish(job: Job, merged: list[str], written: list[str]) -> list[FileRecord]:
+    """What a reader opens first."""
+    store, side = job.scope.store, job.side
+    table = pa.concat_tables([read_table(store, path) for path in written])
+    parts = [name for name, there in _parts(job, table).items() if there]
+    files = [write_table(store, job.path(layout.LATENTS), table), _proteins(job, merged)]
+    length_P = side.length_P
+    letters = np.bincount(side.letter_R, minlength=len(AMINO_ACIDS) + 1)[: len(AMINO_ACIDS)]
+    manifest, facts = job.scope.made(), job.saved.facts
+    figures = {
+        "rows": side.rows,
+        "proteins": len(length_P),
+        "latents_shown": int((table["firing"].to_numpy() > 0).sum()),
+        "split": job.options.split,
+    }
+    index = {
+        "format": layout.FORMAT,
+        "run": job.scope.experiment.name,
+        "demo": (manifest["weights"] or {}).get("name") == "bundled",
+        "model": manifest["weights"],
+        "dataset": job.scope.lineage.dataset().key,
+        "split": job.options.split,
+        "layer": manifest["layer"],
+        "num_layers": manifest.get("num_layers"),
+        "d": job.saved.model.d,
+        "architecture": facts["config"]["architecture"],
+        "k": facts["config"].get("k"),
+        "num_latents": job.num_latents,
+        "prefixes": prefixes(job.saved.model) if "parent" in parts else None,
+        "latents_per_group": job.per_group,
+        "groups": job.groups,
+        "rows": side.rows,
+        "proteins": len(length_P),
+        "top": job.options.top,
+        "random": job.options.random,
+        "one_per": job.options.one_per,
+        "context": job.options.context,
+        "bands": list(layout.BANDS),
+        "histogram_bins": layout.HISTOGRAM_BINS,
+        "letters": AMINO_ACIDS,
+        "letter_shares": (letters / side.rows).tolist(),
+        "mean_length": float((length_P.astype(np.float64) ** 2).sum() / side.rows),
+        "concepts": None,
+        "parts": sorted(parts),
+    }
+    files.append(job.scope.write_json(AXIS, layout.INDEX, index))
+    files.append(job.scope.write_json(AXIS, "result.json", figures))
+    return files
+
+
+def _parts(job: Job, table: pa.Table) -> dict[str, bool]:
+    return {
+        "logits": known_model(job),
+        "parent": len(prefixes(job.saved.model)) > 1,
+        "clusters": job.options.one_per == "cluster",
+    }
+
+
+def _proteins(job: Job, merged: list[str]) -> FileRecord:
+    """The proteins of the examples."""
+    shown_P = np.zeros(len(job.side.length_P), dtype=bool)
+    for path in merged:
+        file = TensorFile(job.scope.store, path)
+        rows = file.shape("row")[0]
+        for start in range(0, rows, _SLICE):
+            shown_P[job.side.protein_of(file.read("row", start, min(rows, start + _SLICE)).numpy())] = True
+    chosen = np.flatnonzero(shown_P)
+    about = job.side.proteins(["id", "description", "sequence"]).take(chosen)
+    columns: dict[str, Any] = {
+        "protein": chosen.astype(np.int32),
+        "id": about["id"],
+        "header": about["description"],
+        "length": job.side.length_P[chosen].astype(np.int32),
+        "sequence": about["sequence"],
+        "cluster": pa.nulls(len(chosen), pa.int32()),
+        "annotated": pa.nulls(len(chosen), pa.bool_()),
+    }
+    table = pa.table(columns, schema=layout.PROTEINS_SCHEMA)
+    return write_table(job.scope.store, job.path(layout.PROTEINS), table)

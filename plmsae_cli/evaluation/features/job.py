@@ -1,0 +1,96 @@
+"""What all steps of the axis share: the options, the dictionary's shape, the side that is read, and where files lie.
+
+The steps: `select` (a piece of the rows: candidates of every list, tallies), `merge` (a share of the latents: the lists),
+`gather` (a piece again: activations around the chosen residues), `write` (a share of the latents: what pages read),
+`finish`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from plmsae_cli.config.features import Features
+from plmsae_cli.evaluation.features import layout
+from plmsae_cli.evaluation.features.reading import Reader, Side
+from plmsae_cli.evaluation.features.source import where
+from plmsae_cli.evaluation.frame import Scope
+from plmsae_cli.runtime.device import pick_device
+from plmsae_cli.runtime.saved import SavedSAE, load_sae_with_facts
+from plmsae_cli.runtime.task import Context, Task
+from plmsae_cli.store.fs import join
+
+AXIS = "features"
+LISTS = 1 + len(layout.BANDS)
+"""Of a latent: the strongest, then random ones of each band."""
+ENTRY = 24
+"""Bytes of an entry of a list: list and key, row, owner."""
+SORTED = 5
+"""How many times its bytes a list takes while it is sorted."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One task's view of the axis."""
+
+    task: Task
+    scope: Scope
+    options: Features
+    context: Context
+
+    @cached_property
+    def device(self) -> torch.device:
+        return pick_device()
+
+    @cached_property
+    def saved(self) -> SavedSAE:
+        return load_sae_with_facts(self.scope.folder, self.scope.store)
+
+    @property
+    def num_latents(self) -> int:
+        return self.saved.model.num_latents
+
+    @cached_property
+    def side(self) -> Side:
+        return Side(self.scope.store, where(self.scope, self.options.split))
+
+    @cached_property
+    def reader(self) -> Reader:
+        return Reader(self.saved.model, self.side, self.device, self.context.check_stop)
+
+    @property
+    def per_group(self) -> int:
+        return self.options.latents_per_group
+
+    @property
+    def groups(self) -> int:
+        return -(-self.num_latents // self.per_group)
+
+    def latents_of(self, first_group: int, last_group: int) -> tuple[int, int]:
+        """Latents of groups [first_group, last_group)."""
+        return first_group * self.per_group, min(self.num_latents, last_group * self.per_group)
+
+    def widths(self) -> torch.Tensor:
+        """Entries of each list of a latent [L], on the device."""
+        return torch.tensor([self.options.top] + [self.options.random] * len(layout.BANDS), device=self.device)
+
+    def passes(self) -> list[tuple[int, int]]:
+        """Groups whose lists are filled in one reading of the rows: all, where memory suffices."""
+        latent = (self.options.top + len(layout.BANDS) * self.options.random) * ENTRY * SORTED
+        fits = max(1, int(self.options.memory) // (latent * self.per_group))
+        return [(first, min(self.groups, first + fits)) for first in range(0, self.groups, fits)]
+
+    def buffered(self, entry: int) -> int:
+        """Entries of so many bytes that may wait in memory, to be sorted then."""
+        return max(1, int(self.options.memory) // (entry * SORTED))
+
+    def path(self, *names: str) -> str:
+        return self.scope.path(AXIS, *names)
+
+    def files(self, step: str, folder: str) -> list[str]:
+        """Paths of what the pieces of a step left in a folder, in their order."""
+        of = self.task.args["of"]
+        names = self.scope.files_of(self.task, [f"{step}-{index}of{of}" for index in range(of)])
+        return [join(self.scope.folder, name) for name in names if f"/{folder}/" in name]

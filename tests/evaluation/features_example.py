@@ -116,9 +116,10 @@ def _concept(draw: Any, latent: int, rank: int) -> dict[str, Any]:
     name = CONCEPT_NAMES[(latent + rank) % 4]
     inside, outside = (np.sort(draw.integers(0, high, 101))[::-1] for high in (60, 30))
     by_residue = name.startswith("Active")
+    found = inside if by_residue else inside // 8 + 1
     return {
         "latent": latent, "rank": rank, "concept": name, "kind": name.partition(":")[0], "by_residue": by_residue,
-        "threshold": 0.5, "inside": inside.tolist(), "outside": outside.tolist(), "found": (inside if by_residue else inside // 8 + 1).tolist(),
+        "threshold": 0.5, "inside": inside.tolist(), "outside": outside.tolist(), "found": found.tolist(),
     }  # fmt: skip
 
 

@@ -1,0 +1,213 @@
+"""`eval.features` against a scan of every activation, and the same bytes however the work is cut, killed and shared."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from plmsae_cli.config.yaml import load
+from plmsae_cli.evaluation.features import reading
+from plmsae_cli.executors.pipeline import plan_stage
+from plmsae_cli.executors.worker import LocalContext, publish, run_task, work_on
+from plmsae_cli.runtime.saved import load_sae
+from plmsae_cli.store.activations import ActivationShards
+from plmsae_cli.store.fs import Store
+from plmsae_cli.store.permutation import counter_hash
+from plmsae_cli.store.proteins import read_proteins
+
+Plmsae = Callable[..., Any]
+TOP, RANDOM, CONTEXT = 3, 2, 30
+OPTIONS = f"top: {TOP}, random: {RANDOM}, context: {CONTEXT}, latents_per_group: 10"
+EVAL = "eval: {{fidelity: {{loss_recovered: false}}, features: {{{}}}}}"
+FINAL = ("index.json", "latents.parquet", "result.json", "examples")
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few proteins are many blocks."""
+    monkeypatch.setattr(reading, "_BLOCK_ROWS", 256)
+
+
+@pytest.fixture
+def trained(plmsae: Plmsae, write: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """An experiment with these options of `features`, on a run that is trained once; 30 proteins of 10 to 240 residues."""
+
+    def make(options: str, more: str = "") -> Path:
+        fasta = tmp_path / "p.fasta"
+        if not fasta.exists():
+            draw = random.Random(1)
+            sequences = ("".join(draw.choices("ACDEFGHIKLMNPQRSTVWYX", k=draw.randint(10, 240))) for _ in range(90))
+            fasta.write_text("".join(f">p{i} <b>&\n{text}\n" for i, text in enumerate(sequences)))
+            path = write(evaluation="", fasta=fasta, data=tmp_path / "data")
+            assert plmsae("run", path, "--no-progress").code == 0
+        return write(evaluation=EVAL.format(options), fasta=fasta, data=tmp_path / "data", more=more)
+
+    return make
+
+
+def final(run: Path) -> dict[str, bytes]:
+    """What readers of the folder see."""
+    folder = run / "eval" / "features"
+    files = (path for name in FINAL for path in sorted([folder / name, *(folder / name).rglob("*")]) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+class Scan:
+    """Every activation of the side, and the lists that follow from them."""
+
+    def __init__(self, experiment: Path, tmp_path: Path, heldout: bool = False) -> None:
+        folder = next(path for path in (tmp_path / "data").glob("embed-*"))
+        shards = ActivationShards(Store(), str(folder), heldout=heldout)
+        table = read_proteins(Store(), str(folder / "proteins.parquet"), split="heldout" if heldout else "train")
+        self.sequences, self.ids = table["sequence"].to_pylist(), table["id"].to_pylist()
+        self.offset_P = table["row_offset"].to_numpy()
+        model = load_sae(tmp_path / "runs" / "one")
+        self.maximum_N = model.maximum_N.numpy()
+        blocks = (shards.read(row, min(row + 256, shards.stop)) for row in range(0, shards.stop, 256))
+        with torch.inference_mode():
+            self.acts_RN = np.concatenate([model.encode_dense(x_BD).numpy() for x_BD in blocks])
+        lengths = [len(text) for text in self.sequences]
+        self.protein_R = np.repeat(np.arange(len(lengths)), lengths)
+        self.position_R = np.concatenate([np.arange(1, length + 1) for length in lengths])
+
+    def band(self, value: float, latent: int) -> int:
+        return (
+            3
+            if self.maximum_N[latent] == 0
+            else min(3, max(b for b in range(4) if value > b * self.maximum_N[latent] / 4))
+        )
+
+    def lists(self, latent: int, one_per: str) -> Iterator[tuple[str, int, int, int]]:
+        """(kind, band, rank, row) in the order of the file."""
+        acts_R = self.acts_RN[:, latent]
+        rows = np.flatnonzero(acts_R > 0).tolist()
+        bands = {row: self.band(acts_R[row], latent) for row in rows}
+        key = {row: int(counter_hash(0, row, latent)) >> 32 for row in rows}
+        for rank, row in enumerate(self._distinct(sorted(rows, key=lambda r: (-acts_R[r], r)), one_per)[:TOP], 1):
+            yield "top", bands[row], rank, row
+        for band in range(4):
+            mine = sorted((row for row in rows if bands[row] == band), key=lambda r: (key[r], r))
+            for rank, row in enumerate(self._distinct(mine, one_per)[:RANDOM], 1):
+                yield "random", band, rank, row
+
+    def _distinct(self, rows: list[int], one_per: str) -> list[int]:
+        if one_per == "token":
+            return rows
+        first: dict[int, int] = {}
+        for row in rows:
+            first.setdefault(int(self.protein_R[row]), row)
+        return list(first.values())
+
+
+def check(scan: Scan, run: Path, one_per: str) -> None:
+    """Every example, and every count, is that of the scan."""
+    folder = run / "eval" / "features"
+    index = json.loads((folder / "index.json").read_text())
+    rows, num_latents = scan.acts_RN.shape
+    assert (index["rows"], index["num_latents"], index["proteins"]) == (rows, num_latents, len(scan.sequences))
+    latents = pq.read_table(folder / "latents.parquet").to_pylist()
+    shown = set()
+    for group in range(index["groups"]):
+        table = pq.read_table(folder / "examples" / f"group-{group:05}.parquet").to_pylist()
+        first, last = group * 10, min(num_latents, group * 10 + 10)
+        expected = [(n, *one) for n in range(first, last) for one in scan.lists(n, one_per)]
+        assert [(r["latent"], r["kind"], r["band"], r["rank"], r["row"]) for r in table] == expected
+        for row in table:
+            acts_R = scan.acts_RN[:, row["latent"]]
+            protein, position = row["protein"], row["position"]
+            assert (protein, position) == (scan.protein_R[row["row"]], scan.position_R[row["row"]])
+            assert row["activation"] == acts_R[row["row"]]
+            length = len(scan.sequences[protein])
+            assert (row["first"], row["last"]) == (max(1, position - CONTEXT), min(length, position + CONTEXT))
+            around = acts_R[scan.offset_P[protein] + row["first"] - 1 : scan.offset_P[protein] + row["last"]]
+            assert row["positions"] == (np.flatnonzero(around > 0) + row["first"]).tolist()
+            assert row["activations"] == around[around > 0].tolist()
+            shown.add(protein)
+    proteins = pq.read_table(folder / "examples" / "proteins.parquet").to_pylist()
+    assert [p["protein"] for p in proteins] == sorted(shown)
+    assert all((p["id"], p["sequence"]) == (scan.ids[p["protein"]], scan.sequences[p["protein"]]) for p in proteins)
+    for latent, row in enumerate(latents):
+        check_counts(scan, latent, row, index["letters"])
+
+
+def check_counts(scan: Scan, latent: int, row: dict[str, Any], letters: str) -> None:
+    acts_R = scan.acts_RN[:, latent]
+    fires_R = acts_R > 0
+    assert (row["latent"], row["firing"]) == (latent, fires_R.sum())
+    assert row["largest"] == acts_R.max()
+    assert row["max"] == (scan.maximum_N[latent] or acts_R.max())
+    if not row["firing"]:
+        assert row["mean_active"] is row["letters"] is row["deciles"] is None
+        assert sum(row["histogram"]) == 0
+        return
+    assert row["mean_active"] == pytest.approx(acts_R[fires_R].mean(), rel=1e-5)
+    bands = [scan.band(value, latent) for value in acts_R[fires_R]]
+    assert row["band_counts"] == np.bincount(bands, minlength=4).tolist()
+    assert sum(row["histogram"]) == row["firing"]
+    text = "".join(scan.sequences)
+    mine = [text[r] for r in np.flatnonzero(fires_R)]
+    assert row["letters"] == pytest.approx([mine.count(letter) / len(mine) for letter in letters], rel=1e-6)
+    lengths = np.array([len(scan.sequences[p]) for p in scan.protein_R[fires_R]])
+    assert row["mean_length"] == pytest.approx(lengths.mean(), rel=1e-6)
+    tenth = (scan.position_R[fires_R] - 1) * 10 // lengths
+    assert row["deciles"] == pytest.approx(np.bincount(tenth, minlength=10) / len(mine), rel=1e-6)
+
+
+@pytest.mark.parametrize(("one_per", "split"), [("protein", "train"), ("token", "heldout")])
+def test_examples_are_those_of_a_scan_and_bytes_do_not_depend_on_pieces_or_kills(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path, one_per: str, split: str
+) -> None:
+    options = f"{OPTIONS}, one_per: {one_per}, split: {split}"
+    path = trained(options)
+    run = tmp_path / "runs" / "one"
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    check(Scan(path, tmp_path, heldout=split == "heldout"), run, one_per)
+    first = final(run)
+    assert len(first) > 5
+    assert "nothing to do" in (again := plmsae("eval", path, "--no-progress")).err + again.out
+
+    # Five pieces, lists of a few latents at a time, files of a few activations, every task killed before its record.
+    shutil.rmtree(run / "eval" / "features")
+    path = trained(f"{options}, tasks: 5, memory: 20kB")
+    experiment, store = load(path).experiment, Store()
+    context = LocalContext(experiment, lambda *_, **__: None)
+    tasks = list(plan_stage("eval", experiment, store).tasks)
+    assert sum(task.args["axis"] == "features" for task in tasks) == 21
+    for task in tasks:
+        work_on(task, context)
+        publish(task, context, work_on(task, context))
+    assert len(list((run / "eval" / "features" / "select").glob("0of5-*"))) > 1
+    assert len(list((run / "eval" / "features" / "gather").glob("0of5-*"))) > 1
+    assert final(run) == first
+    # A record lost later, of a task in the middle: what follows from it is there, and it leaves the same.
+    (lost,) = (run / "parts").glob("features-*-gather-2of5.json")
+    lost.unlink()
+    for task in plan_stage("eval", experiment, store).tasks:
+        run_task(task, context)
+    assert final(run) == first
+
+
+@pytest.mark.slow
+def test_four_workers_write_what_one_writes(plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path) -> None:
+    found = []
+    for workers in (1, 4):
+        path = trained(f"{OPTIONS}, tasks: 4", more=f"launch: {{workers: {workers}, gpus: 0}}\n")
+        shutil.rmtree(tmp_path / "runs" / "one" / "eval", ignore_errors=True)
+        for part in (tmp_path / "runs" / "one" / "parts").glob("features-*"):
+            part.unlink()
+        # Workers are processes of their own, with blocks of the usual size.
+        reading._BLOCK_ROWS = 4096
+        done = plmsae("eval", path, "--no-progress")
+        assert done.code == 0, done.err
+        found.append(final(tmp_path / "runs" / "one"))
+    assert found[0] == found[1]

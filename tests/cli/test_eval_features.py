@@ -197,6 +197,71 @@ def test_examples_are_those_of_a_scan_and_bytes_do_not_depend_on_pieces_or_kills
     assert final(run) == first
 
 
+def annotated_table(path: Path, sequences: list[str]) -> None:
+    """W is an active site; C and two residues to either side are a domain."""
+    lines = ["Entry\tSequence\tActive site\tDomain [FT]"]
+    for number, text in enumerate(sequences):
+        sites = "; ".join(f'ACT_SITE {i}; /note="Nucleophile"' for i, letter in enumerate(text, 1) if letter == "W")
+        places = [(max(1, i - 2), min(len(text), i + 2)) for i, letter in enumerate(text, 1) if letter == "C"]
+        domains = "; ".join(f'DOMAIN {a}..{b}; /note="SH3"' for a, b in places)
+        lines.append(f"A{number}\t{text}\t{sites}\t{domains}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_concepts_are_counted_at_every_threshold_and_examples_say_what_is_annotated(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    draw = random.Random(2)
+    others = ["".join(draw.choices("ACDEFGHIKLMNPQRSTVWY", k=80)) for _ in range(40)]
+    trained(OPTIONS)
+    in_training = (tmp_path / "p.fasta").read_text().split("\n")[1:90:2]
+    annotated_table(tmp_path / "table.tsv", [*others, *in_training])
+    concepts = "{{annotations: {}, min_instances: 10, keep_instances: 5, nulls: [], bootstraps: 10, split: random}}"
+    concepts = concepts.format(tmp_path / "table.tsv").replace("{{", "{").replace("}}", "}")
+    path = trained(f"{OPTIONS}, tasks: 2, concepts: 2")
+    path.write_text(path.read_text().replace("features:", f"concepts: {concepts}, features:"))
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval"
+    published = {(r["latent"], r["concept"]): r for r in pq.read_table(folder / "latent_concepts.parquet").to_pylist()}
+    counted = pq.read_table(folder / "features" / "concepts.parquet").to_pylist()
+    assert len(counted) == sum(row["rank"] <= 2 for row in published.values()) > 50
+    thresholds = json.loads((folder / "features" / "index.json").read_text())["concepts"]["thresholds"]
+    for row in counted:
+        known = published[row["latent"], row["concept"]]
+        above = thresholds.index(pytest.approx(known["threshold"])) + 1
+        inside, outside, found = (np.array(row[name]) for name in ("inside", "outside", "found"))
+        assert inside[above:].sum() / max(1, inside[above:].sum() + outside[above:].sum()) == known["precision"]
+        assert found[above:].sum() / found.sum() == pytest.approx(known["recall"], rel=1e-12)
+        assert min(inside.min(), outside.min(), found.min()) >= 0
+    assert len({int(inside.sum() + outside.sum())}) == 1
+
+    best = {row["latent"]: row["concept"] for row in counted if row["rank"] == 1}
+    scan = Scan(path, tmp_path)
+    known_P = {p for p, text in enumerate(scan.sequences) if text in in_training}
+    seen = set()
+    for file in sorted((folder / "features" / "examples").glob("group-*")):
+        for row in pq.read_table(file).to_pylist():
+            text, here = scan.sequences[row["protein"]], row["position"] - 1
+            expected = None
+            if row["protein"] in known_P and row["latent"] in best:
+                near = "W" if best[row["latent"]].startswith("Active") else "C"
+                around = text[here] if near == "W" else text[max(0, here - 2) : here + 3]
+                expected = near in around
+            assert row["annotated"] is expected
+            seen.add(expected)
+    assert seen == {None, True, False}
+    ranges = pq.read_table(folder / "features" / "examples" / "annotations.parquet").to_pylist()
+    assert {row["protein"] for row in ranges} <= known_P
+    assert all(scan.sequences[r["protein"]][r["start"] - 1] == "W" for r in ranges if r["concept"].startswith("Active"))
+    # Another number of concepts reads no row again.
+    times = {part.name: part.stat().st_mtime_ns for part in (folder.parent / "parts").glob("features-*-gather-*")}
+    path.write_text(path.read_text().replace("concepts: 2", "concepts: 1"))
+    assert plmsae("eval", path, "--no-progress").code == 0
+    assert {p.name: p.stat().st_mtime_ns for p in (folder.parent / "parts").glob("features-*-gather-*")} == times
+    assert pq.read_table(folder / "features" / "concepts.parquet")["rank"].to_pylist() == [1] * len(best)
+
+
 @pytest.mark.slow
 def test_four_workers_write_what_one_writes(plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path) -> None:
     found = []

@@ -1,14 +1,25 @@
-"""The axis `features`: select examples by piece of the rows, merge by share of the latents, gather by piece, write by share."""
+"""The axis `features`: select examples by piece of the rows, merge by share of the latents, gather by piece, write by share.
+
+Concepts and descriptions enter behind the second pass alone: they are in the names of the later steps, so that another choice of
+them reads no row again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from plmsae_cli.config.base import digest
+from plmsae_cli.evaluation.axes import concepts
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.runtime.task import Context, Result, Task
+from plmsae_cli.store.fs import join
+from plmsae_cli.store.manifest import read_parts
 
 AXIS = "features"
+_LATE = ("concepts", "describe")
+"""Options that the two passes do not depend on."""
 
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
@@ -17,41 +28,76 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
 
     options = scope.options.features
     assert options is not None
-    identity = scope.identity(AXIS, options.science())
-    first: list[Task] = []
-    if options.one_per == "cluster":
-        first.append(scope.task(AXIS, identity, "cluster"))
-    select = _pieces(scope, identity, "select", options.tasks, 20.0, [*first])
-    merge = _pieces(scope, identity, "merge", options.tasks, 2.0, select)
-    gather = _pieces(scope, identity, "gather", options.tasks, 20.0, merge)
-    write = _pieces(scope, identity, "write", options.tasks, 4.0, [*merge, *gather])
-    last = scope.task(AXIS, identity, "finish", _steps([*merge, *write]), of=options.tasks)
-    return [*first, *select, *merge, *gather, *write, last], figures(scope, options)
+    science = options.science()
+    identity = scope.identity(AXIS, {name: value for name, value in science.items() if name not in _LATE})
+    of = options.tasks
+
+    def pieces(name: str, cost: float, needs: list[Task]) -> list[Task]:
+        return scope.pieces(AXIS, identity, name, of, cost, _steps(needs))
+
+    first = [scope.task(AXIS, identity, "cluster")] if options.one_per == "cluster" else []
+    select = pieces("select", 20.0, first)
+    merge = pieces("merge", 2.0, select)
+    gather = pieces("gather", 20.0, merge)
+    measured = concepts.plan(scope)[0][-1].id if scope.options.concepts is not None and options.concepts else None
+    late = digest({"concepts": science["concepts"], "measured": measured})[:8]
+    about: list[Task] = []
+    if measured is not None:
+        about = [
+            scope.task(AXIS, identity, f"annotate-{late}", _steps(merge), of=of),
+            *pieces(f"count-{late}", 10.0, []),
+        ]
+        about = [replace(task, needs=(*task.needs, measured)) for task in about]
+    write = pieces(f"write-{late}", 4.0, [*merge, *gather, *about[:1]])
+    last = scope.task(AXIS, identity, f"finish-{late}", _steps([*merge, *about, *write]), of=of)
+    return [*first, *select, *merge, *gather, *about, *write, last], figures(scope, options)
+
+
+def _steps(tasks: list[Task]) -> list[str]:
+    return [task.args["step"] for task in tasks]
 
 
 def work(task: Task, scope: Scope, context: Context) -> Result:
-    from plmsae_cli.evaluation.features import finish, gather, merge, select, write
+    from plmsae_cli.evaluation.features import (
+        annotated,
+        clustering,
+        concept_counts,
+        finish,
+        gather,
+        merge,
+        select,
+        write,
+    )
     from plmsae_cli.evaluation.features.job import Job
 
     options = scope.options.features
     assert options is not None
     job = Job(task, scope, options, context)
     step, piece = task.args["step"].partition("-")[0], (task.args.get("index", 0), task.args.get("of", 1))
+    _forget_others(task, scope, step)
+    if step == "cluster":
+        return Result(clustering.cluster_all(job))
     if step == "select":
-        return Result(select.select(job, *piece, None))
+        return Result(select.select(job, *piece))
+    if step == "count":
+        return Result(concept_counts.count(job, *piece))
     if step == "merge":
         return Result(merge.merge(job, *piece, job.files("select", "select")))
     merged = job.files("merge", "merge")
     if step == "gather":
         return Result(gather.gather(job, *piece, merged))
+    if step == "annotate":
+        assert scope.options.concepts is not None
+        return Result(annotated.annotate(job, merged, scope.options.concepts))
     if step == "write":
         return Result(write.write(job, *piece, merged, job.files("gather", "gather"), job.files("gather", "beside")))
-    return Result(finish.finish(job, merged, job.files("write", "latents")))
+    return Result(finish.finish(job, merged, job.files(f"write-{job.late}", "latents")))
 
 
-def _pieces(scope: Scope, identity: str, name: str, of: int, cost: float, needs: list[Task]) -> list[Task]:
-    return scope.pieces(AXIS, identity, name, of, cost, _steps(needs))
-
-
-def _steps(tasks: list[Task]) -> list[str]:
-    return [task.args["step"] for task in tasks]
+def _forget_others(task: Task, scope: Scope, step: str) -> None:
+    """Delete records of this step under other concepts or descriptions: its files are about to be these."""
+    mine = "-".join(task.args["step"].split("-")[:2])
+    if mine.startswith(("annotate-", "count-", "write-", "finish-")):
+        for other in read_parts(scope.store, scope.folder):
+            if other.startswith(f"{task.args['stem']}-{step}-") and not other.startswith(f"{task.args['stem']}-{mine}"):
+                scope.store.delete(join(scope.folder, "parts", f"{other}.json"))

@@ -7,15 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from plmsae_cli.evaluation.features import layout
+from plmsae_cli.evaluation.features import concept_counts, layout
+from plmsae_cli.evaluation.features.annotated import KNOWN
 from plmsae_cli.evaluation.features.job import AXIS, Job
 from plmsae_cli.evaluation.features.latent_rows import known_model, prefixes
 from plmsae_cli.evaluation.frame import read_table, write_table
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
 from plmsae_cli.store.fs import FileRecord
-from plmsae_cli.store.tensorfile import TensorFile
-
-_SLICE = 1 << 16
 
 
 def finish(job: Job, merged: list[str], written: list[str]) -> list[FileRecord]:
@@ -24,6 +22,8 @@ def finish(job: Job, merged: list[str], written: list[str]) -> list[FileRecord]:
     table = pa.concat_tables([read_table(store, path) for path in written])
     parts = [name for name, there in _parts(job, table).items() if there]
     files = [write_table(store, job.path(layout.LATENTS), table), _proteins(job, merged)]
+    if job.has_concepts:
+        files.append(concept_counts.concepts_table(job, job.files(f"count-{job.late}", "counts")))
     length_P = side.length_P
     letters = np.bincount(side.letter_R, minlength=len(AMINO_ACIDS) + 1)[: len(AMINO_ACIDS)]
     manifest, facts = job.scope.made(), job.saved.facts
@@ -60,7 +60,7 @@ def finish(job: Job, merged: list[str], written: list[str]) -> list[FileRecord]:
         "letters": AMINO_ACIDS,
         "letter_shares": (letters / side.rows).tolist(),
         "mean_length": float((length_P.astype(np.float64) ** 2).sum() / side.rows),
-        "concepts": None,
+        "concepts": concept_counts.facts(job) if job.has_concepts else None,
         "parts": sorted(parts),
     }
     files.append(job.scope.write_json(AXIS, layout.INDEX, index))
@@ -73,27 +73,28 @@ def _parts(job: Job, table: pa.Table) -> dict[str, bool]:
         "logits": known_model(job),
         "parent": len(prefixes(job.saved.model)) > 1,
         "clusters": job.options.one_per == "cluster",
+        "concepts": job.has_concepts,
+        "annotations": job.has_concepts,
     }
 
 
 def _proteins(job: Job, merged: list[str]) -> FileRecord:
     """The proteins of the examples."""
-    shown_P = np.zeros(len(job.side.length_P), dtype=bool)
-    for path in merged:
-        file = TensorFile(job.scope.store, path)
-        rows = file.shape("row")[0]
-        for start in range(0, rows, _SLICE):
-            shown_P[job.side.protein_of(file.read("row", start, min(rows, start + _SLICE)).numpy())] = True
-    chosen = np.flatnonzero(shown_P)
+    chosen = job.shown_proteins(merged)
+    cluster_P = job.clusters()
     about = job.side.proteins(["id", "description", "sequence"]).take(chosen)
+    known = pa.nulls(len(chosen), pa.bool_())
+    if job.has_concepts:
+        found = read_table(job.scope.store, job.path(KNOWN))["protein"].to_numpy()
+        known = pa.array(np.isin(chosen, found))
     columns: dict[str, Any] = {
         "protein": chosen.astype(np.int32),
         "id": about["id"],
         "header": about["description"],
         "length": job.side.length_P[chosen].astype(np.int32),
         "sequence": about["sequence"],
-        "cluster": pa.nulls(len(chosen), pa.int32()),
-        "annotated": pa.nulls(len(chosen), pa.bool_()),
+        "cluster": pa.nulls(len(chosen), pa.int32()) if cluster_P is None else cluster_P[chosen].astype(np.int32),
+        "annotated": known,
     }
     table = pa.table(columns, schema=layout.PROTEINS_SCHEMA)
     return write_table(job.scope.store, job.path(layout.PROTEINS), table)

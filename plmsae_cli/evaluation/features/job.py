@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from plmsae_cli.config.features import Features
@@ -21,12 +23,15 @@ from plmsae_cli.runtime.device import pick_device
 from plmsae_cli.runtime.saved import SavedSAE, load_sae_with_facts
 from plmsae_cli.runtime.task import Context, Task
 from plmsae_cli.store.fs import join
+from plmsae_cli.store.tensorfile import TensorFile
 
 AXIS = "features"
+CLUSTERS = "clusters.parquet"
 LISTS = 1 + len(layout.BANDS)
 """Of a latent: the strongest, then random ones of each band."""
 ENTRY = 24
 """Bytes of an entry of a list: list and key, row, owner."""
+_SLICE = 1 << 16
 SORTED = 5
 """How many times its bytes a list takes while it is sorted."""
 
@@ -88,6 +93,33 @@ class Job:
 
     def path(self, *names: str) -> str:
         return self.scope.path(AXIS, *names)
+
+    def shown_proteins(self, merged: list[str]) -> npt.NDArray[np.int64]:
+        """The proteins that have an example, ascending."""
+        shown_P = np.zeros(len(self.side.length_P), dtype=bool)
+        for path in merged:
+            file = TensorFile(self.scope.store, path)
+            rows = file.shape("row")[0]
+            for start in range(0, rows, _SLICE):
+                shown_P[self.side.protein_of(file.read("row", start, min(rows, start + _SLICE)).numpy())] = True
+        return np.flatnonzero(shown_P)
+
+    @property
+    def has_concepts(self) -> bool:
+        """Whether concepts are measured, and to be counted here."""
+        return self.scope.options.concepts is not None and self.options.concepts > 0
+
+    def clusters(self) -> npt.NDArray[np.int64] | None:
+        """The cluster of each protein, where lists hold one of each."""
+        if self.options.one_per != "cluster":
+            return None
+        found: npt.NDArray[np.int64] = self.scope.read_table(AXIS, CLUSTERS)["cluster"].to_numpy()
+        return found
+
+    @property
+    def late(self) -> str:
+        """What the steps behind the second pass depend on besides, as their names have it."""
+        return str(self.task.args["step"]).split("-")[1]
 
     def files(self, step: str, folder: str) -> list[str]:
         """Paths of what the pieces of a step left in a folder, in their order."""

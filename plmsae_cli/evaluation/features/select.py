@@ -45,13 +45,11 @@ class Selection:
         self.lists.offer(list_P + 1 + bin_P // layout.BINS_PER_BAND, key_P, row_P, owner_P)
 
 
-def select(job: Job, index: int, of: int, cluster_P: Tensor | None) -> list[FileRecord]:
-    """Piece `index` of the rows; one file a pass over them, of the latents whose lists fit the memory together.
-
-    Args:
-        cluster_P: the owner of each protein's rows, where it is not the protein itself.
-    """
+def select(job: Job, index: int, of: int) -> list[FileRecord]:
+    """Piece `index` of the rows; one file a pass over them, of the latents whose lists fit the memory together."""
     reader, side = job.reader, job.side
+    clusters = job.clusters()
+    owner_P = None if clusters is None else torch.from_numpy(clusters)
     start, stop = reader.piece(index, of)
     maximum_N = job.saved.model.maximum_N.to(job.device)
     files = []
@@ -61,7 +59,7 @@ def select(job: Job, index: int, of: int, cluster_P: Tensor | None) -> list[File
         selection = Selection(first, last, maximum_N, job.widths(), job.options.one_per != "token")
         for batch in reader.batches(start, stop):
             about = side.about(batch.start, batch.start + batch.rows)
-            owner_B = about.protein_B if cluster_P is None else cluster_P[about.protein_B]
+            owner_B = about.protein_B if owner_P is None else owner_P[about.protein_B]
             selection.add(batch, about.to(job.device), owner_B.to(job.device))
             job.context.progress(
                 number * (stop - start) + batch.start - start, len(passes) * (stop - start), unit="rows"

@@ -65,6 +65,15 @@ _SMALL_STEERING = {
     "compute": "auto",
     "batch_tokens": "auto",
 }
+_SMALL_FEATURES = {
+    "split": "train",
+    "top": 5,
+    "random": 5,
+    "clusters": "kmer",
+    "tasks": 2,
+    "memory": 100_000_000,
+    "batch_tokens": "auto",
+}
 _EVERY = {"log_every": 1, "checkpoint_every": STEPS // 2}
 
 
@@ -98,6 +107,8 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
     if data["eval"] is not None:
         data["eval"]["fidelity"] |= {"proteins": 8, "batch_tokens": "auto"}
         data["eval"] |= dict.fromkeys(_ANNOTATED)
+        if data["eval"]["features"] is not None:
+            data["eval"]["features"] |= _SMALL_FEATURES
         if data["eval"]["steering"] is not None:
             data["eval"]["steering"] |= _SMALL_STEERING
     if data["sweep"] is not None:
@@ -217,7 +228,7 @@ _FIXED = (
     "optimize.chunk", "train.data",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING),
-    *(f"eval.{axis}" for axis in _ANNOTATED),
+    *(f"eval.features.{field}" for field in _SMALL_FEATURES), *(f"eval.{axis}" for axis in _ANNOTATED),
 )  # fmt: skip
 _MOST_TRIALS = 2
 

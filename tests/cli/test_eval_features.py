@@ -46,6 +46,8 @@ def trained(plmsae: Plmsae, write: Callable[..., Path], tmp_path: Path) -> Calla
         if not fasta.exists():
             draw = random.Random(1)
             sequences = ("".join(draw.choices("ACDEFGHIKLMNPQRSTVWYX", k=draw.randint(10, 240))) for _ in range(90))
+            sequences = list(sequences)
+            sequences[60:] = ["K" + text[1:] for text in sequences[:30]]  # relatives
             fasta.write_text("".join(f">p{i} <b>&\n{text}\n" for i, text in enumerate(sequences)))
             path = write(evaluation="", fasta=fasta, data=tmp_path / "data")
             assert plmsae("run", path, "--no-progress").code == 0
@@ -76,6 +78,8 @@ class Scan:
         with torch.inference_mode():
             self.acts_RN = np.concatenate([model.encode_dense(x_BD).numpy() for x_BD in blocks])
         lengths = [len(text) for text in self.sequences]
+        clusters = tmp_path / "runs" / "one" / "eval" / "features" / "clusters.parquet"
+        self.cluster_P = pq.read_table(clusters)["cluster"].to_pylist() if clusters.exists() else []
         self.protein_R = np.repeat(np.arange(len(lengths)), lengths)
         self.position_R = np.concatenate([np.arange(1, length + 1) for length in lengths])
 
@@ -104,7 +108,8 @@ class Scan:
             return rows
         first: dict[int, int] = {}
         for row in rows:
-            first.setdefault(int(self.protein_R[row]), row)
+            protein = int(self.protein_R[row])
+            first.setdefault(self.cluster_P[protein] if one_per == "cluster" else protein, row)
         return list(first.values())
 
 
@@ -162,7 +167,7 @@ def check_counts(scan: Scan, latent: int, row: dict[str, Any], letters: str) -> 
     assert row["deciles"] == pytest.approx(np.bincount(tenth, minlength=10) / len(mine), rel=1e-6)
 
 
-@pytest.mark.parametrize(("one_per", "split"), [("protein", "train"), ("token", "heldout")])
+@pytest.mark.parametrize(("one_per", "split"), [("protein", "train"), ("cluster", "heldout")])
 def test_examples_are_those_of_a_scan_and_bytes_do_not_depend_on_pieces_or_kills(
     plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path, one_per: str, split: str
 ) -> None:
@@ -171,7 +176,9 @@ def test_examples_are_those_of_a_scan_and_bytes_do_not_depend_on_pieces_or_kills
     run = tmp_path / "runs" / "one"
     done = plmsae("eval", path, "--no-progress")
     assert done.code == 0, done.err
-    check(Scan(path, tmp_path, heldout=split == "heldout"), run, one_per)
+    scan = Scan(path, tmp_path, heldout=split == "heldout")
+    check(scan, run, one_per)
+    assert (0 < len(set(scan.cluster_P)) < len(scan.sequences)) == (one_per == "cluster")
     first = final(run)
     assert len(first) > 5
     assert "nothing to do" in (again := plmsae("eval", path, "--no-progress")).err + again.out
@@ -182,7 +189,7 @@ def test_examples_are_those_of_a_scan_and_bytes_do_not_depend_on_pieces_or_kills
     experiment, store = load(path).experiment, Store()
     context = LocalContext(experiment, lambda *_, **__: None)
     tasks = list(plan_stage("eval", experiment, store).tasks)
-    assert sum(task.args["axis"] == "features" for task in tasks) == 21
+    assert sum(task.args["axis"] == "features" for task in tasks) == 21 + (one_per == "cluster")
     for task in tasks:
         work_on(task, context)
         publish(task, context, work_on(task, context))

@@ -16,6 +16,7 @@ import torch
 
 from plmsae_cli.config.features import Features
 from plmsae_cli.evaluation.features import layout
+from plmsae_cli.evaluation.features.planning import SORTED, latents_a_pass
 from plmsae_cli.evaluation.features.reading import Reader, Side
 from plmsae_cli.evaluation.features.source import where
 from plmsae_cli.evaluation.frame import Scope
@@ -29,11 +30,7 @@ AXIS = "features"
 CLUSTERS = "clusters.parquet"
 LISTS = 1 + len(layout.BANDS)
 """Of a latent: the strongest, then random ones of each band."""
-ENTRY = 24
-"""Bytes of an entry of a list: list and key, row, owner."""
 _SLICE = 1 << 16
-SORTED = 5
-"""How many times its bytes a list takes while it is sorted."""
 
 
 @dataclass(eq=False)
@@ -83,8 +80,7 @@ class Job:
 
     def passes(self) -> list[tuple[int, int]]:
         """Groups whose lists are filled in one reading of the rows: all, where memory suffices."""
-        latent = (self.options.top + len(layout.BANDS) * self.options.random) * ENTRY * SORTED
-        fits = max(1, int(self.options.memory) // (latent * self.per_group))
+        fits = latents_a_pass(self.options) // self.per_group
         return [(first, min(self.groups, first + fits)) for first in range(0, self.groups, fits)]
 
     def buffered(self, entry: int) -> int:

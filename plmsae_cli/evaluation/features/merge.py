@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.evaluation.features.files import Grouped, runs, share, write_grouped
-from plmsae_cli.evaluation.features.job import ENTRY, LISTS, Job
+from plmsae_cli.evaluation.features.job import LISTS, Job
+from plmsae_cli.evaluation.features.planning import ENTRY, SAMPLE
 from plmsae_cli.evaluation.features.ranking import Entries, first_entries, rank_in_run
 from plmsae_cli.evaluation.features.tallies import WIDTHS
 from plmsae_cli.store.fs import FileRecord
 from plmsae_cli.store.tensorfile import TensorFile
 
-SAMPLE = 32
-"""Random firings of a latent that tell what fires with it."""
 _KEY = (1 << 32) - 1
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Section
+from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Section, rule
 
 
 class Describe(Section):
@@ -37,7 +37,7 @@ class Features(Section):
     one_per: Annotated[Literal["token", "protein", "cluster"], SCIENCE] = "protein"
     """A list of examples has one of each protein, or of each cluster of similar proteins (30 % identity); `token`: any."""
     clusters: Annotated[Auto | Literal["mmseqs", "kmer"], SCIENCE] = "auto"
-    """As in `concepts`; with `one_per: cluster`."""
+    """As in `concepts`; with `one_per: cluster`, and for the relatives in `describe`."""
     context: Annotated[Count, SCIENCE] = 1022
     """Residues shown to either side of an example; the whole protein where it is no longer."""
     concepts: Annotated[Annotated[int, Field(ge=0, le=10)], SCIENCE] = 3
@@ -52,3 +52,15 @@ class Features(Section):
     """Bytes that a task may hold of examples; where they do not suffice, rows are read several times."""
     batch_tokens: Auto | Count = "auto"
     """Tokens of one forward pass of the language model, which concepts need."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Features:
+        if self.describe is not None and self.split == "heldout":
+            raise rule(
+                "describe",
+                "describe asks about held-out proteins, which split: heldout shows in its prompts",
+                "use split: train",
+            )
+        if self.changed("clusters") and self.one_per != "cluster" and self.describe is None:
+            raise rule("clusters", "clusters has no effect without one_per: cluster or describe", "remove it")
+        return self

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.stats import pearsonr, spearmanr
 
 from plmsae_cli.config.yaml import load
 from plmsae_cli.evaluation.features import reading
@@ -171,7 +172,7 @@ def check_counts(scan: Scan, latent: int, row: dict[str, Any], letters: str) -> 
 def test_examples_are_those_of_a_scan_and_bytes_do_not_depend_on_pieces_or_kills(
     plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path, one_per: str, split: str
 ) -> None:
-    options = f"{OPTIONS}, one_per: {one_per}, split: {split}"
+    options = f"{OPTIONS}, one_per: {one_per}, split: {split}{', clusters: kmer' if one_per == 'cluster' else ''}"
     path = trained(options)
     run = tmp_path / "runs" / "one"
     done = plmsae("eval", path, "--no-progress")
@@ -189,7 +190,7 @@ def test_examples_are_those_of_a_scan_and_bytes_do_not_depend_on_pieces_or_kills
     experiment, store = load(path).experiment, Store()
     context = LocalContext(experiment, lambda *_, **__: None)
     tasks = list(plan_stage("eval", experiment, store).tasks)
-    assert sum(task.args["axis"] == "features" for task in tasks) == 21 + (one_per == "cluster")
+    assert sum(task.args["axis"] == "features" for task in tasks) == 22 + (one_per == "cluster")
     for task in tasks:
         work_on(task, context)
         publish(task, context, work_on(task, context))
@@ -223,8 +224,8 @@ def test_concepts_are_counted_at_every_threshold_and_examples_say_what_is_annota
     trained(OPTIONS)
     in_training = (tmp_path / "p.fasta").read_text().split("\n")[1:90:2]
     annotated_table(tmp_path / "table.tsv", [*others, *in_training])
-    concepts = "{{annotations: {}, min_instances: 10, keep_instances: 5, nulls: [], bootstraps: 10, split: random}}"
-    concepts = concepts.format(tmp_path / "table.tsv").replace("{{", "{").replace("}}", "}")
+    more = "min_instances: 10, keep_instances: 5, nulls: [], bootstraps: 10, split: random"
+    concepts = f"{{annotations: {tmp_path}/table.tsv, {more}}}"
     path = trained(f"{OPTIONS}, tasks: 2, concepts: 2")
     path.write_text(path.read_text().replace("features:", f"concepts: {concepts}, features:"))
     done = plmsae("eval", path, "--no-progress")
@@ -267,6 +268,66 @@ def test_concepts_are_counted_at_every_threshold_and_examples_say_what_is_annota
     assert plmsae("eval", path, "--no-progress").code == 0
     assert {p.name: p.stat().st_mtime_ns for p in (folder.parent / "parts").glob("features-*-gather-*")} == times
     assert pq.read_table(folder / "features" / "concepts.parquet")["rank"].to_pylist() == [1] * len(best)
+
+
+def test_descriptions_are_asked_for_and_scored_on_unseen_proteins(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = trained(OPTIONS + ", clusters: kmer, describe: {examples: 2, heldout: 4, window: 5}")
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval" / "features"
+    latents = pq.read_table(folder / "latents.parquet").to_pylist()
+    prompts = [json.loads(line) for line in (folder / "describe" / "prompts.jsonl").read_text().splitlines()]
+    assert [p["latent"] for p in prompts] == [row["latent"] for row in latents if row["firing"]]
+    scan = Scan(path, tmp_path, heldout=True)
+    truth = pq.read_table(folder / "describe" / "truth.parquet").to_pylist()
+    asked = [json.loads(line) for line in (folder / "describe" / "scoring.jsonl").read_text().splitlines()]
+    assert [row["example"] for row in truth] == [row["example"] for row in asked]
+    kinds = dict.fromkeys(("firing", "family", "any"), 0)
+    for row, question in zip(truth, asked, strict=True):
+        assert row["activation"] == scan.acts_RN[row["row"], row["latent"]]
+        text, here = scan.sequences[scan.protein_R[row["row"]]], scan.position_R[row["row"]] - 1
+        assert question["sequence"] == text[max(0, here - 5) : here + 6]
+        assert question["sequence"][question["residue"] - 1] == text[here]
+        assert row["kind"] != "firing" or row["activation"] > 0
+        kinds[row["kind"]] += 1
+        assert "activation" not in question
+    assert min(kinds.values()) > 20
+
+    # Answers: the truth for one latent, noise for another, nothing for the rest.
+    sure, unsure = latents_with_both = [n for n in {r["latent"] for r in truth} if _varies(truth, n)][:2]
+    draw = random.Random(0)
+    guess = {r["example"]: 3 * r["activation"] if r["latent"] == sure else draw.choice([0, 1, 5]) for r in truth}
+    with (tmp_path / "said.jsonl").open("w") as said, (tmp_path / "guess.jsonl").open("w") as guessed:
+        said.write(json.dumps({"latent": sure, "description": "tryptophan"}) + "\n")
+        for row in truth:
+            if row["latent"] in latents_with_both:
+                guessed.write(json.dumps({"example": row["example"], "activation": guess[row["example"]]}) + "\n")
+    answers = f"window: 5, descriptions: {tmp_path}/said.jsonl, predictions: {tmp_path}/guess.jsonl"
+    path.write_text(path.read_text().replace("window: 5", answers))
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    latents = pq.read_table(folder / "latents.parquet").to_pylist()
+    assert latents[sure]["description"] == "tryptophan"
+    assert latents[sure]["description_pearson"] == pytest.approx(1)
+    assert latents[sure]["description_spearman"] == pytest.approx(1)
+    mine = [row for row in truth if row["latent"] == unsure]
+    pair = [guess[row["example"]] for row in mine], [row["activation"] for row in mine]
+    assert latents[unsure]["description_pearson"] == pytest.approx(pearsonr(*pair)[0], abs=1e-5)
+    assert latents[unsure]["description_spearman"] == pytest.approx(spearmanr(*pair)[0], abs=1e-5)
+    assert sum(row["description_pearson"] is not None for row in latents) == 2
+    assert "descriptions" in json.loads((folder / "index.json").read_text())["parts"]
+
+    for wrong, said in (("not JSON", "said.jsonl, line 1"), ('{"latent": 9999, "description": "x"}', "latent 9999")):
+        (tmp_path / "said.jsonl").write_text(wrong + "\n")
+        done = plmsae("eval", path, "--no-progress")
+        assert done.code != 0
+        assert said in done.err
+
+
+def _varies(truth: list[dict[str, Any]], latent: int) -> bool:
+    return len({row["activation"] for row in truth if row["latent"] == latent}) > 4
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from plmsae_cli.store.manifest import read_parts
 AXIS = "features"
 _LATE = ("concepts", "describe")
 """Options that the two passes do not depend on."""
+_PASSES = ("cluster", "select", "merge", "gather")
 
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
@@ -49,8 +50,15 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
         ]
         about = [replace(task, needs=(*task.needs, measured)) for task in about]
     write = pieces(f"write-{late}", 4.0, [*merge, *gather, *about[:1]])
-    last = scope.task(AXIS, identity, f"finish-{late}", _steps([*merge, *about, *write]), of=of)
-    return [*first, *select, *merge, *gather, *about, *write, last], figures(scope, options)
+    collect = scope.task(AXIS, identity, f"collect-{late}", _steps([*merge, *about]), of=of)
+    describe: list[Task] = []
+    told = ""
+    if options.describe is not None:
+        given = scope.contents(descriptions=options.describe.descriptions, predictions=options.describe.predictions)
+        told = f"-{digest({**options.describe.science(), **given})[:8]}"
+        describe = [scope.task(AXIS, identity, f"describe-{late}{told}", _steps([collect, *write]), of=of)]
+    last = scope.task(AXIS, identity, f"finish-{late}{told}", _steps([collect, *write, *describe]), of=of)
+    return [*first, *select, *merge, *gather, *about, *write, collect, *describe, last], figures(scope, options)
 
 
 def _steps(tasks: list[Task]) -> list[str]:
@@ -58,46 +66,27 @@ def _steps(tasks: list[Task]) -> list[str]:
 
 
 def work(task: Task, scope: Scope, context: Context) -> Result:
-    from plmsae_cli.evaluation.features import (
-        annotated,
-        clustering,
-        concept_counts,
-        finish,
-        gather,
-        merge,
-        select,
-        write,
-    )
     from plmsae_cli.evaluation.features.job import Job
+    from plmsae_cli.evaluation.features.steps import run
 
     options = scope.options.features
     assert options is not None
-    job = Job(task, scope, options, context)
-    step, piece = task.args["step"].partition("-")[0], (task.args.get("index", 0), task.args.get("of", 1))
+    step = task.args["step"].partition("-")[0]
     _forget_others(task, scope, step)
-    if step == "cluster":
-        return Result(clustering.cluster_all(job))
-    if step == "select":
-        return Result(select.select(job, *piece))
-    if step == "count":
-        return Result(concept_counts.count(job, *piece))
-    if step == "merge":
-        return Result(merge.merge(job, *piece, job.files("select", "select")))
-    merged = job.files("merge", "merge")
-    if step == "gather":
-        return Result(gather.gather(job, *piece, merged))
-    if step == "annotate":
-        assert scope.options.concepts is not None
-        return Result(annotated.annotate(job, merged, scope.options.concepts))
-    if step == "write":
-        return Result(write.write(job, *piece, merged, job.files("gather", "gather"), job.files("gather", "beside")))
-    return Result(finish.finish(job, merged, job.files(f"write-{job.late}", "latents")))
+    return Result(run(step, Job(task, scope, options, context)))
 
 
 def _forget_others(task: Task, scope: Scope, step: str) -> None:
     """Delete records of this step under other concepts or descriptions: its files are about to be these."""
-    mine = "-".join(task.args["step"].split("-")[:2])
-    if mine.startswith(("annotate-", "count-", "write-", "finish-")):
-        for other in read_parts(scope.store, scope.folder):
-            if other.startswith(f"{task.args['stem']}-{step}-") and not other.startswith(f"{task.args['stem']}-{mine}"):
-                scope.store.delete(join(scope.folder, "parts", f"{other}.json"))
+    if step in _PASSES:
+        return
+    stem, mine = task.args["stem"], task.args["step"]
+    if "index" in task.args:
+        mine = mine.rpartition("-")[0]
+    for other in read_parts(scope.store, scope.folder):
+        if (
+            other.startswith(f"{stem}-{step}-")
+            and other != f"{stem}-{mine}"
+            and not other.startswith(f"{stem}-{mine}-")
+        ):
+            scope.store.delete(join(scope.folder, "parts", f"{other}.json"))

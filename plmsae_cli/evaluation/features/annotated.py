@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from plmsae_cli.config.evaluation import Concepts
 from plmsae_cli.evaluation.annotations.entries import read_entries
 from plmsae_cli.evaluation.concepts.vocabulary import find_concepts
 from plmsae_cli.evaluation.features import layout
@@ -21,8 +20,10 @@ from plmsae_cli.store.split import split_hash
 KNOWN = "annotate/known.parquet"
 
 
-def annotate(job: Job, merged: list[str], options: Concepts) -> list[FileRecord]:
+def annotate(job: Job, merged: list[str]) -> list[FileRecord]:
     """Ranges of the listed concepts in shown proteins, by sequence; and which of these the annotation file has."""
+    options = job.scope.options.concepts
+    assert options is not None
     shown = job.shown_proteins(merged)
     texts = job.side.proteins(["sequence"])["sequence"].take(shown).to_pylist()
     number = {split_hash(text): protein for protein, text in zip(shown.tolist(), texts, strict=True) if text}

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from plmsae_cli.evaluation.features import concept_counts, layout
 from plmsae_cli.evaluation.features.annotated import KNOWN
+from plmsae_cli.evaluation.features.describe import ANSWERS
 from plmsae_cli.evaluation.features.job import AXIS, Job
 from plmsae_cli.evaluation.features.latent_rows import known_model, prefixes
 from plmsae_cli.evaluation.frame import read_table, write_table
@@ -16,23 +17,34 @@ from plmsae_cli.plm.alphabet import AMINO_ACIDS
 from plmsae_cli.store.fs import FileRecord
 
 
-def finish(job: Job, merged: list[str], written: list[str]) -> list[FileRecord]:
+def collect(job: Job, merged: list[str]) -> list[FileRecord]:
+    """proteins.parquet, and concepts.parquet where there are concepts."""
+    files = [_proteins(job, merged)]
+    if job.has_concepts:
+        files.append(concept_counts.concepts_table(job, job.files(f"count-{job.late}", "counts")))
+    return files
+
+
+def finish(job: Job, written: list[str]) -> list[FileRecord]:
     """What a reader opens first."""
     store, side = job.scope.store, job.side
     table = pa.concat_tables([read_table(store, path) for path in written])
+    if job.options.describe is not None:
+        table = _with_descriptions(table, read_table(store, job.path(*ANSWERS)))
     parts = [name for name, there in _parts(job, table).items() if there]
-    files = [write_table(store, job.path(layout.LATENTS), table), _proteins(job, merged)]
-    if job.has_concepts:
-        files.append(concept_counts.concepts_table(job, job.files(f"count-{job.late}", "counts")))
+    files = [write_table(store, job.path(layout.LATENTS), table)]
     length_P = side.length_P
     letters = np.bincount(side.letter_R, minlength=len(AMINO_ACIDS) + 1)[: len(AMINO_ACIDS)]
     manifest, facts = job.scope.made(), job.saved.facts
-    figures = {
+    figures: dict[str, Any] = {
         "rows": side.rows,
         "proteins": len(length_P),
         "latents_shown": int((table["firing"].to_numpy() > 0).sum()),
         "split": job.options.split,
     }
+    if (scores := table["description_pearson"].drop_null().to_numpy()).size:
+        spearman = table["description_spearman"].drop_null().to_numpy()
+        figures |= {"described": len(scores), "pearson": float(scores.mean()), "spearman": float(spearman.mean())}
     index = {
         "format": layout.FORMAT,
         "run": job.scope.experiment.name,
@@ -68,6 +80,18 @@ def finish(job: Job, merged: list[str], written: list[str]) -> list[FileRecord]:
     return files
 
 
+def _with_descriptions(table: pa.Table, answers: pa.Table) -> pa.Table:
+    """latents.parquet's columns filled from the answers, which are of some latents."""
+    place = answers["latent"].to_numpy()
+    for name in answers.column_names[1:]:
+        values: list[Any] = [None] * len(table)
+        for latent, value in zip(place, answers[name].to_pylist(), strict=True):
+            values[latent] = value
+        field = table.schema.field(name)
+        table = table.set_column(table.column_names.index(name), field, pa.array(values, field.type))
+    return table
+
+
 def _parts(job: Job, table: pa.Table) -> dict[str, bool]:
     return {
         "logits": known_model(job),
@@ -75,6 +99,7 @@ def _parts(job: Job, table: pa.Table) -> dict[str, bool]:
         "clusters": job.options.one_per == "cluster",
         "concepts": job.has_concepts,
         "annotations": job.has_concepts,
+        "descriptions": table["description"].null_count < len(table),
     }
 
 

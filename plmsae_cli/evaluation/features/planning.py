@@ -52,7 +52,7 @@ def figures(scope: Scope, options: Features) -> dict[str, Any]:
         "rows": rows,
         "split": options.split,
         "latents": num_latents,
-        "tasks": 4 * options.tasks + 1,
+        "tasks": 4 * options.tasks + 2,
         "readings": 1 + -(-num_latents // latents_a_pass(options)),
         "examples": chosen,
         "bytes_temporary": candidates * _CANDIDATE + num_latents * _TALLY * options.tasks + lists + chosen * _ALONG

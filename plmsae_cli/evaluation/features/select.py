@@ -49,7 +49,7 @@ def select(job: Job, index: int, of: int) -> list[FileRecord]:
     """Piece `index` of the rows; one file a pass over them, of the latents whose lists fit the memory together."""
     reader, side = job.reader, job.side
     clusters = job.clusters()
-    owner_P = None if clusters is None else torch.from_numpy(clusters)
+    owner_P = None if clusters is None else torch.from_numpy(clusters.copy())
     start, stop = reader.piece(index, of)
     maximum_N = job.saved.model.maximum_N.to(job.device)
     files = []

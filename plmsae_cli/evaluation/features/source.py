@@ -35,11 +35,6 @@ def where(scope: Scope, split: str) -> Where:
             f"eval.features reads training activations in the order of proteins, and {scope.dataset} has shuffled ones",
             f"{remedy}, or add the sections that made the dataset in place of train.data",
         )
-    if not scope.experiment.keep.activations:
-        raise UserError(
-            "eval.features reads the activations that keep.activations: false gives up once the dataset is made",
-            f"set keep.activations: true, or {remedy}",
-        )
     folder = scope.lineage.activations(scope.experiment.training_layer()).folder
     manifest = read_manifest(scope.store, folder)
     if manifest is None:

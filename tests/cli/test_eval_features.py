@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from csv import DictReader
 from pathlib import Path
 from typing import Any
 
@@ -262,12 +263,34 @@ def test_concepts_are_counted_at_every_threshold_and_examples_say_what_is_annota
     ranges = pq.read_table(folder / "features" / "examples" / "annotations.parquet").to_pylist()
     assert {row["protein"] for row in ranges} <= known_P
     assert all(scan.sequences[r["protein"]][r["start"] - 1] == "W" for r in ranges if r["concept"].startswith("Active"))
+    check_export(plmsae, folder, list(published.values()))
     # Another number of concepts reads no row again.
     times = {part.name: part.stat().st_mtime_ns for part in (folder.parent / "parts").glob("features-*-gather-*")}
     path.write_text(path.read_text().replace("concepts: 2", "concepts: 1"))
     assert plmsae("eval", path, "--no-progress").code == 0
     assert {p.name: p.stat().st_mtime_ns for p in (folder.parent / "parts").glob("features-*-gather-*")} == times
     assert pq.read_table(folder / "features" / "concepts.parquet")["rank"].to_pylist() == [1] * len(best)
+
+
+def check_export(plmsae: Plmsae, folder: Path, published: list[dict[str, Any]]) -> None:
+    """The table has every pair once, every latent at least once, and says of it what latents.parquet does."""
+    csv, parquet = folder / "table.csv", folder / "table.parquet"
+    done = plmsae("export", folder.parent, "--csv", csv, "--parquet", parquet)
+    assert done.code == 0, done.err
+    rows = pq.read_table(parquet).to_pylist()
+    latents = pq.read_table(folder / "latents.parquet").to_pylist()
+    assert [row for row in rows if row["concept"] is None] == [
+        row for row in rows if row["latent"] not in {one["latent"] for one in published}
+    ]
+    pairs = [{name: row[name] for name in published[0]} for row in rows if row["concept"] is not None]
+    assert pairs == sorted(published, key=lambda one: (one["latent"], one["rank"]))
+    assert sorted({row["latent"] for row in rows}) == list(range(len(latents)))
+    assert all(row["density"] == latents[row["latent"]]["density"] for row in rows)
+    with csv.open(newline="") as file:
+        text = list(DictReader(file))
+    assert [int(row["latent"]) for row in text] == [row["latent"] for row in rows]
+    assert [row["concept"] or None for row in text] == [row["concept"] for row in rows]
+    assert plmsae("export", folder.parent).code == plmsae("export", "absent", "--csv", csv).code == 2
 
 
 def test_descriptions_are_asked_for_and_scored_on_unseen_proteins(

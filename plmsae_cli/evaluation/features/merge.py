@@ -39,7 +39,7 @@ def merge(job: Job, index: int, of: int, selected: list[str]) -> list[FileRecord
     place_C, row_C, _ = (torch.cat(columns) for columns in zip(*kept, strict=True)) if kept else _nothing()
     latent_C = (place_C >> 32) // LISTS
     protein_C = torch.from_numpy(job.side.protein_of(row_C.numpy()))
-    sampled_C = _sampled(place_C, latent_C)
+    sampled_C = sampled(place_C, latent_C)
     sampled_C = sampled_C[row_C[sampled_C].argsort(stable=True)]
     pair_X = torch.unique(protein_C * job.num_latents + latent_C)
     pieces = [job.side.beginning_in(*job.reader.piece(piece, of)) for piece in range(of)]
@@ -68,7 +68,7 @@ def _nothing() -> tuple[Tensor, Tensor, Tensor]:
     return empty, empty, empty
 
 
-def _sampled(place_C: Tensor, latent_C: Tensor) -> Tensor:
+def sampled(place_C: Tensor, latent_C: Tensor) -> Tensor:
     """Which entries are their latent's random firings with the smallest keys, whatever the band."""
     random_C = ((place_C >> 32) % LISTS > 0).nonzero().squeeze(1)
     order_C = random_C[(latent_C[random_C] << 32 | place_C[random_C] & _KEY).argsort(stable=True)]

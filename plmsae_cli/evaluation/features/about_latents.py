@@ -43,13 +43,12 @@ def letter_effects(plm: ESM2, layer: int, mean_D: Tensor, added_CD: Tensor) -> t
 
 
 @torch.inference_mode()
-def nearest_rows(w_dec_ND: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """(latents, cosines) [C, 10]: the decoder rows nearest to each of rows [first, last); cosine 0 where none is above."""
-    unit_ND = torch.nn.functional.normalize(w_dec_ND, dim=1)
+def nearest_rows(unit_ND: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """(latents, cosines) [C, 10]: the rows, of norm 1, nearest to each of rows [first, last); cosine 0 where none is above."""
     cosine_CN = unit_ND[first:last] @ unit_ND.T
-    own_C = torch.arange(last - first, device=w_dec_ND.device)
+    own_C = torch.arange(last - first, device=unit_ND.device)
     cosine_CN[own_C, own_C + first] = 0.0
-    found = top_k(cosine_CN, min(layout.NEIGHBOURS, len(w_dec_ND)))
+    found = top_k(cosine_CN, min(layout.NEIGHBOURS, len(unit_ND)))
     return found.indices_BK, found.acts_BK
 
 

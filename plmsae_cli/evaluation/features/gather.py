@@ -112,8 +112,9 @@ def fires_beside(batch: Active, row_S: Tensor, latent_S: Tensor) -> tuple[Tensor
     ends = torch.tensor([batch.start, batch.start + batch.rows], device=row_S.device)
     low, high = torch.searchsorted(row_S, ends).tolist()
     which_S, mine_S = row_S[low:high] - batch.start, latent_S[low:high]
-    first_S = torch.searchsorted(batch.which_P, which_S)
-    count_S = torch.searchsorted(batch.which_P, which_S, right=True) - first_S
+    ends_B1 = torch.searchsorted(batch.which_P, torch.arange(batch.rows + 1, device=row_S.device))
+    first_S = ends_B1[which_S]
+    count_S = ends_B1[which_S + 1] - first_S
     latent_X = mine_S.repeat_interleave(count_S)
     within_X = torch.arange(len(latent_X), device=row_S.device) - (count_S.cumsum(0) - count_S).repeat_interleave(
         count_S

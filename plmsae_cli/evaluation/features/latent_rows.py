@@ -54,7 +54,9 @@ class LatentRows:
         self._mean_N = mean_activation(
             torch.from_numpy(self._tally["activation"][:, 0]), torch.from_numpy(self.firing_N), self._maximum_N
         )
-        self._w_dec_ND = model.w_dec_ND.detach().to(job.device)
+        w_dec_ND = model.w_dec_ND.detach().to(job.device)
+        self._norm_N = torch.linalg.vector_norm(w_dec_ND, dim=1)
+        self._unit_ND = torch.nn.functional.normalize(w_dec_ND, dim=1)
         self._prefixes = prefixes(model)
         self._layer: int = job.scope.made()["layer"]
         stats = Statistics.read(job.scope.store, join(job.scope.dataset, "stats.safetensors"))
@@ -107,14 +109,14 @@ class LatentRows:
         return largest_C.scatter_reduce(0, (top_E >> 32) // LISTS - first, strength_of_key(top_E), "amax")
 
     def _decoder(self, first: int, last: int, maximum_C: Tensor) -> list[dict[str, Any]]:
-        near_CK, cosine_CK = nearest_rows(self._w_dec_ND, first, last)
+        near_CK, cosine_CK = nearest_rows(self._unit_ND, first, last)
         found: list[dict[str, Any]] = []
         for names, cosines in zip(near_CK.tolist(), cosine_CK.tolist(), strict=True):
             kept = [(name, cosine) for name, cosine in zip(names, cosines, strict=True) if cosine > 0]
             found.append({"neighbours": [n for n, _ in kept], "neighbour_cosines": [c for _, c in kept]})
         if self._plm is None:
             return found
-        added_CD = self._w_dec_ND[first:last] * maximum_C.to(self._job.device)[:, None]
+        added_CD = self._unit_ND[first:last] * (self._norm_N[first:last] * maximum_C.to(self._job.device))[:, None]
         effects = letter_effects(self._plm, self._layer, self._mean_D, added_CD)
         for row, logits, alone in zip(found, *(effect.tolist() for effect in effects), strict=True):
             row |= {"logits": logits, "row_logits": alone}

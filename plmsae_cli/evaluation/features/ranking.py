@@ -15,7 +15,7 @@ from torch import Tensor
 KEY_BITS = 32
 _KEY_MASK = (1 << KEY_BITS) - 1
 _LARGEST = 0x7F800000  # bits of infinity: those of activations, which are positive, are below and ordered as they are
-_BUFFER = 1 << 20
+_BUFFER = 1 << 21
 
 
 class Entries(NamedTuple):
@@ -88,7 +88,7 @@ class Lists:
     """S lists filled a batch at a time; rows must ascend from batch to batch.
 
     An entry beyond the last of a full list is dropped at sight, so time is linear in the pairs offered, and memory that of
-    the full lists: five times 24 bytes an entry while they are sorted.
+    the full lists: eight times 24 bytes an entry while they are sorted with as many that wait.
     """
 
     def __init__(self, num_lists: int, widths_L: Tensor, distinct: bool) -> None:
@@ -101,14 +101,14 @@ class Lists:
         self._waiting: list[Entries] = []
         self._count = 0
 
-    def offer(self, list_P: Tensor, key_P: Tensor, row_P: Tensor, owner_P: Tensor) -> None:
-        """Entries of a batch, in the order of rows."""
+    def offer(self, list_P: Tensor, key_P: Tensor, which_P: Tensor, row_B: Tensor, owner_B: Tensor) -> None:
+        """Entries of a batch, in the order of rows; pair p is of row `row_B[which_P[p]]` and its owner."""
         # An equal key has a larger row than the one that is there.
-        good_P = key_P < self._limit_S[list_P]
-        found = Entries(list_P[good_P] << KEY_BITS | key_P[good_P], row_P[good_P], owner_P[good_P])
-        self._waiting.append(found)
-        self._count += len(found.row_C)
-        if self._count > max(_BUFFER, len(self._kept.row_C) // 2):
+        good_G = (key_P < self._limit_S[list_P]).nonzero().squeeze(1)
+        which_G = which_P[good_G]
+        self._waiting.append(Entries(list_P[good_G] << KEY_BITS | key_P[good_G], row_B[which_G], owner_B[which_G]))
+        self._count += len(good_G)
+        if self._count > max(_BUFFER, len(self._kept.row_C)):
             self._settle()
 
     def _settle(self) -> None:

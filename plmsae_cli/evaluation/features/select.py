@@ -38,11 +38,10 @@ class Selection:
             latent_P, share_P, bin_P, about.letter_B[which_P], about.decile_B[which_P], about.length_B[which_P]
         )
         row_B = torch.arange(batch.start, batch.start + batch.rows, device=which_P.device)
-        row_P, owner_P = row_B[which_P], owner_B[which_P]
         list_P = (latent_P - self.first) * LISTS
-        self.lists.offer(list_P, strength_key(act_P), row_P, owner_P)
+        self.lists.offer(list_P, strength_key(act_P), which_P, row_B, owner_B)
         key_P = pair_hash(SEED, row_B, which_P, latent_P)
-        self.lists.offer(list_P + 1 + bin_P // layout.BINS_PER_BAND, key_P, row_P, owner_P)
+        self.lists.offer(list_P + 1 + bin_P // layout.BINS_PER_BAND, key_P, which_P, row_B, owner_B)
 
 
 def select(job: Job, index: int, of: int) -> list[FileRecord]:

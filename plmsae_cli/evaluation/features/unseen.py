@@ -63,7 +63,7 @@ def _firings(job: Job, reader: Reader, number: int) -> tuple[Ints, Ints]:
         row_B = torch.arange(batch.start, batch.start + batch.rows, device=job.device)
         protein_B = side.about(batch.start, batch.start + batch.rows).protein_B.to(job.device)
         key_P = pair_hash(_FIRING, row_B, batch.which_P, batch.latent_P)
-        lists.offer(batch.latent_P, key_P, row_B[batch.which_P], protein_B[batch.which_P])
+        lists.offer(batch.latent_P, key_P, batch.which_P, row_B, protein_B)
         job.context.progress(batch.start, 2 * side.rows, unit="rows")
     entries = lists.entries().cpu()
     return (entries.place_C >> KEY_BITS).numpy(), entries.row_C.numpy()

@@ -45,8 +45,8 @@ def test_batches_and_pieces_leave_the_first_of_each_list(
     for piece in (rows[:cut], rows[cut:]):
         lists = Lists(6, torch.tensor(WIDTHS), distinct)
         for start in range(0, len(piece), batch):
-            columns = torch.tensor(piece[start : start + batch]).unbind(1)
-            lists.offer(*columns)
+            name, key, row, owner = torch.tensor(piece[start : start + batch]).unbind(1)
+            lists.offer(name, key, torch.arange(len(row)), row, owner)
         pieces.append(lists.entries())
     ranking._BUFFER = before
     assert as_rows(first_entries(joined(pieces), torch.tensor(WIDTHS), distinct)) == by_sorting(rows, distinct)

@@ -6,9 +6,9 @@ On a GPU 5, 10 and 20 M tokens. 64 latents are active a token, codes are at hand
 activations and without the encoder. Ours keeps for each latent the 20 strongest residues and 50 random ones of each of four
 bands, one a protein, with activations along the proteins and what fires beside, and the counts of latents.parquet.
 With `--interplm`, a checkout of github.com/ElanaPearl/InterPLM, its PerProteinActivationTracker gets the same codes as the
-dense matrices it takes, a protein and 200 latents at a time as its loop does, made before the clock starts; it keeps for each
-latent 20 proteins by their strongest residue. It sees fewer tokens, and its time is linear in them; the first 20 proteins of
-both sides are compared.
+dense matrices it takes, made before the clock starts, 200 latents and a protein's rows of them at a time as its loop does;
+it keeps for each latent 20 proteins by their strongest residue, and no position. It sees fewer tokens, and its time is
+linear in them; the 20 proteins of both sides are compared.
 """
 
 from __future__ import annotations
@@ -132,13 +132,15 @@ def theirs(path: Path, side: Made, batch_rows: int, selection: Selection) -> tup
         rows = min(batch_rows, side.rows - start)
         acts, index = codes(number, rows, torch.device("cpu"))
         dense[start : start + rows].scatter_(1, index, acts)
+    ends = zip(side.offset_P.tolist(), side.length_P.tolist(), strict=True)
+    places = {protein: list(range(offset, offset + length)) for protein, (offset, length) in enumerate(ends)}
     clock = Clock(torch.device("cpu"))
     for first in range(0, LATENTS, CHUNK):
-        chunk = dense[:, first : first + CHUNK].contiguous().numpy()
+        chunk = dense[:, first : first + CHUNK].contiguous()
         latents = list(range(first, first + chunk.shape[1]))
-        for protein, (offset, length) in enumerate(zip(side.offset_P, side.length_P, strict=True)):
+        for protein, rows_of_it in places.items():
             with clock:
-                tracker.update(chunk[offset : offset + length], protein, latents)
+                tracker.update(chunk[rows_of_it].cpu().numpy(), protein, latents)
     entries = selection.lists.entries().cpu()
     top_C = entries.list_C % LISTS == 0
     mine: list[set[int]] = [set() for _ in range(LATENTS)]

@@ -32,10 +32,6 @@ class Entries(NamedTuple):
     def list_C(self) -> Tensor:
         return self.place_C >> KEY_BITS
 
-    def where(self, chosen_C: Tensor) -> Entries:
-        """Those that a mask or an order chooses."""
-        return Entries(*(column[chosen_C] for column in self))
-
     def cpu(self) -> Entries:
         return Entries(*(column.cpu() for column in self))
 
@@ -60,14 +56,18 @@ def first_entries(entries: Entries, widths_L: Tensor, distinct: bool) -> Entries
 
     Of entries with the same list and key those come first that are given first: give them in the order of rows.
     """
-    ordered = entries.where(entries.place_C.argsort(stable=True))
+    place_C, order_C = entries.place_C.sort(stable=True)
     if distinct:
-        mark_C = ordered.list_C << KEY_BITS | ordered.owner_C
-        order_C = mark_C.argsort(stable=True)
+        mark_C, by_owner_C = ((place_C & ~_KEY_MASK) | entries.owner_C[order_C]).sort(stable=True)
         first_C = torch.empty_like(order_C, dtype=torch.bool)
-        first_C[order_C] = _starts(mark_C[order_C])
-        ordered = ordered.where(first_C)
-    return ordered.where(rank_in_run(ordered.list_C) < widths_L[ordered.list_C % len(widths_L)])
+        first_C[by_owner_C] = _starts(mark_C)
+        kept_C = first_C.nonzero().squeeze(1)
+        place_C, order_C = place_C[kept_C], order_C[kept_C]
+    list_C = place_C >> KEY_BITS
+    kept_C = (rank_in_run(list_C) < widths_L[list_C % len(widths_L)]).nonzero().squeeze(1)
+    # Columns are large and their order is random: what is dropped is not fetched.
+    order_C = order_C[kept_C]
+    return Entries(place_C[kept_C], entries.row_C[order_C], entries.owner_C[order_C])
 
 
 def rank_in_run(value_C: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ class Together:
         """For each latent of the range `parent` and `parent_share`: the most frequent other of smaller prefixes."""
         ends = np.asarray(prefixes)
         smaller = np.searchsorted(ends, self.other_U, side="right") < np.searchsorted(ends, self.latent_U, side="right")
+        smaller &= (self.latent_U >= first) & (self.latent_U < last)
         latent_V, other_V, share_V = self.latent_U[smaller], self.other_U[smaller], self.share_U[smaller]
         order = np.lexsort((other_V, -share_V, latent_V))
         names, starts = np.unique(latent_V[order], return_index=True)

@@ -54,11 +54,11 @@ def estimate(options: Features, rows: int, num_latents: int, active: int, d: int
         "tasks": 4 * options.tasks + 2,
         "readings": 1 + -(-num_latents // latents_a_pass(options)),
         "examples": examples,
-        "bytes_candidates": candidates * _CANDIDATE + num_latents * _TALLY * options.tasks,
-        "bytes_lists": examples * _CANDIDATE + num_latents * _TALLY,
-        "bytes_activations": along + num_latents * SAMPLE * active * 8,
+        "candidate_bytes": candidates * _CANDIDATE + num_latents * _TALLY * options.tasks,
+        "list_bytes": examples * _CANDIDATE + num_latents * _TALLY,
+        "activation_bytes": along + num_latents * SAMPLE * active * 8,
         "bytes": along // 2,
-        "memory": int(options.memory) + num_latents * (_TALLY + 2 * 4 * d),
+        "memory_bytes": int(options.memory) + num_latents * (_TALLY + 2 * 4 * d),
     }
 
 

@@ -185,6 +185,15 @@ def test_examples_are_those_of_a_scan_and_bytes_do_not_depend_on_pieces_or_kills
     assert len(first) > 5
     assert "nothing to do" in (again := plmsae("eval", path, "--no-progress")).err + again.out
 
+    # The planner's bounds hold.
+    figures = plan_stage("eval", load(path).experiment, Store()).figures
+    folder = run / "eval" / "features"
+    rows = [pq.read_metadata(file).num_rows for file in (folder / "examples").glob("group-*")]
+    assert sum(rows) <= figures["features, examples"]
+    lists = sum(file.stat().st_size for file in (folder / "select").iterdir())
+    assert lists <= figures["features, candidate_bytes"] + 5000  # headers
+    assert figures["features, rows"] == len(scan.acts_RN)
+
     # Five pieces, lists of a few latents at a time, files of a few activations, every task killed before its record.
     shutil.rmtree(run / "eval" / "features")
     path = trained(f"{options}, tasks: 5, memory: 20kB")

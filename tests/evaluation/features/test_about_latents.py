@@ -22,7 +22,7 @@ def test_what_fires_beside_is_counted_at_the_sample_alone() -> None:
     acts_RN[:, 5] = 0
     dense = acts_RN.numpy() > 0
     sample = [(row, latent) for latent in range(LATENTS) for row in np.flatnonzero(dense[:, latent])[:6]]
-    row_S, latent_S = torch.tensor(sorted(sample)).unbind(1)
+    row_S, latent_S = torch.tensor(sorted(sample)).T.contiguous()
     index = torch.arange(LATENTS).expand(40, -1)
     halves = [Active(a, 20, *active_pairs(acts_RN[a : a + 20], index[a : a + 20])) for a in (0, 20)]
     latent_X, other_X = (

@@ -297,13 +297,24 @@ def ls(
 
 @_tool_verb(
     epilog="""
+    plmsae export first --csv first.csv                          the concepts of each latent
     plmsae export runs/my-plm --hf my-plm-hf                     a folder for transformers
     plmsae export runs/my-plm --hf my-plm-hf --push owner/model  and upload it
     """
 )
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A language model's run, or what model.weights may be.")],
-    hf: Annotated[Path, typer.Option("--hf", metavar="FOLDER", help="The Hugging Face folder to write: new or empty.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run; with --hf a language model's, or what model.weights may be.")
+    ],
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write what its latents are about, as CSV.")
+    ] = None,
+    parquet: Annotated[
+        Path | None, typer.Option("--parquet", metavar="FILE", help="The same table as Parquet.")
+    ] = None,
+    hf: Annotated[
+        Path | None, typer.Option("--hf", metavar="FOLDER", help="The Hugging Face folder to write: new or empty.")
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(
@@ -312,13 +323,14 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a language model as a folder that transformers loads, with its logits unchanged.
+    """Write a run in another form: the concepts of its latents as a table, or a language model for transformers.
 
-    ESM-2 runs become a plain EsmForMaskedLM; UNet runs bring their code, for trust_remote_code=True.
+    The table has a row a latent and concept, with its scores, density, family and description. ESM-2 runs become a plain
+    EsmForMaskedLM with the same logits; UNet runs bring their code, for trust_remote_code=True.
     """
-    from plmsae_cli.cli.export import export_model
+    from plmsae_cli.cli.export import export_run
 
-    raise typer.Exit(export_model(run, hf, push, json))
+    raise typer.Exit(export_run(run, csv, parquet, hf, push, json))
 
 
 @_tool_verb()

@@ -1,27 +1,67 @@
-"""`export`: a trained language model in another form."""
+"""`export`: a run in another form."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from plmsae_cli.cli.exits import DONE, checked
+from plmsae_cli.cli.stage import SCHEMA_VERSION
 
 
-def export_model(run: str, folder: Path, name: str | None, as_json: bool) -> int:
-    """Write the Hugging Face folder, and upload it where a name is given."""
+def export_run(
+    run: str, csv: Path | None, parquet: Path | None, hf: Path | None, push: str | None, as_json: bool
+) -> int:
+    """Write each form that is named."""
 
     def work() -> int:
-        from plmsae_cli.runtime.hub import export_run, push
+        from plmsae_cli.config.errors import UserError
 
-        files = export_run(run, folder)
-        if not as_json:
-            print(f"wrote {folder}: {', '.join(files)}")
-        address = None if name is None else push(folder, name)
-        if as_json:
-            print(json.dumps({"schema": 1, "folder": str(folder), "files": files, "pushed": address}))
-        elif address is not None:
-            print(f"pushed to {address}")
+        if csv is None and parquet is None and hf is None:
+            ways = "--csv table.csv or --parquet table.parquet (latents), --hf folder (a language model)"
+            raise UserError("export: nothing to write", f"name a file or folder: {ways}")
+        if push is not None and hf is None:
+            raise UserError("export: --push uploads what --hf wrote", "add --hf FOLDER")
+        found: dict[str, Any] = {"schema": SCHEMA_VERSION}
+        said: list[str] = []
+        if csv is not None or parquet is not None:
+            found |= _table(run, {"csv": csv, "parquet": parquet}, said)
+        if hf is not None:
+            found |= _model(run, hf, push, said)
+        print(json.dumps(found) if as_json else "\n".join(said))
         return DONE
 
     return checked(work)
+
+
+def _table(run: str, paths: dict[str, Path | None], said: list[str]) -> dict[str, Any]:
+    from plmsae_cli.config.errors import UserError
+    from plmsae_cli.report.export import concepts_per_latent, write_csv, write_parquet
+    from plmsae_cli.store.fs import Store
+
+    folder = Path(run) if Path(run).exists() else Path("runs") / run
+    table = concepts_per_latent(str(folder), Store())
+    write = {"csv": write_csv, "parquet": write_parquet}
+    for kind, path in paths.items():
+        if path is None:
+            continue
+        try:
+            write[kind](table, path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}", "name another file") from None
+        said.append(f"wrote {path}: {len(table):,} rows, {len(table.column_names)} columns")
+    tables = [str(path) for path in paths.values() if path is not None]
+    return {"rows": len(table), "columns": table.column_names, "tables": tables}
+
+
+def _model(run: str, folder: Path, name: str | None, said: list[str]) -> dict[str, Any]:
+    from plmsae_cli.runtime.hub import export_run as export_model
+    from plmsae_cli.runtime.hub import push
+
+    files = export_model(run, folder)
+    said.append(f"wrote {folder}: {', '.join(files)}")
+    address = None if name is None else push(folder, name)
+    if address is not None:
+        said.append(f"pushed to {address}")
+    return {"folder": str(folder), "files": files, "pushed": address}

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Section, rule
+from plmsae_cli.config.features import Features
 from plmsae_cli.config.language_models import LanguageModels, Representations
 
 
@@ -227,6 +228,8 @@ class Eval(Section):
     """Contacts of known structures; absent: not measured."""
     steering: Annotated[Steering | None, SCIENCE] = None
     """What latents do to predictions; absent: not measured."""
+    features: Annotated[Features | None, SCIENCE] = None
+    """Examples of every latent, for its page; absent: none."""
     lm: Annotated[LanguageModels | None, SCIENCE] = None
     """Masked prediction of language models; absent: not measured."""
     representations: Annotated[Representations | None, SCIENCE] = None

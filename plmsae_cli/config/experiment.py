@@ -21,7 +21,7 @@ __all__ = [
     "Model", "Optimize", "Price", "Probes", "Shuffle", "Storage", "Sweep", "Train", "Wandb",
 ]  # fmt: skip
 
-OF_DICTIONARIES = ("fidelity", "concepts", "families", "probes", "encode", "contacts", "steering")
+OF_DICTIONARIES = ("fidelity", "concepts", "families", "probes", "encode", "contacts", "steering", "features")
 """Axes of `eval` that score a sparse autoencoder."""
 STAGES = ("embed", "shuffle", "optimize", "train", "sweep", "eval")
 
@@ -160,6 +160,18 @@ class Experiment(Section):
         for axis in ("concepts", "families", "probes", "encode"):
             if getattr(self.eval, axis) is not None:
                 raise rule(f"eval.{axis}", f"eval.{axis} runs the language model, and {why}", f"remove it, or {remedy}")
+        return self
+
+    @model_validator(mode="after")
+    def _features_have_their_rows(self) -> Experiment:
+        features = self.eval.features if self.eval is not None else None
+        own = self.train is not None and self.train.data is None
+        if features is not None and features.split == "train" and own and not self.keep.activations:
+            raise rule(
+                "eval.features.split",
+                "eval.features reads activations that keep.activations: false gives up once the dataset is made",
+                "use split: heldout, whose rows are in the dataset, or keep.activations: true",
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ _WIDTH = 100
 # Sections of the other kind of experiment, and those that need files of their own: shown, but commented out.
 _OFF = (
     "embed.imported", "train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes", "eval.encode", "eval.contacts",
-    "eval.steering", "eval.lm", "eval.representations",
+    "eval.steering", "eval.features", "eval.lm", "eval.representations",
 )  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
     "embed.fasta": "proteins.fasta.gz",

@@ -1,0 +1,90 @@
+"""The first page's data: every latent in columns, a few bytes each, and what its windows look like for motif search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from plmsae_cli.browse.features import Features, Row
+from plmsae_cli.browse.layout import CLUSTERS, Layout
+from plmsae_cli.browse.scripts import column
+
+MOTIF_EXAMPLES = 20
+"""Strongest examples of a latent whose windows a motif is looked for in."""
+MOTIF_REACH = 10
+"""Residues on either side of the strongest one."""
+
+
+def index_body(features: Features, layout: Layout | None, group: int, motif_files: int) -> dict[str, Any]:
+    """What `data/<n>/index.js` holds."""
+    about, table, found = features.index, features.latents, features.found
+    columns = {
+        "density": column(table["density"], "f4"),
+        "max": column(table["max"], "f4"),
+    }
+    strings: dict[str, list[str]] = {}
+    for name, source, plural in (("concept", "concept", "concepts"), ("family", "family", "families"), ("pattern", "pattern", "patterns")):
+        if any(found.get(source, ())):
+            strings[plural], columns[name] = _coded(found[source])
+    for name in ("concept_f1", "family_f1"):
+        if any(value is not None for value in found.get(name, ())):
+            columns[name] = column([np.nan if value is None else value for value in found[name]], "f4")
+    if layout is not None:
+        columns |= {"x": column(layout.place_N2[:, 0] * 65535, "u2"), "y": column(layout.place_N2[:, 1] * 65535, "u2")}
+        columns["cluster"] = column(layout.cluster_N, "u1")
+    columns["letter"] = column([_letter(letters) for letters in table["letters"]], "u1")
+    keys = (
+        "run", "demo", "model", "layer", "num_layers", "d", "architecture", "k", "num_latents", "prefixes", "rows", "proteins",
+        "split", "top", "random", "bands", "letters", "letter_shares", "mean_length", "parts",
+    )  # fmt: skip
+    body = {key: about.get(key) for key in keys}
+    body |= {"group": group, "columns": columns, "strings": strings, "motif_files": motif_files}
+    body["thresholds"] = (about.get("concepts") or {}).get("thresholds")
+    if layout is not None:
+        body["clusters"] = cluster_names(layout, found)
+    if any(found.get("description", ()) or table.get("description", ())):
+        body["descriptions"] = True
+    return body
+
+
+def cluster_names(layout: Layout, found: dict[str, list[Any]]) -> list[str]:
+    """Each cluster's commonest concept (or family) with an F1 of at least a half, among its latents; "" where there is none."""
+    names = []
+    for k in range(min(CLUSTERS, int(layout.cluster_N.max()) + 1)):
+        seen: dict[str, int] = {}
+        for latent in np.flatnonzero(layout.cluster_N == k).tolist():
+            for what, score in (("concept", "concept_f1"), ("family", "family_f1")):
+                name = found[what][latent] if what in found else None
+                if name is not None and (found[score][latent] or 0) >= 0.5:
+                    seen[name] = seen.get(name, 0) + 1
+                    break
+        names.append(min(seen, key=lambda name: (-seen[name], name)) if seen else "")
+    return names
+
+
+def _coded(values: Sequence[str | None]) -> tuple[list[str], dict[str, str]]:
+    """The distinct strings in order, and each value's place among them; beyond the last for none."""
+    names = sorted({value for value in values if value is not None})
+    place = {name: i for i, name in enumerate(names)}
+    kind = "u2" if len(names) < 1 << 16 else "u4"
+    return names, column([len(names) if value is None else place[value] for value in values], kind)
+
+
+def _letter(shares: Sequence[float] | None) -> int:
+    """The amino acid on which the latent fires most often; 255 where it never fires."""
+    return 255 if shares is None else int(np.argmax(shares))
+
+
+def windows(examples: Iterable[Row], proteins: dict[int, Row]) -> list[str]:
+    """Sequences around the strongest examples of a latent, `-` beyond the ends, the strongest residue in the middle."""
+    found = []
+    for row in examples:
+        if row["kind"] != "top" or row["rank"] > MOTIF_EXAMPLES:
+            continue
+        sequence, middle = proteins[row["protein"]]["sequence"], row["position"] - 1
+        if sequence:
+            padded = "-" * MOTIF_REACH + sequence + "-" * MOTIF_REACH
+            found.append(padded[middle : middle + 2 * MOTIF_REACH + 1])
+    return found

@@ -12,7 +12,7 @@ from torch import Tensor
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.evaluation.proteins import groups
 from plmsae_cli.evaluation.rows import encode_rows, group_residues
-from plmsae_cli.report.reading import read_run
+from plmsae_cli.report.reading import read_settings
 from plmsae_cli.runtime.embedding import Embedder
 from plmsae_cli.runtime.saved import load_sae_with_facts
 from plmsae_cli.sae.interface import Latents
@@ -31,8 +31,8 @@ class Encoder:
         self.run = run
         store = Store()
         saved = load_sae_with_facts(run, store)
-        config = read_run(run)
-        weights = config.asked("model", "weights")
+        config, _ = read_settings(run)
+        weights = (config.get("model") or {}).get("weights")
         trained_with = (saved.facts.get("weights") or {}).get("sha256")
         if weights is None or trained_with is None:
             raise UserError(f"{run} was trained on activations whose model is not known", "sequences cannot be read")
@@ -40,7 +40,7 @@ class Encoder:
         if found.sha256 != trained_with:
             raise UserError(f"{weights} is another model than the one {run} was trained with", "name that model")
         self.layer: int = saved.facts["layer"]
-        self._embedder = Embedder.shared(str(weights), store, config.asked("embed", "compute") or "auto")
+        self._embedder = Embedder.shared(str(weights), store, (config.get("embed") or {}).get("compute") or "auto")
         self.sae = saved.model.to(self._embedder.device)
         self.maximum_N: Tensor = self.sae.maximum_N.cpu()
         self._alone = threading.Lock()

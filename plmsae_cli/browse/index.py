@@ -25,7 +25,11 @@ def index_body(features: Features, layout: Layout | None, group: int, motif_file
         "max": column(table["max"], "f4"),
     }
     strings: dict[str, list[str]] = {}
-    for name, source, plural in (("concept", "concept", "concepts"), ("family", "family", "families"), ("pattern", "pattern", "patterns")):
+    for name, source, plural in (
+        ("concept", "concept", "concepts"),
+        ("family", "family", "families"),
+        ("pattern", "pattern", "patterns"),
+    ):
         if any(found.get(source, ())):
             strings[plural], columns[name] = _coded(found[source])
     for name in ("concept_f1", "family_f1"):
@@ -50,17 +54,25 @@ def index_body(features: Features, layout: Layout | None, group: int, motif_file
 
 
 def cluster_names(layout: Layout, found: dict[str, list[Any]]) -> list[str]:
-    """Each cluster's commonest concept (or family) with an F1 of at least a half, among its latents; "" where there is none."""
+    """The concept (or family) that each cluster has most above chance, of those its latents find with F1 of at least a half.
+
+    The excess is the number in the cluster less the number expected from the cluster's size; "" where there is none.
+    """
+    seen: list[dict[str, int]] = [{} for _ in range(min(CLUSTERS, int(layout.cluster_N.max()) + 1))]
+    total: dict[str, int] = {}
+    for latent, k in enumerate(layout.cluster_N.tolist()):
+        for what, score in (("concept", "concept_f1"), ("family", "family_f1")):
+            name = found[what][latent] if what in found else None
+            if name is not None and (found[score][latent] or 0) >= 0.5:
+                seen[k][name] = seen[k].get(name, 0) + 1
+                total[name] = total.get(name, 0) + 1
+                break
     names = []
-    for k in range(min(CLUSTERS, int(layout.cluster_N.max()) + 1)):
-        seen: dict[str, int] = {}
-        for latent in np.flatnonzero(layout.cluster_N == k).tolist():
-            for what, score in (("concept", "concept_f1"), ("family", "family_f1")):
-                name = found[what][latent] if what in found else None
-                if name is not None and (found[score][latent] or 0) >= 0.5:
-                    seen[name] = seen.get(name, 0) + 1
-                    break
-        names.append(min(seen, key=lambda name: (-seen[name], name)) if seen else "")
+    for k, here in enumerate(seen):
+        part = float((layout.cluster_N == k).mean())
+        excess = {name: number - part * total[name] for name, number in here.items()}
+        best = min(excess, key=lambda name: (-excess[name], name), default="")
+        names.append(best if best and excess[best] > 0 else "")
     return names
 
 

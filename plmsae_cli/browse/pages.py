@@ -38,10 +38,17 @@ class Pages:
         table, found = self._features.latents, self._features.found
         page: dict[str, Any] = {"latent": latent}
         page |= {key: _short(table[key][latent]) for key in _OWN if key in table and table[key][latent] is not None}
-        page |= {key: _short(found[key][latent]) for key in _FOUND if key in found and found[key][latent] not in (None, [])}
-        for name, pairs in (("neighbours", ("neighbour_cosines",)), ("together", ("together_shares", "together_jaccard"))):
+        page |= {
+            key: _short(found[key][latent]) for key in _FOUND if key in found and found[key][latent] not in (None, [])
+        }
+        for name, pairs in (
+            ("neighbours", ("neighbour_cosines",)),
+            ("together", ("together_shares", "together_jaccard")),
+        ):
             if table.get(name) and table[name][latent]:
-                page[name] = list(zip(table[name][latent], *(map(_short, table[key][latent]) for key in pairs), strict=True))
+                page[name] = list(
+                    zip(table[name][latent], *(map(_short, table[key][latent]) for key in pairs), strict=True)
+                )
         if children := self._children.get(latent):
             page["children"] = children
         page["concepts"] = [self._concept(row) for row in concepts]

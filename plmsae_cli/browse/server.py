@@ -50,7 +50,9 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            raise UserError(f"cannot listen on {host}:{port}: {error.strerror}", "choose another with --port") from error
+            raise UserError(
+                f"cannot listen on {host}:{port}: {error.strerror}", "choose another with --port"
+            ) from error
 
     @property
     def address(self) -> str:

@@ -32,7 +32,9 @@ def find(paths: Sequence[str]) -> list[str]:
         else:
             found.append(path)
     if paths and not found:
-        raise UserError(f"no structure in {', '.join(paths)}", "PDB or mmCIF files are wanted: .pdb, .ent, .cif, plain or .gz")
+        raise UserError(
+            f"no structure in {', '.join(paths)}", "PDB or mmCIF files are wanted: .pdb, .ent, .cif, plain or .gz"
+        )
     return found
 
 
@@ -66,7 +68,7 @@ def _place(letters: str, sequence: str) -> list[int]:
     """Position (from 1) in the sequence of each residue, 0 for those without; [] where the chain is of another protein."""
     if (start := sequence.find(letters)) >= 0:
         return list(range(start + 1, start + len(letters) + 1))
-    if not set(letters[i : i + 8] for i in range(0, max(1, len(letters) - 7), 4)) & {
+    if not {letters[i : i + 8] for i in range(0, max(1, len(letters) - 7), 4)} & {
         sequence[i : i + 8] for i in range(max(1, len(sequence) - 7))
     }:
         return []

@@ -85,7 +85,9 @@ def write_features(
             table.setdefault(key, []).append(value)
         scored = []
         for concept, mask in inside.items():
-            level = np.searchsorted(THRESHOLDS, share_RN[:, n], side="left")  # how many thresholds are strictly exceeded
+            level = np.searchsorted(
+                THRESHOLDS, share_RN[:, n], side="left"
+            )  # how many thresholds are strictly exceeded
             point = concept in by_residue
             found = level[mask] if point else np.array([level[a:b].max() for a, b in spans[concept]])
             counts = {
@@ -114,7 +116,11 @@ def write_features(
             p = int(protein_R[r])
             position = int(r - starts[p]) + 1
             whole = lengths[p] <= 2 * CONTEXT + 400
-            first, last = (1, int(lengths[p])) if whole else (max(1, position - CONTEXT), min(int(lengths[p]), position + CONTEXT))
+            first, last = (
+                (1, int(lengths[p]))
+                if whole
+                else (max(1, position - CONTEXT), min(int(lengths[p]), position + CONTEXT))
+            )
             window = act[starts[p] + first - 1 : starts[p] + last]
             where = np.flatnonzero(window > 0)
             examples.setdefault(n // group, []).append(

@@ -40,5 +40,5 @@ function saveSvg(name, svg) {
 }
 
 function saveButton(label, action) {
-  return h("button.small", { type: "button", onclick: action }, label);
+  return h("button.save", { title: `Save as ${label}`, "aria-label": `Save as ${label}`, type: "button", onclick: action }, label);
 }

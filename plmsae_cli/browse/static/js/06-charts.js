@@ -19,7 +19,7 @@ function bars(label, values, { ticks = [], ghost = null, height = 96, titles = n
   const texts = ticks.map(({ at, text, anchor }) => s("text", { x: at * step + step / 2, y: height + 14, "text-anchor": anchor || "middle" }, text));
   return s("svg.chart", { viewBox: `0 0 ${width} ${height + 20}`, role: "img", "aria-label": label },
     s("line.axis", { x1: 0, x2: width, y1: y(0), y2: y(0) }), drawn, texts,
-    s("text", { x: 0, y: 9 }, number(highest)), lowest < 0 && s("text", { x: 0, y: height + 12 }, number(lowest)));
+    s("text", { x: 0, y: 9 }, number(highest)), lowest < 0 && s("text", { x: 0, y: height - 3 }, number(lowest).replace("-", "−")));
 }
 
 /** A chart under its title, with a button that saves it. */

@@ -5,16 +5,18 @@ const ROW = 34;
 class LongTable {
   /** columns: [{key, name, num, width, wide, text(latent), node(latent)}]; open(latent). */
   constructor({ label, columns, sort, resort, open }) {
+    const narrow = innerWidth <= 640;
+    columns = columns.filter((column) => !narrow || !column.wide).map((column) => (narrow && column.width ? { ...column, width: column.key === "concept_f1" ? 70 : 84 } : column));
     Object.assign(this, { columns, open });
     this.rows = [];
     this.at = -1;
     const heads = columns.map((column) =>
-      h(`th${column.num ? ".num" : ""}${column.wide ? ".wide-only" : ""}`, { scope: "col", "aria-sort": sort.key === column.key ? (sort.down ? "descending" : "ascending") : "none" },
+      h(`th${column.num ? ".num" : ""}`, { scope: "col", "aria-sort": sort.key === column.key ? (sort.down ? "descending" : "ascending") : "none" },
         h("button", { type: "button", onclick: () => resort(column.key) }, column.name)));
     this.body = h("tbody");
     this.caption = h("caption.hidden", null, label);
     this.table = h("table", null, this.caption,
-      h("colgroup", null, columns.map((column) => h(`col${column.wide ? ".wide-only" : ""}`, { width: column.width || null }))),
+      h("colgroup", null, columns.map((column) => h(`col`, { width: column.width || null }))),
       h("thead", null, h("tr", { "aria-rowindex": 1 }, heads)), this.body);
     this.element = h("div.table", { tabindex: 0, role: "region", "aria-label": label }, this.table);
     this.element.addEventListener("scroll", () => this.draw());
@@ -41,7 +43,7 @@ class LongTable {
   }
 
   row(latent, place) {
-    const cells = this.columns.map((column) => h(`td${column.num ? ".num" : ""}${column.wide ? ".wide-only" : ""}`, column.text ? { title: column.num ? null : column.text(latent) } : null, column.node ? column.node(latent) : column.text(latent)));
+    const cells = this.columns.map((column) => h(`td${column.num ? ".num" : ""}`, column.text ? { title: column.num ? null : column.text(latent) } : null, column.node ? column.node(latent) : column.text(latent)));
     return h(`tr${place === this.at ? ".at" : ""}`, { "aria-rowindex": place + 2, onclick: (event) => { if (!event.target.closest("a")) this.open(latent); } }, cells);
   }
 

@@ -74,7 +74,7 @@ function columnsOf(run) {
     ff && { key: "family_f1", name: "F1, family", num: true, wide: true, width: 132, text: (i) => share(ff[i]), node: (i) => scoreCell(ff[i]) },
     run.strings.patterns && { key: "pattern", name: "Pattern", wide: true, width: 96, text: (i) => patternOf(run, i) || "" },
     { key: "letter", name: "Residue", wide: true, width: 92, text: (i) => run.letters[run.column.letter[i]] || "" },
-  ].filter(Boolean).map((column) => (innerWidth <= 640 && column.key === "concept_f1" ? { ...column, width: 64 } : innerWidth <= 640 && column.width ? { ...column, width: 84 } : column));
+  ].filter(Boolean);
 }
 
 function describeLatent(run, latent) {
@@ -129,7 +129,7 @@ function densityHistogram(run, shown) {
   const titles = total.map((t, b) => `${b ? `10^${(low + (b - 1) / each).toFixed(1)} to 10^${(low + b / each).toFixed(1)}` : "never"}: ${part[b]} of ${t}`);
   const ticks = [{ at: 0, text: "never", anchor: "start" }];
   for (let e = low; e < 0; e++) ticks.push({ at: 0.5 + (e - low) * each, text: `10${superscript(e)}` });
-  return bars(`Histogram of densities: ${count(part.reduce((a, b) => a + b))} of ${count(density.length)} latents shown`, part, { ghost: total, titles, ticks: ticks.filter((t, i) => i === 0 || t.at > 4), height: 90, width: 460 });
+  return bars(`Histogram of densities: ${count(part.reduce((a, b) => a + b))} of ${count(density.length)} latents shown`, part, { ghost: total, titles, ticks: ticks.filter((t, i) => i === 0 || t.at > 4), height: 62, width: innerWidth <= 640 ? 340 : 620 });
 }
 
 async function latentsView(route, main) {
@@ -167,7 +167,7 @@ async function latentsView(route, main) {
   const inputs = {};
   const range = { type: "number", step: "any", min: 0, max: 1, placeholder: "any" };
   const found = h("p.muted.small", { role: "status" });
-  const histogram = h("div");
+  const histogram = h("div.margin", { title: "Latents by density; grey: all, blue: those that pass the filters" });
   const chips = h("div.clusters", { role: "group", "aria-label": "Clusters" });
   const picker = run.strings.patterns && h("select", { onchange: (event) => change({ pattern: event.target.value }) },
     h("option", { value: "" }, "any"), run.strings.patterns.map((name) => h("option", { value: name, selected: name === filters.pattern }, name)));
@@ -197,7 +197,7 @@ async function latentsView(route, main) {
     if (map) map.update(shown);
     replace(histogram, densityHistogram(run, shown));
     replace(chips, (run.clusters || []).map((name, k) =>
-      h("button", { type: "button", "aria-pressed": now.cluster === k ? "true" : "false", title: name || null, onclick: () => change({ cluster: now.cluster === k ? null : k }) }, h(`span.swatch.k${k}`, { "aria-hidden": "true" }), h("span", null, name || `cluster ${k + 1}`))));
+      h("button", { type: "button", "aria-pressed": now.cluster === k ? "true" : "false", title: `cluster ${k + 1}: ${name || "no concept in common"}`, onclick: () => change({ cluster: now.cluster === k ? null : k }) }, h(`span.swatch.k${k}`, { "aria-hidden": "true" }), h("span", null, `${k + 1} ${name}`))));
     const all = rows.length === run.num_latents;
     replace(found, all ? `${count(rows.length)} latents` : `${count(rows.length)} of ${count(run.num_latents)} latents`,
       !rows.length && ": none passes. A motif is looked for under “Motif”.");
@@ -219,12 +219,11 @@ async function latentsView(route, main) {
     run.demo && h("p.warn", null, "The language model is the bundled demonstration model: what its latents find means little."),
     h("div.plots", null,
       h("div.plot", null, h("div.row.between", null, h("h2", null, has_f1 ? "Density and best F1" : "Density"), scatter && saveButton("SVG", () => saveText(`${run.run}-scatter.svg`, "image/svg+xml", svgText(scatter.svg())))),
-        scatter ? h("p.muted.small.wide-only", null, "Each latent is a point. Drag a rectangle to filter, click to open.") : null, scatter && scatter.canvas),
+        scatter && [h("p.muted.small.wide-only", null, "Each latent is a point. Drag a rectangle to filter, click to open."), scatter.canvas], histogram),
       h("div.plot", null,
         map && [h("div.row.between", null, h("h2", null, "Decoder map"), saveButton("SVG", () => saveText(`${run.run}-map.svg`, "image/svg+xml", svgText(map.svg())))),
           h("p.muted.small.wide-only", null, "Two principal components of the decoder rows; clusters by k-means."), map.canvas, chips]),
     ),
-    h("section", null, h("h2", null, "How often they fire"), h("p.lead.small", null, "Latents by density; grey: all, blue: those that pass the filters."), histogram),
     h("form.filters", { role: "search", onsubmit: (event) => event.preventDefault() },
       field("q", "Latent, concept, family or pattern", { type: "search", placeholder: "737, helix, PF00069 …", autocomplete: "off", id: "filter" }, "wide"),
       field("d0", "Density from", range), field("d1", "to", range),

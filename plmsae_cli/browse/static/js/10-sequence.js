@@ -3,11 +3,11 @@
 const NEAR = 20; // residues on either side that a phone has room for
 const FAR = 44; // and a desk
 
-/** Numbers over every tenth residue of [first, last], the last digit over its residue. */
-function ruler(first, last) {
+/** Numbers over every tenth residue of [first, last], the last digit over its residue; none beyond the protein's end. */
+function ruler(first, last, end = last) {
   let text = "";
   for (let p = first; p <= last; p++) {
-    if (p % 10 === 0) {
+    if (p > 0 && p <= end && p % 10 === 0) {
       const mark = String(p);
       if (text.length + 1 >= mark.length) text = text.slice(0, text.length + 1 - mark.length) + mark;
       else text += " ";
@@ -50,10 +50,10 @@ function exampleWindow(protein, example, maximum) {
   const note = (p, value) => `${sequence[p - 1]}${p}: ${number(value * maximum)}`;
   const clip = (p) => Math.max(1, Math.min(p, sequence.length + 1));
   const pieces = [[ends[0], ends[1], "far"], [ends[1], ends[2], "near"], [ends[2], ends[3], "far"]];
-  const line = ruler(ends[0], ends[3]);
+  const line = ruler(ends[0], ends[3], sequence.length);
   return h("div.window", { role: "img", "aria-label": spoken(sequence, example) },
     h("div.seq.ruler", { "aria-hidden": "true" }, pieces.map(([a, b, kind]) => h(`span.${kind}`, null, [...line.slice(a - ends[0], b - ends[0])].join("")))),
-    h("div.seq", { "aria-hidden": "true" }, pieces.map(([a, b, kind]) => h(`span.${kind}`, null, " ".repeat(Math.max(0, clip(a) - a)), residues(sequence, clip(a), clip(b) - 1, part, { peak: middle, note })))));
+    h("div.seq", { "aria-hidden": "true" }, pieces.map(([a, b, kind]) => h(`span.${kind}`, null, " ".repeat(Math.max(0, Math.min(clip(a), b) - a)), residues(sequence, clip(a), clip(b) - 1, part, { peak: middle, note })))));
 }
 
 function spoken(sequence, example) {

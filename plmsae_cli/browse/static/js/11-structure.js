@@ -54,7 +54,7 @@ function structureBlock(protein, example) {
   if (protein.structure) buttons.push(h("button.structure", { type: "button", onclick: () => draw(() => load(protein.structure)) }, "Structure"));
   const accession = accessionOf(protein);
   if (accession && navigator.onLine) {
-    buttons.push(h("button", { type: "button", title: "Asks alphafold.ebi.ac.uk for this protein", onclick: () => draw(() => alphafold(accession)) }, `AlphaFold DB ${accession} (online)`));
+    buttons.push(h("button", { type: "button", title: `Asks alphafold.ebi.ac.uk for ${accession}`, onclick: () => draw(() => alphafold(accession)) }, "AlphaFold (online)"));
   }
   return { buttons, holder };
 }

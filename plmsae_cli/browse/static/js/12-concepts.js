@@ -52,9 +52,8 @@ function conceptSection(run, page) {
       const now = scoresAt(concept, j);
       return h(`tr${i === selected ? ".at" : ""}`, null,
         h("td", null, h("button.plain", { type: "button", "aria-pressed": i === selected ? "true" : "false", onclick: () => { selected = i; draw(); } }, concept.concept)),
-        h("td.num", { "data-precision": now.precision }, share(now.precision)), h("td.num", { "data-recall": now.recall }, share(now.recall)),
-        h("td.num", { "data-f1": now.f1 }, scoreCell(now.f1)), h("td.num.wide-only", null, `${count(now.hits)} of ${count(now.fired)}`),
-        h("td.num.wide-only", null, share(concept.threshold)));
+        h("td.num", { "data-precision": now.precision, title: `${count(now.hits)} of ${count(now.fired)} residues on which it fires` }, share(now.precision)), h("td.num", { "data-recall": now.recall }, share(now.recall)),
+        h("td.num", { "data-f1": now.f1 }, scoreCell(now.f1)), h("td.num.wide-only", null, share(concept.threshold)));
     }));
     replace(chart, curveChart(page.concepts[selected], thresholds, j));
   };
@@ -69,6 +68,6 @@ function conceptSection(run, page) {
     h("p.lead.small", null, "Precision by residue, recall by instance (by residue for point-like kinds), on the test half. The chosen threshold was fixed on the other half."),
     h("div.slider", null, h("label.hidden", { for: "threshold" }, "Threshold"), slider, said),
     h("div.concepts", null,
-      h("div.scroll", { tabindex: 0, role: "region", "aria-label": "Concepts of this latent" }, h("table", null, h("thead", null, h("tr", null, h("th", { scope: "col" }, "Concept"), h("th.num", { scope: "col" }, "Precision"), h("th.num", { scope: "col" }, "Recall"), h("th.num", { scope: "col" }, "F1"), h("th.num.wide-only", { scope: "col" }, "Hits, firings"), h("th.num.wide-only", { scope: "col" }, "Chosen at"))), body)),
+      h("div.scroll", { tabindex: 0, role: "region", "aria-label": "Concepts of this latent" }, h("table", null, h("thead", null, h("tr", null, h("th", { scope: "col" }, "Concept"), h("th.num", { scope: "col" }, "Precision"), h("th.num", { scope: "col" }, "Recall"), h("th.num", { scope: "col" }, "F1"), h("th.num.wide-only", { scope: "col" }, "Chosen at"))), body)),
       chart));
 }

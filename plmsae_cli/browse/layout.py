@@ -63,4 +63,5 @@ def _spherical(rows_ND: npt.NDArray[np.float64], clusters: int) -> npt.NDArray[n
     order = np.argsort(-np.bincount(cluster_N, minlength=clusters), kind="stable")
     rank_K = np.empty(clusters, dtype=np.int64)
     rank_K[order] = np.arange(clusters)
-    return rank_K[cluster_N]
+    ranked_N: npt.NDArray[np.int64] = rank_K[cluster_N]
+    return ranked_N

@@ -38,7 +38,7 @@ def best_correlation(x: Latents, y: Latents, num_x: int, num_y: int) -> tuple[Te
         product = x.acts_BK[part, :, None].double() * y.acts_BK[part, None, :].double()
         key = x.indices_BK[part, :, None].long() * num_y + y.indices_BK[part, None, :].long()
         both = product > 0
-        keys, place = torch.cat([keys, key[both]]).unique(return_inverse=True)
+        keys, place = torch.unique(torch.cat([keys, key[both]]), return_inverse=True)
         sums = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, place, torch.cat([sums, product[both]]))
     i_P, j_P = keys // num_y, keys % num_y
     r_P = (sums / rows - mean_N[i_P] * mean_M[j_P]) / (sd_N[i_P] * sd_M[j_P]).clamp(min=1e-30)

@@ -79,7 +79,7 @@ def _place(letters: str, sequence: str) -> list[int]:
 
 
 def _pdb(residues: Sequence[Any], place: Sequence[int]) -> str:
-    lines = []
+    lines: list[str] = []
     for residue, number in zip(residues, place, strict=True):
         if number == 0 or number > 9999:
             continue

@@ -36,6 +36,30 @@ CHROMIUM = Path(os.environ.get("PLMSAE_CHROMIUM", "/usr/bin/chromium"))
 PROTEINS = Path(plmsae_cli.__file__).parent / "data" / "proteins.fasta.gz"
 
 
+_NAMES = [
+    "ALA",
+    "CYS",
+    "ASP",
+    "GLU",
+    "PHE",
+    "GLY",
+    "HIS",
+    "ILE",
+    "LYS",
+    "LEU",
+    "MET",
+    "ASN",
+    "PRO",
+    "GLN",
+    "ARG",
+    "SER",
+    "THR",
+    "VAL",
+    "TRP",
+    "TYR",
+]
+
+
 @lru_cache(maxsize=1)
 def planted() -> Any:
     """The module beside this file: tests are not a package."""
@@ -62,51 +86,28 @@ class Made:
     """Precision, recall and F1 of a row of concepts.parquet above a threshold."""
 
 
+_THREE = dict(zip("ACDEFGHIKLMNPQRSTVWY", _NAMES, strict=True))
+
+
 def helix(sequence: str) -> str:
     """An ideal alpha helix as a PDB file: backbone atoms on screws of 100 degrees and 1.5 angstrom a residue."""
+    # Radius, turn in degrees and rise of each atom.
     names = {
-        "N": (1.55, -28.0, -0.9),
-        "CA": (2.28, 0.0, 0.0),
-        "C": (1.68, 27.0, 1.05),
-        "O": (2.03, 24.0, 2.25),
-        "CB": (3.3, 5.0, -0.6),
+        "N": (1.55, -28, -0.9),
+        "CA": (2.28, 0, 0),
+        "C": (1.68, 27, 1.05),
+        "O": (2.03, 24, 2.25),
+        "CB": (3.3, 5, -0.6),
     }
-    three = dict(
-        zip(
-            "ACDEFGHIKLMNPQRSTVWY",
-            [
-                "ALA",
-                "CYS",
-                "ASP",
-                "GLU",
-                "PHE",
-                "GLY",
-                "HIS",
-                "ILE",
-                "LYS",
-                "LEU",
-                "MET",
-                "ASN",
-                "PRO",
-                "GLN",
-                "ARG",
-                "SER",
-                "THR",
-                "VAL",
-                "TRP",
-                "TYR",
-            ],
-            strict=True,
-        )
-    )
     lines, serial = [], 0
     for i, letter in enumerate(sequence):
         for name, (radius, turn, rise) in names.items():
             serial += 1
             angle = torch.deg2rad(torch.tensor(100.0 * i + turn))
             x, y, z = float(radius * angle.cos()), float(radius * angle.sin()), 1.5 * i + rise
+            place = f"{x:8.3f}{y:8.3f}{z:8.3f}"
             lines.append(
-                f"ATOM  {serial:5}  {name:<3} {three[letter]} B{i + 101:4}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00           {name[0]}"
+                f"ATOM  {serial:5}  {name:<3} {_THREE[letter]} B{i + 101:4}    {place}  1.00  0.00           {name[0]}"
             )
     return "\n".join([*lines, "TER", "END", ""])
 

@@ -116,5 +116,5 @@ def test_sequences(folder: Path) -> None:
 
 
 def test_a_port_in_use_is_said(folder: Path) -> None:
-    with serving(folder, "127.0.0.1") as server, pytest.raises(UserError, match="cannot listen on 127.0.0.1"):
+    with serving(folder, "127.0.0.1") as server, pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1"):
         Server(folder, "127.0.0.1", server.server_address[1], read)

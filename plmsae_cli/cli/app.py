@@ -286,6 +286,23 @@ def status(
 
 @_tool_verb(
     epilog="""
+    plmsae export first --csv first.csv
+    """
+)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")],
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the table as CSV.")] = None,
+    parquet: Annotated[Path | None, typer.Option("--parquet", metavar="FILE", help="Write it as Parquet.")] = None,
+    json: Json = False,
+) -> None:
+    """Write what a run's latents are about: a row a latent and concept, with its scores, density, family, description."""
+    from plmsae_cli.cli.export_table import export_table
+
+    raise typer.Exit(export_table(run, csv, parquet, json))
+
+
+@_tool_verb(
+    epilog="""
     plmsae verify runs/data/optimize-KEY    one artifact
     plmsae verify exp.yaml                  what an experiment has made
     plmsae verify runs                      everything below a folder

@@ -65,6 +65,9 @@ _SMALL_STEERING = {
     "compute": "auto",
     "batch_tokens": "auto",
 }
+_SMALL_FEATURES = {"top": 5, "random": 5, "tasks": 2, "memory": 100_000_000, "batch_tokens": "auto"}
+# A description is of a latent of another dictionary.
+_NO_ANSWERS = {"descriptions": None, "predictions": None}
 _EVERY = {"log_every": 1, "checkpoint_every": STEPS // 2}
 
 
@@ -98,6 +101,10 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
     if data["eval"] is not None:
         data["eval"]["fidelity"] |= {"proteins": 8, "batch_tokens": "auto"}
         data["eval"] |= dict.fromkeys(_ANNOTATED)
+        if data["eval"]["features"] is not None:
+            data["eval"]["features"] |= _SMALL_FEATURES
+            if data["eval"]["features"]["describe"] is not None:
+                data["eval"]["features"]["describe"] |= _NO_ANSWERS
         if data["eval"]["steering"] is not None:
             data["eval"]["steering"] |= _SMALL_STEERING
     if data["sweep"] is not None:
@@ -217,7 +224,8 @@ _FIXED = (
     "optimize.chunk", "train.data",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING),
-    *(f"eval.{axis}" for axis in _ANNOTATED),
+    *(f"eval.features.{field}" for field in _SMALL_FEATURES),
+    *(f"eval.features.describe.{field}" for field in _NO_ANSWERS), *(f"eval.{axis}" for axis in _ANNOTATED),
 )  # fmt: skip
 _MOST_TRIALS = 2
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Section, rule
+from plmsae_cli.config.features import Features
 
 
 class Fidelity(Section):
@@ -226,6 +227,8 @@ class Eval(Section):
     """Contacts of known structures; absent: not measured."""
     steering: Annotated[Steering | None, SCIENCE] = None
     """What latents do to predictions; absent: not measured."""
+    features: Annotated[Features | None, SCIENCE] = None
+    """Examples of every latent, for its page; absent: none."""
 
     @model_validator(mode="after")
     def _concepts_choose(self) -> Eval:

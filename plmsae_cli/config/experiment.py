@@ -142,6 +142,18 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _features_have_their_rows(self) -> Experiment:
+        features = self.eval.features if self.eval is not None else None
+        own = self.train is not None and self.train.data is None
+        if features is not None and features.split == "train" and own and not self.keep.activations:
+            raise rule(
+                "eval.features.split",
+                "eval.features reads activations that keep.activations: false gives up once the dataset is made",
+                "use split: heldout, whose rows are in the dataset, or keep.activations: true",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _encoders_run_as_they_are(self) -> Experiment:
         if self.embed is not None and self.embed.compile is True and self.model.weights.startswith("hf:"):
             raise rule("embed.compile", "compile: true has no effect on hf: weights", "remove it")

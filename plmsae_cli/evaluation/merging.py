@@ -71,12 +71,14 @@ def _top_latents(scope: Scope, about: Any) -> Any:
 
 
 def _beside(tables: Sequence[Any]) -> Any:
-    """Columns of all tables, which have the same latents in the same order."""
+    """Columns of all tables, which have the same latents in the same order; lists stay where they are."""
+    import pyarrow as pa
+
     combined = tables[0]
     for table in tables[1:]:
         assert table["latent"].equals(combined["latent"])
         for name in table.column_names:
-            if name not in combined.column_names:
+            if name not in combined.column_names and not pa.types.is_list(table.schema.field(name).type):
                 combined = combined.append_column(name, table[name])
     return combined
 

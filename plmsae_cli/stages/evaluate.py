@@ -19,7 +19,7 @@ from plmsae_cli.stages.common import remaining
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.manifest import read_parts
 
-AXES = ("fidelity", "concepts", "families", "probes", "encode", "contacts", "steering")
+AXES = ("fidelity", "concepts", "families", "probes", "encode", "contacts", "steering", "features")
 """Fields of the `eval` section, and modules of `evaluation.axes`."""
 MERGE = "merge"
 

@@ -1,0 +1,123 @@
+"""The second pass: activations of the chosen latents along the proteins of their examples, and what fires beside them.
+
+A piece has the proteins that begin in its rows. `gather/<i>of<n>-<part>.safetensors` has by latent group `latent`,
+`protein`, `position` (from 1), `act`; `beside/...` has `latent` and `other`, a pair for every latent active at a sampled
+firing of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from plmsae_cli.evaluation.features.files import write_grouped
+from plmsae_cli.evaluation.features.job import Job
+from plmsae_cli.evaluation.features.reading import About, Active
+from plmsae_cli.store.fs import FileRecord
+from plmsae_cli.store.tensorfile import TensorFile
+
+INT = torch.int32
+_ENTRY = 40
+"""Bytes of a found activation while it waits."""
+
+
+class Found:
+    """Columns that grow until the memory is full; then they are a file, sorted by latent, else in the order they came."""
+
+    def __init__(self, job: Job, folder: str, stem: str, columns: Mapping[str, torch.dtype]) -> None:
+        self._job, self._folder, self._stem, self._types = job, folder, stem, columns
+        self._clear()
+        self.files: list[FileRecord] = []
+
+    def _clear(self) -> None:
+        self._parts = [tuple(torch.empty(0, dtype=dtype) for dtype in self._types.values())]
+        self._count = 0
+
+    def add(self, *columns: Tensor) -> None:
+        self._parts.append(tuple(c.cpu().to(t) for c, t in zip(columns, self._types.values(), strict=True)))
+        self._count += len(columns[0])
+        if self._count >= self._job.buffered(_ENTRY):
+            self.write()
+
+    def write(self) -> None:
+        job = self._job
+        columns = [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
+        order = columns[0].argsort(stable=True)
+        tensors = {name: column[order] for name, column in zip(self._types, columns, strict=True)}
+        path = job.path(self._folder, f"{self._stem}-{len(self.files):04}.safetensors")
+        self.files.append(
+            write_grouped(job.scope.store, path, tensors["latent"] // job.per_group, tensors, 0, job.groups)
+        )
+        self._clear()
+
+
+def gather(job: Job, index: int, of: int, merged: list[str]) -> list[FileRecord]:
+    """Piece `index`: the files of both folders."""
+    reader, side = job.reader, job.side
+    start, stop = side.rows_of(*side.beginning_in(*reader.piece(index, of)))
+    merges = [TensorFile(job.scope.store, path) for path in merged]
+    pair_X = torch.cat([_of_piece(file, "pair", "pair_offsets", index) for file in merges]).sort().values
+    row_S, latent_S = (
+        torch.cat([_of_piece(file, name, "sample_offsets", index) for file in merges])
+        for name in ("sample_row", "sample_latent")
+    )
+    order_S = row_S.argsort(stable=True)
+    pair_X, row_S, latent_S = (column.to(job.device) for column in (pair_X, row_S[order_S], latent_S[order_S]))
+    stem = f"{index}of{of}"
+    along = Found(job, "gather", stem, {"latent": INT, "protein": INT, "position": INT, "act": torch.float32})
+    beside = Found(job, "beside", stem, {"latent": INT, "other": INT})
+    for batch in reader.batches(start, stop):
+        about = side.about(batch.start, batch.start + batch.rows).to(job.device)
+        along.add(*fires_along(batch, about, pair_X, job.num_latents))
+        beside.add(*fires_beside(batch, row_S, latent_S))
+        job.context.progress(batch.start - start, max(1, stop - start), unit="rows")
+    for found in (along, beside):
+        found.write()
+    return along.files + beside.files
+
+
+def _of_piece(file: TensorFile, name: str, offsets: str, index: int) -> Tensor:
+    start, stop = file.read(offsets, index, index + 2).tolist()
+    return file.read(name, start, stop)
+
+
+def fires_along(batch: Active, about: About, pair_X: Tensor, num_latents: int) -> tuple[Tensor, ...]:
+    """Latent, protein, position and activation of the pairs of the batch that are looked for.
+
+    Args:
+        pair_X: protein x num_latents + latent, ascending.
+    """
+    ends = torch.stack([about.protein_B[0], about.protein_B[-1] + 1]) * num_latents
+    low, high = torch.searchsorted(pair_X, ends).tolist()
+    local_X = pair_X[low:high]
+    if not len(local_X):
+        empty = batch.latent_P[:0]
+        return empty, empty, empty, batch.act_P[:0]
+    # Most pairs are of latents that no protein here is an example of: a look into a small table spares them the search.
+    looked_N = torch.zeros(num_latents, dtype=torch.bool, device=pair_X.device)
+    looked_N[local_X % num_latents] = True
+    maybe_P = looked_N[batch.latent_P].nonzero().squeeze(1)
+    which_P, latent_P = batch.which_P[maybe_P], batch.latent_P[maybe_P]
+    key_P = about.protein_B[which_P] * num_latents + latent_P
+    place_P = torch.searchsorted(local_X, key_P).clamp(max=len(local_X) - 1)
+    hit_P = local_X[place_P] == key_P
+    which_P, latent_P = which_P[hit_P], latent_P[hit_P]
+    return latent_P, about.protein_B[which_P], about.position_B[which_P], batch.act_P[maybe_P][hit_P]
+
+
+def fires_beside(batch: Active, row_S: Tensor, latent_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(latent, other) for each sampled firing (row, latent) in the batch and each other latent active on the row."""
+    ends = torch.tensor([batch.start, batch.start + batch.rows], device=row_S.device)
+    low, high = torch.searchsorted(row_S, ends).tolist()
+    which_S, mine_S = row_S[low:high] - batch.start, latent_S[low:high]
+    first_S = torch.searchsorted(batch.which_P, which_S)
+    count_S = torch.searchsorted(batch.which_P, which_S, right=True) - first_S
+    latent_X = mine_S.repeat_interleave(count_S)
+    within_X = torch.arange(len(latent_X), device=row_S.device) - (count_S.cumsum(0) - count_S).repeat_interleave(
+        count_S
+    )
+    other_X = batch.latent_P[first_S.repeat_interleave(count_S) + within_X]
+    differ_X = other_X != latent_X
+    return latent_X[differ_X], other_X[differ_X]

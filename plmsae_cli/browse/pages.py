@@ -8,6 +8,8 @@ from typing import Any
 from plmsae_cli.browse.features import Features, Row
 
 CANDIDATES = 20
+RANDOM = 20
+"""Random examples of each band that a page has, of those that there are."""
 STEPS = 1000
 """Activations are written as whole thousandths of the latent's maximum, which a screen cannot show finer."""
 _OWN = (
@@ -37,6 +39,7 @@ class Pages:
         """The page of the next latent."""
         table, found = self._features.latents, self._features.found
         page: dict[str, Any] = {"latent": latent}
+        examples = [row for row in examples if row["kind"] == "top" or row["rank"] <= RANDOM]
         page |= {key: _short(table[key][latent]) for key in _OWN if key in table and table[key][latent] is not None}
         page |= {
             key: _short(found[key][latent]) for key in _FOUND if key in found and found[key][latent] not in (None, [])

@@ -17,7 +17,7 @@ from plmsae_cli.browse.pages import Pages
 from plmsae_cli.browse.scripts import script
 from plmsae_cli.config.errors import UserError
 
-GROUP = 16
+GROUP = 8
 """Latents in a file: what one click loads."""
 MOTIF_GROUP = 1024
 """Latents in a file of windows for the motif search."""

@@ -38,8 +38,8 @@ def test_literals_end_no_script() -> None:
 
 def test_every_example_is_on_its_page(made: Any) -> None:
     for latent in range(len(made.order)):
-        group = body_of(made.site / "data" / "0" / f"group-{latent // 16:05}.js")
-        page = group["latents"][latent % 16]
+        group = body_of(made.site / "data" / "0" / f"group-{latent // 8:05}.js")
+        page = group["latents"][latent % 8]
         rows = pq.read_table(made.runs[0] / f"eval/features/examples/group-{latent // 16:05}.parquet").to_pylist()
         mine = [row for row in rows if row["latent"] == latent]
         assert page["latent"] == latent

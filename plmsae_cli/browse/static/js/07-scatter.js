@@ -17,8 +17,8 @@ const superscript = (value) => String(value).replace("-", "⁻").replace(/\d/g, 
  * colour(latent): name of a colour variable; pick(latent) on a click; select(box) when a rectangle is drawn.
  */
 class Scatter {
-  constructor({ label, points, axes, colour, describe, pick, select, margin, histogram }) {
-    Object.assign(this, { points, axes, colour, describe, pick, select, histogram });
+  constructor({ label, points, axes, colour, describe, pick, select, margin }) {
+    Object.assign(this, { points, axes, colour, describe, pick, select });
     this.margin = margin || { left: 44, right: 10, top: 10, bottom: 40 };
     this.canvas = h("canvas", { role: "img", "aria-label": label });
     this.shown = null;
@@ -26,7 +26,10 @@ class Scatter {
     this.canvas.addEventListener("pointerleave", () => this.hover(null));
     this.canvas.addEventListener("pointerdown", (event) => this.down(event));
     this.canvas.addEventListener("pointerup", (event) => this.up(event));
-    this.observer = new ResizeObserver(() => this.draw());
+    this.observer = new ResizeObserver(() => {
+      const box = this.canvas.getBoundingClientRect();
+      if (box.width !== this.drawn) this.draw();
+    });
     this.observer.observe(this.canvas);
   }
 
@@ -36,16 +39,10 @@ class Scatter {
     this.draw();
   }
 
-  place(latent) {
-    const { x, y } = this.axes;
-    const px = (this.points.x[latent] - x.low) / (x.high - x.low);
-    const py = (this.points.y[latent] - y.low) / (y.high - y.low);
-    return [this.margin.left + px * this.width, this.margin.top + (1 - py) * this.height];
-  }
-
   draw() {
     const box = this.canvas.getBoundingClientRect();
     if (!box.width || !this.shown) return;
+    this.drawn = box.width;
     const ratio = devicePixelRatio || 1;
     this.canvas.width = Math.round(box.width * ratio);
     this.canvas.height = Math.round(box.height * ratio);
@@ -56,28 +53,45 @@ class Scatter {
     if (this.axes.x.label) this.drawAxes(pen);
     const total = this.points.x.length;
     const size = total > 10000 ? 2 : total > 2000 ? 3 : 4;
-    this.buckets = new Map();
-    const passes = [[0, cssColour("--rule"), 0.9], [1, null, total > 4000 ? 0.6 : 0.75]];
-    const colours = new Map();
-    for (const [wanted, fixed, alpha] of passes) {
-      pen.globalAlpha = alpha;
-      if (fixed) pen.fillStyle = fixed;
-      for (let i = 0; i < total; i++) {
-        if (this.shown[i] !== wanted || Number.isNaN(this.points.x[i]) || Number.isNaN(this.points.y[i])) continue;
-        const [x, y] = this.place(i);
-        if (!fixed) {
-          const name = this.colour(i);
-          if (!colours.has(name)) colours.set(name, cssColour(name));
-          pen.fillStyle = colours.get(name);
-          const key = `${Math.floor(x / 16)},${Math.floor(y / 16)}`;
-          if (!this.buckets.has(key)) this.buckets.set(key, []);
-          this.buckets.get(key).push(i);
-        }
-        pen.fillRect(x - size / 2, y - size / 2, size, size);
-      }
+    const [px, py] = [new Float32Array(total), new Float32Array(total)];
+    const groups = new Map(); // by colour: to change it for each point takes longer than to draw it
+    for (let i = 0; i < total; i++) {
+      px[i] = this.across(this.points.x[i]);
+      py[i] = this.down_to(this.points.y[i]);
+      if (Number.isNaN(px[i]) || Number.isNaN(py[i])) continue;
+      const name = this.shown[i] ? this.colour(i) : "--rule";
+      if (!groups.has(name)) groups.set(name, []);
+      groups.get(name).push(i);
+    }
+    const order = [...groups.keys()].sort((a, b) => (b === "--rule") - (a === "--rule"));
+    for (const name of order) {
+      pen.globalAlpha = name === "--rule" ? 0.9 : total > 4000 ? 0.6 : 0.75;
+      pen.fillStyle = cssColour(name);
+      for (const i of groups.get(name)) pen.fillRect(px[i] - size / 2, py[i] - size / 2, size, size);
     }
     pen.globalAlpha = 1;
-    this.picture = pen.getImageData(0, 0, this.canvas.width, this.canvas.height);
+    Object.assign(this, { px, py, buckets: null, picture: null });
+  }
+
+  across(value) {
+    return this.margin.left + ((value - this.axes.x.low) / (this.axes.x.high - this.axes.x.low)) * this.width;
+  }
+
+  down_to(value) {
+    return this.margin.top + (1 - (value - this.axes.y.low) / (this.axes.y.high - this.axes.y.low)) * this.height;
+  }
+
+  /** Latents by squares of 16 pixels, made when the pointer first asks. */
+  squares() {
+    if (this.buckets) return this.buckets;
+    this.buckets = new Map();
+    for (let i = 0; i < this.px.length; i++) {
+      if (!this.shown[i] || Number.isNaN(this.px[i]) || Number.isNaN(this.py[i])) continue;
+      const key = (this.px[i] >> 4) * 4096 + (this.py[i] >> 4);
+      if (!this.buckets.has(key)) this.buckets.set(key, []);
+      this.buckets.get(key).push(i);
+    }
+    return this.buckets;
   }
 
   drawAxes(pen) {
@@ -115,11 +129,12 @@ class Scatter {
     const [mx, my] = [event.clientX - box.left, event.clientY - box.top];
     let best = null;
     let closest = 12 * 12;
+    if (!this.px) return null;
+    const squares = this.squares();
     for (let dx = -1; dx <= 1; dx++) {
       for (let dy = -1; dy <= 1; dy++) {
-        for (const i of (this.buckets && this.buckets.get(`${Math.floor(mx / 16) + dx},${Math.floor(my / 16) + dy}`)) || []) {
-          const [x, y] = this.place(i);
-          const far = (x - mx) ** 2 + (y - my) ** 2;
+        for (const i of squares.get(((mx >> 4) + dx) * 4096 + (my >> 4) + dy) || []) {
+          const far = (this.px[i] - mx) ** 2 + (this.py[i] - my) ** 2;
           if (far < closest) [best, closest] = [i, far];
         }
       }
@@ -157,6 +172,7 @@ class Scatter {
     this.hover(null);
     const [x, y] = this.corner(event);
     const pen = this.canvas.getContext("2d");
+    this.picture = this.picture || pen.getImageData(0, 0, this.canvas.width, this.canvas.height);
     pen.putImageData(this.picture, 0, 0);
     pen.strokeStyle = cssColour("--ink");
     pen.setLineDash([4, 3]);
@@ -173,9 +189,9 @@ class Scatter {
       const latent = this.nearest(event);
       if (latent !== null) this.pick(latent);
     } else if (this.select) {
-      const across = (v) => this.axes.x.low + ((v - this.margin.left) / this.width) * (this.axes.x.high - this.axes.x.low);
+      const right = (v) => this.axes.x.low + ((v - this.margin.left) / this.width) * (this.axes.x.high - this.axes.x.low);
       const up = (v) => this.axes.y.low + (1 - (v - this.margin.top) / this.height) * (this.axes.y.high - this.axes.y.low);
-      this.select({ x: [across(Math.min(x, fx)), across(Math.max(x, fx))], y: [up(Math.max(y, fy)), up(Math.min(y, fy))] });
+      this.select({ x: [right(Math.min(x, fx)), right(Math.max(x, fx))], y: [up(Math.max(y, fy)), up(Math.min(y, fy))] });
     } else {
       this.draw();
     }
@@ -201,8 +217,7 @@ class Scatter {
     }
     for (let i = 0; i < this.shown.length; i++) {
       if (!this.shown[i] || Number.isNaN(this.points.x[i]) || Number.isNaN(this.points.y[i])) continue;
-      const [x, y] = this.place(i);
-      parts.push(s("circle", { cx: x.toFixed(1), cy: y.toFixed(1), r: 2, fill: cssColour(this.colour(i)), opacity: 0.7 }, s("title", null, `latent ${i}`)));
+      parts.push(s("circle", { cx: this.px[i].toFixed(1), cy: this.py[i].toFixed(1), r: 2, fill: cssColour(this.colour(i)), opacity: 0.7 }, s("title", null, `latent ${i}`)));
     }
     return s("svg", { viewBox: `0 0 ${Math.round(wide)} ${Math.round(high)}` }, parts);
   }

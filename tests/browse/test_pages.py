@@ -107,7 +107,7 @@ def test_examples_have_their_colours_and_places(page: Any, made: Any) -> None:
     assert numbers[9] == "0"
     assert numbers[8] == "1"
     assert letters[9] == made.proteins[top["protein"]][2][9]
-    boxes = [first.locator(f".window .seq >> nth={i}").locator(".near").bounding_box() for i in (0, 1)]
+    boxes = [first.locator(f".window .seq >> nth={i}").locator("span").bounding_box() for i in (0, 1)]
     assert abs(boxes[0]["x"] - boxes[1]["x"]) < 0.6
     assert abs(boxes[0]["width"] - boxes[1]["width"]) < 0.6
 

@@ -1,5 +1,7 @@
 // The address after # says what is shown: #/latent/737, #/1/latent/12 (second dictionary), #/?q=helix&sort=-f1.
 
+const phone = matchMedia("(max-width: 640px)"); // as in the style sheet
+
 function parseRoute(hash) {
   const [path, query] = hash.replace(/^#\/?/, "").split("?");
   const parts = path.split("/").filter(Boolean);

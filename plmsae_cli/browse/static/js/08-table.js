@@ -5,7 +5,7 @@ const ROW = 34;
 class LongTable {
   /** columns: [{key, name, num, width, wide, text(latent), node(latent)}]; open(latent). */
   constructor({ label, columns, sort, resort, open }) {
-    const narrow = innerWidth <= 640;
+    const narrow = phone.matches;
     columns = columns.filter((column) => !narrow || !column.wide).map((column) => (narrow && column.width ? { ...column, width: column.key === "concept_f1" ? 70 : 84 } : column));
     Object.assign(this, { columns, open });
     this.rows = [];

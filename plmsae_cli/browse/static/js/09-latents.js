@@ -129,7 +129,7 @@ function densityHistogram(run, shown) {
   const titles = total.map((t, b) => `${b ? `10^${(low + (b - 1) / each).toFixed(1)} to 10^${(low + b / each).toFixed(1)}` : "never"}: ${part[b]} of ${t}`);
   const ticks = [{ at: 0, text: "never", anchor: "start" }];
   for (let e = low; e < 0; e++) ticks.push({ at: 0.5 + (e - low) * each, text: `10${superscript(e)}` });
-  return bars(`Histogram of densities: ${count(part.reduce((a, b) => a + b))} of ${count(density.length)} latents shown`, part, { ghost: total, titles, ticks: ticks.filter((t, i) => i === 0 || t.at > 4), height: 62, width: innerWidth <= 640 ? 340 : 620 });
+  return bars(`Histogram of densities: ${count(part.reduce((a, b) => a + b))} of ${count(density.length)} latents shown`, part, { ghost: total, titles, ticks: ticks.filter((t, i) => i === 0 || t.at > 4), height: 62, width: phone.matches ? 340 : 620 });
 }
 
 async function latentsView(route, main) {

@@ -41,19 +41,15 @@ function shares(example) {
   return (p) => found.get(p) || 0;
 }
 
-/** The stretch around an example's residue, with parts that narrow screens leave out. */
-function exampleWindow(protein, example, maximum) {
-  const middle = example.position;
+/** The stretch around an example's residue, as wide as its place has room for. */
+function exampleWindow(protein, example, maximum, reach = phone.matches ? NEAR : FAR) {
   const sequence = protein.sequence;
-  const ends = [middle - FAR, middle - NEAR, middle + NEAR + 1, middle + FAR + 1];
-  const part = shares(example);
+  const [first, last] = [example.position - reach, example.position + reach];
+  const [from, to] = [Math.max(1, first), Math.min(sequence.length, last)];
   const note = (p, value) => `${sequence[p - 1]}${p}: ${number(value * maximum)}`;
-  const clip = (p) => Math.max(1, Math.min(p, sequence.length + 1));
-  const pieces = [[ends[0], ends[1], "far"], [ends[1], ends[2], "near"], [ends[2], ends[3], "far"]];
-  const line = ruler(ends[0], ends[3], sequence.length);
   return h("div.window", { role: "img", "aria-label": spoken(sequence, example) },
-    h("div.seq.ruler", { "aria-hidden": "true" }, pieces.map(([a, b, kind]) => h(`span.${kind}`, null, [...line.slice(a - ends[0], b - ends[0])].join("")))),
-    h("div.seq", { "aria-hidden": "true" }, pieces.map(([a, b, kind]) => h(`span.${kind}`, null, " ".repeat(Math.max(0, Math.min(clip(a), b) - a)), residues(sequence, clip(a), clip(b) - 1, part, { peak: middle, note })))));
+    h("div.seq.ruler", { "aria-hidden": "true" }, h("span", null, ruler(first, last, sequence.length))),
+    h("div.seq", { "aria-hidden": "true" }, h("span", null, " ".repeat(from - first), residues(sequence, from, to, shares(example), { peak: example.position, note }), " ".repeat(last - to))));
 }
 
 function spoken(sequence, example) {
@@ -63,7 +59,7 @@ function spoken(sequence, example) {
 
 /** All residues that are known of, 60 a line (30 on a phone), annotated ranges of the concept underlined. */
 function wholeSequence(protein, example, maximum, concept) {
-  const wide = innerWidth <= 640 ? 30 : innerWidth <= 1000 ? 60 : 80;
+  const wide = phone.matches ? 30 : innerWidth <= 1000 ? 60 : 80;
   const part = shares(example);
   const sequence = protein.sequence;
   const note = (p, value) => `${sequence[p - 1]}${p}: ${number(value * maximum)}`;

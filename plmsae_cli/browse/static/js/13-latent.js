@@ -7,7 +7,7 @@ function tile(name, value, remark) {
   return value === "" || value === null || value === undefined ? null : h("div.tile", null, h("span.name", null, name), h("span.value", null, value), remark && h("span.remark", null, remark));
 }
 
-function exampleItem(page, example, concept) {
+function exampleItem(page, example, concept, reach) {
   const protein = page.proteins[example.protein];
   const { buttons, holder } = structureBlock(protein, example);
   const more = h("div");
@@ -21,7 +21,7 @@ function exampleItem(page, example, concept) {
   return h("li.example", { tabindex: -1 },
     h("div.row", null, h("span.who", { title: protein.id }, protein.id), h("span.header", { title: protein.header }, protein.header),
       tag && h("span.muted.wide-only", { title: concept }, tag), h("span.muted", null, `${protein.sequence[example.position - 1] || ""}${example.position} of ${protein.length}`), h("span", null, number(example.activation)), toggle, buttons),
-    protein.sequence ? exampleWindow(protein, example, page.max) : null, more, holder);
+    protein.sequence ? exampleWindow(protein, example, page.max, reach) : null, more, holder);
 }
 
 function exampleList(page, examples, concept) {

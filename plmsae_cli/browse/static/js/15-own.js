@@ -32,7 +32,7 @@ async function ownView(route, main) {
     };
     const strength = new Float32Array(sequence.length + 1);
     for (const one of latents) one.at.forEach((p, i) => { strength[p] = Math.max(strength[p], one.activations[i] / (one.maximum || 1)); });
-    const wide = innerWidth <= 640 ? 30 : 80;
+    const wide = phone.matches ? 30 : 80;
     const lines = [];
     for (let a = 1; a <= sequence.length; a += wide) {
       const b = Math.min(a + wide - 1, sequence.length);

@@ -14,7 +14,7 @@ function side(run, page, ways) {
   const concept = page.concept || (page.concepts[0] || {}).concept;
   return h("div", null, h("p.eyebrow", null, run.run), h("h2", null, latentLink(run, page.latent, `Latent ${page.latent}`)), ways && h("p.small", null, ways),
     h("p.muted.small", null, `fires on ${percent(page.density)}, maximum ${number(page.max)}${concept ? `; ${concept}${page.concept_f1 !== undefined ? `, F1 ${share(page.concept_f1)}` : ""}` : ""}`),
-    h("ol.examples", null, top.map((example) => exampleItem(page, example, concept))));
+    h("ol.examples", null, top.map((example) => exampleItem(page, example, concept, NEAR))));
 }
 
 async function compareView(route, main) {

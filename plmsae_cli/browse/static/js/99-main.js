@@ -64,6 +64,7 @@ async function start() {
     }
   }
   addEventListener("hashchange", show);
+  phone.addEventListener("change", show);
   document.addEventListener("themechange", () => { if (redraw) redraw(); });
   await show();
 }

@@ -15,6 +15,7 @@ MOTIF_EXAMPLES = 20
 """Strongest examples of a latent whose windows a motif is looked for in."""
 MOTIF_REACH = 10
 """Residues on either side of the strongest one."""
+_PLURALS = {"concept": "concepts", "family": "families", "pattern": "patterns", "description": "descriptions"}
 
 
 def index_body(features: Features, layout: Layout | None, group: int, motif_files: int) -> dict[str, Any]:
@@ -25,13 +26,10 @@ def index_body(features: Features, layout: Layout | None, group: int, motif_file
         "max": column(table["max"], "f4"),
     }
     strings: dict[str, list[str]] = {}
-    for name, source, plural in (
-        ("concept", "concept", "concepts"),
-        ("family", "family", "families"),
-        ("pattern", "pattern", "patterns"),
-    ):
-        if any(found.get(source, ())):
-            strings[plural], columns[name] = _coded(found[source])
+    words = {**{name: found.get(name, ()) for name in _PLURALS}, "description": table.get("description", ())}
+    for name, values in words.items():
+        if any(values):
+            strings[_PLURALS[name]], columns[name] = _coded(values)
     for name in ("concept_f1", "family_f1"):
         if any(value is not None for value in found.get(name, ())):
             columns[name] = column([np.nan if value is None else value for value in found[name]], "f4")
@@ -40,16 +38,14 @@ def index_body(features: Features, layout: Layout | None, group: int, motif_file
         columns["cluster"] = column(layout.cluster_N, "u1")
     columns["letter"] = column([_letter(letters) for letters in table["letters"]], "u1")
     keys = (
-        "run", "demo", "model", "layer", "num_layers", "d", "architecture", "k", "num_latents", "prefixes", "rows", "proteins",
-        "split", "top", "random", "bands", "letters", "letter_shares", "mean_length", "parts",
+        "run", "demo", "model", "layer", "num_layers", "architecture", "k", "num_latents", "prefixes", "rows", "proteins",
+        "bands", "letters", "letter_shares", "mean_length",
     )  # fmt: skip
     body = {key: about.get(key) for key in keys}
     body |= {"group": group, "columns": columns, "strings": strings, "motif_files": motif_files}
     body["thresholds"] = (about.get("concepts") or {}).get("thresholds")
     if layout is not None:
         body["clusters"] = cluster_names(layout, found)
-    if any(found.get("description", ()) or table.get("description", ())):
-        body["descriptions"] = True
     return body
 
 

@@ -11,10 +11,16 @@ import numpy.typing as npt
 
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
 
 def literal(body: Any) -> str:
     """JSON that is safe inside a script, whatever strings it holds; numbers that are not finite are null."""
-    return json.dumps(_finite(body), ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+    try:
+        text = _ENCODER.encode(body)
+    except ValueError:  # some number is not finite, which is rare and takes long to look for
+        text = _ENCODER.encode(_finite(body))
+    return text.translate(_ESCAPES)
 
 
 def script(name: str, body: Any) -> bytes:

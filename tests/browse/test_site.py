@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,27 @@ def test_the_verb(made: Any, tmp_path: Path) -> None:
     )
     assert none.exit_code == 2
     assert "no structure in" in none.stderr
+
+
+def test_letters_stand_out_from_their_colours() -> None:
+    """WCAG's contrast of 4.5 at every step of the scale, and steps of steadily rising or falling lightness."""
+    from importlib.resources import files
+
+    style = (files("plmsae_cli.browse") / "static" / "style.css").read_text()
+    light, dark = (re.search(rf"{name} {{(.*?)}}", style, re.DOTALL) for name in (r"^:root", r":root\.dark"))
+    for theme, found in (("light", light), ("dark", dark)):
+        assert found is not None
+        colours = dict(re.findall(r"--([\w-]+): (#\w{6})", found[1]))
+        steps = [_luminance(colours[f"a{level}"]) for level in range(10)]
+        assert steps == sorted(steps, reverse=theme == "light")
+        for level in range(1, 10):
+            bright = level <= 5 if theme == "dark" else level >= 7
+            letter = _luminance(colours["a-light" if bright else "a-dark"])
+            low, high = sorted((steps[level], letter))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (theme, level)
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

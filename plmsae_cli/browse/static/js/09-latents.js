@@ -12,13 +12,13 @@ function filtersOf(params) {
   };
 }
 
-/** 1 for each latent that passes. A number finds that latent, other words a concept, family or pattern. */
+/** 1 for each latent that passes. A number finds that latent, other words a concept, family, pattern or description. */
 function passing(run, filters) {
   const shown = new Uint8Array(run.num_latents);
   const words = filters.text.toLowerCase().split(/\s+/).filter(Boolean);
   const hit = (names) => (run.strings[names] || []).map((name) => words.every((word) => name.toLowerCase().includes(word)));
-  const [concepts, families, patterns] = ["concepts", "families", "patterns"].map(hit);
-  const { density, concept, family, pattern, concept_f1: f1, cluster } = run.column;
+  const [concepts, families, patterns, descriptions] = ["concepts", "families", "patterns", "descriptions"].map(hit);
+  const { density, concept, family, pattern, description, concept_f1: f1, cluster } = run.column;
   const numbered = words.length && words.every((word) => /^\d+$/.test(word)) ? new Set(words.map(Number)) : null;
   const pattern_at = filters.pattern ? (run.strings.patterns || []).indexOf(filters.pattern) : null;
   for (let i = 0; i < shown.length; i++) {
@@ -28,7 +28,7 @@ function passing(run, filters) {
     if (filters.f1 !== null && !(f1 && f1[i] <= filters.f1)) continue;
     if (pattern_at !== null && pattern[i] !== pattern_at) continue;
     if (filters.cluster !== null && cluster[i] !== filters.cluster) continue;
-    if (words.length && !(numbered ? numbered.has(i) : (concept && concepts[concept[i]]) || (family && families[family[i]]) || (pattern && patterns[pattern[i]]))) continue;
+    if (words.length && !(numbered ? numbered.has(i) : (concept && concepts[concept[i]]) || (family && families[family[i]]) || (pattern && patterns[pattern[i]]) || (description && descriptions[description[i]]))) continue;
     shown[i] = 1;
   }
   return shown;

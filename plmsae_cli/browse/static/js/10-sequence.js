@@ -96,7 +96,7 @@ function examplesSvg(examples, proteins) {
       const x = (p - example.position + FAR) * step;
       const l = level(part(p));
       if (l) parts.push(s("rect", { x, y: y + 4, width: step, height: 14, fill: cssColour(`--a${l}`) }));
-      parts.push(s("text", { x: x + step / 2, y: y + 15, "font-size": 11, "font-family": "monospace", "text-anchor": "middle", fill: l ? (l > 5 !== isDark() ? cssColour("--a-light") : cssColour("--a-dark")) : "#60646c", "font-weight": p === example.position ? "bold" : "normal" }, protein.sequence[p - 1]));
+      parts.push(s("text", { x: x + step / 2, y: y + 15, "font-size": 11, "font-family": "monospace", "text-anchor": "middle", fill: l ? (cssColour((isDark() ? l <= 5 : l >= 7) ? "--a-light" : "--a-dark")) : "#60646c", "font-weight": p === example.position ? "bold" : "normal" }, protein.sequence[p - 1]));
     }
   });
   return s("svg", { viewBox: `0 0 ${(2 * FAR + 1) * step} ${examples.length * line + 4}` }, parts);

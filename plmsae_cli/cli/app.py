@@ -373,7 +373,9 @@ def browse(
     host: Annotated[
         str, typer.Option("--host", metavar="HOST", help="Where to listen; beyond this machine a token is asked for.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0 takes a free one.")] = 8642,
+    port: Annotated[
+        int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="8642 unless set; 0 takes a free one.")
+    ] = 8642,
     no_open: Annotated[bool, typer.Option("--no-open", help="Print the address only.")] = False,
 ) -> None:
     """Pages of a run's latents: examples, concepts, neighbours, structures; own sequences too.

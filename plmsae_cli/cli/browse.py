@@ -46,4 +46,9 @@ def browse_runs(
 
 def _run_folder(run: Path) -> Path:
     """The folder, or the run of that name under runs/."""
-    return run if run.is_dir() or not (Path("runs") / run).is_dir() else Path("runs") / run
+    from plmsae_cli.config.errors import UserError
+
+    found = next((folder for folder in (run, Path("runs") / run) if folder.is_dir()), None)
+    if found is None:
+        raise UserError(f"{run} is not a folder", "name a run's folder, as `plmsae ls` lists them")
+    return found

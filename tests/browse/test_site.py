@@ -180,6 +180,9 @@ def test_the_verb(made: Any, tmp_path: Path) -> None:
     assert wrong.exit_code == 2
     assert "has no features to show" in wrong.stderr
     assert "features: {}" in wrong.stderr
+    absent = runner.invoke(app, ["browse", str(tmp_path / "absent")])
+    assert absent.exit_code == 2
+    assert "is not a folder" in absent.stderr
     twice = runner.invoke(app, ["browse", str(made.runs[0]), str(made.runs[0])])
     assert twice.exit_code == 2
     none = runner.invoke(

@@ -9,7 +9,7 @@ function tile(name, value, remark) {
 
 function exampleItem(page, example, concept, reach) {
   const protein = page.proteins[example.protein];
-  const { buttons, holder } = structureBlock(protein, example);
+  const { buttons, holder } = reach ? {} : structureBlock(protein, example); // side by side there is no room for one
   const more = h("div");
   const toggle = h("button", { type: "button", "aria-expanded": "false", onclick: () => {
     const open = toggle.getAttribute("aria-expanded") === "true";

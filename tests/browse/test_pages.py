@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import os
 from pathlib import Path
@@ -245,6 +246,36 @@ def test_csv_of_what_is_shown(page: Any, made: Any) -> None:
     assert [float(row["density"]) for row in rows] == pytest.approx(
         [density[n] for n in range(len(made.order)) if n % 2], rel=1e-6
     )
+
+
+def test_every_part_of_the_form_is_shown(page: Any, tmp_path: Path) -> None:
+    """The example of docs/features.md: a latent that never fired, one in a tree, candidates, headers that are markup."""
+    from plmsae_cli.browse.site import build_site
+
+    path = Path(__file__).parents[1] / "evaluation" / "features_example.py"
+    spec = importlib.util.spec_from_file_location("features_example", path)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.write_example(tmp_path / "run" / "eval" / "features", num_latents=60, proteins=20, latents_per_group=16)
+    base = build_site([tmp_path / "run"], tmp_path / "site").as_uri()
+    open_site(page, base, "#/latent/0")
+    assert page.get_by_text("It never fired on the residues read.").is_visible()
+    open_site(page, base, "#/latent/59")
+    page.wait_for_selector("h1:text-is('Latent 59')")
+    table = pq.read_table(tmp_path / "run/eval/features/latents.parquet").to_pylist()[59]
+    tree = page.locator(".tree a").all_inner_texts()
+    assert tree[0] == f"latent {table['parent']}"
+    rows = pq.read_table(tmp_path / "run/eval/features/examples/group-00003.parquet").to_pylist()
+    outside = {row["protein"] for row in rows if row["latent"] == 59 and row["annotated"] is False}
+    assert outside
+    assert page.locator("#candidates .example").count() == min(6, len(outside))
+    assert page.locator("section", has=page.locator("h2", has_text="Decoder neighbours")).locator(
+        "a"
+    ).all_inner_texts() == [str(n) for n in table["neighbours"]]
+    open_site(page, base, "#/latent/60")
+    assert page.get_by_text("there is no latent 60").is_visible()
 
 
 def test_accessible(page: Any, made: Any) -> None:

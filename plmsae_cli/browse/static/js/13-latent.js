@@ -53,6 +53,7 @@ function exampleSections(run, page) {
     h("section", { id: "examples" },
       h("div.row.between", null, h("h2", null, "Where it fires most"), h("span.row", null, legend(page.max), saveButton("CSV", save), saveButton("SVG", svg))),
       exampleList(page, top, concept)),
+    candidateSection(run, page),
     random.filter(([, found]) => found.length).map(([band, found]) =>
       h("section", null, h("h2", null, `Drawn at random: ${BANDS[band]}`),
         h("p.lead.small", null, `Activation ${bounds[band]}; ${count(page.band_counts[band])} firings, ${percent(page.band_counts[band] / page.firing)} of all.`), exampleList(page, found, concept))),
@@ -152,7 +153,7 @@ async function latentView(route, main) {
   keysOf.after = after === undefined ? null : () => go(address(run.number, "latent", after));
   const best = page.concepts[0];
   const title = page.description || page.concept || (best && best.concept) || page.family || null;
-  const main_part = [conceptSection(run, page), exampleSections(run, page), candidateSection(run, page)];
+  const main_part = [conceptSection(run, page), exampleSections(run, page)];
   const aside = [charts(run, page), familySection(page), neighbourSection(run, page), treeSection(run, page), steeringSection(page)];
   replace(main,
     h("div.row.between", null, h("div", null, h("p.eyebrow", null, h("a", { href: address(run.number, "latents") }, run.run), ` · layer ${run.layer}`), h("h1", null, `Latent ${latent}`)),

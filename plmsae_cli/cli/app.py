@@ -393,6 +393,43 @@ def clean(
     raise typer.Exit(clean_root(root, yes, older, unused, json))
 
 
+@_tool_verb(
+    epilog="""
+    plmsae browse runs/first                      open its pages in a browser
+    plmsae browse runs/first runs/small           two dictionaries side by side
+    plmsae browse runs/first --build pages        a folder that opens from disk
+    """
+)
+def browse(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="One or two runs: folders, or names under runs/.")
+    ],
+    build: Annotated[
+        Path | None, typer.Option("--build", metavar="FOLDER", help="Write the pages there, and serve nothing.")
+    ] = None,
+    structures: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--structures", metavar="PATH", help="PDB or mmCIF file (file:CHAIN), or a folder of them; repeatable."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="HOST", help="Where to listen; beyond this machine a token is asked for.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="8642 unless set; 0 takes a free one.")
+    ] = 8642,
+    no_open: Annotated[bool, typer.Option("--no-open", help="Print the address only.")] = False,
+) -> None:
+    """Pages of a run's latents: examples, concepts, neighbours, structures; own sequences too.
+
+    Needs what `eval.features` leaves. Pages are built once, in RUN/browse, and again when the run has changed.
+    """
+    from plmsae_cli.cli.browse import browse_runs
+
+    raise typer.Exit(browse_runs(runs, build, structures or [], host, port, no_open))
+
+
 @_tool_verb()
 def schema() -> None:
     """Print the JSON schema of experiments, for editors."""

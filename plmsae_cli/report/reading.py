@@ -97,21 +97,11 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: no resolved.yaml there, or a file that is damaged; names it.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    path = folder / "resolved.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run: it has no resolved.yaml", "name a folder under `root`")
-    text = path.read_text(encoding="utf-8")
-    try:
-        config = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise UserError(f"{path} is damaged: {error}", "start the run again: it rewrites the file") from error
+    config, text = read_settings(folder)
     lines = _lines(folder / "metrics.jsonl")
     return Run(
         folder=folder,
-        config=config or {},
+        config=config,
         yaml=text,
         environment=read_json(folder / "environment.json") or {},
         artifacts=read_json(folder / "artifacts.json") or {},
@@ -123,6 +113,21 @@ def read_run(folder: Path) -> Run:
         scores=read_json(folder / "eval" / "metrics.json"),
         latents=_latents(folder / "eval" / "latents.parquet"),
     )
+
+
+def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
+    """resolved.yaml of a run, as values and as text; raises as `read_run` does."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    path = folder / "resolved.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run: it has no resolved.yaml", "name a folder under `root`")
+    text = path.read_text(encoding="utf-8")
+    try:
+        return YAML(typ="safe", pure=True).load(text) or {}, text
+    except YAMLError as error:
+        raise UserError(f"{path} is damaged: {error}", "start the run again: it rewrites the file") from error
 
 
 def read_json(path: Path) -> Any:

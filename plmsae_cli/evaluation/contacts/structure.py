@@ -99,6 +99,28 @@ def read_chain(path: Path, name: str, chain: str | None, sequence: str) -> Chain
     return Chain(f"{stem}_{chosen}", whole, beta_L3)
 
 
+def read_residues(path: Path, name: str, chain: str | None = None) -> list[tuple[str, list[Any]]]:
+    """Letters and residues (arrays of atoms) of each chain of amino acids of the first model, or of the one asked for.
+
+    Raises:
+        UserError: biotite is absent, or the file cannot be read.
+    """
+    try:
+        import biotite.structure as biotite
+        from biotite.structure.info import one_letter_code
+    except ImportError as error:
+        raise UserError("structures are read by biotite", "pip install 'plmsae[fold]'") from error
+    _, atoms = _open(path, name)
+    atoms = atoms[biotite.filter_amino_acids(atoms)]
+    found = []
+    for one in dict.fromkeys(atoms.chain_id.tolist()):
+        if chain is None or one == chain:
+            mine = atoms[atoms.chain_id == one]
+            residues = [mine[a:b] for a, b in pairwise(biotite.get_residue_starts(mine, add_exclusive_stop=True))]
+            found.append(("".join(one_letter_code(residue.res_name[0]) or "X" for residue in residues), residues))
+    return found
+
+
 def _open(path: Path, name: str) -> tuple[Any, Any]:
     from biotite.structure.io import pdb, pdbx
 

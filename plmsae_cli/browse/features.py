@@ -1,0 +1,98 @@
+"""What a run has about its latents, read for pages: `eval/features`, and beside it what other axes found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plmsae_cli.config.errors import UserError
+
+FORMAT = "plmsae.features/1"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one run; tables are columns of Python values, in order of the latents."""
+
+    run: Path
+    index: dict[str, Any]
+    latents: dict[str, list[Any]]
+    found: dict[str, list[Any]]
+    """Columns of `eval/latents.parquet`: what other axes found; absent ones are absent."""
+    proteins: dict[int, Row]
+    annotations: dict[int, list[Row]]
+    """Of a protein: `concept`, `start`, `stop`."""
+
+    @property
+    def num_latents(self) -> int:
+        return int(self.index["num_latents"])
+
+    def groups(self) -> Iterator[tuple[int, dict[int, list[Row]], dict[int, list[Row]]]]:
+        """Number of a group of latents, their examples and their concepts, a group at a time."""
+        size = self.index["latents_per_group"]
+        rising = _streamed(self.run / "eval" / "features" / "concepts.parquet")
+        ahead = next(rising, None)
+        for number in range(self.index["groups"]):
+            concepts = []
+            while ahead is not None and ahead["latent"] < (number + 1) * size:
+                concepts.append(ahead)
+                ahead = next(rising, None)
+            rows = _rows(self.run / "eval" / "features" / "examples" / f"group-{number:05}.parquet")
+            yield number, _by(rows, "latent"), _by(concepts, "latent")
+
+
+def read_features(run: Path) -> Features:
+    """Everything but the examples.
+
+    Raises:
+        UserError: the run has no features, or they were written by another version.
+    """
+    folder = run / "eval" / "features"
+    path = folder / "index.json"
+    if not path.is_file():
+        raise UserError(
+            f"{run} has no features to show: it has no eval/features/index.json",
+            "add `features: {}` to the eval section of its YAML and run `plmsae eval` again",
+        )
+    index = json.loads(path.read_text(encoding="utf-8"))
+    if index.get("format") != FORMAT:
+        raise UserError(f"{path}: format {index.get('format')!r} is not {FORMAT}", "was it written by a newer plmsae?")
+    proteins = {row["protein"]: row for row in _rows(folder / "examples" / "proteins.parquet")}
+    annotations = _by(_rows(folder / "examples" / "annotations.parquet"), "protein")
+    found = _columns(run / "eval" / "latents.parquet")
+    return Features(run, index, _columns(folder / "latents.parquet"), found, proteins, annotations)
+
+
+def _columns(path: Path) -> dict[str, list[Any]]:
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[Any]] = pq.read_table(path).to_pydict() if path.is_file() else {}
+    return columns
+
+
+def _rows(path: Path) -> list[Row]:
+    import pyarrow.parquet as pq
+
+    rows: list[Row] = pq.read_table(path).to_pylist() if path.is_file() else []
+    return rows
+
+
+def _streamed(path: Path) -> Iterator[Row]:
+    """Rows of a table that is ordered by latent and may be larger than memory."""
+    import pyarrow.parquet as pq
+
+    if path.is_file():
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=512):
+                yield from batch.to_pylist()
+
+
+def _by(rows: list[Row], key: str) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found

@@ -1,0 +1,54 @@
+"""`plmsae browse`: pages of a run's latents, built and served."""
+
+from __future__ import annotations
+
+import sys
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+from plmsae_cli.cli.exits import DONE, checked
+
+
+def browse_runs(
+    runs: Sequence[Path], build: Path | None, structures: Sequence[str], host: str, port: int, quiet: bool
+) -> int:
+    """Build the site of one or two runs where it is absent or out of date; serve it unless a folder was named."""
+
+    def work() -> int:
+        from plmsae_cli.browse.server import Server, sequence_reader
+        from plmsae_cli.browse.site import build_site, is_current
+        from plmsae_cli.config.errors import UserError
+
+        found = [_run_folder(run) for run in runs]
+        if len(found) > 2 or len(set(found)) < len(found):
+            raise UserError("one run is shown, or two different ones side by side", "name one or two run folders")
+        if build is not None:
+            print(build_site(found, build, structures))
+            return DONE
+        folder = found[0] / "browse" / "-".join(["pages", *(run.name for run in found[1:])])
+        if not is_current(folder, found, structures):
+            print(f"building {folder}", file=sys.stderr)
+            build_site(found, folder, structures)
+        with Server(folder, host, port, sequence_reader(found)) as server:
+            print(server.address, flush=True)
+            print("Ctrl-C ends it", file=sys.stderr)
+            if not quiet:
+                webbrowser.open(server.address)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+        return DONE
+
+    return checked(work)
+
+
+def _run_folder(run: Path) -> Path:
+    """The folder, or the run of that name under runs/."""
+    from plmsae_cli.config.errors import UserError
+
+    found = next((folder for folder in (run, Path("runs") / run) if folder.is_dir()), None)
+    if found is None:
+        raise UserError(f"{run} is not a folder", "name a run's folder, as `plmsae ls` lists them")
+    return found

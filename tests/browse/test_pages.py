@@ -1,0 +1,296 @@
+"""The pages in a real browser, at the width of a desk and of a phone."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+
+def open_site(page: Any, base: str, hash_: str = "#/") -> None:
+    page.goto(base + hash_)
+    page.wait_for_selector("h1")
+
+
+def concept_rows(run: Path, latent: int) -> list[dict[str, Any]]:
+    rows = pq.read_table(run / "eval" / "features" / "concepts.parquet").to_pylist()
+    return [row for row in rows if row["latent"] == latent]
+
+
+def busy(run: Path) -> int:
+    """The latent with most firings."""
+    firing = pq.read_table(run / "eval" / "features" / "latents.parquet")["firing"].to_pylist()
+    return firing.index(max(firing))
+
+
+def test_opens_from_disk_finds_and_comes_back(page: Any, made: Any) -> None:
+    open_site(page, (made.site / "index.html").as_uri())
+    assert page.get_by_text(f"{len(made.order)} latents", exact=True).is_visible()
+    page.fill("#filter", "made up")
+    table = pq.read_table(made.runs[0] / "eval" / "latents.parquet").to_pydict()
+    wanted = [n for n, name in enumerate(table["concept"]) if name == "Domain [FT]: made up"]
+    assert 0 < len(wanted) < len(made.order)
+    page.wait_for_selector(f"text={len(wanted)} of {len(made.order)} latents")
+    assert [int(text) for text in page.locator(".table tbody a").all_inner_texts()[:30]] == wanted[:30]
+    page.locator(".table th button", has_text="Density").click()
+    density = pq.read_table(made.runs[0] / "eval" / "features" / "latents.parquet")["density"].to_pylist()
+    falling = sorted(wanted, key=lambda n: (-density[n], n))
+    assert [int(text) for text in page.locator(".table tbody a").all_inner_texts()[:30]] == falling[:30]
+    page.locator(".table tbody a").first.click()
+    page.wait_for_selector(f"h1:text-is('Latent {falling[0]}')")
+    page.go_back()
+    page.wait_for_selector(f"text={len(wanted)} of {len(made.order)} latents")
+    assert page.input_value("#filter") == "made up"
+    page.fill("#jump", "7")
+    page.press("#jump", "Enter")
+    page.wait_for_selector("h1:text-is('Latent 7')")
+
+
+def test_slider_says_what_python_computes(page: Any, made: Any) -> None:
+    latent = busy(made.runs[0])
+    open_site(page, (made.site / "index.html").as_uri(), f"#/latent/{latent}")
+    rows = concept_rows(made.runs[0], latent)
+    assert len(rows) == 2
+    seen = set()
+    for j in (0, 15, 37, 60, 99):
+        page.locator("#threshold").fill(str(j))
+        for place, row in enumerate(rows):
+            cells = page.locator("#concepts tbody tr").nth(place).locator("td")
+            shown = [
+                float(cells.nth(i).get_attribute(f"data-{name}"))
+                for i, name in ((1, "precision"), (2, "recall"), (3, "f1"))
+            ]
+            assert shown == pytest.approx(made.scores(row, j), abs=1e-12)
+            assert cells.nth(1).inner_text() == f"{shown[0]:.2f}"
+            seen.add(tuple(shown))
+    assert len(seen) > 5
+
+
+def test_hostile_header_is_text(page: Any, made: Any) -> None:
+    table = [
+        pq.read_table(path).to_pylist() for path in sorted((made.runs[0] / "eval/features/examples").glob("group-*"))
+    ]
+    latent = next(
+        row["latent"]
+        for group in table
+        for row in group
+        if row["protein"] == 0 and row["kind"] == "top" and row["rank"] <= 6
+    )
+    open_site(page, (made.site / "index.html").as_uri(), f"#/latent/{latent}")
+    shown = page.locator("#examples .header").all_text_contents()
+    assert made.proteins[0][1] in shown
+    assert page.locator("main img").count() == 0
+    text = b"".join(path.read_bytes() for path in (made.site / "data" / "0").glob("group-*.js"))
+    assert b"</script>" not in text
+    assert "\u2028".encode() not in text
+
+
+def test_examples_have_their_colours_and_places(page: Any, made: Any) -> None:
+    latent = busy(made.runs[0])
+    open_site(page, (made.site / "index.html").as_uri(), f"#/latent/{latent}")
+    group = pq.read_table(made.runs[0] / f"eval/features/examples/group-{latent // 16:05}.parquet").to_pylist()
+    top = next(row for row in group if row["latent"] == latent and row["kind"] == "top" and row["rank"] == 1)
+    first = page.locator("#examples .example").first
+    assert first.locator(".peak").inner_text() == made.proteins[top["protein"]][2][top["position"] - 1]
+    assert first.locator(".peak").get_attribute("class") == "l9 peak"
+    first.get_by_role("button", name="Whole").click()
+    lines = first.locator(".whole .seq:not(.ruler):not(.annotated)").all_text_contents()
+    assert "".join(lines) == made.proteins[top["protein"]][2]
+    assert first.locator(".whole b").count() == len(top["positions"])
+    numbers, letters = first.locator(".whole .ruler").first.text_content(), lines[0]
+    assert numbers[9] == "0"
+    assert numbers[8] == "1"
+    assert letters[9] == made.proteins[top["protein"]][2][9]
+    boxes = [first.locator(f".window .seq >> nth={i}").locator("span").bounding_box() for i in (0, 1)]
+    assert abs(boxes[0]["x"] - boxes[1]["x"]) < 0.6
+    assert abs(boxes[0]["width"] - boxes[1]["width"]) < 0.6
+
+
+def test_structure_is_drawn(page: Any, made: Any) -> None:
+    pytest.importorskip("biotite")
+    rows = [
+        row
+        for path in sorted((made.runs[0] / "eval/features/examples").glob("group-*"))
+        for row in pq.read_table(path).to_pylist()
+    ]
+    latent = next(row["latent"] for row in rows if row["protein"] == 1 and row["kind"] == "top" and row["rank"] <= 6)
+    open_site(page, (made.site / "index.html").as_uri(), f"#/latent/{latent}")
+    page.locator(".example button.structure").first.click()
+    page.wait_for_selector(".viewer canvas")
+    page.wait_for_timeout(300)
+    drawn, warm = page.evaluate(
+        """async () => {
+          const source = document.querySelector(".viewer canvas");
+          const picture = new Image();
+          const shot = new Promise((done) => { picture.onload = done; });
+          picture.src = source.toDataURL();
+          await shot;
+          const copy = document.createElement("canvas");
+          [copy.width, copy.height] = [source.width, source.height];
+          const pen = copy.getContext("2d");
+          pen.drawImage(picture, 0, 0);
+          const bytes = pen.getImageData(0, 0, copy.width, copy.height).data;
+          let [drawn, warm] = [0, 0];
+          for (let i = 0; i < bytes.length; i += 4) {
+            if (bytes[i] !== bytes[0] || bytes[i + 1] !== bytes[1] || bytes[i + 2] !== bytes[2]) drawn++;
+            if (bytes[i] > bytes[i + 2] + 40) warm++;
+          }
+          return [drawn, warm];
+        }"""
+    )
+    assert drawn > 500  # the molecule
+    assert 10 < warm < drawn  # residues on which it fires, among grey ones
+
+
+def test_own_sequence_residue_by_residue(page: Any, made: Any, served: str) -> None:
+    from plmsae_cli import load_sae
+    from plmsae_cli.plm.alphabet import encode, pack
+    from plmsae_cli.runtime.models import load_plm
+
+    sequence = made.proteins[3][2][:70]
+    open_site(page, served, "#/own")
+    page.fill("#own", f">mine\n{sequence.lower()}\n")
+    page.get_by_role("button", name="Show its latents").click()
+    page.wait_for_selector("text=Strongest latents")
+    packed = pack([encode(sequence)])
+    x_LD = load_plm("bundled")(packed.tokens_T, packed.documents, layers=[5]).hidden[5][1:-1]
+    sae = load_sae(made.runs[0])
+    acts_LN = sae.encode_dense(x_LD).detach()
+    share_N = (acts_LN / sae.maximum_N.clamp(min=1e-9)).amax(0)
+    wanted = torch.argsort(-share_N, stable=True)[:5].tolist()
+    shown = page.locator(".examples .who").all_inner_texts()
+    assert shown[:5] == [f"latent {n}" for n in wanted]
+    assert len(shown) == min(40, int((share_N > 0).sum()))
+    page.locator(".pickable b").nth(4).click()
+    listed = page.locator(".whole + div a").all_inner_texts()
+    here = acts_LN[4] / sae.maximum_N.clamp(min=1e-9)
+    assert listed[0] == str(int(here.argmax()))
+    page.fill("#own", "MK1?")
+    page.get_by_role("button", name="Show its latents").click()
+    page.wait_for_selector("text=residue 3 is '?'")
+
+
+def test_two_dictionaries_side_by_side(page: Any, made: Any) -> None:
+    inverse = torch.argsort(made.order).tolist()
+    latent = busy(made.runs[0])
+    open_site(page, (made.site / "index.html").as_uri(), f"#/compare/{latent}")
+    assert page.locator(".pair a", has_text="Latent").all_inner_texts() == [
+        f"Latent {latent}",
+        f"Latent {inverse[latent]}",
+    ]
+    assert "decoder cosine 1.00, co-activation 1.00" in page.locator(".pair").inner_text()
+    windows = [page.locator(".pair > div").nth(i).locator(".window").all_text_contents() for i in (0, 1)]
+    assert windows[0]
+    assert windows[0] == windows[1]
+    page.goto((made.site / "index.html").as_uri() + "#/compare")
+    page.wait_for_selector(".table")
+    numbers = page.locator(".table tbody tr:not(.space)").first.locator("td").all_inner_texts()
+    assert str(inverse[int(numbers[0])]) in numbers
+
+
+def test_motif_counts_windows(page: Any, made: Any) -> None:
+    import re
+
+    open_site(page, (made.site / "index.html").as_uri(), "#/motif?q=" + "L..L")
+    page.wait_for_selector("text=with the largest share")
+    rows = [
+        row
+        for path in sorted((made.runs[0] / "eval/features/examples").glob("group-*"))
+        for row in pq.read_table(path).to_pylist()
+    ]
+    latent = int(page.locator("tbody a").first.inner_text())
+    windows = []
+    for row in rows:
+        if row["latent"] == latent and row["kind"] == "top":
+            padded = "-" * 10 + made.proteins[row["protein"]][2] + "-" * 10
+            windows.append(padded[row["position"] - 1 : row["position"] + 20])
+    hits = sum(bool(re.search("L..L", window)) for window in windows)
+    assert page.locator("tbody tr").first.locator("td").nth(1).inner_text() == f"{hits} of {len(windows)}"
+
+
+def test_keys_and_colours(page: Any, made: Any) -> None:
+    open_site(page, (made.site / "index.html").as_uri())
+    page.keyboard.press("?")
+    page.wait_for_selector("dialog[open]")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog:not([open])", state="attached")
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("h1:text-is('Latent 1')")
+    page.keyboard.press("]")
+    page.wait_for_selector("h1:text-is('Latent 2')")
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.keyboard.press("t")
+    page.keyboard.press("t")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    page.keyboard.press("g")
+    page.keyboard.press("m")
+    page.wait_for_selector("h1:text-is('Motif')")
+
+
+def test_csv_of_what_is_shown(page: Any, made: Any) -> None:
+    open_site(page, (made.site / "index.html").as_uri(), "#/?pattern=point")
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save as CSV").click()
+    rows = list(csv.DictReader(io.StringIO(Path(saved.value.path()).read_text())))
+    density = pq.read_table(made.runs[0] / "eval/features/latents.parquet")["density"].to_pylist()
+    assert [int(row["latent"]) for row in rows] == [n for n in range(len(made.order)) if n % 2]
+    assert [float(row["density"]) for row in rows] == pytest.approx(
+        [density[n] for n in range(len(made.order)) if n % 2], rel=1e-6
+    )
+
+
+def test_every_part_of_the_form_is_shown(page: Any, tmp_path: Path) -> None:
+    """The example of docs/features.md: a latent that never fired, one in a tree, candidates, headers that are markup."""
+    from plmsae_cli.browse.site import build_site
+
+    path = Path(__file__).parents[1] / "evaluation" / "features_example.py"
+    spec = importlib.util.spec_from_file_location("features_example", path)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.write_example(tmp_path / "run" / "eval" / "features", num_latents=60, proteins=20, latents_per_group=16)
+    base = build_site([tmp_path / "run"], tmp_path / "site").as_uri()
+    open_site(page, base, "#/latent/0")
+    assert page.get_by_text("It never fired on the residues read.").is_visible()
+    open_site(page, base, "#/latent/59")
+    page.wait_for_selector("h1:text-is('Latent 59')")
+    table = pq.read_table(tmp_path / "run/eval/features/latents.parquet").to_pylist()[59]
+    tree = page.locator(".tree a").all_inner_texts()
+    assert tree[0] == f"latent {table['parent']}"
+    rows = pq.read_table(tmp_path / "run/eval/features/examples/group-00003.parquet").to_pylist()
+    outside = {row["protein"] for row in rows if row["latent"] == 59 and row["annotated"] is False}
+    assert outside
+    assert page.locator("#candidates .example").count() == min(6, len(outside))
+    assert page.locator("section", has=page.locator("h2", has_text="Decoder neighbours")).locator(
+        "a"
+    ).all_inner_texts() == [str(n) for n in table["neighbours"]]
+    open_site(page, base, "#/latent/60")
+    assert page.get_by_text("there is no latent 60").is_visible()
+
+
+def test_accessible(page: Any, made: Any) -> None:
+    """axe-core's rules of WCAG 2.1 A and AA, on every kind of page, in light and in dark."""
+    axe = os.environ.get("PLMSAE_AXE", "")
+    if not Path(axe).is_file():
+        pytest.skip("axe-core is not here: npm install axe-core, and PLMSAE_AXE=node_modules/axe-core/axe.min.js")
+    latent = busy(made.runs[0])
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for hash_ in ("#/", f"#/latent/{latent}", "#/motif?q=LL", "#/compare", f"#/compare/{latent}"):
+            page.goto("about:blank")
+            open_site(page, (made.site / "index.html").as_uri(), hash_)
+            page.wait_for_timeout(100)
+            page.evaluate(Path(axe).read_text(encoding="utf-8"))
+            found = page.evaluate("axe.run({preload: false, runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})")
+            bad = [(one["id"], [node["html"][:150] for node in one["nodes"]][:3]) for one in found["violations"]]
+            assert bad == [], f"{scheme} {hash_}"

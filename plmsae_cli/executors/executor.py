@@ -131,7 +131,7 @@ def run_far(task: Mapping[str, Any], experiment: Mapping[str, Any], folder: str)
         os.chdir(folder)
         own = Experiment.model_validate(experiment)
         if own.launch.gpus == 0:
-            allow_gpus(0)
+            allow_gpus([])
         run_task(one, LocalContext(own, lambda *_, **__: None))
     except Exception as error:
         return failure_of(one, error)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, plain_http, refuse_gangs
+from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, plain_http
 from plmsae_cli.executors.keep import free_unkept
 from plmsae_cli.executors.locks import locked
+from plmsae_cli.executors.torchrun import join_machines
 from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
 from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.progress import Reporter, clock
@@ -102,9 +103,12 @@ def run_experiment(
     Raises:
         Locked, UserError, TaskFailed, Interrupted.
     """
-    refuse_gangs(experiment, stages)
     store = Store(experiment.storage)
     run = RunFolder(Lineage(experiment, store).run_folder())
+    if experiment.launch.executor == "local" and experiment.launch.nodes > 1 and not in_gang():
+        begun = time.monotonic()
+        join_machines(experiment, stages, restart, reporter, text)
+        return Done(run, {"train": round(time.monotonic() - begun, 2)})
     if in_gang():
         if list(stages) != ["train"] or restart:
             raise UserError(

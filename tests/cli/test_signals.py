@@ -33,7 +33,7 @@ def rank_of(process: Any, rank: int) -> int:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         if (
             f"RANK={rank}".encode() in environment
-            and b"plmsae_cli.executors.gang" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            and b"plmsae_cli.executors.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ):
             return pid
     raise AssertionError(process.log)
@@ -133,6 +133,20 @@ def test_a_gang_is_interrupted_continued_and_leaves_nobody_behind_whoever_is_kil
     assert process.gone(5)
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], "rank 1 was killed" in status["error"]) == ("failed", True)
+
+    # One rank is stopped: it is named in time, and nobody is left, not even the one that cannot notice anything.
+    path.write_text(path.read_text().replace("ranks: 2", "ranks: 2, patience: 3"))
+    process = start("train", path, "--no-progress")
+    process.until(lambda: len(process.family()) == 4 and (run / "logs" / "gang-status.json").exists())
+    stopped = rank_of(process, 1)
+    begun = time.monotonic()
+    os.kill(stopped, signal.SIGSTOP)
+    assert process.wait() == 1, process.log
+    assert time.monotonic() - begun < 10
+    assert f"rank 1 (pid {stopped} on " in process.log
+    assert "gave no sign of life for 3 s (launch.patience)" in process.log
+    assert process.gone(5)
+    assert "rank 1 (pid" in json.loads((run / "status.json").read_text())["error"]
 
     # The launcher is killed: the ranks notice.
     process = start("train", path, "--no-progress")

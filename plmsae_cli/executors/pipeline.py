@@ -105,7 +105,8 @@ def run_experiment(
     """
     store = Store(experiment.storage)
     run = RunFolder(Lineage(experiment, store).run_folder())
-    if experiment.launch.executor == "local" and experiment.launch.nodes > 1 and not in_gang():
+    several = experiment.launch.executor == "local" and experiment.launch.nodes > 1
+    if several and {"train", "sweep"} & set(stages) and not in_gang():
         begun = time.monotonic()
         join_machines(experiment, stages, restart, reporter, text)
         return Done(run, {"train": round(time.monotonic() - begun, 2)})

@@ -53,8 +53,7 @@ def join_machines(
     if list(stages) != ["train"] or restart:
         raise UserError(
             f"launch.nodes: {launch.nodes} is for `plmsae train` alone, and without --restart",
-            "make the data on one machine (`plmsae optimize YAML --with-inputs --set launch.nodes=1 --set "
-            "launch.rendezvous=null`), then start `plmsae train YAML` on each",
+            "make the data on one machine (`plmsae optimize YAML --with-inputs`), then start `plmsae train YAML` on each",
         )
     run = RunFolder(os.path.join(experiment.root, str(experiment.name)))
     gang = Gang(run, None, experiment, reporter.update, text)
@@ -64,7 +63,7 @@ def join_machines(
         f"--rdzv-endpoint={launch.rendezvous}",
         f"--rdzv-id={experiment.name}",
     ]
-    reporter.begin(f"train, 1 of {launch.nodes} machines")
+    reporter.begin(f"train on {launch.nodes} machines")
     try:
         _torchrun(gang, rendezvous, ranks(experiment) // launch.nodes, experiment)
     except BaseException:

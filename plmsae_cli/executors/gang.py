@@ -88,6 +88,16 @@ class Gang:
         return read_json(self.logs / "gang-status.json") or {}
 
     @property
+    def begun(self) -> bool:
+        """Whether any rank has given a sign of life, and not yet said that it has done its work."""
+        return any(self.logs.glob("alive-rank-*"))
+
+    @property
+    def failed(self) -> bool:
+        """Whether a rank has left an error."""
+        return any(self.logs.glob("error-rank-*.json"))
+
+    @property
     def interrupted(self) -> bool:
         """Whether the ranks have stopped at a checkpoint."""
         return self._status().get("state") == "interrupted"

@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ def be_rank(run: RunFolder) -> None:
     logs = run.path / "logs"
     rank = int(os.environ.get("RANK", "0"))
     _write_to(logs / f"rank-{rank}.log")
-    _live(logs / f"alive-rank-{rank}")
+    sign = logs / f"alive-rank-{rank}"
+    _live(sign)
     order: dict[str, Any] = json.loads((logs / "gang.json").read_text(encoding="utf-8"))
     experiment = Experiment.model_validate(order["experiment"])
     if experiment.launch.gpus == 0:
@@ -49,6 +52,7 @@ def be_rank(run: RunFolder) -> None:
             context = LocalContext(experiment, _Teller(logs, rank).update)
             run_task(Task.from_json(order["task"]), context, commit=rank == 0)
     except Interrupted:
+        sign.unlink(missing_ok=True)
         if rank == 0:
             write_json(logs / "gang-status.json", {"state": "interrupted"})
         sys.exit(75)
@@ -65,6 +69,7 @@ def be_rank(run: RunFolder) -> None:
         write_json(logs / f"error-rank-{rank}.json", body)
         print(body["trace"], file=sys.stderr, flush=True)
         os._exit(1)  # the others wait in a collective; leaving at once lets the launcher end them
+    sign.unlink(missing_ok=True)
 
 
 def _train_whole(experiment: Experiment, text: str | None, teller: _Teller) -> None:
@@ -117,7 +122,8 @@ def _live(sign: Path) -> None:
 
     def live() -> None:
         while not launcher or (os.getppid() == parent and _exists(launcher)):
-            os.utime(sign)
+            with suppress(FileNotFoundError):  # it has done its work
+                os.utime(sign)
             time.sleep(1)
         os._exit(FORCED)
 
@@ -132,6 +138,14 @@ def _exists(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def far_rank(run: str, folder: str, environment: Mapping[str, str]) -> None:
+    """A rank that a cluster has started: `environment` says which of whom, `folder` where the command was started."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    STOP.listen(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    be_rank(RunFolder(run))
 
 
 def main() -> None:

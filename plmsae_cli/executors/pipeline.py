@@ -266,6 +266,12 @@ def _each_trial(
 
         worked, failed = train_shared(experiment, run, executor, reporter)
     points = _trials(experiment)
+    if experiment.launch.executor == "ray" and not experiment.shares_stream:
+        from plmsae_cli.executors.ray import RayExecutor
+        from plmsae_cli.executors.ray_trials import run_trials
+
+        assert isinstance(executor, RayExecutor)
+        worked, failed = run_trials(points, only, executor, reporter)
     for number, trial in enumerate(points, 1):
         if STOP.requested():
             raise Interrupted

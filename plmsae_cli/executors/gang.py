@@ -17,6 +17,12 @@ from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Task
 
 LOOK_S = 0.2
+WAKE_S = 3.0
+IN_THE_WAKE = (
+    "Connection reset by peer", "Connection closed by peer", "Broken pipe", "Timed out waiting", "NCCL", "DistBackendError",
+    "DistNetworkError", "DistStoreError",
+)  # fmt: skip
+"""Words of an error that a rank meets when another one has gone."""
 
 
 class Gang:
@@ -102,6 +108,17 @@ class Gang:
         """Whether the ranks have stopped at a checkpoint."""
         return self._status().get("state") == "interrupted"
 
+    def _first_error(self) -> dict[str, Any] | None:
+        """The earliest that is not about another rank's going away; one that is, if a while brings no better."""
+        end = time.monotonic() + WAKE_S
+        while True:
+            found = [body for file in self.logs.glob("error-rank-*.json") if (body := read_json(file)) is not None]
+            found.sort(key=lambda body: (any(words in body["message"] for words in IN_THE_WAKE), body["time"]))
+            first = found[0] if found else None
+            if first is None or not any(words in first["message"] for words in IN_THE_WAKE) or time.monotonic() > end:
+                return first
+            time.sleep(LOOK_S)
+
     def end(self, otherwise: Exception, killed: Exception | None = None) -> None:
         """After an end that was no success.
 
@@ -117,10 +134,9 @@ class Gang:
             raise Interrupted
         if killed is not None:
             raise killed
-        errors = [body for file in self.logs.glob("error-rank-*.json") if (body := read_json(file)) is not None]
-        if not errors:
+        first = self._first_error()
+        if first is None:
             raise otherwise
-        first = min(errors, key=lambda body: body["time"])
         if first["user"]:
             raise UserError(first["message"], first["hint"])
         raise TaskFailed(self.name, f"rank {first['rank']}: {first['message']}", first["trace"])

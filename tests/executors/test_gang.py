@@ -78,6 +78,13 @@ def test_what_an_earlier_start_left_in_the_log_does_not_count(run: RunFolder) ->
     assert found.trace == "Traceback ..."
 
 
+def test_what_others_meet_in_the_wake_of_the_first_is_not_the_first(run: RunFolder) -> None:
+    size = (run.path / "logs" / "torchrun.log").stat().st_size
+    error(run, 0, 1.0, message="RuntimeError: [gloo] Read error: Connection reset by peer")
+    error(run, 1, 2.0, message="ValueError: the cause")
+    assert str(told(run, size)) == "train: rank 1: ValueError: the cause"
+
+
 def test_an_error_for_the_user_stays_one(run: RunFolder) -> None:
     size = (run.path / "logs" / "torchrun.log").stat().st_size
     error(run, 1, 1.0, user=True, message="no", hint="yes")

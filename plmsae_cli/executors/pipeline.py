@@ -19,7 +19,7 @@ from plmsae_cli.executors.locks import locked
 from plmsae_cli.executors.torchrun import join_machines
 from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
 from plmsae_cli.runtime.dist import in_gang
-from plmsae_cli.runtime.progress import Reporter, clock
+from plmsae_cli.runtime.progress import LoggedReporter, Reporter, clock, keep
 from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan
@@ -129,6 +129,7 @@ def run_experiment(
             if run.identity.exists():
                 run.claim_identity(Lineage(experiment, store).run_identity())
             run.begin(experiment, text)
+            reporter = LoggedReporter(reporter, run.log)
             STOP.watch(run.stop_file)
             with STOP.before_forced_exit(lambda: run.status(state="killed")):
                 _run_stages(experiment, stages, store, run, reporter, seconds)
@@ -139,6 +140,7 @@ def run_experiment(
             raise
         except Exception as error:
             with suppress(OSError):  # what could not be written is in `error`
+                keep(run.log, f"failed: {error}\n{getattr(error, 'trace', '')}")
                 run.status(state="failed", error=first_line(error))
             raise
     return Done(run, seconds)

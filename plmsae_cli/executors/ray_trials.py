@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.errors import first_line
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.ray import RayExecutor
-from plmsae_cli.runtime.progress import PlainReporter, Reporter
+from plmsae_cli.runtime.progress import NoReporter, Reporter
 from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
@@ -77,20 +75,14 @@ def _outcome(ray: Any, reference: Any) -> dict[str, Any]:
 
 
 def run_trial(settings: Mapping[str, Any], stages: Sequence[str], folder: str) -> dict[str, Any]:
-    """One trial, on the node that Ray has chosen; what it says is in `logs/trial.log` of its run."""
+    """One trial, on the node that Ray has chosen; what it says is in `logs/run.log` of its run."""
     from plmsae_cli.executors.pipeline import run_experiment
 
     os.chdir(folder)
     experiment = Experiment.model_validate(settings)
-    log = Path(experiment.root) / str(experiment.name) / "logs" / "trial.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        reporter = PlainReporter()
-        reporter.say = partial(print, file=file, flush=True)  # type: ignore[method-assign]
-        try:
-            return {"worked": bool(run_experiment(experiment, stages, reporter).stages)}
-        except Interrupted:
-            return {"interrupted": True}
-        except Exception as error:
-            print(error, file=file)
-            return {"error": first_line(error)}
+    try:
+        return {"worked": bool(run_experiment(experiment, stages, NoReporter()).stages)}
+    except Interrupted:
+        return {"interrupted": True}
+    except Exception as error:
+        return {"error": first_line(error)}

@@ -20,12 +20,15 @@ GPU_SECONDS = 120
 _COMPUTE = "import torch; [torch.ones(8, device=f'cuda:{i}').sum().item() for i in range(torch.cuda.device_count())]"
 
 
+State = Literal["ok", "warn", "fail"]
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing looked at."""
 
     name: str
-    state: Literal["ok", "warn", "fail"]
+    state: State
     text: str
     remedy: str | None = None
 

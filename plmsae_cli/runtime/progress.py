@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 PLAIN_EVERY_S = 30.0
@@ -73,8 +76,9 @@ def _shown(value: Any) -> str:
 class PlainReporter:
     """A line now and then, for logs."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[str], None] | None = None) -> None:
         self._title, self._pace, self._last = "", Pace(), 0.0
+        self._write = write or partial(print, file=sys.stderr, flush=True)
 
     def begin(self, title: str) -> None:
         self._title, self._pace, self._last = title, Pace(), time.monotonic()
@@ -95,7 +99,47 @@ class PlainReporter:
         self.say(f"{self._title}: {text}")
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        self._write(text)
+
+
+class NoReporter:
+    """For nobody."""
+
+    def begin(self, title: str) -> None: ...
+    def update(self, done: float | None, total: float | None, **figures: Any) -> None: ...
+    def end(self, text: str) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class LoggedReporter:
+    """Passes on to another, and keeps what is said in a file, each line with its time; of progress a line every 30 s."""
+
+    def __init__(self, shown: Reporter, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._shown, self._plain = shown, PlainReporter(lambda text: keep(log, text))
+
+    def begin(self, title: str) -> None:
+        self._plain.begin(title)
+        self._shown.begin(title)
+
+    def update(self, done: float | None, total: float | None, **figures: Any) -> None:
+        self._plain.update(done, total, **figures)
+        self._shown.update(done, total, **figures)
+
+    def end(self, text: str) -> None:
+        self._plain.end(text)
+        self._shown.end(text)
+
+    def say(self, text: str) -> None:
+        self._plain.say(text)
+        self._shown.say(text)
+
+
+def keep(log: Path, text: str) -> None:
+    """Add to a log, each line with its time."""
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:  # a full disk ends a run where it matters
+        file.write("".join(f"{stamp}{line}\n" for line in text.splitlines()))
 
 
 class LiveReporter:

@@ -174,3 +174,18 @@ def test_a_failing_stage_is_1_and_says_so_in_the_status(
     assert plmsae("train", path).code == 0
     status = json.loads((tmp_path / "runs" / "fails" / "status.json").read_text())
     assert (status["state"], status["error"], time.time() - status["updated"] < 60) == ("done", None, True)
+
+
+@pytest.mark.usefixtures("data")
+def test_a_stop_file_interrupts_while_somebody_follows_the_log(start: Start, write: Write, tmp_path: Path) -> None:
+    path = write("asked.yaml", tokens=FOREVER)
+    run = tmp_path / "runs" / "asked"
+    process = start("train", path, "--no-progress")
+    process.until(training(run))
+    follower = start("logs", run, "-f")
+    follower.until(lambda: "train ..." in follower.log)
+    (run / "STOP").touch()
+    assert process.wait() == 75, process.log
+    assert follower.wait() == 0
+    assert follower.log.splitlines()[-1].endswith("train: stopped")
+    assert state(run) == "interrupted"

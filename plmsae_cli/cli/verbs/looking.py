@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -32,3 +33,20 @@ def status(
     from plmsae_cli.cli.listing import show_status
 
     raise typer.Exit(show_status(run, json))
+
+
+@verb()
+def logs(
+    run: Run,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Go on with what is added, until the run ends.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="N", help="The output of one rank of a training on several.")
+    ] = None,
+    lines: Annotated[int, typer.Option("--lines", metavar="N", help="Lines to begin with; 200 unless set.")] = 200,
+) -> None:
+    """Show what a run has said, and how it failed."""
+    from plmsae_cli.cli.logs import show_logs
+
+    raise typer.Exit(show_logs(run, follow, rank, lines))

@@ -141,14 +141,27 @@ def show_status(run: Path, as_json: bool) -> int:
 
     def work() -> int:
         from plmsae_cli.report.table import summary
+        from plmsae_cli.runtime.foretold import compared
         from plmsae_cli.runtime.processes import live_state
         from plmsae_cli.runtime.run_folder import find_run, read_json
 
         folder = find_run(run)
         status = read_json(folder / "status.json") or {}
+        told = compared(folder, status.get("stage_seconds", {}))
         last = _last_line(folder / "metrics.jsonl")
         if as_json:
-            print(json.dumps({"schema": 1, "run": str(folder), **status, "state": live_state(status), "last": last}))
+            print(
+                json.dumps(
+                    {
+                        "schema": 1,
+                        "run": str(folder),
+                        **status,
+                        "state": live_state(status),
+                        "last": last,
+                        "compared": told,
+                    }
+                )
+            )
             return DONE
         print(f"{folder}: {live_state(status)}" + (f", in {status['stage']}" if status.get("stage") else ""))
         if status.get("together", 1) > 1:
@@ -161,9 +174,21 @@ def show_status(run: Path, as_json: bool) -> int:
             print("  last: " + ", ".join(f"{k} {v:.5g}" for k, v in last.items() if isinstance(v, (int, float))))
         for name, value in summary(folder):
             print(f"  {name}: {value}")
+        for stage, each in told.items():
+            print(f"  {stage}: predicted {_words(each['predicted'])}; came to {_words(each['measured'])}")
         return DONE
 
     return checked(work)
+
+
+def _words(figures: dict[str, float]) -> str:
+    """12 s, 3.1 GB a GPU, $0.40"""
+    from plmsae_cli.report.words import seconds
+
+    found = [seconds(figures["seconds"])] if "seconds" in figures else []
+    found += [f"{size(figures['memory'])} a GPU"] if "memory" in figures else []
+    found += [f"${figures['usd']:,.2f}"] if "usd" in figures else []
+    return ", ".join(found)
 
 
 def _trial_states(folder: Path) -> dict[str, int]:

@@ -18,7 +18,9 @@ from plmsae_cli.executors.keep import free_unkept
 from plmsae_cli.executors.locks import locked
 from plmsae_cli.executors.torchrun import join_machines
 from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
+from plmsae_cli.runtime.device import count_gpus
 from plmsae_cli.runtime.dist import in_gang
+from plmsae_cli.runtime.foretold import foretell
 from plmsae_cli.runtime.progress import LoggedReporter, Reporter, clock, keep
 from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
@@ -211,6 +213,8 @@ def _stage(
         why = f" ({plan.note})" if plan.note else ""
         reporter.say(f"{stage}: nothing to do, {_where(plan) or 'a later artifact exists'}{why}")
         return False
+    gpus = plan.figures.get("ranks", executor.slots) if any(task.resources.gpus for task in plan.tasks) else 0
+    foretell(run.path, stage, plan.figures, gpus if count_gpus(experiment.launch) else 0, experiment.price.gpu_hour)
     begun = time.monotonic()
     reporter.begin(stage)
     for attempt in range(3):

@@ -109,7 +109,7 @@ def _owners(experiment: Experiment, model: Dictionary) -> int:
     return ranks(experiment) if count_gpus(experiment.launch) > 0 and may_fuse(model, train) else 1
 
 
-def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, str]:
+def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, str | float]:
     """See `training.prediction`."""
     import torch
 

@@ -66,7 +66,8 @@ def _checks(experiment: Experiment) -> Iterator[Check]:
     yield _all_reduce(experiment)
     yield _memory()
     places = folders(experiment)
-    local = {nearest(Path(place)): (field, place) for field, place in reversed(places.items()) if not is_remote(place)}
+    there = {field: place for field, place in reversed(places.items()) if not is_remote(place)}
+    local = {nearest(Path(place)).stat().st_dev: (field, place) for field, place in there.items()}
     for field, place in reversed(local.values()):
         yield space(field, place)
         yield _disk(field, place)

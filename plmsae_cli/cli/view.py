@@ -14,8 +14,10 @@ from rich.text import Text
 
 from plmsae_cli.executors.queue import Entry
 from plmsae_cli.runtime.progress import Pace, clock, words
+from plmsae_cli.runtime.stop import STOP
 
 STYLES = {"running": "bold cyan", "done": "green", "skipped": "dim", "failed": "bold red", "interrupted": "yellow"}
+STOPPING = "stopping at the next safe point, press again to abort"
 AROUND = 8
 """Experiments shown before and after the one that runs; a long queue must fit on a screen."""
 
@@ -69,7 +71,8 @@ class QueueView:
             table.add_row(*self._row(number, entry))
         if last < len(self._entries):
             table.add_row(Text(f"({len(self._entries) - last} behind)", style="dim"))
-        return Group(table, Text("  ".join(words(self._figures)), style="dim", overflow="ellipsis", no_wrap=True))
+        below = STOPPING if STOP.asked else "  ".join(words(self._figures))
+        return Group(table, Text(below, style="dim", overflow="ellipsis", no_wrap=True))
 
     def _row(self, number: int, entry: Entry) -> list[Any]:
         state = Text(entry.state, style=STYLES.get(entry.state, "dim"))

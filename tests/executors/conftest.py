@@ -101,12 +101,12 @@ def trained(prepared: Prepared) -> Callable[..., Experiment]:
     """`trained("name", "data")`: an experiment that trains on the dataset of the name `data`, which is made once."""
     made: dict[str, Experiment] = {}
 
-    def make(name: str, data: str, **launch: Any) -> Experiment:
+    def make(name: str, data: str, tokens: str = "12_800", **launch: Any) -> Experiment:
         if data not in made:
             made[data] = prepared(data)
             _run_stages(made[data], LocalExecutor(made[data]))
         body = made[data].dump()
-        train = {"sae": {"expansion": 2, "k": 4}, "batch_tokens": 128, "tokens": 12800, "log_every": 1}
+        train = {"sae": {"expansion": 2, "k": 4}, "batch_tokens": 128, "tokens": int(tokens), "log_every": 1}
         return Experiment.model_validate({**body, "name": name, "train": train, "launch": {"gpus": 0, **launch}})
 
     return make

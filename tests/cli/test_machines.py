@@ -28,6 +28,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one_and_end_together(
     plmsae: Plmsae, start: Callable[..., Any], write: Write, several: str, tmp_path: Path
 ) -> None:

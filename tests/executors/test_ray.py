@@ -175,6 +175,7 @@ def test_no_cluster_at_the_address(prepared: Prepared, monkeypatch: pytest.Monke
     assert "ray start --head" in str(error.value.hint)
 
 
+@pytest.mark.slow
 def test_ranks_train_in_a_placement_group_and_trials_side_by_side(
     cluster: Any, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_gang_told_to_leave_saves_and_is_submitted_again(
     assert losses(experiment) == pytest.approx(losses(alone), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_the_job_with_its_name(
     prepared: Prepared, trained: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def candidates(entry: Entry) -> Iterator[Any]:
         "eval.contacts.structures": ["a.pdb"], "eval.contacts.methods": ["head"], "eval.steering.strengths": [2.0],
         "eval.steering.latents": [3], "eval.steering.residues": "active",
         "eval.concepts.nulls": ["pca"], "train.kind": "sae", "launch.slurm.options": {"qos": "high"},
+        "launch.gpus": [0, 3],
         "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
     }  # fmt: skip
     if entry.path in special:
@@ -72,6 +73,10 @@ def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
         bodies = [SAE.replace("sweep: {", "sweep: {stream: shared, ")]
     if path.startswith(("launch.ray.", "launch.slurm.")):
         bodies = [f"{SAE}launch: {{executor: {path.split('.')[1]}}}\n"]
+    if path == "launch.nodes":
+        bodies = [f"{SAE}launch: {{executor: slurm}}\n"]
+    if path == "launch.rendezvous":
+        bodies = [f"{SAE}launch: {{nodes: 2, rendezvous: 'a:1'}}\n"]
     if path.startswith("embed.imported."):
         bodies = [SAE.replace("embed: {", "embed: {imported: {path: acts, of_model: true}, ")]
     if path == "embed.ordered_rows":

@@ -47,6 +47,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
             patch.setenv("OMP_NUM_THREADS", "1")
             yield
+            end = time.monotonic() + 30  # steps outlive a node's daemon
+            while subprocess.check_output(["squeue", "--noheader"]) and time.monotonic() < end:
+                time.sleep(0.5)
     finally:
         for name in ("node", "controller", "munge"):
             with suppress(OSError, ValueError):

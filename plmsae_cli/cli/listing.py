@@ -58,6 +58,7 @@ def list_root(root: Path, as_json: bool) -> int:
 
 
 def _run(folder: Path, root: Path) -> dict[str, Any]:
+    from plmsae_cli.runtime.processes import live_state
     from plmsae_cli.runtime.results import headline
     from plmsae_cli.runtime.run_folder import read_json
 
@@ -71,19 +72,6 @@ def _run(folder: Path, root: Path) -> dict[str, Any]:
         "figures": headline(folder),
         "artifacts": read_json(folder / "artifacts.json") or {},
     }
-
-
-def live_state(status: dict[str, Any]) -> str:
-    """The recorded state; a `running` whose process is gone was killed."""
-    state = str(status.get("state", "unknown"))
-    if state == "running" and "pid" in status:
-        try:
-            os.kill(int(status["pid"]), 0)
-        except ProcessLookupError:
-            return "killed"
-        except PermissionError:
-            return state
-    return state
 
 
 def _data(path: Path, users: dict[str, list[str]]) -> dict[str, Any]:
@@ -152,17 +140,28 @@ def show_status(run: Path, as_json: bool) -> int:
     """One run: state, stage, times, last metrics, figures."""
 
     def work() -> int:
-        from plmsae_cli.config.errors import UserError
         from plmsae_cli.report.table import summary
-        from plmsae_cli.runtime.run_folder import read_json
+        from plmsae_cli.runtime.foretold import compared
+        from plmsae_cli.runtime.processes import live_state
+        from plmsae_cli.runtime.run_folder import find_run, read_json
 
-        folder = run if (run / "status.json").exists() else Path("runs") / run
-        status = read_json(folder / "status.json")
-        if status is None:
-            raise UserError(f"{run} is not a run (no status.json)", "`plmsae ls` lists the runs")
+        folder = find_run(run)
+        status = read_json(folder / "status.json") or {}
+        told = compared(folder, status.get("stage_seconds", {}))
         last = _last_line(folder / "metrics.jsonl")
         if as_json:
-            print(json.dumps({"schema": 1, "run": str(folder), **status, "state": live_state(status), "last": last}))
+            print(
+                json.dumps(
+                    {
+                        "schema": 1,
+                        "run": str(folder),
+                        **status,
+                        "state": live_state(status),
+                        "last": last,
+                        "compared": told,
+                    }
+                )
+            )
             return DONE
         print(f"{folder}: {live_state(status)}" + (f", in {status['stage']}" if status.get("stage") else ""))
         if status.get("together", 1) > 1:
@@ -175,13 +174,26 @@ def show_status(run: Path, as_json: bool) -> int:
             print("  last: " + ", ".join(f"{k} {v:.5g}" for k, v in last.items() if isinstance(v, (int, float))))
         for name, value in summary(folder):
             print(f"  {name}: {value}")
+        for stage, each in told.items():
+            print(f"  {stage}: predicted {_words(each['predicted'])}; came to {_words(each['measured'])}")
         return DONE
 
     return checked(work)
 
 
+def _words(figures: dict[str, float]) -> str:
+    """12 s, 3.1 GB a GPU, $0.40"""
+    from plmsae_cli.report.words import seconds
+
+    found = [seconds(figures["seconds"])] if "seconds" in figures else []
+    found += [f"{size(figures['memory'])} a GPU"] if "memory" in figures else []
+    found += [f"${figures['usd']:,.2f}"] if "usd" in figures else []
+    return ", ".join(found)
+
+
 def _trial_states(folder: Path) -> dict[str, int]:
     """How many trials of a sweep are in which state, those that have not begun as pending; empty for other runs."""
+    from plmsae_cli.runtime.processes import live_state
     from plmsae_cli.runtime.run_folder import read_json
 
     sweep = read_json(folder / "sweep.json")

@@ -58,12 +58,22 @@ class Launch(Section):
 
     executor: Literal["local", "ray", "slurm"] = "local"
     """`local`: processes on this machine. `ray` (`pip install plmsae[ray]`) and `slurm` (`plmsae[slurm]`): a cluster does the
-    tasks of embed, shuffle and optimize; all machines must see the same paths."""
-    gpus: Auto | Annotated[int, Field(ge=0)] = "auto"
-    """GPUs to use; `auto` takes all that are visible, 0 computes on the CPU. On a cluster: 0 asks for none, anything else for one
-    where a task can use it."""
+    work; all machines must see the same paths."""
+    gpus: Auto | Annotated[int, Field(ge=0)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = (
+        "auto"
+    )
+    """GPUs to use: `auto` all that are visible, 0 none (the CPU computes), a number that many, a list such as `[0, 3]` these. On
+    a cluster: 0 asks for none, anything else for one where a task can use it, and one for each rank of a training."""
     ranks: Auto | Count = "auto"
-    """Processes of one training run (torchrun); `auto` is one a GPU, one on a CPU."""
+    """Processes of one training run; `auto` is one a GPU of this machine, one on a CPU and on a cluster. On several `nodes` all
+    of them together."""
+    nodes: Count = 1
+    """Machines that share one training run. With `executor: local` the same `plmsae train` is started on each; with `slurm` the
+    job has so many nodes."""
+    rendezvous: str | None = None
+    """`host:port` at which the machines of `nodes` find each other: one of them, and a port that is free there."""
+    patience: Count = 300
+    """Seconds without a sign of life after which a rank counts as lost, and training ends with its name."""
     workers: Auto | Count = "auto"
     """Processes that share the tasks of the other stages; `auto` is one a GPU, one on a CPU."""
     io_speed: Bytes | None = None
@@ -83,6 +93,22 @@ class Launch(Section):
                     f"launch.{name} has no effect with executor: {self.executor}",
                     f"remove it or use executor: {name}",
                 )
+        if self.executor == "local" and (self.nodes > 1) != (self.rendezvous is not None):
+            raise rule(
+                "rendezvous",
+                "several nodes need a rendezvous, and one node has none",
+                "write `nodes: 2` and `rendezvous: host:29500`, or neither",
+            )
+        if self.executor != "local" and self.changed("rendezvous"):
+            raise rule("rendezvous", f"rendezvous has no effect with executor: {self.executor}", "remove it")
+        if self.executor == "ray" and self.nodes > 1:
+            raise rule("nodes", "nodes has no effect with executor: ray, which places ranks itself", "set ranks")
+        if self.executor != "local" and isinstance(self.gpus, list):
+            raise rule("gpus", f"gpus is a list, and executor: {self.executor} chooses GPUs itself", "write a number")
+        if self.ranks != "auto" and self.ranks % self.nodes:
+            raise rule(
+                "ranks", f"{self.ranks} ranks do not share evenly between {self.nodes} nodes", "a multiple of nodes"
+            )
         if self.executor != "local" and self.workers != "auto":
             where = "slurm.array" if self.executor == "slurm" else "the size of the cluster"
             raise rule(

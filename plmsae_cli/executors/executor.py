@@ -15,6 +15,7 @@ from plmsae_cli.executors.pool import failure_of
 from plmsae_cli.executors.worker import LocalContext, run_task
 from plmsae_cli.runtime.device import allow_gpus
 from plmsae_cli.runtime.task import Plan, Task
+from plmsae_cli.stages.train import TRAIN
 from plmsae_cli.store.fs import Store, is_remote, join
 
 
@@ -59,18 +60,23 @@ def open_executor(experiment: Experiment) -> Executor:
     return LocalExecutor(experiment)
 
 
-def refuse_gangs(experiment: Experiment, stages: Sequence[str]) -> None:
-    """Raises UserError where a stage's tasks are not for the chosen executor."""
-    kind = experiment.launch.executor
-    if kind == "local":
-        return
-    for stage in stages:
-        if stage in ("train", "sweep", "eval"):
-            raise UserError(
-                f"{stage} does not run on launch.executor: {kind}, which does embed, shuffle and optimize",
-                f"`plmsae {stage} YAML --set launch.executor=local` on a machine with the GPUs, after `plmsae optimize YAML "
-                "--with-inputs` on the cluster",
-            )
+def is_gang(task: Task) -> bool:
+    """Whether ranks work on it together, be there one: they can be asked to save and leave."""
+    return task.stage == "train" and task.id == TRAIN
+
+
+def report_within(
+    report: Callable[..., None],
+    before: float,
+    cost: float,
+    total: float,
+    done: float | None,
+    of: float | None,
+    **more: Any,
+) -> None:
+    """What a task tells of itself, as a part of its plan's `total`."""
+    share = None if done is None else before + cost * done / max(of or 1.0, 1e-9)
+    report(share, None if share is None else total, **more)
 
 
 def plain_http(experiment: Experiment) -> str | None:
@@ -131,7 +137,7 @@ def run_far(task: Mapping[str, Any], experiment: Mapping[str, Any], folder: str)
         os.chdir(folder)
         own = Experiment.model_validate(experiment)
         if own.launch.gpus == 0:
-            allow_gpus(0)
+            allow_gpus([])
         run_task(one, LocalContext(own, lambda *_, **__: None))
     except Exception as error:
         return failure_of(one, error)

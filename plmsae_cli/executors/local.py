@@ -10,10 +10,10 @@ from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.executor import fix_plans
-from plmsae_cli.executors.gang import launch_gang
 from plmsae_cli.executors.pool import Pool
+from plmsae_cli.executors.torchrun import launch_gang
 from plmsae_cli.executors.worker import Behind, LocalContext
-from plmsae_cli.runtime.device import allow_gpus, count_gpus
+from plmsae_cli.runtime.device import allow_gpus, chosen_gpus
 from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan, Task
@@ -25,10 +25,10 @@ class LocalExecutor:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
-        gpus = count_gpus(experiment.launch)
+        gpus = chosen_gpus(experiment.launch)
         allow_gpus(gpus)
         wanted = experiment.launch.workers
-        self.slots = max(1, gpus) if wanted == "auto" else wanted
+        self.slots = max(1, len(gpus)) if wanted == "auto" else wanted
         self._gpus = gpus
         self._pool: Pool | None = None
 

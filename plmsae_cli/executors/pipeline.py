@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.language_models import TRAINED
-from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, plain_http, refuse_gangs
+from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, plain_http
 from plmsae_cli.executors.keep import free_unkept
 from plmsae_cli.executors.locks import locked
+from plmsae_cli.executors.torchrun import join_machines
 from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
+from plmsae_cli.runtime.device import count_gpus
 from plmsae_cli.runtime.dist import in_gang
-from plmsae_cli.runtime.progress import Reporter, clock
+from plmsae_cli.runtime.foretold import foretell
+from plmsae_cli.runtime.progress import LoggedReporter, Reporter, clock, keep
 from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan
@@ -116,9 +119,13 @@ def run_experiment(
     Raises:
         Locked, UserError, TaskFailed, Interrupted.
     """
-    refuse_gangs(experiment, stages)
     store = Store(experiment.storage)
     run = RunFolder(Lineage(experiment, store).run_folder())
+    several = experiment.launch.executor == "local" and experiment.launch.nodes > 1
+    if several and {"train", "sweep"} & set(stages) and not in_gang():
+        begun = time.monotonic()
+        join_machines(experiment, stages, restart, reporter, text)
+        return Done(run, {"train": round(time.monotonic() - begun, 2)})
     if in_gang():
         if list(stages) != ["train"] or restart:
             raise UserError(
@@ -138,6 +145,7 @@ def run_experiment(
             if experiment.train is not None and run.identity.exists():
                 run.claim_identity(Lineage(experiment, store).run_identity())
             run.begin(experiment, text)
+            reporter = LoggedReporter(reporter, run.log)
             STOP.watch(run.stop_file)
             with STOP.before_forced_exit(lambda: run.status(state="killed")):
                 _run_stages(experiment, stages, store, run, reporter, seconds)
@@ -148,6 +156,7 @@ def run_experiment(
             raise
         except Exception as error:
             with suppress(OSError):  # what could not be written is in `error`
+                keep(run.log, f"failed: {error}\n{getattr(error, 'trace', '')}")
                 run.status(state="failed", error=first_line(error))
             raise
     return Done(run, seconds)
@@ -218,6 +227,8 @@ def _stage(
         why = f" ({plan.note})" if plan.note else ""
         reporter.say(f"{stage}: nothing to do, {_where(plan) or 'a later artifact exists'}{why}")
         return False
+    gpus = plan.figures.get("ranks", executor.slots) if any(task.resources.gpus for task in plan.tasks) else 0
+    foretell(run.path, stage, plan.figures, gpus if count_gpus(experiment.launch) else 0, experiment.price.gpu_hour)
     begun = time.monotonic()
     reporter.begin(stage)
     for attempt in range(3):
@@ -275,6 +286,12 @@ def _each_trial(
 
         worked, failed = train_shared(experiment, run, executor, reporter)
     points = _trials(experiment)
+    if experiment.launch.executor == "ray" and not experiment.shares_stream:
+        from plmsae_cli.executors.ray import RayExecutor
+        from plmsae_cli.executors.ray_trials import run_trials
+
+        assert isinstance(executor, RayExecutor)
+        worked, failed = run_trials(points, only, executor, reporter)
     for number, trial in enumerate(points, 1):
         if STOP.requested():
             raise Interrupted

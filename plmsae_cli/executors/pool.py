@@ -19,6 +19,7 @@ import torch
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.worker import LocalContext, publish, work_on
+from plmsae_cli.runtime.device import allow_gpus
 from plmsae_cli.runtime.run_folder import cpu_count
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.system_errors import as_user_error
@@ -28,14 +29,14 @@ ATTEMPTS = 2
 
 
 class TaskFailed(RuntimeError):
-    """A task raised; `trace` is the worker's traceback."""
+    """A task raised; `trace` is the worker's traceback. `lost`: it raised nothing, its process went away."""
 
-    def __init__(self, task: str, message: str, trace: str = "") -> None:
+    def __init__(self, task: str, message: str, trace: str = "", lost: bool = False) -> None:
         super().__init__(f"{task}: {message}")
-        self.task, self.message, self.trace = task, message, trace
+        self.task, self.message, self.trace, self.lost = task, message, trace, lost
 
-    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, str, str]]:
-        return type(self), (self.task, self.message, self.trace)
+    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, str, str, bool]]:
+        return type(self), (self.task, self.message, self.trace, self.lost)
 
 
 @dataclass
@@ -56,16 +57,16 @@ class _Worker:
 class Pool:
     """Slots that take the next task whose needs are met. A lost worker loses one task, which is tried again."""
 
-    def __init__(self, experiment: Experiment, slots: int, gpus: int) -> None:
+    def __init__(self, experiment: Experiment, slots: int, gpus: Sequence[int]) -> None:
         self._experiment = experiment
-        self._context = _clean_processes(gpus > 0)
+        self._context = _clean_processes(bool(gpus))
         self._gpus = gpus
         self._slots = slots
         self._workers = [self._start(slot) for slot in range(slots)]
 
     def _start(self, slot: int) -> _Worker:
         ours, theirs = self._context.Pipe()
-        gpu = slot % self._gpus if self._gpus else None
+        gpu = self._gpus[slot % len(self._gpus)] if self._gpus else None
         threads = max(1, cpu_count() // self._slots)
         arguments = (theirs, self._experiment.dump(), dict(os.environ), gpu, threads)
         process = self._context.Process(target=_serve, args=arguments, daemon=True)
@@ -121,7 +122,7 @@ class Pool:
                         report(None, None, note=f"{blamed.id}: its worker died ({code}); trying again")
                         waiting.insert(0, blamed)
                     else:
-                        failure = TaskFailed(blamed.id, f"its worker died twice (exit {code})")
+                        failure = TaskFailed(blamed.id, f"its worker died twice (exit {code})", lost=True)
                     continue
                 of_writing = kind in ("published", "unwritten")
                 task = worker.writing if of_writing else worker.task
@@ -191,6 +192,7 @@ def _serve(
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible != [""] else str(gpu)
+        allow_gpus([0])  # the only one it sees
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # workers that share a CPU must not each take all of it
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     inbox: list[dict[str, Any]] = []

@@ -9,13 +9,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.executors.executor import fix_plans, load_extra, run_far, waves
+from plmsae_cli.executors.executor import fix_plans, is_gang, load_extra, report_within, run_far, waves
+from plmsae_cli.executors.gang import Gang
 from plmsae_cli.executors.pool import TaskFailed
+from plmsae_cli.executors.rank import far_rank
+from plmsae_cli.executors.torchrun import MARGIN_S
+from plmsae_cli.runtime.dist import PATIENCE
+from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan, Task
 from plmsae_cli.store.fs import Store
@@ -37,6 +43,16 @@ class FarTask:
         return load_extra("submitit", "slurm").helpers.DelayedSubmission(self, *arguments)
 
 
+class FarRank:
+    """A rank as a process of a job."""
+
+    def __call__(self, run: str, folder: str, environment: Mapping[str, str]) -> None:
+        submitit = load_extra("submitit", "slurm")
+        place = submitit.helpers.TorchDistributedEnvironment()
+        place.export(set_cuda_visible_devices=False, overwrite=True)
+        far_rank(run, folder, environment)
+
+
 class SlurmExecutor:
     """Runs a stage's plan as job arrays: one for the tasks that wait for nothing, one for those that wait for them, ...
 
@@ -54,8 +70,9 @@ class SlurmExecutor:
         self.slots = experiment.launch.slurm.array
         self._poll = poll_seconds
         self._folder = Path(experiment.root).absolute() / str(experiment.name) / "logs" / "slurm"
+        self._cluster = cluster
         try:
-            self._jobs = self._submitit.AutoExecutor(folder=self._folder, cluster=cluster)
+            self._submitit.AutoExecutor(folder=self._folder, cluster=cluster)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"launch.executor: slurm cannot submit from this machine: {first_line(error)}",
@@ -67,7 +84,50 @@ class SlurmExecutor:
         fix_plans(plan, Store(self.experiment.storage))
         total, spent = sum(task.cost for task in plan.tasks), 0.0
         for wave in waves(plan.tasks):
-            spent = self._wave(wave, spent, total, report)
+            if any(is_gang(task) for task in wave):
+                for task in wave:
+                    self._gang(task, partial(report_within, report, spent, task.cost, total))
+                    spent += task.cost
+            else:
+                spent = self._wave(wave, spent, total, report)
+
+    def _gang(self, task: Task, report: Callable[..., None]) -> None:
+        """One job with a rank a process. Told to leave by the system, it saves and is submitted again.
+
+        Raises:
+            Interrupted, UserError, TaskFailed: as the ranks do.
+        """
+        run, number = RunFolder(task.folders[0]), ""
+        while True:
+            gang = Gang(run, task, self.experiment, report)
+            job = self._submit_gang(task, gang)
+            if number:
+                report(
+                    None, None, note=f"job {number} was told to leave and has saved; submitted again as {job.job_id}"
+                )
+            number = str(job.job_id)
+            try:
+                while not (job.done() or gang.failed or gang.interrupted):
+                    time.sleep(self._poll)
+                    gang.look()
+                    if STOP.requested() and not gang.begun and not job.done():
+                        raise Interrupted  # it waits for its turn, or has just begun
+            except BaseException:
+                job.cancel(check=False)
+                raise
+            if job.done() and not (gang.failed or gang.interrupted) and job.exception() is None:
+                return
+            if not gang.interrupted:
+                job.cancel(check=False)
+            if STOP.requested() or not gang.interrupted:
+                gang.end(TaskFailed(task.id, f"job {number} was lost. Its output is in {gang.logs}", lost=True))
+
+    def _submit_gang(self, task: Task, gang: Gang) -> Any:
+        launch = self.experiment.launch
+        ranks = task.resources.gang // launch.nodes
+        jobs = self._ask(task.stage, nodes=launch.nodes, tasks_per_node=ranks, gpus=ranks if task.resources.gpus else 0)
+        environment = {PATIENCE: str(launch.patience + MARGIN_S)}
+        return jobs.submit(FarRank(), str(gang.run.path), os.getcwd(), environment)
 
     def _wave(self, wave: Sequence[Task], spent: float, total: float, report: Callable[..., None]) -> float:
         """Submit, wait, report; returns the cost of all that is done."""
@@ -100,25 +160,33 @@ class SlurmExecutor:
         slurm = self.experiment.launch.slurm
         gpus = max(min(1, task.resources.gpus) for task in wave) if self.experiment.launch.gpus != 0 else 0
         memory = BASE_MEMORY + max(task.resources.memory for task in wave)
-        given = {"slurm_partition": slurm.partition, "slurm_account": slurm.account}
-        self._jobs.update_parameters(
-            name=f"plmsae-{wave[0].stage}",
-            timeout_min=slurm.time,
-            cpus_per_task=slurm.cpus,
-            gpus_per_node=gpus,
-            mem_gb=-(-memory // 2**30),
-            slurm_array_parallelism=slurm.array,
-            slurm_additional_parameters=dict(slurm.options),
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        executor = self._ask(wave[0].stage, gpus=gpus, mem_gb=-(-memory // 2**30), slurm_array_parallelism=slurm.array)
         settings, folder = self.experiment.dump(), os.getcwd()
         found: dict[Any, Task] = {}
         for first in range(0, len(wave), LARGEST_ARRAY):
             part = wave[first : first + LARGEST_ARRAY]
             bodies = [task.to_json() for task in part]
-            jobs = self._jobs.map_array(FarTask(), bodies, [settings] * len(part), [folder] * len(part))
+            jobs = executor.map_array(FarTask(), bodies, [settings] * len(part), [folder] * len(part))
             found |= dict(zip(jobs, part, strict=True))
         return found
+
+    def _ask(self, stage: str, nodes: int = 1, tasks_per_node: int = 1, gpus: int = 0, **more: Any) -> Any:
+        """Submitit's executor for jobs that ask the cluster for this."""
+        jobs = self._submitit.AutoExecutor(folder=self._folder, cluster=self._cluster)
+        slurm = self.experiment.launch.slurm
+        given = {"slurm_partition": slurm.partition, "slurm_account": slurm.account}
+        jobs.update_parameters(
+            name=f"plmsae-{stage}",
+            timeout_min=slurm.time,
+            nodes=nodes,
+            tasks_per_node=tasks_per_node,
+            cpus_per_task=slurm.cpus,
+            gpus_per_node=gpus,
+            slurm_additional_parameters=dict(slurm.options),
+            **{name: value for name, value in given.items() if value is not None},
+            **more,
+        )
+        return jobs
 
     def _outcome(self, job: Any, task: Task) -> Exception | None:
         try:
@@ -130,6 +198,7 @@ class SlurmExecutor:
                 task.id,
                 f"job {job.job_id} was lost; the same command fills the gaps. Its output is in {job.paths.stderr}",
                 str(error),
+                lost=True,
             )
         return found
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.faults import fault
+from plmsae_cli.runtime.foretold import keep_peak
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Pending, Result, Task, Work
 from plmsae_cli.stages.common import FINISH
@@ -48,6 +51,8 @@ def run_task(task: Task, context: LocalContext, commit: bool = True) -> None:
         commit: false on all ranks of a gang but the first.
     """
     results = work_on(task, context)
+    if task.stage == "train":
+        keep_peak(Path(task.folders[0]), int(os.environ.get("RANK", "0")))
     if commit:
         publish(task, context, results)
 

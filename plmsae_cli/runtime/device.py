@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 ALLOWED = "PLMSAE_GPUS"
-"""Environment variable by which an executor tells its processes how many GPUs the launch wants."""
+"""Environment variable by which an executor tells its processes which GPUs the launch wants: their numbers, by commas."""
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,32 @@ def count_gpus(launch: Launch) -> int:
         )
     if launch.gpus == "auto":
         return seen
+    if launch.executor != "local":  # the cluster's, of which this machine need have none
+        return min(seen, launch.gpus) if isinstance(launch.gpus, int) else seen
+    if isinstance(launch.gpus, list):
+        if absent := [gpu for gpu in launch.gpus if gpu >= seen]:
+            raise UserError(
+                f"launch.gpus names GPU {absent[0]}, {seen} are visible", "they are counted from 0; or use auto"
+            )
+        return len(launch.gpus)
     if launch.gpus > seen:
         raise UserError(f"launch.gpus asks for {launch.gpus} GPUs, {seen} are visible", "lower launch.gpus or use auto")
     return launch.gpus
 
 
+def chosen_gpus(launch: Launch) -> list[int]:
+    """The GPUs this launch uses, by their numbers among the visible ones. Raises as `count_gpus`."""
+    count = count_gpus(launch)
+    return launch.gpus if isinstance(launch.gpus, list) else list(range(count))
+
+
 def device_memory(launch: Launch) -> int:
     """Bytes that training may plan with: nine tenths of the smallest GPU, or of the memory this process may have."""
-    gpus = count_gpus(launch)
+    gpus = chosen_gpus(launch)
     if gpus:
         import torch
 
-        whole = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(gpus))
+        whole = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
     else:
         whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         limit = Path("/sys/fs/cgroup/memory.max")
@@ -132,17 +147,19 @@ def device_memory(launch: Launch) -> int:
     return whole * 9 // 10
 
 
-def allow_gpus(count: int) -> None:
-    """Let this process, and those it starts, use that many of the visible GPUs."""
-    os.environ[ALLOWED] = str(count)
+def allow_gpus(chosen: Sequence[int]) -> None:
+    """Let this process, and those it starts, use these of the visible GPUs: its first rank the first, and so on."""
+    os.environ[ALLOWED] = ",".join(map(str, chosen))
 
 
 def pick_device(local_rank: int = 0) -> torch.device:
-    """`cuda:<local_rank>` where there is one and the launch wants it, else the CPU."""
+    """The GPU of this rank among those the launch wants, all that are visible unless it says; the CPU where there is none."""
     import torch
 
-    if int(os.environ.get(ALLOWED, local_rank + 1)) > local_rank and visible_gpus() > local_rank:
-        return torch.device("cuda", local_rank)
+    allowed = os.environ.get(ALLOWED)
+    chosen = list(range(local_rank + 1)) if allowed is None else [int(gpu) for gpu in allowed.split(",") if gpu]
+    if local_rank < len(chosen) and visible_gpus() > chosen[local_rank]:
+        return torch.device("cuda", chosen[local_rank])
     return torch.device("cpu")
 
 

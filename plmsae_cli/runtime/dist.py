@@ -19,6 +19,9 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+PATIENCE = "PLMSAE_PATIENCE"
+
+
 class _Done:
     """What nobody needs to wait for."""
 
@@ -89,16 +92,22 @@ def in_gang() -> bool:
 
 
 @contextmanager
-def gang(timeout_s: float = 600.0) -> Iterator[Gang]:
-    """Join the gang that the environment describes; a gang of one needs no process group."""
+def gang() -> Iterator[Gang]:
+    """Join the gang that the environment describes; a gang of one needs no process group.
+
+    A collective that a rank is waited for in fails after `$PLMSAE_PATIENCE` seconds, 600 unless set.
+    """
     if not in_gang():
         yield Gang()
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = pick_device(local_rank).type == "cuda"
+    device = pick_device(local_rank)
+    cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=float(os.environ.get(PATIENCE, "600")))
+    )
     try:
         yield Gang(dist.get_rank(), dist.get_world_size(), local_rank)
     finally:

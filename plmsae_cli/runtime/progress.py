@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 PLAIN_EVERY_S = 30.0
@@ -34,7 +37,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class _Pace:
+class Pace:
     """Share done, and the time left at the pace so far."""
 
     def __init__(self) -> None:
@@ -47,14 +50,23 @@ class _Pace:
             self._first = (time.monotonic(), done)
         return self._first
 
-    def line(self, done: float, total: float, figures: dict[str, Any]) -> str:
+    def left(self, done: float, total: float) -> float | None:
+        """Seconds; None while there is no pace yet."""
         since, start = self.see(done)
-        now = time.monotonic()
-        left = (now - since) * (total - done) / (done - start) if done > start else None
-        parts = [f"{100 * done / max(total, 1e-9):5.1f} %"]
-        parts += [f"{clock(now - self.begun)} so far"] if left is None else [f"{clock(left)} left"]
-        parts += [f"{k} {_shown(v)}" for k, v in figures.items() if k not in ("unit", "note")]
-        return "  ".join(parts)
+        return (time.monotonic() - since) * (total - done) / (done - start) if done > start else None
+
+    def time(self, done: float, total: float) -> str:
+        left = self.left(done, total)
+        return f"{clock(time.monotonic() - self.begun)} so far" if left is None else f"{clock(left)} left"
+
+    def line(self, done: float, total: float, figures: dict[str, Any]) -> str:
+        parts = [f"{100 * done / max(total, 1e-9):5.1f} %", self.time(done, total)]
+        return "  ".join(parts + words(figures))
+
+
+def words(figures: dict[str, Any]) -> list[str]:
+    """Each figure with its name."""
+    return [f"{k} {_shown(v)}" for k, v in figures.items() if k not in ("unit", "note")]
 
 
 def _shown(value: Any) -> str:
@@ -64,11 +76,12 @@ def _shown(value: Any) -> str:
 class PlainReporter:
     """A line now and then, for logs."""
 
-    def __init__(self) -> None:
-        self._title, self._pace, self._last = "", _Pace(), 0.0
+    def __init__(self, write: Callable[[str], None] | None = None) -> None:
+        self._title, self._pace, self._last = "", Pace(), 0.0
+        self._write = write or partial(print, file=sys.stderr, flush=True)
 
     def begin(self, title: str) -> None:
-        self._title, self._pace, self._last = title, _Pace(), time.monotonic()
+        self._title, self._pace, self._last = title, Pace(), time.monotonic()
         self.say(f"{title} ...")
 
     def update(self, done: float | None, total: float | None, **figures: Any) -> None:
@@ -86,7 +99,47 @@ class PlainReporter:
         self.say(f"{self._title}: {text}")
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        self._write(text)
+
+
+class NoReporter:
+    """For nobody."""
+
+    def begin(self, title: str) -> None: ...
+    def update(self, done: float | None, total: float | None, **figures: Any) -> None: ...
+    def end(self, text: str) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+class LoggedReporter:
+    """Passes on to another, and keeps what is said in a file, each line with its time; of progress a line every 30 s."""
+
+    def __init__(self, shown: Reporter, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._shown, self._plain = shown, PlainReporter(lambda text: keep(log, text))
+
+    def begin(self, title: str) -> None:
+        self._plain.begin(title)
+        self._shown.begin(title)
+
+    def update(self, done: float | None, total: float | None, **figures: Any) -> None:
+        self._plain.update(done, total, **figures)
+        self._shown.update(done, total, **figures)
+
+    def end(self, text: str) -> None:
+        self._plain.end(text)
+        self._shown.end(text)
+
+    def say(self, text: str) -> None:
+        self._plain.say(text)
+        self._shown.say(text)
+
+
+def keep(log: Path, text: str) -> None:
+    """Add to a log, each line with its time."""
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
+    with suppress(OSError), log.open("a", encoding="utf-8") as file:  # a full disk ends a run where it matters
+        file.write("".join(f"{stamp}{line}\n" for line in text.splitlines()))
 
 
 class LiveReporter:
@@ -101,10 +154,10 @@ class LiveReporter:
         self._text: Callable[[str], Text] = Text
         self._live: Live | None = None
         self._make: Callable[[], Live] = lambda: Live(console=self._console, refresh_per_second=8, transient=True)
-        self._title, self._pace = "", _Pace()
+        self._title, self._pace = "", Pace()
 
     def begin(self, title: str) -> None:
-        self._title, self._pace = title, _Pace()
+        self._title, self._pace = title, Pace()
         self._live = self._make()
         self._live.start()
         self._live.update(self._text(f"{title} ..."))

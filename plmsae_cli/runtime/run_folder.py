@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.runtime.processes import me
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,6 +62,7 @@ class RunFolder:
         self.identity = self.path / "identity.json"
         self.report = self.path / "report" / "index.html"
         self.stop_file = self.path / "STOP"
+        self.log = self.path / "logs" / "run.log"
 
     def begin(self, experiment: Experiment, text: str | None) -> None:
         """Record what was asked and with what; called at every start, so the newest environment is the one shown."""
@@ -85,7 +87,7 @@ class RunFolder:
         body = read_json(path) or {"schema": 1, "state": "new", "stage_seconds": {}}
         seconds = changes.pop("stage_seconds", {})
         body["stage_seconds"] = {**body.get("stage_seconds", {}), **seconds}
-        body.update(changes, updated=time.time(), pid=os.getpid())
+        body.update(changes, updated=time.time(), **me())
         write_json(path, body)
 
     def claim_identity(self, identity: Mapping[str, Any]) -> None:
@@ -118,6 +120,14 @@ class RunFolder:
             target = self.path.with_name(f"{self.path.name}.archived-{stamp}-{number}")
         os.replace(self.path, target)
         return target
+
+
+def find_run(run: Path) -> Path:
+    """The folder of a run named by its path, or by its name under `runs/`. Raises UserError where there is none."""
+    folder = run if (run / "status.json").exists() else Path("runs") / run
+    if not (folder / "status.json").exists():
+        raise UserError(f"{run} is not a run (no status.json)", "`plmsae ls` lists the runs")
+    return folder
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:

@@ -40,6 +40,11 @@ class Stop:
             self.asked = self._file.exists()
         return self.asked
 
+    def listen(self, *numbers: signal.Signals) -> None:
+        """Take these signals for a wish, however often they come: a cluster that insists sends SIGKILL."""
+        for number in numbers:
+            signal.signal(number, lambda *_: self.request())
+
     @contextmanager
     def before_forced_exit(self, act: Callable[[], None]) -> Iterator[None]:
         """Within, `act` is the last thing done if a second signal ends the process at once."""

@@ -29,19 +29,25 @@ def plan(experiment: Experiment, store: Store) -> Plan:
 
 
 def ranks(experiment: Experiment) -> int:
-    """Processes of the gang: as asked, else one a GPU, else one."""
-    wanted = experiment.launch.ranks
-    gpus = count_gpus(experiment.launch)
-    if wanted == "auto":
-        return max(1, gpus)
-    if gpus and wanted > gpus:
-        raise UserError(f"launch.ranks asks for {wanted} ranks on {gpus} GPU(s)", "lower launch.ranks or use auto")
-    return wanted
+    """Processes of the gang: as asked, else one a GPU, else one, on every node. A cluster's GPUs are not seen from here."""
+    launch = experiment.launch
+    if launch.executor != "local":
+        return launch.nodes if launch.ranks == "auto" else launch.ranks
+    gpus = count_gpus(launch)
+    if launch.ranks == "auto":
+        return launch.nodes * max(1, gpus)
+    if gpus and launch.ranks > launch.nodes * gpus:
+        where = f" of each of {launch.nodes} nodes" if launch.nodes > 1 else ""
+        raise UserError(
+            f"launch.ranks asks for {launch.ranks} ranks on {gpus} GPU(s){where}", "lower launch.ranks or use auto"
+        )
+    return launch.ranks
 
 
 def _run_task(lineage: Lineage, needs: tuple[str, ...], steps: int) -> Task:
     gang = ranks(lineage.experiment)
-    gpus = gang if count_gpus(lineage.experiment.launch) else 0
+    launch = lineage.experiment.launch
+    gpus = gang if launch.gpus != 0 and (launch.executor != "local" or count_gpus(launch)) else 0
     return Task(TRAIN, "train", (lineage.run_folder(),), needs, Resources(gpus=gpus, gang=gang), cost=float(steps))
 
 
@@ -103,7 +109,7 @@ def _owners(experiment: Experiment, model: Dictionary) -> int:
     return ranks(experiment) if count_gpus(experiment.launch) > 0 and may_fuse(model, train) else 1
 
 
-def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, str]:
+def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, str | float]:
     """See `training.prediction`."""
     from plmsae_cli.training.prediction import forecast
 

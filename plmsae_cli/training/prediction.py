@@ -77,10 +77,11 @@ def forecast(
     row_bytes: int,
     present: tuple[str, int] | None,
     gpu_hour: float | None,
-) -> dict[str, str]:
-    """`predicted` time, and what it is `predicted_from`, on the GPUs present (their name and number), on one and on eight.
+) -> dict[str, str | float]:
+    """`predicted` time on the GPUs present (their name and number), on one and on eight, and what it is `predicted_from`.
 
-    Without GPUs, those of an H100. Nothing for what has no fused step, and for unknown GPUs.
+    `predicted_seconds` is that on those present. Without GPUs, the times of an H100. Nothing for what has no fused step, and
+    for unknown GPUs.
     """
     name, number = present or ("NVIDIA H100", 1)
     gpu = known_gpu(name)
@@ -88,7 +89,7 @@ def forecast(
         return {}
     assert isinstance(model, TopK)
     shape = StepShape(options.batch_tokens, model.d, model.num_latents, model.k, state_bytes(options))
-    said, fastest = [], 0.0
+    said, fastest, own = [], 0.0, 0.0
     for gpus in sorted({1, number, 8}):
         seconds = step_seconds(shape, gpu, gpus)
         if seconds is None:
@@ -97,8 +98,10 @@ def forecast(
         cost = "" if gpu_hour is None else f" (${whole / 3600 * gpus * gpu_hour:,.2f})"
         said.append(f"{_time(whole)} on {gpus} x {name}{cost}")
         fastest = max(fastest, shape.tokens / seconds)
+        own = whole if gpus == number else own
     speed = fastest * row_bytes / 1e9
     return {
+        **({"predicted_seconds": round(own, 1)} if present is not None else {}),
         "predicted": ", ".join(said),
         "predicted_from": f"data sheets and measured steps, where blocks come at up to {speed:.2g} GB/s; initialisation, "
         "checkpoints and export apart",

@@ -19,7 +19,7 @@ def test_planted_secrets_appear_nowhere(start: Callable[..., Any], write: Callab
     path = write(more="launch: {ranks: 2}\nwandb: {mode: offline}\n", data=tmp_path / "data")
     process = start("run", path, "--no-progress", PLMSAE_CACHE=str(tmp_path / "cache"), **planted)
     assert process.wait(120) == 0, process.log
-    assert "wandb sync" in (tmp_path / "runs" / "one" / "logs" / "torchrun.log").read_text()
+    assert "wandb sync" in (tmp_path / "runs" / "one" / "logs" / "rank-0.log").read_text()
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     names = {file.name for file in files}
     assert {"status.json", "environment.json", "gang.json", "torchrun.log", "MANIFEST.json", "index.html"} <= names

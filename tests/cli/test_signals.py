@@ -33,7 +33,7 @@ def rank_of(process: Any, rank: int) -> int:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         if (
             f"RANK={rank}".encode() in environment
-            and b"plmsae_cli.executors.gang" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            and b"plmsae_cli.executors.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ):
             return pid
     raise AssertionError(process.log)
@@ -134,6 +134,20 @@ def test_a_gang_is_interrupted_continued_and_leaves_nobody_behind_whoever_is_kil
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], "rank 1 was killed" in status["error"]) == ("failed", True)
 
+    # One rank is stopped: it is named in time, and nobody is left, not even the one that cannot notice anything.
+    path.write_text(path.read_text().replace("ranks: 2", "ranks: 2, patience: 3"))
+    process = start("train", path, "--no-progress")
+    process.until(lambda: len(process.family()) == 4 and (run / "logs" / "gang-status.json").exists())
+    stopped = rank_of(process, 1)
+    begun = time.monotonic()
+    os.kill(stopped, signal.SIGSTOP)
+    assert process.wait() == 1, process.log
+    assert time.monotonic() - begun < 10
+    assert f"rank 1 (pid {stopped} on " in process.log
+    assert "gave no sign of life for 3 s (launch.patience)" in process.log
+    assert process.gone(5)
+    assert "rank 1 (pid" in json.loads((run / "status.json").read_text())["error"]
+
     # The launcher is killed: the ranks notice.
     process = start("train", path, "--no-progress")
     process.until(lambda: len(process.family()) == 4 and (run / "logs" / "gang-status.json").exists())
@@ -160,3 +174,18 @@ def test_a_failing_stage_is_1_and_says_so_in_the_status(
     assert plmsae("train", path).code == 0
     status = json.loads((tmp_path / "runs" / "fails" / "status.json").read_text())
     assert (status["state"], status["error"], time.time() - status["updated"] < 60) == ("done", None, True)
+
+
+@pytest.mark.usefixtures("data")
+def test_a_stop_file_interrupts_while_somebody_follows_the_log(start: Start, write: Write, tmp_path: Path) -> None:
+    path = write("asked.yaml", tokens=FOREVER)
+    run = tmp_path / "runs" / "asked"
+    process = start("train", path, "--no-progress")
+    process.until(training(run))
+    follower = start("logs", run, "-f")
+    follower.until(lambda: "train ..." in follower.log)
+    (run / "STOP").touch()
+    assert process.wait() == 75, process.log
+    assert follower.wait() == 0
+    assert follower.log.splitlines()[-1].endswith("train: stopped")
+    assert state(run) == "interrupted"

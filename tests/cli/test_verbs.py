@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from plmsae_cli.cli.listing import live_state
 from plmsae_cli.config.schema import FILE, text
+from plmsae_cli.runtime.processes import live_state, me
 
 Plmsae = Callable[..., Any]
 Write = Callable[..., Path]
@@ -144,6 +144,11 @@ def test_a_running_state_whose_process_is_gone_was_killed() -> None:
     assert live_state({"state": "running", "pid": int(child.stdout)}) == "killed"
     assert live_state({"state": "running", "pid": 1}) == "running"
     assert live_state({"state": "done", "pid": int(child.stdout)}) == "done"
+    assert live_state({"state": "running", **me()}) == "running"
+    assert live_state({"state": "running", **me(), "started": "another boot:1"}) == "killed", (
+        "its number is another's now"
+    )
+    assert live_state({"state": "running", **me(), "pid": 0, "host": "elsewhere"}) == "running"
 
 
 def test_missing_inputs_are_listed_with_the_ways_on(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:

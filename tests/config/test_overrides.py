@@ -57,6 +57,7 @@ def candidates(entry: Entry) -> Iterator[Any]:
         "train.plm.bin": "x.bin", "eval.lm.models": ["bundled"], "eval.lm.bin": "x.bin",
         "eval.representations.models": ["bundled"], "eval.representations.tasks": ["y.csv"],
         "eval.representations.layers": [1], "eval.representations.l2": [2.0],
+        "launch.gpus": [0, 3],
         "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
     }  # fmt: skip
     if entry.path in special:
@@ -86,6 +87,10 @@ def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
         bodies = [SAE.replace("sweep: {", "sweep: {stream: shared, ")]
     if path.startswith(("launch.ray.", "launch.slurm.")):
         bodies = [f"{SAE}launch: {{executor: {path.split('.')[1]}}}\n"]
+    if path == "launch.nodes":
+        bodies = [f"{SAE}launch: {{executor: slurm}}\n"]
+    if path == "launch.rendezvous":
+        bodies = [f"{SAE}launch: {{nodes: 2, rendezvous: 'a:1'}}\n"]
     if path.startswith("embed.imported."):
         bodies = [SAE.replace("embed: {", "embed: {imported: {path: acts, of_model: true}, ")]
     if path == "embed.ordered_rows":

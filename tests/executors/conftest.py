@@ -94,3 +94,32 @@ def run_stages() -> Callable[..., None]:
 @pytest.fixture(scope="module")
 def files() -> Callable[[Experiment], dict[str, list[dict[str, Any]]]]:
     return _files
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Prepared) -> Callable[..., Experiment]:
+    """`trained("name", "data")`: an experiment that trains on the dataset of the name `data`, which is made once."""
+    made: dict[str, Experiment] = {}
+
+    def make(name: str, data: str, tokens: str = "12_800", **launch: Any) -> Experiment:
+        if data not in made:
+            made[data] = prepared(data)
+            _run_stages(made[data], LocalExecutor(made[data]))
+        body = made[data].dump()
+        train = {"sae": {"expansion": 2, "k": 4}, "batch_tokens": 128, "tokens": int(tokens), "log_every": 1}
+        return Experiment.model_validate({**body, "name": name, "train": train, "launch": {"gpus": 0, **launch}})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def losses() -> Callable[[Experiment], list[float]]:
+    """The loss of every step, each told once."""
+
+    def read(experiment: Experiment) -> list[float]:
+        path = Path(experiment.root) / str(experiment.name) / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        return [line["loss"] for line in lines]
+
+    return read

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.executors.gang import _first_error
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.gang import Gang
 from plmsae_cli.executors.pool import TaskFailed
+from plmsae_cli.executors.torchrun import _killed
 from plmsae_cli.runtime.run_folder import RunFolder, write_json
 from plmsae_cli.runtime.task import Task
 
@@ -43,7 +45,15 @@ def error(run: RunFolder, rank: int, time: float, **body: Any) -> None:
 
 
 def told(run: RunFolder, before: int) -> Exception:
-    return _first_error(TASK, run, 1, before)
+    """What is raised after ranks have left `error-rank-*.json` (which a gang that begins removes)."""
+    kept = {path: path.read_bytes() for path in (run.path / "logs").glob("error-rank-*.json")}
+    gang = Gang(run, TASK, Experiment.model_validate({"train": {"data": "x"}}), lambda *_, **__: None)
+    for path, body in kept.items():
+        path.write_bytes(body)
+    said = (run.path / "logs" / "torchrun.log").read_text()[before:]
+    with pytest.raises(Exception) as raised:
+        gang.end(TaskFailed("train", "see torchrun.log"), _killed(gang, said))
+    return raised.value
 
 
 @pytest.mark.parametrize(("code", "name"), [(-9, "SIGKILL"), (-11, "SIGSEGV"), (-15, "SIGTERM")])
@@ -55,7 +65,7 @@ def test_a_killed_rank_is_named_even_if_others_failed_in_its_wake(run: RunFolder
     assert isinstance(found, TaskFailed)
     assert f"rank 3 was killed ({name})" in str(found)
     assert ("memory" in str(found)) == (code == -9)
-    assert str(log) in str(found)
+    assert f"{log.parent}/rank-3.log" in str(found)
 
 
 def test_what_an_earlier_start_left_in_the_log_does_not_count(run: RunFolder) -> None:
@@ -66,6 +76,13 @@ def test_what_an_earlier_start_left_in_the_log_does_not_count(run: RunFolder) ->
     assert isinstance(found, TaskFailed)
     assert str(found) == "train: rank 0: RuntimeError: first"
     assert found.trace == "Traceback ..."
+
+
+def test_what_others_meet_in_the_wake_of_the_first_is_not_the_first(run: RunFolder) -> None:
+    size = (run.path / "logs" / "torchrun.log").stat().st_size
+    error(run, 0, 1.0, message="RuntimeError: [gloo] Read error: Connection reset by peer")
+    error(run, 1, 2.0, message="ValueError: the cause")
+    assert str(told(run, size)) == "train: rank 1: ValueError: the cause"
 
 
 def test_an_error_for_the_user_stays_one(run: RunFolder) -> None:

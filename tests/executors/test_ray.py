@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -16,9 +17,10 @@ import pytest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.local import LocalExecutor
-from plmsae_cli.executors.pipeline import plan_stage
+from plmsae_cli.executors.pipeline import plan_stage, run_experiment
 from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.executors.ray import RayExecutor
+from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.store.fs import Store
@@ -171,3 +173,27 @@ def test_no_cluster_at_the_address(prepared: Prepared, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"launch\.ray\.address: auto cannot be used: Could not find any") as error:
         RayExecutor(prepared("alone", executor="ray"))
     assert "ray start --head" in str(error.value.hint)
+
+
+@pytest.mark.slow
+def test_ranks_train_in_a_placement_group_and_trials_side_by_side(
+    cluster: Any, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
+) -> None:
+    """A gang of two, and two trials, on two nodes with a core each; losses are those of lone runs."""
+    if sum(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]) < 2:
+        cluster.add_node(**SMALL)
+    alone = trained("ray-alone", "ray-train")
+    LocalExecutor(alone).run(plan_stage("train", alone, Store()), lambda *_, **__: None)
+    gang = trained("ray-gang", "ray-train", executor="ray", ranks=2)
+    RayExecutor(gang).run(plan_stage("train", gang, Store()), lambda *_, **__: None)
+    assert losses(gang) == pytest.approx(losses(alone), rel=1e-4)
+
+    body = trained("ray-sweep", "ray-train", executor="ray").dump()
+    body["train"]["sae"] = {"k": 4, "expansion": 2}
+    swept = Experiment.model_validate({**body, "sweep": {"grid": {"train.sae.k": [4, 9999]}}})
+    with pytest.raises(UserError, match="1 of 2 trials failed"):
+        run_experiment(swept, ["sweep"], PlainReporter())
+    table = json.loads((Path(swept.root) / "ray-sweep" / "sweep.json").read_text())["trials"]
+    assert [trial["state"] for trial in table] == ["done", "failed"]
+    first = Path(swept.root) / "ray-sweep" / "trials" / table[0]["hash"]
+    assert json.loads((first / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == losses(alone)[-1]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors import slurm as module
-from plmsae_cli.executors.executor import load_extra, refuse_gangs, waves
+from plmsae_cli.executors.executor import load_extra, waves
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.pool import TaskFailed
@@ -127,10 +131,37 @@ def test_an_absent_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.hint == 'pip install "plmsae[slurm]"'
 
 
-@pytest.mark.parametrize("executor", ["ray", "slurm"])
-@pytest.mark.parametrize("stage", ["train", "sweep", "eval"])
-def test_gangs_stay_at_home(prepared: Prepared, executor: str, stage: str) -> None:
-    refuse_gangs(prepared("x", executor=executor), ["embed", "shuffle", "optimize"])
-    refuse_gangs(prepared("x"), [stage])
-    with pytest.raises(UserError, match=f"{stage} does not run on launch.executor: {executor}"):
-        refuse_gangs(prepared("x", executor=executor), ["optimize", stage])
+def test_a_gang_told_to_leave_saves_and_is_submitted_again(
+    prepared: Prepared, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
+) -> None:
+    """Two ranks as processes of a job; SIGUSR2, as before the end of its time, to one of them. The losses are a lone run's."""
+    alone = trained("slurm-alone", "slurm-train")
+    run_train(alone, LocalExecutor(alone))
+    experiment = trained("slurm-gang", "slurm-train", executor="slurm", ranks=2)
+    notes: list[str] = []
+
+    def report(done: float | None, total: float | None, note: str | None = None, **figures: Any) -> None:
+        notes.extend([] if note is None else [note])
+        logs = Path(experiment.root) / "slurm-gang" / "logs"
+        if done and not notes and (sign := logs / "alive-rank-1").exists():
+            os.kill(json.loads(sign.read_text())["pid"], signal.SIGUSR2)
+
+    run_train(experiment, local(experiment), report)
+    assert [re.sub(r"\d+", "N", note) for note in notes] == [
+        "job N was told to leave and has saved; submitted again as N"
+    ]
+    assert losses(experiment) == pytest.approx(losses(alone), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_the_job_with_its_name(
+    prepared: Prepared, trained: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = trained("slurm-broken", "slurm-train", executor="slurm", ranks=2)
+    monkeypatch.setenv("PLMSAE_FAULT", "raise:train.step:rank=1,step=3")
+    with pytest.raises(TaskFailed, match=r"train: rank 1: InjectedFault: injected fault at train\.step"):
+        run_train(experiment, local(experiment))
+
+
+def run_train(experiment: Experiment, executor: Any, report: Callable[..., None] = lambda *_, **__: None) -> None:
+    executor.run(plan_stage("train", experiment, Store()), report)

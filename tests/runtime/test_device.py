@@ -21,18 +21,24 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_launch_without_gpus_computes_on_the_cpu_beside_idle_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.pick_device(1) == torch.device("cuda", 1)
     assert device.pick_device(2) == torch.device("cpu")
-    for allowed, expected in (("0", "cpu"), ("1", "cuda:0"), ("2", "cuda:0")):
+    for allowed, expected in (("", "cpu"), ("0", "cuda:0"), ("0,1", "cuda:0"), ("1", "cuda:1"), ("2", "cpu")):
         monkeypatch.setenv(device.ALLOWED, allowed)
         assert device.pick_device(0) == torch.device(expected)
     monkeypatch.setenv(device.ALLOWED, "1")
     assert device.pick_device(1) == torch.device("cpu")
+    device.allow_gpus([1, 0])
+    assert [device.pick_device(rank).index for rank in (0, 1)] == [1, 0]
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_gpus_are_counted_and_more_than_there_are_refused() -> None:
-    assert [device.count_gpus(Launch(gpus=wanted)) for wanted in ("auto", 0, 1, 2)] == [2, 0, 1, 2]
+    assert [device.count_gpus(Launch(gpus=wanted)) for wanted in ("auto", 0, 1, 2, [1])] == [2, 0, 1, 2, 1]
+    assert device.chosen_gpus(Launch(gpus=[1])) == [1]
+    assert device.chosen_gpus(Launch(gpus=1)) == [0]
     with pytest.raises(UserError, match="asks for 3 GPUs, 2 are visible"):
         device.count_gpus(Launch(gpus=3))
+    with pytest.raises(UserError, match="names GPU 2, 2 are visible"):
+        device.count_gpus(Launch(gpus=[0, 2]))
 
 
 def test_a_gpu_that_torch_cannot_use_is_never_passed_over_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,45 @@
+"""Which process wrote a status, and whether it is still there."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def me() -> dict[str, Any]:
+    """This process, for a record: its number can be another's later, its start cannot."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+
+
+def _started(pid: int) -> str | None:
+    """The boot and the clock tick at which a process began; None where the system does not say, or it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else f"{boot}:{fields[19]}"
+
+
+def alive(record: Mapping[str, Any]) -> bool:
+    """Whether the process of a record is there. One on another machine cannot be asked and counts as alive."""
+    if "pid" not in record or record.get("host", socket.gethostname()) != socket.gethostname():
+        return True
+    pid = int(record["pid"])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    wanted = record.get("started")
+    return wanted is None or _started(pid) == wanted
+
+
+def live_state(status: Mapping[str, Any]) -> str:
+    """The recorded state of a run; a `running` whose process is gone was killed."""
+    state = str(status.get("state", "unknown"))
+    return "killed" if state == "running" and not alive(status) else state

@@ -1,0 +1,75 @@
+"""`doctor` and `logs` on what is there, and on what is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plmsae_cli.cli import doctor
+
+Plmsae = Callable[..., Any]
+Write = Callable[..., Path]
+usage = namedtuple("usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_DISK_BYTES", 4 << 20)
+
+
+def test_a_sound_machine_passes_and_leaves_nothing_behind(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The all-reduce really runs: a wrong sum would fail its ranks."""
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789secret")
+    path = write("one.yaml")
+    told = plmsae("doctor", path, "--json")
+    assert told.code == 0, told.out
+    found = {check["name"].partition(" (")[0]: check for check in json.loads(told.out)["checks"]}
+    assert {"versions", "GPUs", "all-reduce", "memory", "root", "root, speed", "W&B"} <= set(found)
+    assert "torch " in found["versions"]["text"]
+    assert found["all-reduce"]["text"].endswith("B/s past each")
+    assert "0123456789secret" not in told.out + told.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.yaml"]
+
+
+def test_what_fails_is_told_with_its_remedy(
+    plmsae: Plmsae, write: Write, tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_all_reduce", lambda experiment: doctor._memory())
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, 0))
+    storage = f"storage: {{endpoint_url: '{s3.endpoint_url}', allow_http: true}}\n"
+    sound = write("sound.yaml", data=s3.url("data"), more=storage)
+    told = plmsae("doctor", sound)
+    assert told.code == 1
+    assert "fail  root: the disk is full" in told.out
+    assert "hint: free some space" in told.out
+    assert "ok    bucket s3://" in told.out
+    assert "an object was written, read and deleted" in told.out
+    assert s3.store().list(s3.url("data")) == {}
+    wrong = plmsae("doctor", write("wrong.yaml", data="s3://no-such-bucket-here/x", more=storage)).out
+    assert "fail  bucket s3://no-such-bucket-here/x: " in wrong
+    assert "hint: check its name" in wrong
+
+
+def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    (run / "logs").mkdir(parents=True)
+    (run / "status.json").write_text('{"state": "done"}')
+    (run / "logs" / "run.log").write_text("".join(f"line {i}\n" for i in range(300)))
+    (run / "logs" / "rank-1.log").write_text("from rank 1\n")
+    told = plmsae("logs", run, "--lines", 2)
+    assert (told.code, told.out) == (0, "line 298\nline 299\n")
+    assert "--rank 0 to 0" in told.err
+    assert plmsae("logs", run, "-f").out.splitlines()[0] == "line 100", "a run that has ended is not waited for"
+    assert plmsae("logs", run, "--rank", 1).out == "from rank 1\n"
+    missed = plmsae("logs", run, "--rank", 7)
+    assert missed.code == 2
+    assert "rank-1.log, run.log" in missed.err
+    assert plmsae("logs", tmp_path / "nowhere").code == 2

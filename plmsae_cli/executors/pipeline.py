@@ -253,14 +253,18 @@ def _each_trial(
     """
     from plmsae_cli.stages.sweep import table
 
+    if experiment.sweep is not None and experiment.sweep.optuna is not None:
+        from plmsae_cli.executors.search import search
+
+        return search(experiment, only, run, reporter)
     worked, failed, states = False, dict[str, str](), dict[str, str]()
+    points = _trials(experiment)
     if not (run.path / "sweep.json").exists():
-        write_json(run.path / "sweep.json", table(experiment, states))
+        write_json(run.path / "sweep.json", table(experiment, points, states))
     if only is None and experiment.shares_stream:
         from plmsae_cli.executors.shared import train_shared
 
         worked, failed = train_shared(experiment, run, executor, reporter)
-    points = _trials(experiment)
     for number, trial in enumerate(points, 1):
         if STOP.requested():
             raise Interrupted
@@ -276,7 +280,7 @@ def _each_trial(
         except Exception as error:
             states[trial.hash] = "failed"
             reporter.say(f"trial {trial.hash} failed: {error}")
-        write_json(run.path / "sweep.json", table(experiment, states))
+        write_json(run.path / "sweep.json", table(experiment, points, states))
     if lost := sum(state == "failed" for state in states.values()):
         _report(experiment, ["sweep"], run, True, reporter)
         raise UserError(f"{lost} of {len(points)} trials failed", f"see {run.path}/trials/*/status.json")

@@ -25,6 +25,8 @@ _EXAMPLES: dict[str, Any] = {
     "embed.layers": [6],
     "train.plm.fasta": "proteins.fasta.gz",
     "sweep.grid": {"train.sae.k": [16, 32, 64]},
+    "sweep.random.space": {"train.lr": {"low": 1e-5, "high": 1e-3, "log": True}, "train.sae.k": [16, 32, 64]},
+    "sweep.optuna.space": {"train.lr": {"low": 1e-5, "high": 1e-3, "log": True}, "train.sae.k": [16, 32, 64]},
     "eval.concepts.annotations": "uniprot.tsv.gz",
     "eval.families.proteins": "uniprot.tsv.gz",
     "eval.probes.proteins": "uniprot.tsv.gz",

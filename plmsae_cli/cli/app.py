@@ -1,18 +1,15 @@
-"""`plmsae`: the verbs, wired. Nothing heavier than typer is imported before a verb needs it."""
+"""`plmsae`: the groups of verbs, wired. Nothing heavier than typer is imported before a verb needs it."""
 
 from __future__ import annotations
 
 import os
-import sys
-from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from plmsae_cli import __version__
-from plmsae_cli.cli.help import Verb, Verbs
-from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, Tasks, WithInputs, Yes
+from plmsae_cli.cli.help import Verbs
+from plmsae_cli.cli.verbs import data, experiments, looking, run, stages
 
 app = typer.Typer(
     name="plmsae",
@@ -29,15 +26,10 @@ app = typer.Typer(
     subcommand_metavar="VERB ...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-_stage_verb = partial(app.command, cls=Verb, rich_help_panel="Stages, in pipeline order")
-_run_verb = partial(app.command, cls=Verb, rich_help_panel="All stages")
-_tool_verb = partial(app.command, cls=Verb, rich_help_panel="Tools")
 
-YamlFile = Annotated[Path, typer.Argument(metavar="YAML", help="The experiment.")]
-Targets = Annotated[
-    list[Path],
-    typer.Argument(metavar="YAML|FOLDER...", help="Experiments; of a folder, the YAML files at its top."),
-]
+# The first help page shows them in this order.
+for each in (stages, run, experiments, looking, data):
+    app.registered_commands += each.verbs.registered_commands
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,292 +45,6 @@ def _options(
     ] = False,
 ) -> None:
     """Options before the verb."""
-
-
-def _stage(
-    name: str,
-    path: Path,
-    sets: list[str] | None,
-    dry: bool,
-    bugfix: bool,
-    as_json: bool,
-    plain: bool,
-    inputs: bool,
-    restart: bool,
-    yes: bool,
-    tasks: str | None = None,
-) -> None:
-    from plmsae_cli.cli.stage import run_stage
-
-    raise typer.Exit(run_stage(name, path, sets, dry, bugfix, as_json, plain, inputs, restart, tasks, yes))
-
-
-@_stage_verb()
-def embed(
-    yaml: YamlFile,
-    set_: Sets = None,
-    dry_run: DryRun = False,
-    bugfix: Bugfix = False,
-    json: Json = False,
-    no_progress: NoProgress = False,
-    tasks: Tasks = None,
-    yes: Yes = False,
-) -> None:
-    """Proteins (FASTA) to the language model's activations: one row of numbers for each residue.
-
-    Each wanted layer becomes a folder embed-KEY under data_root, with the proteins, their split into training and
-    held-out ones, and statistics. KEY is a hash of the proteins, the model and the layer: what exists is not made
-    again.
-    """
-    _stage("embed", yaml, set_, dry_run, bugfix, json, no_progress, False, False, yes, tasks)
-
-
-@_stage_verb()
-def shuffle(
-    yaml: YamlFile,
-    set_: Sets = None,
-    dry_run: DryRun = False,
-    bugfix: Bugfix = False,
-    json: Json = False,
-    no_progress: NoProgress = False,
-    with_inputs: WithInputs = False,
-    tasks: Tasks = None,
-    yes: Yes = False,
-) -> None:
-    """Activations to one random order over all rows.
-
-    Training wants neighbouring rows from different proteins. The order is a function of shuffle.seed alone.
-    """
-    _stage("shuffle", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes, tasks)
-
-
-@_stage_verb()
-def optimize(
-    yaml: YamlFile,
-    set_: Sets = None,
-    dry_run: DryRun = False,
-    bugfix: Bugfix = False,
-    json: Json = False,
-    no_progress: NoProgress = False,
-    with_inputs: WithInputs = False,
-    tasks: Tasks = None,
-    yes: Yes = False,
-) -> None:
-    """Shuffled rows to a dataset that training streams, from disk or S3.
-
-    The result is a folder optimize-KEY of LitData chunks. Others can train from it alone (train.data).
-    """
-    _stage("optimize", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes, tasks)
-
-
-@_stage_verb()
-def train(
-    yaml: YamlFile,
-    set_: Sets = None,
-    dry_run: DryRun = False,
-    bugfix: Bugfix = False,
-    json: Json = False,
-    no_progress: NoProgress = False,
-    with_inputs: WithInputs = False,
-    restart: Restart = False,
-    yes: Yes = False,
-) -> None:
-    """Dataset to a sparse autoencoder, or FASTA to a language model (train.kind).
-
-    Checkpoints, metrics and the model go to ROOT/NAME. Starting again continues from the newest checkpoint.
-    """
-    _stage("train", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart, yes)
-
-
-@_stage_verb()
-def sweep(
-    yaml: YamlFile,
-    set_: Sets = None,
-    dry_run: DryRun = False,
-    bugfix: Bugfix = False,
-    json: Json = False,
-    no_progress: NoProgress = False,
-    with_inputs: WithInputs = False,
-    restart: Restart = False,
-    yes: Yes = False,
-) -> None:
-    """Many trainings on one dataset: every combination of sweep.grid, every SAE of train.saes.
-
-    Each is a run of its own in ROOT/NAME/trials, and is evaluated too if there is an eval section. SAEs of
-    train.saes, or with sweep.stream: shared all that can, train side by side while the dataset is read once.
-    """
-    _stage("sweep", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart, yes)
-
-
-@_stage_verb(
-    epilog="""
-    plmsae eval my.yaml                  measure
-    plmsae eval a.yaml b.yaml --compare  show what was measured side by side
-    """
-)
-def eval(
-    yamls: Annotated[list[Path], typer.Argument(metavar="YAML...", help="The experiment; several with --compare.")],
-    set_: Sets = None,
-    dry_run: DryRun = False,
-    bugfix: Bugfix = False,
-    json: Json = False,
-    no_progress: NoProgress = False,
-    with_inputs: WithInputs = False,
-    yes: Yes = False,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="A table, a CSV and a page of finished evaluations; measures nothing.")
-    ] = False,
-) -> None:
-    """What the dictionary has learnt: figures, a table of latents and an HTML report.
-
-    Results are in ROOT/NAME/eval, the page in ROOT/NAME/report/index.html.
-    """
-    if compare:
-        from plmsae_cli.cli.compare import compare_files
-
-        if dry_run or bugfix or with_inputs:
-            raise typer.BadParameter("it shows what exists: leave out the other options", param_hint="--compare")
-        raise typer.Exit(compare_files(yamls, set_, json))
-    if len(yamls) > 1:
-        raise typer.BadParameter(
-            "one experiment, or several with --compare; `plmsae run` takes many", param_hint="YAML"
-        )
-    _stage("eval", yamls[0], set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes)
-
-
-@_run_verb(
-    epilog="""
-    plmsae run my.yaml                        all stages of one experiment
-    plmsae run my.yaml --dry-run              the plan, with sizes
-    plmsae run my.yaml --set train.sae.k=32   with another value, once
-    plmsae run experiments/                   a queue
-    """
-)
-def run(
-    targets: Targets,
-    set_: Sets = None,
-    dry_run: DryRun = False,
-    bugfix: Bugfix = False,
-    json: Json = False,
-    no_progress: NoProgress = False,
-    restart: Restart = False,
-    yes: Yes = False,
-) -> None:
-    """Every stage of each experiment, in order; what is done already is skipped.
-
-    All files are checked before anything runs, then they run one after the other, by name. One that fails does not
-    stop the next. Files dropped into a FOLDER while it runs are picked up; folders below it are left alone.
-    """
-    from plmsae_cli.cli.run import run_files
-
-    raise typer.Exit(run_files(targets, set_, dry_run, bugfix, json, no_progress, restart, yes))
-
-
-@_tool_verb()
-def init(
-    path: Annotated[Path, typer.Argument(metavar="YAML", help="The file to write.")],
-    kind: Annotated[
-        str,
-        typer.Option(metavar="KIND", help="sae: sparse autoencoder; plm: language model; sweep: many autoencoders."),
-    ] = "sae",
-    full: Annotated[bool, typer.Option("--full", help="Every field there is, with its help.")] = False,
-) -> None:
-    """Write a commented experiment to begin with; never over a file that exists."""
-    from plmsae_cli.cli.tools import write_template
-
-    raise typer.Exit(write_template(path, kind, full))
-
-
-@_tool_verb()
-def validate(
-    targets: Targets,
-    set_: Sets = None,
-    bugfix: Bugfix = False,
-    json: Json = False,
-) -> None:
-    """Check everything that can be known without running: fields, inputs, sizes, disk space."""
-    from plmsae_cli.cli.tools import validate_files
-
-    raise typer.Exit(validate_files(targets, set_, bugfix, json))
-
-
-@_tool_verb()
-def ls(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of runs; runs/ unless named.")] = Path("runs"),
-    json: Json = False,
-) -> None:
-    """List runs with their figures, and data folders with the runs that use them."""
-    from plmsae_cli.cli.listing import list_root
-
-    raise typer.Exit(list_root(root, json))
-
-
-@_tool_verb()
-def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")],
-    json: Json = False,
-) -> None:
-    """Show how far one run is, and what came out."""
-    from plmsae_cli.cli.listing import show_status
-
-    raise typer.Exit(show_status(run, json))
-
-
-@_tool_verb(
-    epilog="""
-    plmsae verify runs/data/optimize-KEY    one artifact
-    plmsae verify exp.yaml                  what an experiment has made
-    plmsae verify runs                      everything below a folder
-    """
-)
-def verify(
-    targets: Annotated[
-        list[str],
-        typer.Argument(metavar="PATH|YAML...", help="Artifacts, local or s3://; folders of them; experiments."),
-    ],
-    json: Json = False,
-) -> None:
-    """Read finished data again and compare every file with the hash recorded when it was written.
-
-    A damaged file is named, with the task that made it and how to make it again. Exit code 1 if there is one. For
-    data in a bucket that needs settings, name the experiment.
-    """
-    from plmsae_cli.cli.housekeeping import verify_targets
-
-    raise typer.Exit(verify_targets(targets, json))
-
-
-@_tool_verb()
-def clean(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of runs; runs/ unless named.")] = Path("runs"),
-    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed. Without it nothing is touched.")] = False,
-    older: Annotated[
-        float,
-        typer.Option(
-            "--older", metavar="HOURS", help="Leave alone what was written to in the last HOURS; 24 unless set."
-        ),
-    ] = 24.0,
-    unused: Annotated[
-        bool,
-        typer.Option("--unused", help="Also finished data that no run under ROOT uses; runs elsewhere are not known."),
-    ] = False,
-    json: Json = False,
-) -> None:
-    """List what no longer serves: writes that were cut short, files of lost attempts, rests of freed data.
-
-    What a run points to, and what is being written, is never on the list. `--yes` deletes it, manifests first.
-    """
-    from plmsae_cli.cli.housekeeping import clean_root
-
-    raise typer.Exit(clean_root(root, yes, older, unused, json))
-
-
-@_tool_verb()
-def schema() -> None:
-    """Print the JSON schema of experiments, for editors."""
-    from plmsae_cli.config.schema import text
-
-    sys.stdout.write(text())
 
 
 def main() -> None:

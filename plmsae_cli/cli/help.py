@@ -7,11 +7,25 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from plmsae_cli.cli.exits import MEANINGS
+from plmsae_cli.cli.exits import MEANINGS, USAGE, complain
+
+FORMER = {
+    "--token": "log in once with `hf auth login`, or set HF_TOKEN in the environment: arguments are seen by everybody",
+    "--wandb_token": "set WANDB_API_KEY in the environment, use `wandb login`, or wait to be asked",
+    "--yaml_path": "name the file itself: `plmsae run my.yaml`, or a folder of them",
+}
+"""Options of an earlier launcher -> what takes their place."""
 
 
 class Verb(TyperCommand):
     """One verb's page: usage, what it does, arguments, options, examples."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for name in (argument.partition("=")[0] for argument in args):
+            if name in FORMER:
+                complain(f"there is no option {name}", FORMER[name])
+                ctx.exit(USAGE)
+        return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments: list[Any] = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]

@@ -4,53 +4,62 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.cli.exits import DONE, INTERRUPTED, QUEUE_FAILED, USAGE, checked, failure
 from plmsae_cli.cli.stage import SCHEMA_VERSION, dry, listen_for_signals, load_for, outcome, preflight
+from plmsae_cli.cli.tokens import ask, keyed
 
 if TYPE_CHECKING:
     from plmsae_cli.config.yaml import Loaded
     from plmsae_cli.executors.queue import Entry
 
 
-def run_files(
-    targets: list[Path],
-    sets: Sequence[str] | None,
-    dry_run: bool,
-    bugfix: bool,
-    as_json: bool,
-    no_progress: bool,
-    restart: bool,
-    yes: bool = False,
-) -> int:
+@dataclass(frozen=True)
+class Wishes:
+    """The options of `plmsae run`."""
+
+    sets: Sequence[str] | None = None
+    dry_run: bool = False
+    bugfix: bool = False
+    json: bool = False
+    no_progress: bool = False
+    restart: bool = False
+    yes: bool = False
+    watch: bool = False
+
+
+def run_files(targets: list[Path], wishes: Wishes) -> int:
     """Validate all, then run all."""
     loaded: dict[Path, Loaded] = {}
 
     def prepare() -> int:
         from plmsae_cli.executors.queue import find, locked, smoke_folder
 
-        paths = find(targets)
-        if code := read_all(paths, sets, bugfix, loaded):
+        paths = find(targets, wishes.watch)
+        if code := read_all(paths, wishes.sets, wishes.bugfix, loaded):
             return code
-        if dry_run:
-            return dry(list(loaded.values()), None, as_json)
+        if wishes.dry_run:
+            return dry(list(loaded.values()), None, wishes.json)
+        ask(one.experiment for one in loaded.values())
         for folder in sorted({t for t in targets if t.is_dir()}):
             stack.enter_context(locked(folder))
-        if bugfix:
+        if wishes.bugfix and paths:
             stack.enter_context(smoke_folder(Path(loaded[paths[0]].experiment.root)))
         return DONE
 
     with ExitStack() as stack:
-        if not dry_run:
+        if not wishes.dry_run:
             listen_for_signals()
         code = checked(prepare)
-        if code or dry_run:
+        if code or wishes.dry_run:
             return code
-        return _queue(targets, loaded, sets, bugfix, as_json, no_progress, restart, yes)
+        return _Queue(targets, loaded, wishes).run()
 
 
 def read_all(paths: Sequence[Path], sets: Sequence[str] | None, bugfix: bool, loaded: dict[Path, Loaded]) -> int:
@@ -60,7 +69,7 @@ def read_all(paths: Sequence[Path], sets: Sequence[str] | None, bugfix: bool, lo
         loaded[path] = load_for(path, sets, bugfix)
         return DONE
 
-    code = max(checked(lambda path=path: read(path)) for path in paths)  # type: ignore[misc]
+    code = max((checked(lambda path=path: read(path)) for path in paths), default=DONE)  # type: ignore[misc]
     names: dict[str, list[Path]] = {}
     for path, one in loaded.items():
         names.setdefault(f"{one.experiment.root}/{one.experiment.name}", []).append(path)
@@ -74,75 +83,122 @@ def read_all(paths: Sequence[Path], sets: Sequence[str] | None, bugfix: bool, lo
     return code
 
 
-def _queue(
-    targets: list[Path],
-    loaded: dict[Path, Loaded],
-    sets: Sequence[str] | None,
-    bugfix: bool,
-    as_json: bool,
-    no_progress: bool,
-    restart: bool,
-    yes: bool,
-) -> int:
-    from plmsae_cli.executors.pipeline import run_experiment
-    from plmsae_cli.executors.queue import run_queue
-    from plmsae_cli.runtime.progress import reporter
+class _Queue:
+    """The queue as the command shows it: every experiment, what became of it, the table at the end."""
 
-    shown = reporter(live=not no_progress and not as_json)
-    codes: list[int] = []
-    results: list[dict[str, Any]] = []
+    def __init__(self, targets: list[Path], loaded: dict[Path, Loaded], wishes: Wishes) -> None:
+        from plmsae_cli.runtime.progress import reporter
 
-    def run_one(entry: Entry) -> None:
-        if entry.path not in loaded and (code := read_all([entry.path], sets, bugfix, loaded)):
-            entry.state, entry.note = "failed", "invalid YAML"
-            codes.append(code)
+        self._targets, self._loaded, self._wishes = targets, loaded, wishes
+        self._live = not wishes.no_progress and not wishes.json
+        self._shown = reporter(self._live)
+        self._several = len(loaded) > 1 or any(target.is_dir() for target in targets)
+        self._entries: list[Entry] = []
+        self._known: dict[Path, int] = {}
+        self._codes: dict[Path, int] = {}
+        self._results: dict[Path, dict[str, Any]] = {}
+
+    def run(self) -> int:
+        from plmsae_cli.executors.queue import run_queue
+        from plmsae_cli.executors.trouble import Recovery
+
+        recovery = Recovery(lambda text: self._shown.say(text))
+
+        def again(entry: Entry) -> bool:
+            if self._wishes.bugfix or entry.error is None or entry.path not in self._loaded:
+                return False
+            waits_for_machine = self._several or self._wishes.watch
+            return recovery.again(entry.path, entry.error, self._loaded[entry.path].experiment, waits_for_machine)
+
+        with ExitStack() as stack:
+            if self._several and self._live and sys.stderr.isatty():
+                from plmsae_cli.cli.view import QueueView
+
+                self._shown = stack.enter_context(QueueView(self._entries))
+            if self._several:
+                self._shown.say(_machine())
+            run_queue(self._targets, self._one, again, self._wait if self._wishes.watch else None, self._entries)
+        return self._end()
+
+    def _wait(self) -> None:
+        folders = ", ".join(str(target) for target in self._targets if target.is_dir())
+        self._shown.say(f"waiting for YAMLs in {folders} (--watch); Ctrl-C ends")
+
+    def _one(self, entry: Entry) -> None:
+        from plmsae_cli.executors.pipeline import run_experiment
+
+        code = DONE
+        if entry.path not in self._loaded or self._known.setdefault(entry.path, entry.changed) != entry.changed:
+            self._known[entry.path] = entry.changed
+            code = read_all([entry.path], self._wishes.sets, self._wishes.bugfix, self._loaded)
+        if code:
+            entry.state, entry.note, self._codes[entry.path] = "failed", "invalid YAML", code
             return
-        one = loaded[entry.path]
-        shown.say(f"== {entry.path}")
+        one = self._loaded[entry.path]
+        self._shown.say(f"== {entry.path}")
+        stages = one.experiment.stages()
 
         def plan() -> int:
-            preflight(one.experiment, one.experiment.stages(), fetch=True, yes=yes)
+            try:
+                preflight(one.experiment, stages, fetch=True, yes=self._wishes.yes)
+            except Exception as error:
+                entry.error = error
+                raise
             return DONE
 
         if code := checked(plan):
-            entry.state, entry.note = "failed", "not started: see the error above"
-            codes.append(code)
+            entry.state, entry.note, self._codes[entry.path] = "failed", "not started: see the error above", code
             return
         try:
-            done = run_experiment(one.experiment, one.experiment.stages(), shown, one.text, restart)
+            done = run_experiment(keyed(one.experiment), stages, self._shown, one.text, self._wishes.restart)
         except Exception as error:
-            codes.append(failure(error))
-            entry.state = "interrupted" if codes[-1] == INTERRUPTED else "failed"
+            entry.error, self._codes[entry.path] = error, failure(error)
+            entry.state = "interrupted" if self._codes[entry.path] == INTERRUPTED else "failed"
             entry.note = str(Path(one.experiment.root) / str(one.experiment.name) / "status.json")
             return
+        self._codes.pop(entry.path, None)
         entry.state = "done" if done.stages else "skipped"
         found = outcome(done.run.path)
         entry.note = found["report"] or found["run"]
-        results.append({"path": str(entry.path), "state": entry.state, "seconds": done.stages, **found})
-        if not as_json:
-            _print_summary(done.run.path)
+        self._results[entry.path] = {
+            "path": str(entry.path), "state": entry.state, "seconds": done.stages, **found
+        }  # fmt: skip
+        if not self._wishes.json:
+            self._shown.say(_summary(done.run.path))
 
-    entries = run_queue(targets, run_one)
-    if as_json:
-        states = [{"path": str(e.path), "state": e.state, "seconds": round(e.seconds, 1)} for e in entries]
-        print(json.dumps({"schema": SCHEMA_VERSION, "queue": states, "experiments": results}))
-    else:
-        _print_table(entries)
-    if any(e.state in ("interrupted", "pending") for e in entries):
-        return INTERRUPTED
-    if len(entries) == 1 and codes:
-        return codes[0]
-    return QUEUE_FAILED if codes else DONE
+    def _end(self) -> int:
+        if self._wishes.json:
+            states = [{"path": str(e.path), "state": e.state, "seconds": round(e.seconds, 1)} for e in self._entries]
+            results = list(self._results.values())
+            print(json.dumps({"schema": SCHEMA_VERSION, "queue": states, "experiments": results}))
+        elif self._entries:
+            _print_table(self._entries)
+        if any(entry.state in ("interrupted", "pending") for entry in self._entries):
+            return INTERRUPTED
+        if len(self._entries) == 1 and self._codes:
+            return next(iter(self._codes.values()))
+        return QUEUE_FAILED if self._codes else DONE
 
 
-def _print_summary(run: Path) -> None:
+def _machine() -> str:
+    """What the queue runs on."""
+    from plmsae_cli.runtime.checks import driver
+    from plmsae_cli.runtime.run_folder import cpu_count
+
+    found = driver()
+    if found is None:
+        return f"{cpu_count()} CPU core(s), no GPU"
+    names = Counter(found[1])
+    return f"driver {found[0]}: " + ", ".join(f"{count} x {name}" for name, count in names.items())
+
+
+def _summary(run: Path) -> str:
     """The figures of one run, and where its page is."""
     from plmsae_cli.report.table import summary
 
     rows = summary(run)
     width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
-        print(f"  {name.ljust(width)}  {value}")
+    return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows)
 
 
 def _print_table(entries: Sequence[Entry]) -> None:

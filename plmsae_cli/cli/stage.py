@@ -135,13 +135,15 @@ def listen_for_signals() -> None:
 
 def execute(loaded: Loaded, stages: list[str], no_progress: bool, restart: bool, as_json: bool) -> int:
     """Run stages with progress; print where the results are."""
+    from plmsae_cli.cli.tokens import ask, keyed
     from plmsae_cli.executors.pipeline import run_experiment
     from plmsae_cli.runtime.progress import reporter
 
     shown = reporter(live=not no_progress and not as_json)
     body: dict[str, Any]
     try:
-        done = run_experiment(loaded.experiment, stages, shown, loaded.text, restart)
+        ask([loaded.experiment])
+        done = run_experiment(keyed(loaded.experiment), stages, shown, loaded.text, restart)
         code = DONE
         body = {"state": "done", "seconds": done.stages, **outcome(done.run.path)}
     except Exception as error:
@@ -200,10 +202,11 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool, yes: b
         UserError: an input is missing, settings do not fit each other, or a folder cannot be written.
     """
     from plmsae_cli.config.errors import UserError
+    from plmsae_cli.runtime.checks import folders, nearest
     from plmsae_cli.store.fs import Store, is_remote
     from plmsae_cli.store.weights import resolve_weights
 
-    for field, place in (("root", experiment.root), ("data_root", experiment.data_folder())):
+    for field, place in folders(experiment).items():
         if is_remote(place):
             continue
         existing = nearest(Path(place))
@@ -229,11 +232,6 @@ def _reach(experiment: Experiment, write: bool) -> None:
     for place, writing in places.items():
         if is_remote(place):
             Store(experiment.storage).probe(place, writing)
-
-
-def nearest(place: Path) -> Path:
-    """The place itself, or what exists of the path to it."""
-    return next(p for p in (place, *place.absolute().parents) if p.exists())
 
 
 def plans_of(experiment: Experiment, stages: Sequence[str]) -> list[Plan]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.cli.exits import DONE, checked
 from plmsae_cli.cli.show import size
-from plmsae_cli.cli.stage import SCHEMA_VERSION, nearest, preflight
+from plmsae_cli.cli.stage import SCHEMA_VERSION, preflight
 
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Experiment
@@ -72,6 +72,7 @@ def validate_files(targets: list[Path], sets: Sequence[str] | None, bugfix: bool
 def _needs(path: Path, experiment: Experiment) -> dict[str, Any]:
     """Plan every stage: reads FASTA, weights and manifests, so it finds what only they can tell."""
     from plmsae_cli.config.errors import UserError
+    from plmsae_cli.runtime.checks import nearest
     from plmsae_cli.store.fs import is_remote
 
     plans = preflight(experiment, experiment.stages(), fetch=False)

@@ -28,14 +28,14 @@ ATTEMPTS = 2
 
 
 class TaskFailed(RuntimeError):
-    """A task raised; `trace` is the worker's traceback."""
+    """A task raised; `trace` is the worker's traceback. `lost`: it raised nothing, its process went away."""
 
-    def __init__(self, task: str, message: str, trace: str = "") -> None:
+    def __init__(self, task: str, message: str, trace: str = "", lost: bool = False) -> None:
         super().__init__(f"{task}: {message}")
-        self.task, self.message, self.trace = task, message, trace
+        self.task, self.message, self.trace, self.lost = task, message, trace, lost
 
-    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, str, str]]:
-        return type(self), (self.task, self.message, self.trace)
+    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, str, str, bool]]:
+        return type(self), (self.task, self.message, self.trace, self.lost)
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Pool:
                         report(None, None, note=f"{blamed.id}: its worker died ({code}); trying again")
                         waiting.insert(0, blamed)
                     else:
-                        failure = TaskFailed(blamed.id, f"its worker died twice (exit {code})")
+                        failure = TaskFailed(blamed.id, f"its worker died twice (exit {code})", lost=True)
                     continue
                 of_writing = kind in ("published", "unwritten")
                 task = worker.writing if of_writing else worker.task

@@ -23,17 +23,27 @@ class Entry:
 
     path: Path
     state: str = "pending"
-    """pending, done, skipped (nothing was left to do), failed, interrupted"""
+    """pending, running, done, skipped (nothing was left to do), failed, interrupted"""
     seconds: float = 0.0
     note: str = ""
+    error: Exception | None = None
+    """What it failed with."""
+    changed: int = 0
+    """When its file was last written, in ns since 1970; 0 if it is gone."""
+
+    @classmethod
+    def of(cls, path: Path) -> Entry:
+        return cls(path, changed=_changed(path))
 
 
-def find(targets: Sequence[Path]) -> list[Path]:
+def find(targets: Sequence[Path], watch: bool = False) -> list[Path]:
     """Files as given; of a folder, the YAMLs at its top, in name order.
 
     Raises:
-        UserError: a target does not exist, or there is nothing to run.
+        UserError: a target does not exist, or there is nothing to run. With `watch`, none of the targets is a folder.
     """
+    if watch and not any(target.is_dir() for target in targets):
+        raise UserError("--watch waits for YAMLs in a folder, and none was named", "plmsae run experiments/ --watch")
     found: list[Path] = []
     for target in targets:
         if target.is_dir():
@@ -42,7 +52,7 @@ def find(targets: Sequence[Path]) -> list[Path]:
             found.append(target)
         else:
             raise UserError(f"{target} does not exist", "name YAML files, or folders of them")
-    if not found:
+    if not found and not watch:
         raise UserError(
             f"no experiments in {', '.join(map(str, targets))}",
             "drop YAML files there; `plmsae init my.yaml` writes one to begin with",
@@ -98,17 +108,73 @@ def smoke_folder(root: Path) -> Iterator[None]:
         yield
 
 
-def run_queue(targets: Sequence[Path], run_one: Callable[[Entry], None]) -> list[Entry]:
-    """Run every experiment; `run_one` sets its entry's state. After a wish to stop, the rest stay pending."""
-    entries = [Entry(path) for path in find(targets)]
-    for entry in entries:  # which grows: files dropped into a folder meanwhile are appended
-        if STOP.requested():
-            break
-        begun = time.monotonic()
-        run_one(entry)
-        entry.seconds = time.monotonic() - begun
+WATCH_EVERY_S = 1.0
+
+
+def run_queue(
+    targets: Sequence[Path],
+    run_one: Callable[[Entry], None],
+    again: Callable[[Entry], bool] = lambda entry: False,
+    watch: Callable[[], None] | None = None,
+    entries: list[Entry] | None = None,
+) -> list[Entry]:
+    """Run every experiment. After a wish to stop, the rest stay pending.
+
+    Args:
+        run_one: runs one, and sets its entry's state.
+        again: after a failure: waits as long as it takes, and says whether to try the same one again.
+        watch: told once before the queue waits for further files; without it the queue ends where there are none.
+        entries: the list to fill, for whoever looks on.
+    """
+    entries = [] if entries is None else entries
+    entries += [Entry.of(path) for path in find(targets, watch is not None)]
+    begun = 0
+    while not STOP.requested():
+        if begun == len(entries):
+            entries += _dropped(targets, entries)
+        if begun == len(entries):
+            if watch is None or not _more_to_come(targets, entries, watch):
+                break
+            continue
+        entry = entries[begun]
+        begun += 1
+        started = time.monotonic()
+        while True:
+            entry.state, entry.error = "running", None
+            run_one(entry)
+            if entry.state != "failed" or not again(entry):
+                break
+        entry.seconds = time.monotonic() - started
         if entry.state == "interrupted":
             break
-        known = {e.path for e in entries}
-        entries += [Entry(path) for folder in targets for path in _in_folder(folder) if path not in known]
+        entries += _dropped(targets, entries)
     return entries
+
+
+def _more_to_come(targets: Sequence[Path], entries: Sequence[Entry], tell: Callable[[], None]) -> bool:
+    """Wait for another file; false after a wish to stop."""
+    tell()
+    while not STOP.requested():
+        if _dropped(targets, entries):
+            return True
+        time.sleep(WATCH_EVERY_S)
+    return False
+
+
+def _dropped(targets: Sequence[Path], entries: Sequence[Entry]) -> list[Entry]:
+    """Files of the folders that are new, or failed and were written to since."""
+    latest = {entry.path: entry for entry in entries}
+    found = []
+    for path in [path for folder in targets for path in _in_folder(folder)]:
+        known = latest.get(path)
+        if known is None or (known.state == "failed" and _changed(path) not in (0, known.changed)):
+            found.append(Entry.of(path))
+            latest[path] = found[-1]
+    return found
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -34,7 +34,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class _Pace:
+class Pace:
     """Share done, and the time left at the pace so far."""
 
     def __init__(self) -> None:
@@ -47,14 +47,23 @@ class _Pace:
             self._first = (time.monotonic(), done)
         return self._first
 
-    def line(self, done: float, total: float, figures: dict[str, Any]) -> str:
+    def left(self, done: float, total: float) -> float | None:
+        """Seconds; None while there is no pace yet."""
         since, start = self.see(done)
-        now = time.monotonic()
-        left = (now - since) * (total - done) / (done - start) if done > start else None
-        parts = [f"{100 * done / max(total, 1e-9):5.1f} %"]
-        parts += [f"{clock(now - self.begun)} so far"] if left is None else [f"{clock(left)} left"]
-        parts += [f"{k} {_shown(v)}" for k, v in figures.items() if k not in ("unit", "note")]
-        return "  ".join(parts)
+        return (time.monotonic() - since) * (total - done) / (done - start) if done > start else None
+
+    def time(self, done: float, total: float) -> str:
+        left = self.left(done, total)
+        return f"{clock(time.monotonic() - self.begun)} so far" if left is None else f"{clock(left)} left"
+
+    def line(self, done: float, total: float, figures: dict[str, Any]) -> str:
+        parts = [f"{100 * done / max(total, 1e-9):5.1f} %", self.time(done, total)]
+        return "  ".join(parts + words(figures))
+
+
+def words(figures: dict[str, Any]) -> list[str]:
+    """Each figure with its name."""
+    return [f"{k} {_shown(v)}" for k, v in figures.items() if k not in ("unit", "note")]
 
 
 def _shown(value: Any) -> str:
@@ -65,10 +74,10 @@ class PlainReporter:
     """A line now and then, for logs."""
 
     def __init__(self) -> None:
-        self._title, self._pace, self._last = "", _Pace(), 0.0
+        self._title, self._pace, self._last = "", Pace(), 0.0
 
     def begin(self, title: str) -> None:
-        self._title, self._pace, self._last = title, _Pace(), time.monotonic()
+        self._title, self._pace, self._last = title, Pace(), time.monotonic()
         self.say(f"{title} ...")
 
     def update(self, done: float | None, total: float | None, **figures: Any) -> None:
@@ -101,10 +110,10 @@ class LiveReporter:
         self._text: Callable[[str], Text] = Text
         self._live: Live | None = None
         self._make: Callable[[], Live] = lambda: Live(console=self._console, refresh_per_second=8, transient=True)
-        self._title, self._pace = "", _Pace()
+        self._title, self._pace = "", Pace()
 
     def begin(self, title: str) -> None:
-        self._title, self._pace = title, _Pace()
+        self._title, self._pace = title, Pace()
         self._live = self._make()
         self._live.start()
         self._live.update(self._text(f"{title} ..."))

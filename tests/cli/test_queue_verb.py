@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from plmsae_cli.cli import run as run_verb
 from plmsae_cli.config import faults
+from plmsae_cli.store.records import StoreError
 
 Plmsae = Callable[..., Any]
 Write = Callable[..., Path]
@@ -152,3 +155,49 @@ def test_an_empty_folder_and_a_missing_one_are_wrong_usage(plmsae: Plmsae, tmp_p
         refused = plmsae("run", target)
         assert refused.code == 2
         assert said in refused.err
+
+
+def test_an_overloaded_server_is_asked_again(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("queue/a.yaml")
+    real, left = run_verb.preflight, [0, 1]
+    monkeypatch.setattr("plmsae_cli.executors.trouble.BACKOFF_S", (0.0, 0.0))
+
+    def overloaded(*arguments: Any, **options: Any) -> Any:
+        if left:
+            left.pop()
+            raise StoreError("cannot list s3://b: the server is overloaded (SlowDown)", "start again later: ...")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(run_verb, "preflight", overloaded)
+    ended = plmsae("run", tmp_path / "queue", "--json")
+    assert (ended.code, states(ended)) == (0, {"a.yaml": "done"})
+    assert "trying again in 0 s (2 of 2)" in ended.err
+
+
+def test_a_watching_queue_waits_takes_what_is_dropped_in_and_ends_at_ctrl_c(
+    plmsae: Plmsae, start: Callable[..., Any], write: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "queue").mkdir()
+    process = start("run", tmp_path / "queue", "--watch", "--no-progress")
+    process.until(lambda: "waiting for YAMLs" in process.log)
+    write("queue/a.yaml")
+    process.until(lambda: process.log.count("waiting for YAMLs") == 2)
+    process.popen.send_signal(signal.SIGINT)
+    assert process.wait() == 0, process.log
+    assert process.log.splitlines()[-1].split()[:2] == ["a.yaml", "done"]
+    assert "one was named" in plmsae("run", tmp_path / "queue" / "a.yaml", "--watch").err
+
+
+@pytest.mark.parametrize("option", ["--token", "--wandb_token=hf_secret", "--yaml_path"])
+def test_options_of_the_former_launcher_are_answered(plmsae: Plmsae, option: str) -> None:
+    refused = plmsae("run", "experiments", option, "hf_secret")
+    assert refused.code == 2
+    assert f"there is no option {option.partition('=')[0]}\nhint: " in refused.err
+    assert "hf_secret" not in refused.err
+    script = Path(run_verb.__file__).parents[2] / "run_experiments.sh"
+    ended = subprocess.run([str(script), option, "hf_secret"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "hint: " in ended.stderr
+    assert "hf_secret" not in ended.stderr

@@ -11,6 +11,7 @@ import pytest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.executors.locks import Locked
 from plmsae_cli.executors.queue import Entry, find, locked, run_queue, smoke_folder
+from plmsae_cli.runtime.stop import STOP
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -80,3 +81,47 @@ def test_a_smoke_run_has_an_empty_folder_to_itself(tmp_path: Path) -> None:
             pass
         assert (root / "new" / "status.json").exists()
     assert (tmp_path / "runs" / "mine" / "status.json").exists()
+
+
+def test_a_watching_queue_takes_what_comes_and_what_was_mended_until_it_is_asked_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plmsae_cli.executors.queue.WATCH_EVERY_S", 0.01)
+    ran: list[str] = []
+    waits: list[int] = []
+
+    def run_one(entry: Entry) -> None:
+        ran.append(entry.path.read_text())
+        entry.state = "failed" if ran[-1] == "bad" else "done"
+
+    def act() -> None:
+        """What happens while the queue waits: a file comes, it is mended, Ctrl-C."""
+        waits.append(len(ran))
+        if len(waits) == 1:
+            (tmp_path / "a.yaml").write_text("bad")
+        elif len(waits) == 2:
+            (tmp_path / "a.yaml").write_text("good")
+            os.utime(tmp_path / "a.yaml", ns=(1, 1))
+        else:
+            STOP.request()
+
+    try:
+        entries = run_queue([tmp_path], run_one, watch=act)
+    finally:
+        STOP.asked = False
+    assert (ran, waits) == (["bad", "good"], [0, 1, 2])
+    assert [entry.state for entry in entries] == ["failed", "done"]
+    with pytest.raises(UserError, match="none was named"):
+        find([tmp_path / "a.yaml"], watch=True)
+
+
+def test_what_is_tried_again_keeps_its_place(tmp_path: Path) -> None:
+    touch(tmp_path, "a.yaml", "b.yaml")
+    order: list[str] = []
+
+    def run_one(entry: Entry) -> None:
+        order.append(entry.path.stem)
+        entry.state = "failed" if order in (["a"], ["a", "a"]) else "done"
+
+    assert [e.state for e in run_queue([tmp_path], run_one, again=lambda entry: len(order) < 3)] == ["done", "done"]
+    assert order == ["a", "a", "a", "b"]

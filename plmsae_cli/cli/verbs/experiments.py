@@ -1,0 +1,50 @@
+"""Experiment files: write one, check some, their schema."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plmsae_cli.cli.options import Bugfix, Json, Sets
+from plmsae_cli.cli.verbs.group import Targets, group
+
+verbs, verb = group("Tools")
+
+
+@verb()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="YAML", help="The file to write.")],
+    kind: Annotated[
+        str,
+        typer.Option(metavar="KIND", help="sae: sparse autoencoder; plm: language model; sweep: many autoencoders."),
+    ] = "sae",
+    full: Annotated[bool, typer.Option("--full", help="Every field there is, with its help.")] = False,
+) -> None:
+    """Write a commented experiment to begin with; never over a file that exists."""
+    from plmsae_cli.cli.tools import write_template
+
+    raise typer.Exit(write_template(path, kind, full))
+
+
+@verb()
+def validate(
+    targets: Targets,
+    set_: Sets = None,
+    bugfix: Bugfix = False,
+    json: Json = False,
+) -> None:
+    """Check everything that can be known without running: fields, inputs, sizes, disk space."""
+    from plmsae_cli.cli.tools import validate_files
+
+    raise typer.Exit(validate_files(targets, set_, bugfix, json))
+
+
+@verb()
+def schema() -> None:
+    """Print the JSON schema of experiments, for editors."""
+    from plmsae_cli.config.schema import text
+
+    sys.stdout.write(text())

@@ -1,0 +1,164 @@
+"""The six stages, in pipeline order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, Tasks, WithInputs, Yes
+from plmsae_cli.cli.verbs.group import YamlFile, group
+
+verbs, verb = group("Stages, in pipeline order")
+
+
+def _stage(
+    name: str,
+    path: Path,
+    sets: list[str] | None,
+    dry: bool,
+    bugfix: bool,
+    as_json: bool,
+    plain: bool,
+    inputs: bool,
+    restart: bool,
+    yes: bool,
+    tasks: str | None = None,
+) -> None:
+    from plmsae_cli.cli.stage import run_stage
+
+    raise typer.Exit(run_stage(name, path, sets, dry, bugfix, as_json, plain, inputs, restart, tasks, yes))
+
+
+@verb()
+def embed(
+    yaml: YamlFile,
+    set_: Sets = None,
+    dry_run: DryRun = False,
+    bugfix: Bugfix = False,
+    json: Json = False,
+    no_progress: NoProgress = False,
+    tasks: Tasks = None,
+    yes: Yes = False,
+) -> None:
+    """Proteins (FASTA) to the language model's activations: one row of numbers for each residue.
+
+    Each wanted layer becomes a folder embed-KEY under data_root, with the proteins, their split into training and
+    held-out ones, and statistics. KEY is a hash of the proteins, the model and the layer: what exists is not made
+    again.
+    """
+    _stage("embed", yaml, set_, dry_run, bugfix, json, no_progress, False, False, yes, tasks)
+
+
+@verb()
+def shuffle(
+    yaml: YamlFile,
+    set_: Sets = None,
+    dry_run: DryRun = False,
+    bugfix: Bugfix = False,
+    json: Json = False,
+    no_progress: NoProgress = False,
+    with_inputs: WithInputs = False,
+    tasks: Tasks = None,
+    yes: Yes = False,
+) -> None:
+    """Activations to one random order over all rows.
+
+    Training wants neighbouring rows from different proteins. The order is a function of shuffle.seed alone.
+    """
+    _stage("shuffle", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes, tasks)
+
+
+@verb()
+def optimize(
+    yaml: YamlFile,
+    set_: Sets = None,
+    dry_run: DryRun = False,
+    bugfix: Bugfix = False,
+    json: Json = False,
+    no_progress: NoProgress = False,
+    with_inputs: WithInputs = False,
+    tasks: Tasks = None,
+    yes: Yes = False,
+) -> None:
+    """Shuffled rows to a dataset that training streams, from disk or S3.
+
+    The result is a folder optimize-KEY of LitData chunks. Others can train from it alone (train.data).
+    """
+    _stage("optimize", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes, tasks)
+
+
+@verb()
+def train(
+    yaml: YamlFile,
+    set_: Sets = None,
+    dry_run: DryRun = False,
+    bugfix: Bugfix = False,
+    json: Json = False,
+    no_progress: NoProgress = False,
+    with_inputs: WithInputs = False,
+    restart: Restart = False,
+    yes: Yes = False,
+) -> None:
+    """Dataset to a sparse autoencoder, or FASTA to a language model (train.kind).
+
+    Checkpoints, metrics and the model go to ROOT/NAME. Starting again continues from the newest checkpoint.
+    """
+    _stage("train", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart, yes)
+
+
+@verb()
+def sweep(
+    yaml: YamlFile,
+    set_: Sets = None,
+    dry_run: DryRun = False,
+    bugfix: Bugfix = False,
+    json: Json = False,
+    no_progress: NoProgress = False,
+    with_inputs: WithInputs = False,
+    restart: Restart = False,
+    yes: Yes = False,
+) -> None:
+    """Many trainings on one dataset: every combination of sweep.grid, every SAE of train.saes.
+
+    Each is a run of its own in ROOT/NAME/trials, and is evaluated too if there is an eval section. SAEs of
+    train.saes, or with sweep.stream: shared all that can, train side by side while the dataset is read once.
+    """
+    _stage("sweep", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart, yes)
+
+
+@verb(
+    epilog="""
+    plmsae eval my.yaml                  measure
+    plmsae eval a.yaml b.yaml --compare  show what was measured side by side
+    """
+)
+def eval(
+    yamls: Annotated[list[Path], typer.Argument(metavar="YAML...", help="The experiment; several with --compare.")],
+    set_: Sets = None,
+    dry_run: DryRun = False,
+    bugfix: Bugfix = False,
+    json: Json = False,
+    no_progress: NoProgress = False,
+    with_inputs: WithInputs = False,
+    yes: Yes = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="A table, a CSV and a page of finished evaluations; measures nothing.")
+    ] = False,
+) -> None:
+    """What the dictionary has learnt: figures, a table of latents and an HTML report.
+
+    Results are in ROOT/NAME/eval, the page in ROOT/NAME/report/index.html.
+    """
+    if compare:
+        from plmsae_cli.cli.compare import compare_files
+
+        if dry_run or bugfix or with_inputs:
+            raise typer.BadParameter("it shows what exists: leave out the other options", param_hint="--compare")
+        raise typer.Exit(compare_files(yamls, set_, json))
+    if len(yamls) > 1:
+        raise typer.BadParameter(
+            "one experiment, or several with --compare; `plmsae run` takes many", param_hint="YAML"
+        )
+    _stage("eval", yamls[0], set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes)

@@ -139,7 +139,8 @@ def test_swept_values_stay_distinct(pair: Pair) -> None:
         return
     assert after.sweep is not None
     doubled = 0
-    for values in (after.sweep.grid or {}).values():
+    search = after.sweep.random or after.sweep.optuna
+    for values in (after.sweep.grid or {} if search is None else search.space).values():
         assert len(values) <= 2
         assert len({json.dumps(value) for value in values}) == len(values)
         doubled += len(values) == 2

@@ -44,7 +44,8 @@ def candidates(entry: Entry) -> Iterator[Any]:
         "eval.contacts.structures": ["a.pdb"], "eval.contacts.methods": ["head"], "eval.steering.strengths": [2.0],
         "eval.steering.latents": [3], "eval.steering.residues": "active",
         "eval.concepts.nulls": ["pca"], "train.kind": "sae", "launch.slurm.options": {"qos": "high"},
-        "sweep.random.space": {"train.lr": {"low": 1e-5, "high": 1e-4}}, "sweep.optuna.space": {"train.seed": {"low": 0, "high": 99}},
+        "sweep.random.space": {"train.lr": {"low": 1e-5, "high": 1e-4}},
+        "sweep.optuna.space": {"train.seed": {"low": 0, "high": 99}},
         "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
     }  # fmt: skip
     if entry.path in special:

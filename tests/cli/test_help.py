@@ -20,7 +20,7 @@ from plmsae_cli.cli.app import app
 PINNED = Path(__file__).parent / "pinned"
 STAGES = ["embed", "shuffle", "optimize", "train", "sweep", "eval"]
 PAGES = [
-    "plmsae", *STAGES, "run", "init", "validate", "schema", "ls", "status", "compare", "report", "verify", "clean",
+    "plmsae", *STAGES, "run", "fetch", "init", "validate", "schema", "ls", "status", "compare", "report", "verify", "clean",
 ]  # fmt: skip
 HEAVY = {
     "torch", "numpy", "esm", "wandb", "litdata", "pydantic", "rich", "ruamel", "matplotlib", "pyarrow", "boto3",

@@ -50,8 +50,8 @@ def test_differences_tell_results_from_comforts() -> None:
     found = [(each.field, each.values, each.science) for each in differences([one, two])]
     assert found == [
         ("train.sae.k", [16, 32], True),
+        ("eval.fidelity.proteins", [8, None], True),
         ("train.log_every", [50, 10], False),
-        ("eval.fidelity.proteins", [8, None], False),
         ("wandb.mode", [None, "offline"], False),
     ]
 

@@ -18,14 +18,18 @@ if TYPE_CHECKING:
     from plmsae_cli.config.yaml import Loaded
 
 
-def write_template(path: Path, kind: str, full: bool) -> int:
-    """Write a commented template; never over an existing file."""
+def write_template(path: Path, kind: str, full: bool, other: Path | None = None) -> int:
+    """Write a commented template, or what another tool's configuration says; never over an existing file."""
 
     def work() -> int:
         from plmsae_cli.config.errors import UserError
         from plmsae_cli.config.templates import full_template, template
 
-        text = full_template() if full else template(kind)
+        notes: list[str] = []
+        if other is not None:
+            text, notes = _converted(other)
+        else:
+            text = full_template() if full else template(kind)
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
@@ -34,10 +38,26 @@ def write_template(path: Path, kind: str, full: bool) -> int:
         except OSError as error:
             hint = "name a file in a folder that exists"
             raise UserError(f"{path} cannot be written: {error.strerror}", hint) from None
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         print(f"wrote {path}; next: edit it, then `plmsae validate {path}` and `plmsae run {path}`", file=sys.stderr)
         return DONE
 
     return checked(work)
+
+
+def _converted(other: Path) -> tuple[str, list[str]]:
+    from plmsae_cli.config.conversion import convert
+    from plmsae_cli.config.errors import UserError
+
+    try:
+        text = other.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{other} cannot be read: {error}", "name the configuration's file") from error
+    try:
+        return convert(text)
+    except UserError as error:
+        raise UserError(f"{other}: {error.message}", error.hint) from error
 
 
 def validate_files(targets: list[Path], sets: Sequence[str] | None, bugfix: bool, as_json: bool) -> int:

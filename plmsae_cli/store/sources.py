@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -206,7 +207,7 @@ def _read(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as reply:
             return bytes(reply.read())
-    except (OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(
             f"{url} does not answer: {error}", "is there a network? --mirror names another place"
         ) from error

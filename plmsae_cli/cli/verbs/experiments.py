@@ -19,14 +19,24 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="YAML", help="The file to write.")],
     kind: Annotated[
         str,
-        typer.Option(metavar="KIND", help="sae: sparse autoencoder; plm: language model; sweep: many autoencoders."),
+        typer.Option(
+            metavar="KIND",
+            help="sae: sparse autoencoder; plm: language model; sweep: a grid of autoencoders; search: the best settings,"
+            " by Optuna; imported: an autoencoder on activations of another program.",
+        ),
     ] = "sae",
     full: Annotated[bool, typer.Option("--full", help="Every field there is, with its help.")] = False,
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="FILE", help="Take settings from a configuration of SAELens or dictionary_learning."
+        ),
+    ] = None,
 ) -> None:
     """Write a commented experiment to begin with; never over a file that exists."""
     from plmsae_cli.cli.tools import write_template
 
-    raise typer.Exit(write_template(path, kind, full))
+    raise typer.Exit(write_template(path, kind, full, other))
 
 
 @verb()

@@ -11,7 +11,7 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.schema import FILE
 from plmsae_cli.config.tree import Entry, entries, plain
 
-NAMES = ("sae", "plm", "sweep")
+NAMES = ("sae", "plm", "sweep", "search", "imported")
 
 _WIDTH = 100
 # Sections of the other kind of experiment, and those that need files of their own: shown, but commented out.
@@ -36,7 +36,7 @@ _EXAMPLES: dict[str, Any] = {
 
 
 def template(name: str) -> str:
-    """The text of a ready template: `sae`, `plm` or `sweep`. Raises UserError for another name."""
+    """The text of a ready template, one of `NAMES`. Raises UserError for another name."""
     if name not in NAMES:
         raise UserError(f"no template {name}", f"one of: {', '.join(NAMES)}")
     return (files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")

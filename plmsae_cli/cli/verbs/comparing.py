@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from plmsae_cli.cli.completion import runs_and_yamls
 from plmsae_cli.cli.options import Json
 from plmsae_cli.cli.verbs.group import Root, group
 
@@ -23,7 +24,11 @@ verbs, verb = group("Tools")
 def compare(
     targets: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN|YAML...", help="Folders of runs, their names under runs/, or experiments."),
+        typer.Argument(
+            metavar="RUN|YAML...",
+            help="Folders of runs, their names under runs/, or experiments.",
+            autocompletion=runs_and_yamls,
+        ),
     ],
     json: Json = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from plmsae_cli.cli.completion import kinds
 from plmsae_cli.cli.options import Bugfix, Json, Sets
 from plmsae_cli.cli.verbs.group import Targets, group
 
@@ -21,6 +22,7 @@ def init(
         str,
         typer.Option(
             metavar="KIND",
+            autocompletion=kinds,
             help="sae: sparse autoencoder; plm: language model; sweep: a grid of autoencoders; search: the best settings,"
             " by Optuna; imported: an autoencoder on activations of another program.",
         ),

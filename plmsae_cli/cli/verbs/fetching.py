@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from plmsae_cli.cli.completion import sources
 from plmsae_cli.cli.options import DryRun, Json, NoProgress
 from plmsae_cli.cli.verbs.group import group
 
@@ -23,7 +24,8 @@ verbs, verb = group("Tools")
 )
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME...", help="What to fetch; without a name, the list.")
+        list[str] | None,
+        typer.Argument(metavar="NAME...", help="What to fetch; without a name, the list.", autocompletion=sources),
     ] = None,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FOLDER", help="Where to; data/, for weights the cache, unless set.")

@@ -46,12 +46,18 @@ def validate(
     targets: Targets,
     set_: Sets = None,
     bugfix: Bugfix = False,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep", help="Also ask the outside: buckets, memory of the GPUs here, room on disks, W&B's login."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check everything that can be known without running: fields, inputs, sizes, disk space."""
     from plmsae_cli.cli.tools import validate_files
 
-    raise typer.Exit(validate_files(targets, set_, bugfix, json))
+    raise typer.Exit(validate_files(targets, set_, bugfix, json, deep))
 
 
 @verb()

@@ -22,6 +22,7 @@ from plmsae_cli.runtime.progress import Reporter, clock
 from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan
+from plmsae_cli.runtime.wandb_results import publish
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest
@@ -176,6 +177,8 @@ def _run_stages(
     finally:
         executor.close()
     _report(experiment, stages, run, bool(seconds), reporter)
+    if seconds:
+        publish(experiment, run.path)
     run.status(state="done", stage=None)
 
 

@@ -28,7 +28,7 @@ class Watched:
         self._inner, self._tell, self._train = inner, tell, train
         self._path, self._read = run / "metrics.jsonl", 0
         self._lines: list[dict[str, Any]] = []
-        self._told = 0
+        self._told, self._pruned = 0, False
 
     def begin(self, title: str) -> None:
         self._inner.begin(title)
@@ -39,7 +39,7 @@ class Watched:
             self._look()
 
     def end(self, text: str) -> None:
-        self._inner.end(text)
+        self._inner.end("pruned" if self._pruned else text)
 
     def say(self, text: str) -> None:
         self._inner.say(text)
@@ -52,7 +52,11 @@ class Watched:
             since = [line for line in self._lines if self._told < line["step"] <= step]
             self._told = step
             if (value := level(since, self._train)) is not None:
-                self._tell(step, value)
+                try:
+                    self._tell(step, value)
+                except Pruned:
+                    self._pruned = True
+                    raise
 
     def _new_lines(self) -> list[dict[str, Any]]:
         """Whole lines behind those read before."""

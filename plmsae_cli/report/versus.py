@@ -48,7 +48,8 @@ def levels(runs: Mapping[str, Sequence[Line]], key: str, by: By) -> tuple[list[f
     """Curves at equal tokens, or equal time: at four stops up to the end of the shortest run.
 
     Returns:
-        The stops, and for each a value a run: the mean of the stretch that ends there; None where a run has no such figure.
+        The stops, and for each a value a run: the mean of the stretch that ends there, or the newest before where no line
+        is in it; None where a run has no such figure.
     """
     ends = [lines[-1][by] for lines in runs.values() if lines]
     if not ends or min(ends) <= 0:
@@ -58,7 +59,8 @@ def levels(runs: Mapping[str, Sequence[Line]], key: str, by: By) -> tuple[list[f
     for start, stop in zip([0.0, *stops], stops, strict=False):
         row: list[float | None] = []
         for lines in runs.values():
-            values = [line[key] for line in lines if start < line[by] <= stop and line.get(key) is not None]
+            before = [line for line in lines if line[by] <= stop and line.get(key) is not None]
+            values = [line[key] for line in before if line[by] > start] or [line[key] for line in before[-1:]]
             row.append(float(np.mean(values)) if values else None)
         rows.append(row)
     return stops, rows

@@ -35,10 +35,10 @@ def publish(experiment: Experiment, run: Path) -> None:
             page.summary.update(figures(scores))
             if (run / "eval" / "latents.parquet").is_file():
                 columns, rows = _latents(run / "eval" / "latents.parquet")
-                page.log({"eval/latents": wandb.Table(columns=columns, data=rows)})
+                page.log({"eval/latents": wandb.Table(columns=[*columns], data=rows)})
         if sweep is not None:
             columns, rows = trials(sweep)
-            page.log({"sweep/trials": wandb.Table(columns=columns, data=rows)})
+            page.log({"sweep/trials": wandb.Table(columns=[*columns], data=rows)})
         for name, pointer in (read_json(run / "artifacts.json") or {}).items():
             facts = {"stage": name, "key": pointer["key"], "rows": pointer["rows"]}
             data = wandb.Artifact(f"{name}-{pointer['key']}", type="dataset", metadata=facts)

@@ -241,7 +241,8 @@ def summary(experiment: Experiment, study: optuna.Study) -> dict[str, Any]:
             continue
         found.setdefault(trial.hash, trial)
         states.setdefault(trial.hash, _STATES[each.state])
-        values.setdefault(trial.hash, each.value)
+        # Of a trial that was pruned Optuna gives the last thing it was told, which is not the figure.
+        values.setdefault(trial.hash, each.value if each.state == TrialState.COMPLETE else None)
     body = table(experiment, list(found.values()), states)
     for row in body["trials"]:
         row["objective"] = values[row["hash"]]

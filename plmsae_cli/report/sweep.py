@@ -92,7 +92,10 @@ def _groups(trials: list[dict[str, Any]], keys: list[str]) -> dict[str, list[tup
     num_values = {key: len({_shown(trial["values"].get(key)) for trial in trials}) for key in keys}
     varying = [key for key in keys if num_values[key] > 1]
     names = {key: short for short, key in _short(keys).items()}
-    candidates = [key for key in varying if not key.endswith(".k") and num_values[key] <= 5]
+    # What each trial has a value of its own of, such as a drawn rate, groups nothing.
+    candidates = [
+        key for key in varying if not key.endswith(".k") and num_values[key] <= 5 and num_values[key] < len(trials)
+    ]
     # A single field that varies is told by its labels alone.
     colour = candidates[0] if candidates and len(varying) > 1 else None
     labelled = [key for key in varying if key != colour]

@@ -101,6 +101,8 @@ def test_what_is_worse_than_the_median_ends_early(tmp_path: Path, goal: str) -> 
     assert states == ["done", "done", "done", "pruned", *["done"] * (len(states) - 4)]
     pruned = tmp_path / "hunt" / "trials" / body["trials"][3]["hash"] / "status.json"
     assert json.loads(pruned.read_text())["state"] == "pruned"
+    assert body["trials"][3]["objective"] is None
+    assert all(each["objective"] is not None for each in body["trials"] if each["state"] == "done")
     assert body["trials"][3]["hash"] not in {trial.hash for trial in trials(one)}
 
 

@@ -21,46 +21,45 @@ if TYPE_CHECKING:
     from plmsae_cli.runtime.task import Plan
 
 
-def write_template(path: Path, kind: str, full: bool, other: Path | None = None) -> int:
-    """Write a commented template, or what another tool's configuration says; never over an existing file."""
+def write_template(path: Path, kind: str, full: bool) -> int:
+    """Write a commented template; never over an existing file."""
 
     def work() -> int:
-        from plmsae_cli.config.errors import UserError
         from plmsae_cli.config.templates import full_template, template
 
-        notes: list[str] = []
-        if other is not None:
-            text, notes = _converted(other)
-        else:
-            text = full_template() if full else template(kind)
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            raise UserError(f"{path} exists already", "name another file; init never overwrites") from None
-        except OSError as error:
-            hint = "name a file in a folder that exists"
-            raise UserError(f"{path} cannot be written: {error.strerror}", hint) from None
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-        print(f"wrote {path}; next: edit it, then `plmsae validate {path}` and `plmsae run {path}`", file=sys.stderr)
+        _write_new(path, full_template() if full else template(kind))
         return DONE
 
     return checked(work)
 
 
-def _converted(other: Path) -> tuple[str, list[str]]:
-    from plmsae_cli.config.conversion import convert
+def write_converted(path: Path, source: Path) -> int:
+    """Write the experiment that another tool's settings describe, and say what of them has no counterpart."""
+
+    def work() -> int:
+        from plmsae_cli.config.conversion import convert_file
+
+        text, notes = convert_file(source)
+        _write_new(path, text)
+        for note in notes:
+            print(f"  {note}", file=sys.stderr)
+        return DONE
+
+    return checked(work)
+
+
+def _write_new(path: Path, text: str) -> None:
     from plmsae_cli.config.errors import UserError
 
     try:
-        text = other.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{other} cannot be read: {error}", "name the configuration's file") from error
-    try:
-        return convert(text)
-    except UserError as error:
-        raise UserError(f"{other}: {error.message}", error.hint) from error
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{path} exists already", "name another file; init never overwrites") from None
+    except OSError as error:
+        hint = "name a file in a folder that exists"
+        raise UserError(f"{path} cannot be written: {error.strerror}", hint) from None
+    print(f"wrote {path}; next: edit it, then `plmsae validate {path}` and `plmsae run {path}`", file=sys.stderr)
 
 
 def validate_files(

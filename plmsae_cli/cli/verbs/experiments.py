@@ -28,17 +28,23 @@ def init(
         ),
     ] = "sae",
     full: Annotated[bool, typer.Option("--full", help="Every field there is, with its help.")] = False,
-    other: Annotated[
+    source: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="FILE", help="Take settings from a configuration of SAELens or dictionary_learning."
+            "--from",
+            metavar="OLD",
+            help="Convert another tool's settings instead: of SAELens or dictionary_learning.",
         ),
     ] = None,
 ) -> None:
     """Write a commented experiment to begin with; never over a file that exists."""
-    from plmsae_cli.cli.tools import write_template
+    from plmsae_cli.cli.tools import write_converted, write_template
 
-    raise typer.Exit(write_template(path, kind, full, other))
+    if source is not None:
+        if full or kind != "sae":
+            raise typer.BadParameter("it decides the kind: leave out --kind and --full", param_hint="--from")
+        raise typer.Exit(write_converted(path, source))
+    raise typer.Exit(write_template(path, kind, full))
 
 
 @verb()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from plmsae_cli.config.conversion import parse
-from plmsae_cli.config.conversion.draft import Draft, share
+from plmsae_cli.config.conversion.draft import Draft, parse, share
 from plmsae_cli.config.errors import UserError
 
 NAME = "dictionary_learning"
@@ -29,9 +28,12 @@ _COMFORTS = {
 }  # fmt: skip
 
 
-def recognises(document: Mapping[str, Any]) -> bool:
+def recognises(text: str) -> bool:
     """By the trainer's class."""
-    return "trainer_class" in _trainer(document)
+    try:
+        return "trainer_class" in _trainer(parse(text))
+    except UserError:
+        return False
 
 
 def convert(text: str) -> tuple[str, list[str]]:

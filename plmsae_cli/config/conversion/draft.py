@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from plmsae_cli.config import nodes
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.overrides import apply
 from plmsae_cli.config.schema import FILE
 from plmsae_cli.config.tree import entries, plain
 
 PUBLISHED = re.compile(r"(esm2_t\d+_\w+_UR50D)$")
+
+
+def parse(text: str) -> dict[str, Any]:
+    """JSON or YAML. Raises UserError for what is neither, or no mapping."""
+    try:
+        document = json.loads(text)
+    except ValueError:
+        read = nodes.parse(text, "--from")
+        if read.problems:
+            raise UserError(f"neither JSON nor YAML: {read.problems[0].message}") from None
+        document = read.data
+    if not isinstance(document, dict):
+        raise UserError("a configuration is a mapping of names to values, this file is none")
+    return document
 
 
 class Draft:

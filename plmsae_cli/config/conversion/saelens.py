@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from plmsae_cli.config.conversion import parse
-from plmsae_cli.config.conversion.draft import Draft, share
+from plmsae_cli.config.conversion.draft import Draft, parse, share
 from plmsae_cli.config.errors import UserError
 
 NAME = "SAELens"
@@ -37,9 +36,12 @@ _COMFORTS = {
 }  # fmt: skip
 
 
-def recognises(document: Mapping[str, Any]) -> bool:
+def recognises(text: str) -> bool:
     """By the names of widths, which nobody else has."""
-    flat = _flat(document)
+    try:
+        flat = _flat(parse(text))
+    except UserError:
+        return False
     return "d_in" in flat and bool(flat.keys() & {"d_sae", "expansion_factor", "l1_coefficient", "hook_name"})
 
 

@@ -27,6 +27,7 @@ EXTRAS = {
 # Optional packages, each imported in the one file that is about it.
 OWN_EXTRAS = {
     "executors/ray.py": {"ray"},
+    "executors/search.py": {"optuna"},
     "executors/slurm.py": {"submitit"},
     "training/litdata_stream.py": {"litdata"},
     "evaluation/annotations/uniprot_flat.py": {"Bio"},

@@ -9,7 +9,7 @@ import typer
 
 from plmsae_cli import __version__
 from plmsae_cli.cli.help import Verbs
-from plmsae_cli.cli.verbs import data, experiments, looking, machine, run, stages
+from plmsae_cli.cli.verbs import comparing, data, experiments, fetching, looking, machine, run, showing, stages
 
 app = typer.Typer(
     name="plmsae",
@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 # The first help page shows them in this order.
-for each in (stages, run, experiments, looking, data, machine):
+for each in (stages, run, fetching, experiments, looking, comparing, showing, data, machine):
     app.registered_commands += each.verbs.registered_commands
 
 

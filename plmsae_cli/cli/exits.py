@@ -75,5 +75,9 @@ def _words(error: Exception) -> tuple[str, str | None] | None:
     words = as_user_error(error)
     if words is None:
         return None
-    where = "relative paths start at the folder in which the command runs"
-    return words.message, words.hint or (where if isinstance(error, FileNotFoundError) else None)
+    hint = words.hint
+    if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
+        from plmsae_cli.store.sources import command_for
+
+        hint = command_for(words.message) or hint or "relative paths start at the folder in which the command runs"
+    return words.message, hint

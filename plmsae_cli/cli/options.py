@@ -6,10 +6,15 @@ from typing import Annotated
 
 import typer
 
+from plmsae_cli.cli.completion import fields
+
 Sets = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="FIELD=VALUE", help="Change a field for this start, as --set train.lr=1e-4. May be repeated."
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a field for this start, as --set train.lr=1e-4. May be repeated.",
+        autocompletion=fields,
     ),
 ]
 DryRun = Annotated[

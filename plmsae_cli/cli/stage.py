@@ -239,7 +239,7 @@ def _reach(experiment: Experiment, write: bool) -> None:
 def plans_of(experiment: Experiment, stages: Sequence[str]) -> list[Plan]:
     """What the stages would do; a sweep would train each of its trials."""
     from plmsae_cli.executors.pipeline import plan_stage
-    from plmsae_cli.stages.sweep import trials
+    from plmsae_cli.stages.sweep import foreseen
     from plmsae_cli.store.fs import Store
 
     store = Store(experiment.storage)
@@ -247,7 +247,7 @@ def plans_of(experiment: Experiment, stages: Sequence[str]) -> list[Plan]:
     plans = [plan_stage(s, experiment, store) for s in stages if s != "sweep" and not (s == "eval" and swept)]
     if swept:
         ends = [s for s in ("train", "eval") if (s == "train" and "sweep" in stages) or (s == "eval" and s in stages)]
-        each = [(trial, s, plan_stage(s, trial.experiment, store)) for trial in trials(experiment) for s in ends]
+        each = [(trial, s, plan_stage(s, trial.experiment, store)) for trial in foreseen(experiment) for s in ends]
         if experiment.shares_stream and "train" in ends:
             from plmsae_cli.executors.shared import shared_plan
 

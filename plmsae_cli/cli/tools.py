@@ -6,16 +6,19 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plmsae_cli.cli.exits import DONE, checked
+from plmsae_cli.cli.deep import deep_checks
+from plmsae_cli.cli.exits import DONE, USAGE, checked, complain
 from plmsae_cli.cli.show import size
 from plmsae_cli.cli.stage import SCHEMA_VERSION, preflight
 
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Experiment
     from plmsae_cli.config.yaml import Loaded
+    from plmsae_cli.runtime.task import Plan
 
 
 def write_template(path: Path, kind: str, full: bool) -> int:
@@ -59,8 +62,10 @@ def _write_new(path: Path, text: str) -> None:
     print(f"wrote {path}; next: edit it, then `plmsae validate {path}` and `plmsae run {path}`", file=sys.stderr)
 
 
-def validate_files(targets: list[Path], sets: Sequence[str] | None, bugfix: bool, as_json: bool) -> int:
-    """Check files, their inputs and what they will need, without running anything."""
+def validate_files(
+    targets: list[Path], sets: Sequence[str] | None, bugfix: bool, as_json: bool, deep: bool = False
+) -> int:
+    """Check files, their inputs and what they will need, without running anything; `deep` asks the outside too."""
     from plmsae_cli.cli.run import read_all
 
     loaded: dict[Path, Loaded] = {}
@@ -80,15 +85,22 @@ def validate_files(targets: list[Path], sets: Sequence[str] | None, bugfix: bool
         return code
 
     def check(path: Path) -> int:
-        found[path] = _needs(path, loaded[path].experiment)
+        needs, plans = _needs(path, loaded[path].experiment)
+        checks = deep_checks(loaded[path].experiment, plans) if deep else []
         if not as_json:
-            print(f"{path}: valid; {found[path]['tasks']} task(s) to do, {size(found[path]['bytes'])} of data to write")
-        return DONE
+            print(f"{path}: valid; {needs['tasks']} task(s) to do, {size(needs['bytes'])} of data to write")
+            for each in checks:
+                print(f"  {each.state:4}  {each.name}: {each.text}")
+        failed = [each for each in checks if each.state == "fail"]
+        for each in failed:
+            complain(f"{path}: {each.name}: {each.text}", each.remedy)
+        found[path] = {**needs, **({"checks": [asdict(each) for each in checks]} if deep else {})}
+        return USAGE if failed else DONE
 
     return checked(work)
 
 
-def _needs(path: Path, experiment: Experiment) -> dict[str, Any]:
+def _needs(path: Path, experiment: Experiment) -> tuple[dict[str, Any], list[Plan]]:
     """Plan every stage: reads FASTA, weights and manifests, so it finds what only they can tell."""
     from plmsae_cli.config.errors import UserError
     from plmsae_cli.runtime.checks import nearest
@@ -105,4 +117,4 @@ def _needs(path: Path, experiment: Experiment) -> dict[str, Any]:
                 f"{path}: the data will take {size(wanted)}, {existing} has {size(free)} free",
                 "point data_root at a larger disk or a bucket",
             )
-    return {"tasks": sum(len(p.tasks) for p in plans), "bytes": wanted}
+    return {"tasks": sum(len(p.tasks) for p in plans), "bytes": wanted}, plans

@@ -6,6 +6,7 @@ What is kept is the shape: which stages run, the architecture, the policies, the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -121,7 +122,7 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
         if data["eval"]["steering"] is not None:
             data["eval"]["steering"] |= _SMALL_STEERING
     if data["sweep"] is not None:
-        data["sweep"]["grid"] = _cut_grid(data["sweep"]["grid"], layers, data["train"])
+        _cut_sweep(data["sweep"], layers, data["train"])
     return Experiment.model_validate(data)
 
 
@@ -206,7 +207,7 @@ def _layer_map(data: Mapping[str, Any]) -> dict[int, int]:
 
 
 def _swept_layers(data: Mapping[str, Any]) -> list[int]:
-    grid = data["sweep"]["grid"] if data["sweep"] is not None else {}
+    grid = _listed(data["sweep"]) if data["sweep"] is not None else {}
     lists = [grid.get("train.layer", []), *grid.get("embed.layers", [])]
     return [layer for values in lists for layer in values if layer is not None]
 
@@ -260,6 +261,22 @@ _FIXED = (
     *(f"eval.features.describe.{field}" for field in _NO_ANSWERS), *(f"eval.{axis}" for axis in _ANNOTATED),
 )  # fmt: skip
 _MOST_TRIALS = 2
+
+
+def _listed(sweep: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The values of each swept field; of a range its ends."""
+    search = sweep["random"] or sweep["optuna"]
+    axes = sweep["grid"] if search is None else search["space"]
+    return {path: each if isinstance(each, list) else [each["low"], each["high"]] for path, each in axes.items()}
+
+
+def _cut_sweep(sweep: dict[str, Any], layers: Mapping[int, int], train: dict[str, Any]) -> None:
+    cut = _cut_grid(_listed(sweep), layers, train)
+    if sweep["grid"] is not None:
+        sweep["grid"] = cut
+        return
+    search = sweep["random"] or sweep["optuna"]
+    search |= {"space": cut, "trials": min(search["trials"], _MOST_TRIALS, math.prod(map(len, cut.values())))}
 
 
 def _cut_grid(

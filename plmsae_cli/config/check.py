@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from plmsae_cli.config import space
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.nodes import KeyPath
 from plmsae_cli.config.overrides import members, points, trial, unknown
@@ -104,7 +106,9 @@ def _names_any(rule: Finding, wrong: Iterable[KeyPath]) -> bool:
 
 def _owner(path: KeyPath) -> KeyPath:
     """The field that a list item or a free key belongs to; an unknown key is its own."""
-    return path[:-1] if path and isinstance(path[-1], int) else path
+    path = path[:-1] if path and isinstance(path[-1], int) else path
+    above = entries().get(".".join(map(str, path[:-1])))
+    return path[:-1] if above is not None and above.free else path
 
 
 def _below(path: KeyPath, tops: Iterable[KeyPath]) -> bool:
@@ -113,14 +117,21 @@ def _below(path: KeyPath, tops: Iterable[KeyPath]) -> bool:
 
 def _many(experiment: Experiment) -> Iterator[Finding]:
     """What is wrong with the values of a sweep and of `train.saes`, and with what they make."""
-    found = [*_grid(experiment), *_saes(experiment)]
+    found = [*_fields(experiment), *_saes(experiment)]
     yield from found
-    num_saes, axes = len(members(experiment)) or 1, _axes(experiment)
-    if (count := num_saes * math.prod(map(len, axes.values()))) > MAX_TRIALS:
-        top: KeyPath = ("sweep", "grid") if axes else ("train", "saes")
-        yield Finding(top, f"makes {count:,} trials, more than {MAX_TRIALS:,}", "list fewer values")
+    num_saes = len(members(experiment)) or 1
+    top = _top(experiment) or ("train", "saes")
+    if (count := num_saes * _num_trials(experiment)) > MAX_TRIALS:
+        yield Finding(
+            top,
+            f"makes {count:,} trials, more than {MAX_TRIALS:,}",
+            "lower trials" if top[-1] == "space" else "list fewer values",
+        )
         return
     if any(finding.at_key for finding in found):
+        return
+    if (few := _too_few(experiment)) is not None:
+        yield few
         return
     seen: set[KeyPath] = set()
     for point in points(experiment):
@@ -134,20 +145,62 @@ def _many(experiment: Experiment) -> Iterator[Finding]:
                     yield placed
 
 
-def _axes(experiment: Experiment) -> dict[str, list[Any]]:
-    return {} if experiment.sweep is None else experiment.sweep.grid
+def _axes(experiment: Experiment) -> dict[str, Any]:
+    """What each swept field is to take, as written."""
+    sweep = experiment.sweep
+    if sweep is None:
+        return {}
+    search = sweep.random or sweep.optuna
+    return (sweep.grid or {}) if search is None else search.space
 
 
-def _grid(experiment: Experiment) -> Iterator[Finding]:
-    top: KeyPath = ("sweep", "grid")
+def _top(experiment: Experiment) -> KeyPath:
+    """Where the swept fields are written; empty without a sweep."""
+    sweep = experiment.sweep
+    if sweep is None:
+        return ()
+    return ("sweep", "grid") if sweep.grid else ("sweep", "random" if sweep.random else "optuna", "space")
+
+
+def _num_trials(experiment: Experiment) -> int:
+    sweep = experiment.sweep
+    if sweep is None or sweep.grid is not None:
+        return math.prod(map(len, _axes(experiment).values()))
+    search = sweep.random or sweep.optuna
+    assert search is not None
+    return search.trials
+
+
+def _fields(experiment: Experiment) -> Iterator[Finding]:
+    top = _top(experiment)
     for name, values in _axes(experiment).items():
         if locate(name) is None:
             yield Finding((*top, name), "unknown path", unknown(name), at_key=True)
         elif name.split(".")[0] in _NOT_SWEPT or name == "train.saes":
             yield Finding((*top, name), f"{name} cannot be swept", "sweep a field of train", at_key=True)
-        for index, value in enumerate(values):
-            if value in values[:index]:
-                yield Finding((*top, name, index), f"{plain(value)} is listed twice", "list each value once")
+        elif top[-1] == "space":
+            try:
+                space.axis(name, values)
+            except UserError as error:
+                yield Finding((*top, name), error.message, error.hint, at_key=True)
+        else:
+            for index, value in enumerate(values):
+                if value in values[:index]:
+                    yield Finding((*top, name, index), f"{plain(value)} is listed twice", "list each value once")
+
+
+def _too_few(experiment: Experiment) -> Finding | None:
+    """A search that asks for more trials than its space has points."""
+    if (top := _top(experiment))[-1:] != ("space",):
+        return None
+    most = space.num_points(space.axes(_axes(experiment)))
+    if most is None or most >= _num_trials(experiment):
+        return None
+    return Finding(
+        (*top[:-1], "trials"),
+        f"asks for {_num_trials(experiment)} trials of a space of {most} points",
+        f"lower trials to {most}, or use grid, which tries them all",
+    )
 
 
 def _saes(experiment: Experiment) -> Iterator[Finding]:
@@ -161,18 +214,25 @@ def _saes(experiment: Experiment) -> Iterator[Finding]:
             if name not in entries():
                 yield Finding((*top, key), "unknown key", unknown(name), at_key=True)
             elif name in _axes(experiment):
-                yield Finding((*top, key), f"sweep.grid lists {name} too", "keep one of the two", at_key=True)
+                yield Finding(
+                    (*top, key),
+                    f"{'.'.join(map(str, _top(experiment)))} lists {name} too",
+                    "keep one of the two",
+                    at_key=True,
+                )
 
 
 def _at_axis(finding: Finding, experiment: Experiment, point: dict[str, Any]) -> Finding:
-    """A trial's finding, at the value of the axis or of the SAE that it names, else at the grid or the list."""
-    grid, own = _axes(experiment), members(experiment)
+    """A trial's finding, at the value of the axis or of the SAE that it names, else at the axes or the list."""
+    axes, own, top = _axes(experiment), members(experiment), _top(experiment)
     text = f"in the trial {', '.join(f'{name}={plain(value)}' for name, value in point.items())}"
-    ours = {name: value for name, value in point.items() if name not in grid}
+    ours = {name: value for name, value in point.items() if name not in axes}
     for name, value in point.items():
         route = locate(name)
         if route is not None and finding.path[: len(route)] == route:
-            path: KeyPath = ("sweep", "grid", name, grid[name].index(value)) if name in grid else ()
+            path: KeyPath = ()
+            if name in axes:
+                path = (*top, name, axes[name].index(value)) if isinstance(axes[name], list) else (*top, name)
             if name in ours:
                 path = ("train", "saes", own.index(ours), name.removeprefix("train.sae."))
             if not finding.rule:
@@ -182,5 +242,4 @@ def _at_axis(finding: Finding, experiment: Experiment, point: dict[str, Any]) ->
         key = finding.path[2]
         message = f"with what train.sae gives: {finding.message}"
         return Finding(("train", "saes", own.index(ours)), message, f"`{key}: null` here unsets it, or {finding.hint}")
-    top: KeyPath = ("sweep", "grid") if grid else ("train", "saes")
-    return Finding(top, f"{finding.message} ({text})", finding.hint)
+    return Finding(top or ("train", "saes"), f"{finding.message} ({text})", finding.hint)

@@ -138,6 +138,20 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _search_has_its_figure(self) -> Experiment:
+        optuna = None if self.sweep is None else self.sweep.optuna
+        if optuna is None or self.train is None:
+            return self
+        field, metric = "sweep.optuna.metric", optuna.metric
+        if self.train.kind == "plm" and metric != "loss":
+            raise rule(field, f"a language model has no {metric}", "use metric: loss, the last validation's")
+        if self.eval is None and metric not in ("fvu", "loss"):
+            raise rule(field, f"{metric} is a figure of the evaluation, and there is no eval section", "add `eval: {}`")
+        if metric.startswith("recovered") and self.eval is not None and not self.eval.fidelity.loss_recovered:
+            raise rule(field, f"{metric} is not measured with eval.fidelity.loss_recovered: false", "use fvu")
+        return self
+
+    @model_validator(mode="after")
     def _eval_has_its_model(self) -> Experiment:
         if self.eval is None or self.embed is None or self.train is None or self.train.data is not None:
             return self

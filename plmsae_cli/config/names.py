@@ -88,6 +88,10 @@ def suggestions(section: str, key: str) -> list[str]:
         leaf = renamed.rpartition(".")[2]
         return [f"{inside}{leaf}" if leaf in siblings else renamed]
     leaves = {path: path.rpartition(".")[2] for path in entries()}
+    # What only a search has is meant by nobody outside of it.
+    leaves = {
+        path: leaf for path, leaf in leaves.items() if section.startswith("sweep") or not path.startswith("sweep.")
+    }
     found = [path for path, leaf in leaves.items() if leaf == word]
     # A key that another section has beats a neighbour that is only somewhat alike.
     near = difflib.get_close_matches(word, siblings, 1, 0.8 if found else 0.6)

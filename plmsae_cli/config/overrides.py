@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from plmsae_cli.config import credentials, names, nodes
+from plmsae_cli.config import credentials, names, nodes, space
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.problems import OVERRIDE
@@ -87,12 +87,27 @@ def unknown(path: str) -> str:
 
 
 def points(experiment: Experiment) -> Iterator[dict[str, Any]]:
-    """What is trained, as values by dotted path: `train.saes` in their order, for each the grid's points, the last axis
-    fastest."""
-    axes = {} if experiment.sweep is None else experiment.sweep.grid
+    """What is trained, as values by dotted path: `train.saes` in their order, for each the sweep's points.
+
+    A grid's last axis is the fastest. What Optuna will choose is not known: the corners of its space stand for it.
+    """
     for own in members(experiment) or [{}]:
+        for values in _searched(experiment):
+            yield {**values, **own}
+
+
+def _searched(experiment: Experiment) -> Iterator[dict[str, Any]]:
+    sweep = experiment.sweep
+    if sweep is None:
+        yield {}
+    elif sweep.random is not None:
+        yield from space.draw(sweep.random.space, sweep.random.trials, sweep.random.seed)
+    elif sweep.optuna is not None:
+        yield from space.corners(sweep.optuna.space)
+    else:
+        axes = sweep.grid or {}
         for values in itertools.product(*axes.values()):
-            yield {**dict(zip(axes, values, strict=True)), **own}
+            yield dict(zip(axes, values, strict=True))
 
 
 def members(experiment: Experiment) -> list[dict[str, Any]]:

@@ -15,6 +15,17 @@ __all__ = ["FILE", "describe", "json_schema", "text"]
 FILE = "plmsae.schema.json"
 
 _SIZE = r"^\s*\d*\.?\d+\s*([kKmMgGtT]?i?[bB]?)\s*$"
+_AXIS = {
+    "anyOf": [
+        {"type": "array", "minItems": 1},
+        {
+            "type": "object",
+            "required": ["low", "high"],
+            "additionalProperties": False,
+            "properties": {"low": {"type": "number"}, "high": {"type": "number"}, "log": {"type": "boolean"}},
+        },
+    ]
+}
 # What pydantic adds and editors do not need; `title` would hide the description in some.
 _NOISE = {"title", "x-science"}
 
@@ -30,9 +41,11 @@ def json_schema() -> dict[str, Any]:
         "definitions": {name: _converted(body) for name, body in definitions.items()},
     }
     # Completion inside the grid: its keys are the tree's own paths.
-    schema["definitions"]["Sweep"]["properties"]["grid"]["propertyNames"] = {
-        "anyOf": [{"enum": list(entries())}, {"pattern": r"^train\.plm\.valid\."}]
-    }
+    fields = {"anyOf": [{"enum": list(entries())}, {"pattern": r"^train\.plm\.valid\."}]}
+    schema["definitions"]["Sweep"]["properties"]["grid"]["anyOf"][0]["propertyNames"] = fields
+    for search in ("Random", "Optuna"):
+        space = schema["definitions"][search]["properties"]["space"]
+        space |= {"propertyNames": fields, "additionalProperties": _AXIS}
     # Any part of an SAE section: `sae` says the rest.
     schema["definitions"]["Train"]["properties"]["saes"]["anyOf"][0]["items"] = {"$ref": "#/definitions/SAE"}
     schema["definitions"]["Embed"]["anyOf"] = [{"required": ["fasta"]}, {"required": ["imported"]}]

@@ -26,6 +26,7 @@ from plmsae_cli.runtime.progress import LoggedReporter, Reporter, clock, keep
 from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan
+from plmsae_cli.runtime.wandb_results import publish
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest
@@ -199,6 +200,8 @@ def _run_stages(
     finally:
         executor.close()
     _report(experiment, stages, run, bool(seconds), reporter)
+    if seconds:
+        publish(experiment, run.path)
     run.status(state="done", stage=None)
 
 
@@ -278,14 +281,18 @@ def _each_trial(
     """
     from plmsae_cli.stages.sweep import table
 
+    if experiment.sweep is not None and experiment.sweep.optuna is not None:
+        from plmsae_cli.executors.search import search
+
+        return search(experiment, only, run, reporter)
     worked, failed, states = False, dict[str, str](), dict[str, str]()
+    points = _trials(experiment)
     if not (run.path / "sweep.json").exists():
-        write_json(run.path / "sweep.json", table(experiment, states))
+        write_json(run.path / "sweep.json", table(experiment, points, states))
     if only is None and experiment.shares_stream:
         from plmsae_cli.executors.shared import train_shared
 
         worked, failed = train_shared(experiment, run, executor, reporter)
-    points = _trials(experiment)
     if experiment.launch.executor == "ray" and not experiment.shares_stream:
         from plmsae_cli.executors.ray import RayExecutor
         from plmsae_cli.executors.ray_trials import run_trials
@@ -307,7 +314,7 @@ def _each_trial(
         except Exception as error:
             states[trial.hash] = "failed"
             reporter.say(f"trial {trial.hash} failed: {error}")
-        write_json(run.path / "sweep.json", table(experiment, states))
+        write_json(run.path / "sweep.json", table(experiment, points, states))
     if lost := sum(state == "failed" for state in states.values()):
         _report(experiment, ["sweep"], run, True, reporter)
         raise UserError(f"{lost} of {len(points)} trials failed", f"see {run.path}/trials/*/status.json")

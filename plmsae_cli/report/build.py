@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from plmsae_cli.report import plots
-from plmsae_cli.report.cells import Figure
+from plmsae_cli.report.cells import Cell, Figure, Table, decimal, text
 from plmsae_cli.report.evidence import sections
 from plmsae_cli.report.examples import examples
 from plmsae_cli.report.page import write_page
@@ -19,6 +19,7 @@ from plmsae_cli.report.provenance import artifact_rows, layer, model, provenance
 from plmsae_cli.report.reading import Run, read_run
 from plmsae_cli.report.table import interval, recovered, tiles, times
 from plmsae_cli.report.words import clean, clean_block, count, number, percent, seconds
+from plmsae_cli.runtime.foretold import compared
 
 
 def build_report(run: Path) -> Path:
@@ -32,10 +33,11 @@ def build_report(run: Path) -> Path:
     record = read_run(run)
     fidelity = record.fidelity
     evidence = sections(record.scores)
+    foretold = _foretold(record)
     return write_page(
         run,
         "run.html",
-        script="sort.js" if evidence else None,
+        script="sort.js" if evidence or foretold else None,
         evidence=evidence,
         name=clean(record.name, 64),
         subtitle=_subtitle(record),
@@ -53,9 +55,36 @@ def build_report(run: Path) -> Path:
         examples=examples(record.latents) if record.latents is not None else [],
         interesting=tuple(f"{100 * edge:g}%" for edge in plots.INTERESTING),
         times=_shown([(plots.stage_times(times(record), seconds), "Time of each stage", "")]),
+        foretold=foretold,
         glossary=glossary(record),
         yaml=clean_block(record.yaml),
     )
+
+
+def _foretold(run: Run) -> Table | None:
+    """What each stage was predicted to take, beside what it took; None where nothing was predicted."""
+    show: dict[str, tuple[str, Callable[[float], str]]] = {
+        "seconds": ("time", seconds),
+        "memory": ("memory a GPU", lambda value: f"{number(value / 1e9)} GB"),
+        "usd": ("dollars", lambda value: f"{value:,.2f}"),
+    }
+    rows = []
+    for stage, each in compared(run.folder, run.stage_seconds).items():
+        for key, (name, words) in show.items():
+            if key in each["predicted"] and key in each["measured"]:
+                before, after = float(each["predicted"][key]), float(each["measured"][key])
+                ratio = decimal(after / before, 2) if before else Cell("")
+                rows.append(
+                    [text(stage), Cell(name), Cell(words(before), repr(before)), Cell(words(after), repr(after)), ratio]
+                )
+    heads = [
+        ("stage", False),
+        ("figure", False),
+        ("predicted", True),
+        ("measured", True),
+        ("measured / predicted", True),
+    ]
+    return Table(heads, rows, "Stages that were stopped and begun again count with all their time.") if rows else None
 
 
 def _shown(figures: Sequence[tuple[Markup | None, str, str]]) -> list[Figure]:

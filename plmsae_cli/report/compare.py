@@ -1,4 +1,4 @@
-"""SAEs side by side, from what their evaluations left: a table for the terminal, a CSV, a page."""
+"""Runs side by side, from what training and evaluation left: tables for the terminal, a CSV, a page."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.tree import plain
 from plmsae_cli.report.cells import Cell, Table
+from plmsae_cli.report.cells import Figure as Picture
+from plmsae_cli.report.differences import Difference, differences
 from plmsae_cli.report.page import write_page
-from plmsae_cli.report.reading import read_json
-from plmsae_cli.report.words import clean, count, number, percent
+from plmsae_cli.report.reading import Run, read_run
+from plmsae_cli.report.table import final_validation
+from plmsae_cli.report.versus import CURVES, By, curves, levels, trained
+from plmsae_cli.report.words import clean, count, number, percent, seconds
 from plmsae_cli.store.fs import Store
 
 
@@ -25,6 +31,14 @@ class Figure(NamedTuple):
     show: Callable[[Any], str]
 
 
+_TRAINED = [
+    Figure("training", "tokens", ("training", "tokens"), count),
+    Figure("training", "time", ("training", "seconds"), seconds),
+    Figure("training", "residues/s, median", ("training", "tokens_per_second"), count),
+    Figure("training", "loss, last twentieth", ("training", "loss"), number),
+    Figure("training", "FVU, last twentieth", ("training", "fvu"), number),
+    Figure("training", "perplexity, last validation", ("training", "perplexity"), number),
+]
 _MASKED = ("fidelity", "loss", "masked")
 _SAE = ("concepts", "codes", "sae")
 
@@ -42,6 +56,7 @@ def _contact_figures() -> list[Figure]:
 
 
 FIGURES = [
+    *_TRAINED,
     Figure("dictionary", "architecture", ("architecture",), str),
     Figure("dictionary", "layer", ("layer",), str),
     Figure("dictionary", "latents", ("num_latents",), count),
@@ -69,8 +84,20 @@ FIGURES = [
 ]
 
 
+class Comparison(NamedTuple):
+    """What was compared, and where it was written."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+    differences: list[Difference]
+    levels: dict[By, dict[str, tuple[list[float], list[list[float | None]]]]]
+    """`tokens` or `seconds` -> field of metrics.jsonl -> stops, and a row a stop with a value a run."""
+    csv: Path
+    page: Path
+
+
 class Side(NamedTuple):
-    """One SAE."""
+    """One run."""
 
     name: str
     yaml: str
@@ -79,29 +106,48 @@ class Side(NamedTuple):
 
 
 def compare(sides: Sequence[Side]) -> tuple[list[str], list[list[Any]]]:
-    """Columns (axis, figure, then each SAE's name), and a row a figure that any of them has; None where one has not.
+    """Columns (axis, figure, then each run's name), and a row a figure that any of them has; None where one has not.
 
     Raises:
-        UserError: an SAE was not evaluated, or is given twice.
+        UserError: a run is given twice, or a folder is no run.
     """
     runs = [side.run for side in sides]
     if twice := next((run for run in runs if runs.count(run) > 1), None):
-        raise UserError(f"{twice} is given twice: these experiments share one run", "name each once")
-    metrics = []
+        raise UserError(f"{twice} is given twice", "name each run once")
+    bodies = [_body(read_run(run)) for run in runs]
+    rows = []
+    for figure in FIGURES:
+        values = [_at(body, figure.path) for body in bodies]
+        if any(value is not None for value in values):
+            rows.append([figure.axis, figure.name, *values])
+    return ["axis", "figure", *names(sides)], rows
+
+
+def want_evaluations(sides: Sequence[Side]) -> None:
+    """Raises UserError where an SAE was not evaluated, with the command that does it."""
     for side in sides:
-        body = read_json(side.run / "eval" / "metrics.json")
-        if body is None:
+        if not (side.run / "eval" / "metrics.json").is_file():
             raise UserError(
                 f"{side.run} was not evaluated: it has no eval/metrics.json",
                 f"plmsae eval {side.yaml} (or `plmsae run {side.yaml}`, where it is not trained yet)",
             )
-        metrics.append(body)
-    rows = []
-    for figure in FIGURES:
-        values = [_at(body, figure.path) for body in metrics]
-        if any(value is not None for value in values):
-            rows.append([figure.axis, figure.name, *values])
-    return ["axis", "figure", *names(sides)], rows
+
+
+def _body(run: Run) -> dict[str, Any]:
+    """What the evaluation says, and what training does under `training`."""
+    lines = trained(run)
+    training: dict[str, Any] = {}
+    if lines:
+        last = lines[-max(1, len(lines) // 20) :]
+        training = {"tokens": lines[-1]["tokens"], "seconds": lines[-1]["seconds"]}
+        for key in ("loss", "fvu"):
+            values = [line[key] for line in last if line.get(key) is not None]
+            training |= {key: sum(values) / len(values)} if values else {}
+        speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+        training |= {"tokens_per_second": median(speeds)} if speeds else {}
+    if scores := [each["perplexity"] for each in final_validation(run).values()]:
+        training["perplexity"] = sum(scores) / len(scores)
+    return {**(run.scores or {}), "training": training}
 
 
 def names(sides: Sequence[Side]) -> list[str]:
@@ -125,10 +171,16 @@ def shown(rows: Sequence[Sequence[Any]]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def write_comparison(
-    folder: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]], demo: bool
-) -> tuple[Path, Path]:
-    """Write `compare.csv` (numbers in full) and `report/index.html` into a folder, and return their paths."""
+def write_comparison(folder: Path, sides: Sequence[Side]) -> Comparison:
+    """Write `compare.csv` (numbers in full) and `report/index.html` into a folder.
+
+    Raises:
+        UserError: as `compare`.
+    """
+    columns, rows = compare(sides)
+    runs = {name: read_run(side.run) for name, side in zip(columns[2:], sides, strict=True)}
+    changed = differences([run.config for run in runs.values()])
+    lines = {name: trained(run) for name, run in runs.items()}
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([columns, *rows])
     path = folder / "compare.csv"
@@ -141,11 +193,28 @@ def write_comparison(
         for line, row in zip(shown(rows), rows, strict=True)
     ]
     heads = [(clean(column, 80), place > 1) for place, column in enumerate(columns)]
-    listed = len(columns) - 2
+    bys: tuple[tuple[By, str], ...] = (("tokens", "tokens"), ("seconds", "time"))
+    pictures = [
+        Picture(svg, f"{CURVES[key]}, by {word}")
+        for key in CURVES
+        for by, word in bys
+        if (svg := curves(lines, key, by)) is not None
+    ]
     page = write_page(
-        folder, "compare.html", script="sort.js", name="Comparison", subtitle=f"{listed} sparse autoencoders",
-        verdict="The figures of each evaluation, side by side; blank where an axis was not measured. Figures compare only where"
-        " the proteins and settings of the axis are the same.",
-        demo=demo, table=Table(heads, cells),
+        folder, "compare.html", script="sort.js", name="Comparison", subtitle=f"{len(sides)} runs",
+        verdict="What each run was asked, how it learnt and what came out, side by side; blank where there is nothing. Figures"
+        " of an evaluation compare only where the proteins and settings of the axis are the same.",
+        demo=any(run.demo for run in runs.values()), table=Table(heads, cells), figures_=pictures,
+        science=_changes(columns[2:], changed, True), cosmetic=_changes(columns[2:], changed, False),
     )  # fmt: skip
-    return path, page
+    at = {by: {key: levels(lines, key, by) for key in CURVES} for by, _ in bys}
+    return Comparison(columns, rows, changed, at, path, page)
+
+
+def _changes(names: Sequence[str], changed: Sequence[Difference], science: bool) -> Table | None:
+    rows = [
+        [Cell(clean(each.field, 80)), *(Cell(clean(plain(value), 80)) for value in each.values)]
+        for each in changed
+        if each.science == science
+    ]
+    return Table([("field", False), *((clean(name, 80), False) for name in names)], rows) if rows else None

@@ -30,9 +30,9 @@ class Envelope:
     high: np.ndarray
 
 
-def envelope(lines: Sequence[Line], key: str, stretches: int = _STRETCHES) -> Envelope:
-    """Reduce `key` over tokens to at most `stretches` points; leaves out what is absent or not finite."""
-    pairs = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
+def envelope(lines: Sequence[Line], key: str, stretches: int = _STRETCHES, x: str = "tokens") -> Envelope:
+    """Reduce `key` over `x` to at most `stretches` points; leaves out what is absent or not finite."""
+    pairs = [(line[x], line[key]) for line in lines if line.get(key) is not None]
     finite = np.array([pair for pair in pairs if math.isfinite(pair[1])], dtype=np.float64).reshape(-1, 2)
     # Stretches of one length: unequal ones would change how smooth the curve looks along the way.
     length = -(-len(finite) // stretches) or 1

@@ -43,11 +43,16 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def write_page(run: Path, template: str, *, script: str | None = None, **values: Any) -> Path:
-    """Render a template to `<run>/report/index.html`, atomically; the same inputs give the same bytes."""
+def render(template: str, *, script: str | None = None, **values: Any) -> bytes:
+    """A template as one page; the same inputs give the same bytes."""
     style = _asset("style.css")
     code = None if script is None else _asset(script)
     html = _environment().get_template(template).render(style=style, script=code, policy=policy(style, code), **values)
+    return html.encode("utf-8", errors="replace")
+
+
+def write_page(run: Path, template: str, *, script: str | None = None, **values: Any) -> Path:
+    """Render a template to `<run>/report/index.html`, atomically."""
     path = run / "report" / "index.html"
-    Store().write(str(path), [html.encode("utf-8", errors="replace")])
+    Store().write(str(path), [render(template, script=script, **values)])
     return path

@@ -8,10 +8,13 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.report import plots
 from plmsae_cli.report.frontier import frontier
 from plmsae_cli.report.page import write_page
+from plmsae_cli.report.parallel import parallel
 from plmsae_cli.report.provenance import layer, model, provenance
 from plmsae_cli.report.reading import Run, read_json, read_run
 from plmsae_cli.report.words import clean, clean_block, number, percent
@@ -60,9 +63,11 @@ def build_sweep_report(run: Path) -> Path:
         subtitle=_subtitle(record, len(trials)),
         verdict=_verdict(trials, scored, len(on_front)),
         plot=plots.pareto(_groups(scored, keys), [points[i] for i in on_front]) if scored else None,
+        lines=_parallel(scored, keys, set(on_front)),
+        search=_search(sweep),
         keys=[(clean(short, 40), clean(key, 80)) for short, key in _short(keys).items()],
-        metrics=list(_METRICS.values()),
-        rows=[_row(run, trial, keys, any(trial is each for each in best)) for trial in trials],
+        metrics=[*_METRICS.values(), *(["objective"] if "search" in sweep else [])],
+        rows=[_row(run, trial, keys, any(trial is each for each in best), "search" in sweep) for trial in trials],
         provenance=provenance(record),
         yaml=clean_block(record.yaml),
     )
@@ -87,7 +92,10 @@ def _groups(trials: list[dict[str, Any]], keys: list[str]) -> dict[str, list[tup
     num_values = {key: len({_shown(trial["values"].get(key)) for trial in trials}) for key in keys}
     varying = [key for key in keys if num_values[key] > 1]
     names = {key: short for short, key in _short(keys).items()}
-    candidates = [key for key in varying if not key.endswith(".k") and num_values[key] <= 5]
+    # What each trial has a value of its own of, such as a drawn rate, groups nothing.
+    candidates = [
+        key for key in varying if not key.endswith(".k") and num_values[key] <= 5 and num_values[key] < len(trials)
+    ]
     # A single field that varies is told by its labels alone.
     colour = candidates[0] if candidates and len(varying) > 1 else None
     labelled = [key for key in varying if key != colour]
@@ -105,7 +113,33 @@ def _shown(value: Any) -> str:
     return clean(value if isinstance(value, str) else json.dumps(value), 40)
 
 
-def _row(run: Path, trial: dict[str, Any], keys: list[str], best: bool) -> Row:
+def _parallel(scored: list[dict[str, Any]], keys: list[str], front: set[int]) -> Markup | None:
+    """The scored trials across the fields that vary, L0 and FVU; None where one axis tells all, or no trial varies."""
+    short = {key: name for name, key in _short(keys).items()}
+    columns = {short[key]: [trial["values"].get(key) for trial in scored] for key in keys}
+    columns = {name: values for name, values in columns.items() if len({_shown(value) for value in values}) > 1}
+    if len(columns) < 2:
+        return None
+    for metric in ("l0_mean", "fvu"):
+        columns[_METRICS[metric]] = [trial["metrics"][metric] for trial in scored]
+    return parallel(columns, front)
+
+
+def _search(sweep: dict[str, Any]) -> str:
+    """What the trials were chosen for, and the best one."""
+    search = sweep.get("search")
+    if search is None:
+        return ""
+    found = [trial for trial in sweep["trials"] if trial.get("objective") is not None]
+    text = f"Optuna chose the trials to {search['direction']} {search['metric']}"
+    if not found:
+        return clean(f"{text}.", 200)
+    pick = min if search["direction"] == "minimize" else max
+    best = pick(found, key=lambda trial: float(trial["objective"]))
+    return clean(f"{text}; the best is {best['hash']}, {number(best['objective'])}.", 200)
+
+
+def _row(run: Path, trial: dict[str, Any], keys: list[str], best: bool, searched: bool) -> Row:
     name = str(trial["hash"])
     # The hash comes from a file and goes into an address: only a plain name may lead anywhere.
     page = run / "trials" / name / "report" / "index.html"
@@ -120,6 +154,9 @@ def _row(run: Path, trial: dict[str, Any], keys: list[str], best: bool) -> Row:
         value = metrics.get(key)
         text = percent if key in ("dead_share", "recovered_zero") else number
         cells.append(Cell("–", "") if value is None else Cell(text(value), repr(float(value))))
+    if searched:
+        value = trial.get("objective")
+        cells.append(Cell("–", "") if value is None else Cell(number(value), repr(float(value))))
     return Row(link, clean(name, 20), cells, clean(trial.get("state", ""), 20), best)
 
 
@@ -132,8 +169,9 @@ def _subtitle(run: Run, num_trials: int) -> str:
 def _verdict(trials: list[dict[str, Any]], scored: list[dict[str, Any]], num_front: int) -> str:
     states = [str(trial.get("state", "")) for trial in trials]
     text = f"{states.count('done')} of {len(trials)} trials are done"
-    if failed := states.count("failed"):
-        text += f", {failed} failed"
+    for state in ("pruned", "failed"):
+        if count := states.count(state):
+            text += f", {count} {state}"
     if not scored:
         return text + "; none has been scored yet."
     lowest = min(scored, key=lambda trial: float(trial["metrics"]["fvu"]))["metrics"]

@@ -10,7 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from plmsae_cli.config.errors import first_line
 from plmsae_cli.config.experiment import Experiment
+
+INIT_TIMEOUT_S = 30.0
+"""How long a run waits for W&B to know it."""
 
 
 class Sink(Protocol):
@@ -69,31 +73,39 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def start_wandb(experiment: Experiment, folder: Path, **more: Any) -> Any:
+    """The W&B run of a run folder, begun or continued. Raises whatever goes wrong."""
+    import wandb
+
+    options = experiment.wandb
+    os.environ.setdefault("WANDB_SILENT", "true")
+    # A network that died must not hold a finished run; what was not sent stays on disk for `wandb sync`.
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
+    return wandb.init(
+        project=options.project,
+        entity=options.entity,
+        group=options.group,
+        name=experiment.name,
+        id=_run_id(folder),
+        resume="allow",
+        mode=options.mode if options.mode != "off" else "disabled",
+        dir=str(folder),
+        config=experiment.dump(),
+        # SAEs that train together each have a run of their own: by default the second would be given the first's.
+        settings=wandb.Settings(save_code=False, disable_git=True, init_timeout=INIT_TIMEOUT_S, reinit="create_new"),
+        **more,
+    )
+
+
 class WandbSink:
     """Mirrors lines to W&B; the first failure is told once, and ends the mirroring, never the run."""
 
     def __init__(self, experiment: Experiment, folder: Path) -> None:
         self._run: Any = None
-        options = experiment.wandb
+        self._files: Path | None = None
         try:
-            import wandb
-
-            os.environ.setdefault("WANDB_SILENT", "true")
-            # A network that died must not hold a finished run; what was not sent stays on disk for `wandb sync`.
-            os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
-            self._run = wandb.init(
-                project=options.project,
-                entity=options.entity,
-                group=options.group,
-                name=experiment.name,
-                id=_run_id(folder),
-                resume="allow",
-                mode=options.mode if options.mode != "off" else "disabled",
-                dir=str(folder),
-                config=experiment.dump(),
-                # SAEs that train together each have a run of their own: by default the second would be given the first's.
-                settings=wandb.Settings(save_code=False, disable_git=True, init_timeout=30, reinit="create_new"),
-            )
+            self._run = start_wandb(experiment, folder)
+            self._files = Path(self._run.dir).parent
         except Exception as error:
             self._give_up(error)
 
@@ -101,7 +113,7 @@ class WandbSink:
         if self._run is None:
             return
         try:
-            self._run.log(_flat(line), step=int(line["step"]))
+            self._run.log(flat(line), step=int(line["step"]))
         except Exception as error:
             self._give_up(error)
 
@@ -109,16 +121,18 @@ class WandbSink:
         if self._run is None:
             return
         try:
-            folder, offline = self._run.dir, self._run.settings._offline
+            offline = self._run.settings._offline
             self._run.finish()
             if offline:
-                print(f"W&B files are on disk; upload them with: wandb sync {Path(folder).parent}", file=sys.stderr)
+                print(f"W&B files are on disk; upload them with: wandb sync {self._files}", file=sys.stderr)
         except Exception as error:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        print(f"W&B stopped ({type(error).__name__}: {error}); metrics.jsonl goes on", file=sys.stderr, flush=True)
+        later = "" if self._files is None else f"; what it has: wandb sync {self._files}"
+        why = f"{type(error).__name__}: {first_line(error)}"
+        print(f"W&B stopped ({why}); metrics.jsonl goes on{later}", file=sys.stderr, flush=True)
 
 
 def _run_id(folder: Path) -> str:
@@ -129,14 +143,15 @@ def _run_id(folder: Path) -> str:
     return path.read_text().strip()
 
 
-def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by slashes: `valid/random/loss`."""
+    found: dict[str, Any] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}/")
+            found |= flat(value, f"{prefix}{key}/")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def open_sinks(experiment: Experiment, folder: Path, step: int, first_rank: bool) -> list[Sink]:

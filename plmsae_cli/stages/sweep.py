@@ -1,22 +1,25 @@
-"""Many trainings: every point of a grid, every SAE of a list. Each is an ordinary run under `trials/`, all are in one table."""
+"""Many trainings: points of a grid or a search, SAEs of a list. Each is an ordinary run in `trials/`, all are in one table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.base import digest
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.overrides import points, trial
 from plmsae_cli.config.tree import plain
 from plmsae_cli.runtime.results import headline
+from plmsae_cli.runtime.run_folder import read_json
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of the grid, one SAE of the list, or one of their combinations."""
+    """One point of the grid or search, one SAE of the list, or one of their combinations."""
 
     hash: str
     values: Mapping[str, Any]
@@ -34,29 +37,44 @@ class Trial:
 
 
 def trials(experiment: Experiment) -> list[Trial]:
-    """Every combination, in the order of the YAML. The trials share the sweep's data folder."""
+    """Every combination or draw, in order; of Optuna's those that are done. They share the sweep's data folder."""
+    chosen = experiment.sweep is not None and experiment.sweep.optuna is not None
+    values = _done(experiment) if chosen else points(experiment)
+    return [trial_at(experiment, point) for point in values]
+
+
+def foreseen(experiment: Experiment) -> list[Trial]:
+    """The trials that a plan can show: of Optuna's those that are done, or else one corner of the space."""
+    return trials(experiment) or [trial_at(experiment, next(points(experiment)))]
+
+
+def trial_at(experiment: Experiment, point: Mapping[str, Any]) -> Trial:
+    """The trial of one point; its name depends on the point alone. Raises pydantic's ValidationError."""
     assert experiment.name is not None
-    found = []
-    for point in points(experiment):
-        name = digest(point)[:12]
-        place: dict[str, Any] = {
-            "name": name,
-            "root": str(Path(experiment.root) / experiment.name / "trials"),
-            "data_root": experiment.data_folder(),
-            "wandb.group": experiment.wandb.group or experiment.name,
-        }
-        if experiment.shares_stream and experiment.launch.ranks == "auto":
-            place["launch.ranks"] = 1  # GPUs are filled with groups of SAEs, not each SAE spread over all
-        found.append(Trial(name, point, trial(experiment, {**point, **place})))
-    return found
+    name = digest(point)[:12]
+    place: dict[str, Any] = {
+        "name": name,
+        "root": str(Path(experiment.root) / experiment.name / "trials"),
+        "data_root": experiment.data_folder(),
+        "wandb.group": experiment.wandb.group or experiment.name,
+    }
+    if experiment.shares_stream and experiment.launch.ranks == "auto":
+        place["launch.ranks"] = 1  # GPUs are filled with groups of SAEs, not each SAE spread over all
+    return Trial(name, point, trial(experiment, {**point, **place}))
 
 
-def table(experiment: Experiment, states: Mapping[str, str]) -> dict[str, Any]:
+def _done(experiment: Experiment) -> list[dict[str, Any]]:
+    if find_spec("optuna") is None:
+        raise UserError("sweep.optuna needs the package optuna, which is not installed", 'pip install "plmsae[optuna]"')
+    body = read_json(Path(experiment.root) / str(experiment.name) / "sweep.json") or {"trials": []}
+    return [each["values"] for each in body["trials"] if each["state"] == "done"]
+
+
+def table(experiment: Experiment, found: Sequence[Trial], states: Mapping[str, str]) -> dict[str, Any]:
     """The body of sweep.json: values, state and headline figures of every trial.
 
     Of SAEs from a list each has the values that any of them gives, its own or those of `train.sae`.
     """
-    found = trials(experiment)
     names = list(dict.fromkeys(name for each in found for name in each.values))
     grid: dict[str, list[Any]] = {name: [] for name in names}
     rows = []

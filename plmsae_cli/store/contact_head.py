@@ -9,11 +9,11 @@ import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.fs import Store, join
-from plmsae_cli.store.weights import PUBLISHED, PUBLISHED_URL, cache_folder, read_pickle
+from plmsae_cli.store.sources import ESM2_HEAD, ESM2_HEAD_URL
+from plmsae_cli.store.weights import PUBLISHED, cache_folder, read_pickle
 
 Head = tuple[torch.Tensor, torch.Tensor]
 """Weight [blocks x heads], bias []."""
-SUFFIX = "-contact-regression.pt"
 
 
 def contact_head_file(weights: str, store: Store) -> Path | None:
@@ -24,9 +24,9 @@ def contact_head_file(weights: str, store: Store) -> Path | None:
     """
     if weights in PUBLISHED:
         places = [Path(torch.hub.get_dir()) / "checkpoints", cache_folder() / "weights"]
-        return next((p / f"{weights}{SUFFIX}" for p in places if (p / f"{weights}{SUFFIX}").is_file()), None)
+        return next((p / f"{weights}{ESM2_HEAD}" for p in places if (p / f"{weights}{ESM2_HEAD}").is_file()), None)
     if weights.endswith(".pt"):
-        beside = f"{weights.removesuffix('.pt')}{SUFFIX}"
+        beside = f"{weights.removesuffix('.pt')}{ESM2_HEAD}"
         return store.local(beside) if store.exists(beside) else None
     whole = join(weights, "model.safetensors")
     if weights == "bundled" or not store.exists(whole):
@@ -49,7 +49,7 @@ def load_contact_head(weights: str, store: Store, num_heads: int) -> Head:
         name = weights if weights in PUBLISHED else "NAME"
         raise UserError(
             f"the contact head of {weights} is not here: its regression weights are a file of their own",
-            f"download {PUBLISHED_URL.replace('/models', '/regression')}/{name}{SUFFIX} and put it beside the weights "
+            f"download {ESM2_HEAD_URL}/{name}{ESM2_HEAD} and put it beside the weights "
             f"(published names: {cache_folder() / 'weights'}), or set eval.contacts.methods: [jacobian]",
         )
     state = _state(path)

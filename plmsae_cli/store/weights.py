@@ -29,6 +29,7 @@ from plmsae_cli.store.digests import remembered_sha256
 from plmsae_cli.store.download import download as fetch
 from plmsae_cli.store.encoders import is_encoder, resolve_encoder
 from plmsae_cli.store.fs import FileRecord, Store, join
+from plmsae_cli.store.sources import ESM2_URL, mirrored
 from plmsae_cli.store.tensorfile import write_tensors
 from plmsae_cli.store.weight_names import State, check_state, from_fair_esm, from_hugging_face
 
@@ -41,7 +42,6 @@ PUBLISHED = {
     "esm2_t48_15B_UR50D": 48,
 }
 """Published names, and the layers of each."""
-PUBLISHED_URL = "https://dl.fbaipublicfiles.com/fair-esm/models"
 BUNDLED = Path(__file__).parents[1] / "data" / "bundled"
 OWN_FORMATS = {"esm2": "plmsae.esm2/1", "unet": "plmsae.unet/1"}
 
@@ -141,7 +141,7 @@ def _published_file(name: str, cache: Path, download: bool) -> Path:
     for place in places:
         if (place / f"{name}.pt").is_file():
             return place / f"{name}.pt"
-    base = os.environ.get("PLMSAE_WEIGHTS_URL") or PUBLISHED_URL
+    base = os.environ.get("PLMSAE_WEIGHTS_URL") or mirrored(ESM2_URL, None)
     target = places[-1] / f"{name}.pt"
     problem = "it was not downloaded"
     if download:
@@ -152,7 +152,7 @@ def _published_file(name: str, cache: Path, download: bool) -> Path:
             problem = error.message
     raise UserError(
         f"model.weights: {name}.pt is neither in {places[0]} nor in {places[1]}, and {problem}",
-        hint=f"download {PUBLISHED_URL}/{name}.pt and put it into {places[1]}",
+        hint=f"`plmsae fetch {name}`, or download {ESM2_URL}/{name}.pt and put it into {places[1]}",
     )
 
 

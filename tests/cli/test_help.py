@@ -19,7 +19,10 @@ from plmsae_cli.cli.app import app
 
 PINNED = Path(__file__).parent / "pinned"
 STAGES = ["embed", "shuffle", "optimize", "train", "sweep", "eval"]
-PAGES = ["plmsae", *STAGES, "run", "init", "validate", "schema", "ls", "status", "logs", "verify", "clean", "doctor"]
+PAGES = [
+    "plmsae", *STAGES, "run", "fetch", "init", "validate", "schema", "ls", "status", "logs", "compare", "report", "export",
+    "browse", "verify", "clean", "doctor",
+]  # fmt: skip
 HEAVY = {
     "torch", "numpy", "esm", "wandb", "litdata", "pydantic", "rich", "ruamel", "matplotlib", "pyarrow", "boto3",
     "obstore", "jinja2", "safetensors",

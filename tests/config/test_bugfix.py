@@ -30,6 +30,9 @@ VARIETY = {
     "sweep: {grid: {train.sae.num_latents: [null, 10240, 40960], train.sae.k: [32, 64, 128]}}\n",
     "factors-swept": DATA + "train: {layer: 9}\nsweep: {grid: {train.sae.expansion: [8, 32], train.sae.k: [64, 32],"
     " train.batch_tokens: [4096, 8192], train.seed: [1, 2]}}\n",
+    "drawn": DATA
+    + "train: {layer: 9}\nsweep: {random: {space: {train.sae.k: {low: 16, high: 512}, train.seed: [3, 4]}}}\n",
+    "chosen": DATA + "train: {layer: 9}\nsweep: {optuna: {space: {train.lr: {low: 1e-5, high: 1e-3, log: true}}}}\n",
     "small-already": DATA + "train: {layer: 9, sae: {k: 2, expansion: 2}}\nsweep: {grid: {train.sae.k: [1, 4]}}\n",
     "inputs-swept": DATA + "train: {layer: 9}\nsweep: {grid: {embed.fasta: [a, b], model.weights: [x, y]}}\n",
     "many-layers": "embed: {fasta: x, layers: [0, 4, 8, 12, 16, 20, 24, 28, 32, 33]}\nshuffle: {}\noptimize: {}\n"
@@ -141,7 +144,8 @@ def test_swept_values_stay_distinct(pair: Pair) -> None:
         return
     assert after.sweep is not None
     doubled = 0
-    for values in after.sweep.grid.values():
+    search = after.sweep.random or after.sweep.optuna
+    for values in (after.sweep.grid or {} if search is None else search.space).values():
         assert len(values) <= 2
         assert len({json.dumps(value) for value in values}) == len(values)
         doubled += len(values) == 2

@@ -25,6 +25,8 @@ def loaded(folder: Path, text: str) -> Experiment:
     ("sae", ["embed", "shuffle", "optimize", "train", "eval"]),
     ("plm", ["train"]),
     ("sweep", ["embed", "shuffle", "optimize", "sweep", "eval"]),
+    ("search", ["embed", "shuffle", "optimize", "sweep", "eval"]),
+    ("imported", ["embed", "shuffle", "optimize", "train", "eval"]),
 ])  # fmt: skip
 def test_templates_are_experiments(name: str, stages: list[str], tmp_path: Path) -> None:
     assert template(name).startswith("# yaml-language-server: $schema=plmsae.schema.json\n")
@@ -39,7 +41,7 @@ def test_a_newcomer_edits_few_lines() -> None:
 def test_unknown_template() -> None:
     with pytest.raises(UserError, match="no template big"):
         template("big")
-    assert len(NAMES) == 3
+    assert len(NAMES) == 5
 
 
 def test_full_template_is_every_field_at_its_default(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ KINDS = [
     "architecture: matryoshka_topk", "architecture: batch_topk, k_start: 9", "architecture: jumprelu",
     "architecture: jumprelu, penalty: tanh", "architecture: relu_l1", "architecture: switch",
 ]  # fmt: skip
+SPACE = "{train.lr: {low: 1e-5, high: 1e-3}}"
 PLM = "train: {kind: plm, plm: {fasta: x.fasta, pack_tokens: 2048}}\n"
 UNETS = [
     "train: {kind: plm, optimizer: muon, plm: {architecture: unet, fasta: x, pack_tokens: 2048, p_attention: true,"
@@ -58,6 +59,8 @@ def candidates(entry: Entry) -> Iterator[Any]:
         "eval.representations.models": ["bundled"], "eval.representations.tasks": ["y.csv"],
         "eval.representations.layers": [1], "eval.representations.l2": [2.0],
         "launch.gpus": [0, 3],
+        "sweep.random.space": {"train.lr": {"low": 1e-5, "high": 1e-4}},
+        "sweep.optuna.space": {"train.seed": {"low": 0, "high": 99}},
         "train.saes": [{"k": 8}, {"k": 16, "architecture": "topk"}],
     }  # fmt: skip
     if entry.path in special:
@@ -85,6 +88,8 @@ def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
     bodies = [PLM if path.startswith("train.plm") else SAE]
     if path == "train.saes":
         bodies = [SAE.replace("sweep: {", "sweep: {stream: shared, ")]
+    if path.startswith(("sweep.random.", "sweep.optuna.")):
+        bodies = [SAE.replace("grid: {train.seed: [0, 1]}", f"{path.split('.')[1]}: {{space: {SPACE}}}")]
     if path.startswith(("launch.ray.", "launch.slurm.")):
         bodies = [f"{SAE}launch: {{executor: {path.split('.')[1]}}}\n"]
     if path == "launch.nodes":

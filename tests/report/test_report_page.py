@@ -258,3 +258,20 @@ def test_infinite_and_absent_values_do_not_stop_the_page(run: Path, make: Any) -
     page = make.Page(build_report(run))
     assert "n/a" in page.text
     assert "preserves nan" not in page.text
+
+
+def test_predictions_stand_beside_what_came(run: Path, make: Any) -> None:
+    assert "Predicted and measured" not in make.Page(build_report(run)).text
+    told = {"train": {"gpus": 4, "gpu_hour": 2.5, "seconds": 100.0, "memory": 20e9}, "eval": {"gpus": 0, "gpu_hour": None},
+            "later": {"gpus": 1, "gpu_hour": None, "seconds": 5.0}}  # fmt: skip
+    make.write_json(run / "predicted.json", told)
+    make.write_json(run / "logs" / "memory-rank-0.json", {"bytes": 25e9})
+    page = make.Page(build_report(run))
+    body = page.source.split("Predicted and measured")[1].split("<tbody>")[1].split("</tbody>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("</tr>")[:-1]]
+    # 143 s on 4 GPUs at $2.50 are 143 / 3600 * 10 = $0.397.
+    assert rows == [
+        ["train", "time", "1 min 40 s", "2 min 23 s", "1.43"],
+        ["train", "memory a GPU", "20 GB", "25 GB", "1.25"],
+        ["train", "dollars", "0.28", "0.40", "1.43"],
+    ]

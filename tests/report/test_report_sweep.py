@@ -13,6 +13,7 @@ import pytest
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.report import build_sweep_report
+from plmsae_cli.report.parallel import place
 
 
 def rows(page: Any) -> list[list[str]]:
@@ -101,3 +102,34 @@ def test_fields_of_one_last_name_keep_their_paths(sweep: Path, make: Any) -> Non
 def test_a_run_that_is_no_sweep(run: Path) -> None:
     with pytest.raises(UserError, match=r"no sweep\.json"):
         build_sweep_report(run)
+
+
+def test_lines_across_the_fields_in_closed_form() -> None:
+    assert place([10, 20, 30]) == ([0, 0.5, 1], [(0, "10"), (0.5, "20"), (1, "30")])
+    heights, labels = place([1e-4, 1e-3, 1e-2])  # more than a factor of 20: by the logarithm
+    assert heights == pytest.approx([0, 0.5, 1])
+    assert [text for _, text in labels] == ["0.000100", "0.00100", "0.0100"]
+    assert place(["topk", None, "topk"]) == ([0, 1, 0], [(0, "topk"), (1, "null")])
+    assert place([5, 5])[0] == [0, 0]
+
+
+def test_every_scored_trial_is_a_line_and_the_frontier_is_in_colour(sweep: Path, make: Any) -> None:
+    source = make.Page(build_sweep_report(sweep)).source
+    picture = source.split('<section id="fields">')[1].split("</section>")[0]
+    # 8 scored trials of 2 fields: lines are paths of four points; 3 lie on the frontier.
+    lines = re.findall(r'<path[^>]*d="M[^"]*L[^"]*L[^"]*L[^"]*"[^>]*class="([^"]*)"', picture)
+    lines += re.findall(r'<path[^>]*class="([^"]*)"[^>]*d="M[^"]*L[^"]*L[^"]*L[^"]*"', picture)
+    assert (sum("s-stone" in each for each in lines), sum("s-blue" in each for each in lines)) == (5, 3)
+
+
+def test_a_search_says_what_it_was_after(sweep: Path, make: Any) -> None:
+    body = json.loads((sweep / "sweep.json").read_text())
+    body["search"] = {"metric": "fvu", "direction": "minimize", "trials": 9}
+    for number, trial in enumerate(body["trials"]):
+        trial["objective"] = None if number == 3 else 0.5 + number / 10
+    body["trials"][3]["state"] = "pruned"
+    make.write_json(sweep / "sweep.json", body)
+    page = make.Page(build_sweep_report(sweep))
+    assert f"Optuna chose the trials to minimize fvu; the best is {body['trials'][0]['hash']}, 0.500." in page.text
+    assert "1 pruned" in page.text
+    assert [cells[-2] for cells in rows(page)][:5] == ["0.500", "0.600", "0.700", "–", "0.900"]

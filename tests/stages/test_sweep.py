@@ -141,6 +141,48 @@ def test_a_trial_that_fails_does_not_stop_the_others(build: Build, go: Go) -> No
 
 
 def test_the_table_before_anything_ran(build: Build) -> None:
-    body = table(sweep(build), {})
+    experiment = sweep(build)
+    body = table(experiment, trials(experiment), {})
     assert [row["state"] for row in body["trials"]] == ["pending"] * 4
     assert all(row["metrics"] == {} for row in body["trials"])
+
+
+def test_a_random_search_is_a_list_of_ordinary_runs(build: Build) -> None:
+    space = {"train.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "train.sae.k": [2, 4, 6]}
+    experiment = build(**{"sweep.random": {"trials": 6, "space": space}})
+    found = trials(experiment)
+    assert len({trial.hash for trial in found}) == 6
+    for trial in found:
+        own = trial.experiment.train
+        assert own is not None
+        assert (own.lr, own.autoencoder().k) == (trial.values["train.lr"], trial.values["train.sae.k"])
+        assert trial.experiment.wandb.group == "run"
+    more = trials(build(**{"sweep.random": {"trials": 8, "space": space}}))
+    assert [trial.hash for trial in more[:6]] == [trial.hash for trial in found]
+
+
+def test_optuna_chooses_prunes_and_leaves_one_table(build: Build, go: Go) -> None:
+    """Real trainings: rates that learn, then some that do not; what is worse at a checkpoint than the median ends there."""
+    pytest.importorskip("optuna")
+    search = {
+        "trials": 7, "startup_trials": 2, "prune": "median", "seed": 1,
+        "space": {"train.lr": {"low": 1e-7, "high": 1e-2, "log": True}},
+    }  # fmt: skip
+    experiment = build(**{"sweep.optuna": search, "eval": None, "train.tokens": 1280})
+    run = go(experiment).run.path
+    body = read(run / "sweep.json")
+    states = [row["state"] for row in body["trials"]]
+    assert len(states) == 7
+    assert {"done", "pruned"} == set(states)
+    for row in body["trials"]:
+        folder = run / "trials" / row["hash"]
+        assert read(folder / "status.json")["state"] == row["state"]
+        steps = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        assert (steps == 10) == (row["state"] == "done")
+        assert (folder / "sae" / "sae.json").exists() == (row["state"] == "done")
+    # A larger rate learns faster here, so what was ended has smaller rates than the best that was not.
+    rates = {row["values"]["train.lr"]: row["state"] for row in body["trials"]}
+    assert max(rate for rate, state in rates.items() if state == "pruned") < max(rates)
+    assert go(experiment).stages == {}
+    assert read(run / "sweep.json") == body
+    assert "7 trials" in (run / "report" / "index.html").read_text()

@@ -394,6 +394,7 @@ def test_published_weights_are_downloaded_once(tmp_path: Path, served: Path, pee
 
 
 def test_a_download_cut_short_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plmsae_cli.store.download.PAUSE_S", 0.0)
     with ThreadingHTTPServer(("127.0.0.1", 0), Short) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("PLMSAE_WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}")

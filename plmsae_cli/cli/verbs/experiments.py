@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from plmsae_cli.cli.completion import kinds
 from plmsae_cli.cli.options import Bugfix, Json, Sets
 from plmsae_cli.cli.verbs.group import Targets, group
 
@@ -19,13 +20,30 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="YAML", help="The file to write.")],
     kind: Annotated[
         str,
-        typer.Option(metavar="KIND", help="sae: sparse autoencoder; plm: language model; sweep: many autoencoders."),
+        typer.Option(
+            metavar="KIND",
+            autocompletion=kinds,
+            help="sae: sparse autoencoder; plm: language model; sweep: a grid of autoencoders; search: the best settings,"
+            " by Optuna; imported: an autoencoder on activations of another program.",
+        ),
     ] = "sae",
     full: Annotated[bool, typer.Option("--full", help="Every field there is, with its help.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="OLD",
+            help="Convert another tool's settings instead: of SAELens, dictionary_learning or SpeedrunningPLMs.",
+        ),
+    ] = None,
 ) -> None:
     """Write a commented experiment to begin with; never over a file that exists."""
-    from plmsae_cli.cli.tools import write_template
+    from plmsae_cli.cli.tools import write_converted, write_template
 
+    if source is not None:
+        if full or kind != "sae":
+            raise typer.BadParameter("it decides the kind: leave out --kind and --full", param_hint="--from")
+        raise typer.Exit(write_converted(path, source))
     raise typer.Exit(write_template(path, kind, full))
 
 
@@ -34,12 +52,18 @@ def validate(
     targets: Targets,
     set_: Sets = None,
     bugfix: Bugfix = False,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep", help="Also ask the outside: buckets, memory of the GPUs here, room on disks, W&B's login."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check everything that can be known without running: fields, inputs, sizes, disk space."""
     from plmsae_cli.cli.tools import validate_files
 
-    raise typer.Exit(validate_files(targets, set_, bugfix, json))
+    raise typer.Exit(validate_files(targets, set_, bugfix, json, deep))
 
 
 @verb()

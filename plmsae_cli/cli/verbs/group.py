@@ -9,15 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
+from plmsae_cli.cli.completion import runs, yamls
 from plmsae_cli.cli.help import Verb
 
-YamlFile = Annotated[Path, typer.Argument(metavar="YAML", help="The experiment.")]
+YamlFile = Annotated[Path, typer.Argument(metavar="YAML", help="The experiment.", autocompletion=yamls)]
 Targets = Annotated[
     list[Path],
-    typer.Argument(metavar="YAML|FOLDER...", help="Experiments; of a folder, the YAML files at its top."),
+    typer.Argument(
+        metavar="YAML|FOLDER...",
+        help="Experiments; of a folder, the YAML files at its top.",
+        autocompletion=yamls,
+    ),
 ]
 Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of runs; runs/ unless named.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.", autocompletion=runs)
+]
 
 Register = Callable[..., Callable[..., Any]]
 

@@ -16,9 +16,21 @@ verbs, verb = group("Tools")
 @verb()
 def ls(
     root: Root = Path("runs"),
+    leaderboard: Annotated[
+        str | None,
+        typer.Option(
+            "--leaderboard",
+            metavar="TRACK",
+            help="Language-model runs, best first: speed, by the time to their target loss, or quality.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """List runs with their figures, and data folders with the runs that use them."""
+    if leaderboard is not None:
+        from plmsae_cli.cli.leaderboard import show_leaderboard
+
+        raise typer.Exit(show_leaderboard(root, leaderboard, json))
     from plmsae_cli.cli.listing import list_root
 
     raise typer.Exit(list_root(root, json))

@@ -120,7 +120,7 @@ def sweep(
     restart: Restart = False,
     yes: Yes = False,
 ) -> None:
-    """Many trainings on one dataset: every combination of sweep.grid, every SAE of train.saes.
+    """Many trainings on one dataset: a grid, a random search or Optuna's, every SAE of train.saes.
 
     Each is a run of its own in ROOT/NAME/trials, and is evaluated too if there is an eval section. SAEs of
     train.saes, or with sweep.stream: shared all that can, train side by side while the dataset is read once.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plmsae_cli.config.conversion import speedrunning_plms
+from plmsae_cli.config.conversion import dictionary_learning, saelens, speedrunning_plms
 from plmsae_cli.config.errors import UserError
 
-SOURCES = {"SpeedrunningPLMs": speedrunning_plms}
+SOURCES = {"SAELens": saelens, "dictionary_learning": dictionary_learning, "SpeedrunningPLMs": speedrunning_plms}
 
 
 def convert_file(path: Path) -> tuple[str, list[str]]:

@@ -11,7 +11,7 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.schema import FILE
 from plmsae_cli.config.tree import Entry, entries, plain
 
-NAMES = ("sae", "plm", "sweep")
+NAMES = ("sae", "plm", "sweep", "search", "imported")
 
 _WIDTH = 100
 # Sections of the other kind of experiment, and those that need files of their own: shown, but commented out.
@@ -26,6 +26,8 @@ _EXAMPLES: dict[str, Any] = {
     "train.plm.fasta": "proteins.fasta.gz",
     "train.plm.speedrun.target_loss": 2.1,
     "sweep.grid": {"train.sae.k": [16, 32, 64]},
+    "sweep.random.space": {"train.lr": {"low": 1e-5, "high": 1e-3, "log": True}, "train.sae.k": [16, 32, 64]},
+    "sweep.optuna.space": {"train.lr": {"low": 1e-5, "high": 1e-3, "log": True}, "train.sae.k": [16, 32, 64]},
     "eval.concepts.annotations": "uniprot.tsv.gz",
     "eval.families.proteins": "uniprot.tsv.gz",
     "eval.probes.proteins": "uniprot.tsv.gz",
@@ -37,7 +39,7 @@ _EXAMPLES: dict[str, Any] = {
 
 
 def template(name: str) -> str:
-    """The text of a ready template: `sae`, `plm` or `sweep`. Raises UserError for another name."""
+    """The text of a ready template, one of `NAMES`. Raises UserError for another name."""
     if name not in NAMES:
         raise UserError(f"no template {name}", f"one of: {', '.join(NAMES)}")
     return (files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")

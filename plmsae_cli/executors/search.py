@@ -1,0 +1,249 @@
+"""A sweep by Optuna: each trial is an ordinary run, chosen after what those before gave, and perhaps ended early.
+
+The study is a journal of JSON lines in the sweep's folder. Nothing else decides: a trial's choice is a function of the seed, its
+number and the trials before it, so a search that was killed chooses what it would have chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from pydantic import ValidationError
+
+from plmsae_cli.config.base import digest
+from plmsae_cli.config.errors import UserError, first_line
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.space import Axis, axes
+from plmsae_cli.executors.watching import Pruned, Watched, final
+from plmsae_cli.runtime.progress import Reporter
+from plmsae_cli.runtime.results import headline
+from plmsae_cli.runtime.run_folder import RunFolder, write_json
+from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import Interrupted
+from plmsae_cli.stages.sweep import Trial, table, trial_at, trials
+
+JOURNAL = "optuna.journal"
+_STATES = {
+    TrialState.COMPLETE: "done",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+}
+_MOST_FAILURES = 3
+"""Trials in a row that may fail: what ails them all is not the choice of values."""
+
+Attempt = Callable[[Trial, Callable[[int, float], None]], float]
+"""Runs a trial, tells (step, value) on the way, returns the figure; what it is told raises `Pruned` to end it."""
+
+
+def search(experiment: Experiment, only: Sequence[str] | None, run: RunFolder, reporter: Reporter) -> bool:
+    """Try points until there are as many as asked; with `only`, those stages of the trials that are done.
+
+    Raises:
+        Interrupted: the trial under way continues with the next start.
+        UserError: the space is another than the study's, or no trial succeeded.
+    """
+    study = open_study(experiment, run.path)
+    if only is not None:
+        worked = [bool(_run(trial, only, reporter)) for trial in trials(experiment)]
+        write_json(run.path / "sweep.json", summary(experiment, study))
+        return any(worked)
+
+    assert experiment.sweep is not None
+    assert experiment.sweep.optuna is not None
+    metric = experiment.sweep.optuna.metric
+
+    def attempt(trial: Trial, tell: Callable[[int, float], None]) -> float:
+        train = trial.experiment.train
+        assert train is not None
+        _run(trial, trial.experiment.stages(), Watched(reporter, trial.run, train, tell))
+        return figure(trial, metric)
+
+    return explore(experiment, study, run, reporter, attempt)
+
+
+def open_study(experiment: Experiment, folder: Path) -> optuna.Study:
+    """The study in the folder, begun or continued. Raises UserError where its space is another."""
+    assert experiment.sweep is not None
+    options = experiment.sweep.optuna
+    assert options is not None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = folder / JOURNAL
+    folder.mkdir(parents=True, exist_ok=True)
+    _drop_half_line(journal)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(journal))),
+        study_name=experiment.name,
+        direction=options.goal(),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=options.startup_trials)
+        if options.prune == "median"
+        else optuna.pruners.NopPruner(),
+        load_if_exists=True,
+    )
+    # What makes results comparable: other values of it would be another study.
+    asked = digest([options.space, options.metric, options.goal()])
+    if study.user_attrs.setdefault("asked", asked) != asked:
+        raise UserError(
+            f"{journal} is a search of another space, metric or direction",
+            "give the experiment another name, or pass --restart to archive the old search",
+        )
+    if not study.trials:
+        study.set_user_attr("asked", asked)
+    return study
+
+
+def explore(experiment: Experiment, study: optuna.Study, run: RunFolder, reporter: Reporter, attempt: Attempt) -> bool:
+    """Try points until the study has as many as asked; false where it had."""
+    assert experiment.sweep is not None
+    options = experiment.sweep.optuna
+    assert options is not None
+    space = axes(options.space)
+    distributions = {path: distribution(each) for path, each in space.items()}
+    sign = 1.0 if options.goal() == "minimize" else -1.0  # of a loss on the way, so that less is better for the pruner
+    worked, failures = False, 0
+    while True:
+        left = [each for each in study.get_trials(deepcopy=False) if each.state == TrialState.RUNNING]
+        number = len(study.get_trials(deepcopy=False))
+        if not left and number >= options.trials:
+            break
+        if STOP.requested():
+            raise Interrupted
+        if left:  # a start before was stopped in it
+            one = optuna.Trial(study, left[0]._trial_id)
+        else:
+            study.sampler = optuna.samplers.TPESampler(
+                seed=_seed(options.seed, number), n_startup_trials=options.startup_trials
+            )
+            one = study.ask(distributions)
+        worked = True
+        state, value = _attempt(experiment, space, one, sign, reporter, attempt)
+        study.tell(one.number, value, state=state)
+        write_json(run.path / "sweep.json", summary(experiment, study))
+        failures = failures + 1 if state == TrialState.FAIL else 0
+        if failures == _MOST_FAILURES:
+            raise UserError(f"the last {failures} trials failed", f"see {run.path}/trials/*/status.json")
+    if not any(each.state == TrialState.COMPLETE for each in study.get_trials(deepcopy=False)):
+        raise UserError("no trial of the search succeeded", f"see {run.path}/trials/*/status.json")
+    write_json(run.path / "sweep.json", summary(experiment, study))
+    return worked
+
+
+def _attempt(
+    experiment: Experiment,
+    space: Mapping[str, Axis],
+    one: optuna.Trial,
+    sign: float,
+    reporter: Reporter,
+    attempt: Attempt,
+) -> tuple[TrialState, float | None]:
+    """One trial through, and how it ended."""
+
+    def tell(step: int, value: float) -> None:
+        if step not in known:  # a resumed trial passes again what it told before it was stopped
+            one.report(sign * value, step)
+        if one.should_prune():
+            raise Pruned(f"pruned at step {step}: {value:.4g}")
+
+    known = set(one.study.get_trials(deepcopy=False)[one.number].intermediate_values)
+    try:
+        trial = trial_at(experiment, point_of(space, one.params))
+    except ValidationError as error:
+        reporter.say(f"trial {one.number + 1} cannot be: {error.errors(include_url=False)[0]['msg']}")
+        return TrialState.FAIL, None
+    reporter.say(f"trial {one.number + 1}: {trial.title} ({trial.hash})")
+    try:
+        return TrialState.COMPLETE, attempt(trial, tell)
+    except Interrupted:
+        raise
+    except Pruned as error:
+        RunFolder(trial.run).status(state="pruned", error=None, pruned=str(error))
+        reporter.say(f"trial {trial.hash} {error}")
+        return TrialState.PRUNED, None
+    except Exception as error:
+        reporter.say(f"trial {trial.hash} failed: {first_line(error)}")
+        return TrialState.FAIL, None
+
+
+def _run(trial: Trial, stages: Sequence[str], reporter: Reporter) -> dict[str, float]:
+    from plmsae_cli.executors.pipeline import run_experiment
+
+    return run_experiment(trial.experiment, stages, reporter).stages
+
+
+def figure(trial: Trial, metric: str) -> float:
+    """What the search is after, of a finished trial. Raises UserError where the run has no such figure."""
+    found = headline(trial.run).get(metric)
+    if found is None:
+        assert trial.experiment.train is not None
+        found = final(trial.run, trial.experiment.train, metric)
+    if found is None:
+        raise UserError(f"{trial.run} has no {metric}", "see its metrics.jsonl and eval/metrics.json")
+    return float(found)
+
+
+def distribution(each: Axis) -> BaseDistribution:
+    """An axis in Optuna's words."""
+    if isinstance(each, list):
+        return CategoricalDistribution([value if _scalar(value) else json.dumps(value) for value in each])
+    if each.whole:
+        return IntDistribution(int(each.low), int(each.high), log=each.log)
+    return FloatDistribution(each.low, each.high, log=each.log)
+
+
+def point_of(space: Mapping[str, Axis], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted path, of what Optuna chose; floats to four figures, so that a YAML can repeat them."""
+    point = {}
+    for path, each in space.items():
+        value = params[path]
+        if isinstance(each, list):
+            point[path] = next(item for item in each if item == value or json.dumps(item) == value)
+        else:
+            point[path] = value if each.whole else min(each.high, max(each.low, float(f"{value:.4g}")))
+    return point
+
+
+def _scalar(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _seed(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "big")
+
+
+def _drop_half_line(journal: Path) -> None:
+    """A line that a killed process left half written would spoil the next one."""
+    if journal.exists() and not (content := journal.read_bytes()).endswith(b"\n"):
+        journal.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def summary(experiment: Experiment, study: optuna.Study) -> dict[str, Any]:
+    """The body of sweep.json, from the study alone; a point that was tried again stands once."""
+    assert experiment.sweep is not None
+    options = experiment.sweep.optuna
+    assert options is not None
+    space = axes(options.space)
+    found: dict[str, Trial] = {}
+    states: dict[str, str] = {}
+    values: dict[str, float | None] = {}
+    for each in study.get_trials(deepcopy=False):
+        try:
+            trial = trial_at(experiment, point_of(space, each.params))
+        except ValidationError:
+            continue
+        found.setdefault(trial.hash, trial)
+        states.setdefault(trial.hash, _STATES[each.state])
+        # Of a trial that was pruned Optuna gives the last thing it was told, which is not the figure.
+        values.setdefault(trial.hash, each.value if each.state == TrialState.COMPLETE else None)
+    body = table(experiment, list(found.values()), states)
+    for row in body["trials"]:
+        row["objective"] = values[row["hash"]]
+    return {**body, "search": {"metric": options.metric, "direction": options.goal(), "trials": options.trials}}

@@ -106,6 +106,7 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
                     for f in done
                 ]
                 files = export_saes(finished, blocks, mean_D, scale, context.store)
+                reads.finish()  # the export has read what training has not
     return {f: Result(written, facts[f]) for f, written in zip(done, files, strict=True)} if ranks.first else {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from plmsae_cli.store.fs import DamagedError, Store, StoreError, is_remote, join
 
@@ -35,6 +35,7 @@ class CheckedReads(Store):
             join(folder, str(file["name"])): (file["size"], file["xxh3"]) for file in files if file["name"] in own
         }
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._begun: list[Future[None]] = []
         self._found: StoreError | None = None
 
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
@@ -43,14 +44,14 @@ class CheckedReads(Store):
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
         expected = self._expected.pop(path, None)  # atomic: of several threads one starts the check
         if expected is not None:
-            self._thread.submit(self._check, path, *expected)
+            self._begun.append(self._thread.submit(self._check, path, *expected))
         if self._found is not None:
             raise self._found
         self._inner.read_into(path, start, buffer)
 
     def finish(self) -> None:
-        """Wait for the checks under way. Raises DamagedError for what they found."""
-        self._thread.shutdown()
+        """Wait for the checks that reads have begun so far. Raises DamagedError for what they found."""
+        wait(self._begun)
         if self._found is not None:
             raise self._found
 

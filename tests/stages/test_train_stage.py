@@ -17,6 +17,7 @@ from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.runtime.saved import load_sae, load_sae_with_facts, open_blocks
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
+from plmsae_cli.stages import train_sae
 from plmsae_cli.stages.train import plan
 from plmsae_cli.store.activations import Statistics
 from plmsae_cli.store.checkpoint import load_newest
@@ -214,6 +215,25 @@ def test_a_chunk_that_is_not_what_was_written_ends_the_run_by_name(build: Build,
     chunk.write_bytes(data)
     with pytest.raises(DamagedError, match=r"chunk-0-1\.bin is damaged"):
         go(experiment, ["train"])
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_chunks_that_training_has_not_come_to_are_read_and_checked_by_the_export(
+    build: Build, go: Go, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    monkeypatch.setattr(train_sae, "MEDIAN_ROWS", 64)
+    experiment = build(train__tokens=256)
+    go(experiment, ["embed", "shuffle", "optimize"])
+    chunks = sorted(Path(Lineage(experiment, Store()).dataset().folder).glob("chunk-*.bin"))
+    assert len(chunks) > 3
+    if damaged:
+        data = bytearray(chunks[-1].read_bytes())
+        data[5000] ^= 1
+        chunks[-1].write_bytes(data)
+        with pytest.raises(DamagedError, match=rf"{chunks[-1].name} is damaged"):
+            go(experiment, ["train"])
+    else:
+        assert (go(experiment, ["train"]).run.path / "sae" / "sae.json").exists()
 
 
 def test_litdatas_loader_trains_the_same_dictionary_in_the_first_epoch(build: Build, go: Go) -> None:

@@ -64,6 +64,17 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
         touch(store, tmp_path, 0)
 
 
+def test_reading_goes_on_after_the_checks_were_waited_for(tmp_path: Path) -> None:
+    files = prepared(tmp_path)
+    (tmp_path / "c3").write_bytes(bytes(1000))
+    store = CheckedReads(Store(), str(tmp_path), files)
+    touch(store, tmp_path, 0)
+    store.finish()
+    touch(store, tmp_path, 3)
+    with pytest.raises(DamagedError, match="/c3 is damaged"):
+        store.finish()
+
+
 def test_objects_in_s3_are_left_alone() -> None:
     files: list[dict[str, object]] = [{"name": "c0", "size": 1, "xxh3": ""}]
     assert CheckedReads(Store(), "s3://b/data", files)._expected == {}

@@ -41,10 +41,10 @@ def _explained(action: str, path: str) -> Iterator[None]:
     except StoreError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingError(f"cannot {action} {path}: {error.strerror}") from error
+        raise MissingError(f"cannot {action} {path}: {error.strerror or error}") from error
     except OSError as error:
         hint = "check who owns the folder" if isinstance(error, PermissionError) else None
-        raise StoreError(f"cannot {action} {path}: {error.strerror}", hint) from error
+        raise StoreError(f"cannot {action} {path}: {error.strerror or error}", hint) from error
 
 
 def _sync_folder(folder: Path) -> None:

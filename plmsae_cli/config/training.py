@@ -122,7 +122,7 @@ class Train(Section):
     def _imported_is_not_trained(self) -> Train:
         if self.imported is not None:
             for name in type(self).model_fields:
-                if name not in ("data", "layer", "imported") and self.changed(name):
+                if name not in ("data", "layer", "imported", "cache_limit") and self.changed(name):
                     raise rule(
                         name, f"{name} has no effect on train.imported, which is not trained", "remove one of the two"
                     )

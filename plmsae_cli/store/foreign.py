@@ -28,7 +28,7 @@ def files_of(path: str, store: Store) -> list[str]:
         return [tensors, config]
     if not store.exists(weights):
         raise UserError(
-            f"{path} holds no dictionary that is read",
+            f"there is no dictionary at {path}",
             f"name a folder with {' and '.join(SAELENS)}, or with {_USUAL}, or a .pt or .ckpt file",
         )
     beside = () if path.endswith(".ckpt") else _SETTINGS

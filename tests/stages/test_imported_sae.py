@@ -75,7 +75,8 @@ def test_it_is_scored_as_one_of_ours(build: Build, go: Go, tmp_path: Path, weigh
     mean_D = rows.double().mean(0)
     assert fidelity["fvu"] == pytest.approx(float(error / (heldout.double() - mean_D).square().sum()), rel=1e-3)
     assert fidelity["l0_mean"] == pytest.approx(float((latents(heldout) > 0).double().sum(1).mean()), rel=1e-4)
-    assert (run / "report" / "index.html").exists()
+    assert "(dictionary_learning)" in (run / "eval" / "model_card.md").read_text()
+    assert "imported from" in (run / "report" / "index.html").read_text()
     assert go(experiment).stages == {}
     save(tmp_path / "theirs", seed=1)  # another dictionary under the same name is another run
     with pytest.raises(RunDiffers):
@@ -102,7 +103,7 @@ def test_what_does_not_fit_the_dataset_is_refused(build: Build, tmp_path: Path, 
     save(tmp_path / "theirs", d=48, lm_name=weights, layer=2)
     refused("takes activations of width 48, the dataset's have 32")
     (tmp_path / "theirs" / "ae.pt").unlink()
-    refused("holds no dictionary")
+    refused("there is no dictionary at")
 
 
 @pytest.mark.parametrize(

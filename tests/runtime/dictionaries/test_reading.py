@@ -260,5 +260,5 @@ def test_what_saelens_does_otherwise_is_refused(tmp_path: Path, change: dict[str
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no dictionary that is read"):
+    with pytest.raises(UserError, match="there is no dictionary at"):
         read_dictionary(ImportedSAE(path=str(tmp_path)))

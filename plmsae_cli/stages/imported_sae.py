@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError
@@ -48,6 +49,7 @@ def plan(lineage: Lineage, options: ImportedSAE) -> Plan:
 
 def work(task: Task, context: Context, options: ImportedSAE) -> Mapping[str, Result]:
     from plmsae_cli.runtime.device import pick_device
+    from plmsae_cli.runtime.dist import gang
     from plmsae_cli.store.activations import Statistics
     from plmsae_cli.store.blocks import Blocks
     from plmsae_cli.store.checked import CheckedReads
@@ -57,15 +59,15 @@ def work(task: Task, context: Context, options: ImportedSAE) -> Mapping[str, Res
     dataset = lineage.dataset()
     manifest = require_manifest(store, dataset.folder)
     found = _read(options, store, *_about(lineage, manifest))
-    model = found.model.to(pick_device(0))
-    reads = CheckedReads(store, dataset.folder, manifest["files"])
-    try:
-        blocks = Blocks(reads, dataset.folder)
-        rows = min(blocks.num_rows, MAXIMUM_ROWS)
-        measure_maximum([model], blocks, rows)
-        reads.finish()
-    finally:
-        reads.close()
+    with gang() as ranks:
+        if not ranks.first:  # whoever starts several, one does it
+            return {}
+        model = found.model.to(pick_device(ranks.local_rank))
+        with closing(CheckedReads(store, dataset.folder, manifest["files"])) as reads:
+            blocks = Blocks(reads, dataset.folder)
+            rows = min(blocks.num_rows, MAXIMUM_ROWS)
+            measure_maximum([model], blocks, rows)
+            reads.finish()
     facts = {name: manifest[name] for name in ("layer", "num_layers", "weights", "fasta")} | {
         "dataset": dataset.key,
         "dataset_rows": manifest["rows"],

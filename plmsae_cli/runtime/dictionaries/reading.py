@@ -104,14 +104,13 @@ def _saefold(options: ImportedSAE, path: str, store: Store) -> tuple[Dictionary,
             "its biases are in units of the activations divided by norm_factor, which is not in the file",
             "add train.imported.norm_factor; 1 if activations were not divided",
         )
-    settings: Mapping[str, Any] = {}
+    said: dict[str, Any] = {}
     if isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
-        settings = dict((held.get("hyper_parameters") or {}).get("sae_trainer_cfg") or {})
-        held = {n.removeprefix("ae."): t for n, t in held["state_dict"].items() if n.startswith("ae.")}
-    k, layer = settings.get("k"), settings.get("layer")
+        said = _of_trainer(_section(_section(held, "hyper_parameters"), "sae_trainer_cfg"))
+        held = {n.removeprefix("ae."): t for n, t in held["state_dict"].items() if str(n).startswith("ae.")}
     # SAEFold trains no other dictionary whose tensors leave the selection open.
-    model = from_tensors(_tensors(held), options.selection or "topk", k)
-    return model, "SAEFold", settings.get("lm_name"), layer if isinstance(layer, int) else None
+    model = from_tensors(_tensors(held), options.selection or "topk", said.get("k"))
+    return model, "SAEFold", said.get("weights"), said.get("layer")
 
 
 def _tensors(held: Any) -> dict[str, Tensor]:
@@ -125,9 +124,8 @@ def _settings(files: list[str], store: Store) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in files:
         if PurePosixPath(path).suffix == ".json":
-            trainer = _json(path, store).get("trainer") or {}
-            known = {"k": trainer.get("k"), "weights": trainer.get("lm_name"), "layer": trainer.get("layer")}
-            found |= {name: value for name, value in known.items() if value is not None}
+            trainer = _section(_json(path, store), "trainer")
+            found |= _of_trainer(trainer)
             chosen = _SELECTIONS.get(str(trainer.get("dict_class")))
         else:
             # Its own reader runs the tags of this YAML; the one of the trainer is all that is needed, as text.
@@ -138,6 +136,18 @@ def _settings(files: list[str], store: Store) -> dict[str, Any]:
         if chosen is not None:
             found["selection"] = chosen
     return found
+
+
+def _of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings of a trainer of dictionary_learning tell, as far as it has the type that it should."""
+    names = {"k": ("k", int), "weights": ("lm_name", str), "layer": ("layer", int)}
+    return {ours: trainer[theirs] for ours, (theirs, kind) in names.items() if type(trainer.get(theirs)) is kind}
+
+
+def _section(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A mapping inside a mapping, empty where there is none."""
+    found = body.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _json(path: str, store: Store) -> dict[str, Any]:

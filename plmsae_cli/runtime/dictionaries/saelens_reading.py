@@ -48,9 +48,9 @@ def from_saelens(config: Mapping[str, Any], state: Mapping[str, Tensor], normali
     centred = bool(config.get("apply_b_dec_to_input", True))
     weights = Matrices(state["W_enc"].T, bias, state["W_dec"], state["b_dec"], centred)
     if kind == "topk":
-        if k is None:
+        if not isinstance(k, int):
             raise UserError(f"{SAELENS[0]} does not say k")
-        return weights.top_k(int(k), by_length=bool(config.get("rescale_acts_by_decoder_norm", False)))
+        return weights.top_k(k, by_length=bool(config.get("rescale_acts_by_decoder_norm", False)))
     if kind == "jumprelu":
         return weights.jump_relu(state["threshold"])
     if kind == "gated":
@@ -60,8 +60,10 @@ def from_saelens(config: Mapping[str, Any], state: Mapping[str, Tensor], normali
 
 def provenance(config: Mapping[str, Any]) -> tuple[str | None, int | None]:
     """Language model and layer, as we count, where the configuration tells."""
-    said = {**config, **(config.get("metadata") or {})}
-    name, hook = said.get("model_name"), str(said.get("hook_name") or said.get("hook_point") or "")
+    metadata = config.get("metadata")
+    said = {**config, **(metadata if isinstance(metadata, dict) else {})}
+    name = said["model_name"] if isinstance(said.get("model_name"), str) else None
+    hook = str(said.get("hook_name") or said.get("hook_point") or "")
     if isinstance(said.get(LAYER), int):
         return name, said[LAYER]
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
@@ -75,7 +77,8 @@ def _kind(config: Mapping[str, Any]) -> tuple[str, Any]:
     kind, k = config.get("architecture", "standard"), config.get("k")
     function = config.get("activation_fn", config.get("activation_fn_str", "relu"))  # of versions before 6
     if kind == "standard" and function == "topk":
-        kind, k = "topk", (config.get("activation_fn_kwargs") or {}).get("k")
+        options = config.get("activation_fn_kwargs")
+        kind, k = "topk", options.get("k") if isinstance(options, dict) else None
     elif function not in ("relu", "topk"):
         raise UserError(f"its activation function {function} is not supported", "relu and topk are")
     if kind not in KINDS:

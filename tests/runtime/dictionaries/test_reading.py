@@ -259,6 +259,22 @@ def test_what_saelens_does_otherwise_is_refused(tmp_path: Path, change: dict[str
         load_sae(tmp_path)
 
 
+def test_settings_of_other_types_count_as_absent(tmp_path: Path) -> None:
+    config, sample = saelens("standard", True)
+    path = save_saelens(tmp_path / "lens", config | {"metadata": [1], "model_name": 3}, sample)
+    found = read_dictionary(ImportedSAE(path=path))
+    assert (found.weights, found.layer) == (None, None)
+    torch.save(learning()["AutoEncoder"].state, tmp_path / "ae.pt")
+    for trainer in ([], {"layer": "five", "lm_name": 3}, None):
+        (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
+        found = read_dictionary(ImportedSAE(path=str(tmp_path)))
+        assert (found.weights, found.layer) == (None, None)
+    body = {"state_dict": {f"ae.{n}": t for n, t in sample.state.items()}, "hyper_parameters": [1]}
+    torch.save(body, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError, match="not one that is read"):
+        read_dictionary(ImportedSAE(path=str(tmp_path / "odd.ckpt"), norm_factor=1.0))
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no dictionary at"):
         read_dictionary(ImportedSAE(path=str(tmp_path)))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,6 +24,9 @@ from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK
 
 from .foreign_files import THETA, C, K, N, Sample, V, W, activations, learning, saelens
+
+if TYPE_CHECKING:
+    from tests.conftest import S3Server
 
 
 def save_saelens(folder: Path, config: Mapping[str, object], sample: Sample) -> str:
@@ -273,6 +276,18 @@ def test_settings_of_other_types_count_as_absent(tmp_path: Path) -> None:
     torch.save(body, tmp_path / "odd.ckpt")
     with pytest.raises(UserError, match="not one that is read"):
         read_dictionary(ImportedSAE(path=str(tmp_path / "odd.ckpt"), norm_factor=1.0))
+
+
+def test_from_s3(s3: S3Server, tmp_path: Path) -> None:
+    config, sample = saelens("jumprelu", True)
+    folder, store = Path(save_saelens(tmp_path / "lens", config, sample)), s3.store()
+    for file in folder.iterdir():
+        store.write(s3.url("lens", file.name), [file.read_bytes()])
+    state = learning()["AutoEncoder"].state
+    torch.save(state, tmp_path / "ae.pt")
+    store.write(s3.url("ae.pt"), [(tmp_path / "ae.pt").read_bytes()])
+    same(read_dictionary(ImportedSAE(path=s3.url("lens")), store).model, sample)
+    same(read_dictionary(ImportedSAE(path=s3.url("ae.pt")), store).model, learning()["AutoEncoder"])
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -11,24 +11,41 @@ from plmsae_cli.cli.stage import SCHEMA_VERSION
 
 
 def export_run(
-    run: str, csv: Path | None, parquet: Path | None, hf: Path | None, push: str | None, as_json: bool
+    run: str,
+    csv: Path | None,
+    parquet: Path | None,
+    hf: Path | None,
+    saelens: Path | None,
+    push: str | None,
+    as_json: bool,
 ) -> int:
     """Write each form that is named."""
 
     def work() -> int:
         from plmsae_cli.config.errors import UserError
 
-        if csv is None and parquet is None and hf is None:
-            ways = "--csv table.csv or --parquet table.parquet (latents), --hf folder (a language model)"
+        folders = [folder for folder in (hf, saelens) if folder is not None]
+        if csv is None and parquet is None and not folders:
+            ways = (
+                "--csv table.csv or --parquet table.parquet (latents), --saelens folder (a dictionary), "
+                "--hf folder (a language model)"
+            )
             raise UserError("export: nothing to write", f"name a file or folder: {ways}")
-        if push is not None and hf is None:
-            raise UserError("export: --push uploads what --hf wrote", "add --hf FOLDER")
+        if push is not None and len(folders) != 1:
+            raise UserError(
+                "export: --push uploads what --hf or --saelens wrote",
+                "add one of them: --hf FOLDER or --saelens FOLDER",
+            )
         found: dict[str, Any] = {"schema": SCHEMA_VERSION}
         said: list[str] = []
         if csv is not None or parquet is not None:
             found |= _table(run, {"csv": csv, "parquet": parquet}, said)
         if hf is not None:
-            found |= _model(run, hf, push, said)
+            found |= _model(run, hf, said)
+        if saelens is not None:
+            found |= _dictionary(run, saelens, said)
+        if folders:
+            found["pushed"] = None if push is None else _push(folders[0], push, said)
         print(json.dumps(found) if as_json else "\n".join(said))
         return DONE
 
@@ -55,13 +72,26 @@ def _table(run: str, paths: dict[str, Path | None], said: list[str]) -> dict[str
     return {"rows": len(table), "columns": table.column_names, "tables": tables}
 
 
-def _model(run: str, folder: Path, name: str | None, said: list[str]) -> dict[str, Any]:
+def _model(run: str, folder: Path, said: list[str]) -> dict[str, Any]:
     from plmsae_cli.runtime.hub import export_run as export_model
-    from plmsae_cli.runtime.hub import push
 
     files = export_model(run, folder)
     said.append(f"wrote {folder}: {', '.join(files)}")
-    address = None if name is None else push(folder, name)
-    if address is not None:
-        said.append(f"pushed to {address}")
-    return {"folder": str(folder), "files": files, "pushed": address}
+    return {"folder": str(folder), "files": files}
+
+
+def _dictionary(run: str, folder: Path, said: list[str]) -> dict[str, Any]:
+    from plmsae_cli.runtime.dictionaries import write_saelens
+    from plmsae_cli.runtime.saved import load_sae_with_facts
+
+    files = write_saelens(load_sae_with_facts(run if Path(run).exists() else Path("runs") / run), folder)
+    said.append(f"wrote {folder}: {', '.join(files)}")
+    return {"saelens_folder": str(folder), "saelens_files": files}
+
+
+def _push(folder: Path, name: str, said: list[str]) -> str:
+    from plmsae_cli.runtime.hub import push
+
+    address = push(folder, name)
+    said.append(f"pushed to {address}")
+    return address

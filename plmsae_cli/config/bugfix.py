@@ -157,6 +157,7 @@ def _cut_train(train: dict[str, Any], layers: Mapping[int, int], fasta: str) -> 
     batch = _PLM_BATCH if is_plm else _ROWS
     train |= {"tokens": STEPS * batch, "batch_tokens": batch, "compute": "auto", **_EVERY}
     train |= {"loader": "blocks", "cache": None, "cache_limit": CACHE_LIMIT}
+    train["imported"] = None  # it is as wide as the real model: a small one is trained in its stead
     if train["layer"] is not None:
         train["layer"] = layers[train["layer"]]
     for field, most in (("lr_warmup_steps", STEPS // 4), ("dead_tokens", 2 * batch)):
@@ -252,7 +253,7 @@ _SET: dict[str, float] = {
 _FIXED = (
     "data_root", "launch", "storage", "model", "wandb", "limits", "embed.fasta", "embed.imported", "embed.shard",
     "embed.ordered_rows", "embed.compute", "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory",
-    "optimize.chunk", "train.data",
+    "optimize.chunk", "train.data", "train.imported",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.bin", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING),
     *(f"eval.{axis}" for axis in (*_ANNOTATED, "representations")),

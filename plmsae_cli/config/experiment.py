@@ -98,6 +98,8 @@ class Experiment(Section):
                 "train.saes share one reading of the dataset, sweep.stream: each does not",
                 "use stream: shared, or sweep fields of train.sae instead of train.saes",
             )
+        if self.sweep is not None and self.train is not None and self.train.imported is not None:
+            raise rule("sweep", "train.imported is one finished dictionary: there is nothing to sweep", "remove it")
         if (
             self.sweep is not None
             and self.sweep.stream == "shared"

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Fraction, Section, rule
+from plmsae_cli.config.base import ADDED, SCIENCE, Auto, Bytes, Count, Fraction, Section, rule
+from plmsae_cli.config.imported import ImportedSAE
 from plmsae_cli.config.plm import PLM
 from plmsae_cli.config.sae import SAE
 
@@ -40,6 +41,8 @@ class Train(Section):
     saes: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     """Several SAEs instead of one, trained side by side on one reading of the dataset: what each has other than `sae`, such
     as `[{k: 32}, {k: 64, architecture: batch_topk}]`."""
+    imported: Annotated[ImportedSAE | None, ADDED] = None
+    """Take a dictionary of another project instead of training one: only its latents' maxima are measured on the dataset."""
     plm: Annotated[PLM | None, SCIENCE] = None
     """Options of `kind: plm`."""
     tokens: Annotated[Count | None, SCIENCE] = None
@@ -113,6 +116,16 @@ class Train(Section):
                 raise rule("lr_decay", "plm.cooldown_steps says how long the rate falls", "remove one of the two")
         elif self.plm is not None:
             raise rule("plm", "a plm section has no effect with kind: sae", "set kind: plm or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _imported_is_not_trained(self) -> Train:
+        if self.imported is not None:
+            for name in type(self).model_fields:
+                if name not in ("data", "layer", "imported", "cache_limit") and self.changed(name):
+                    raise rule(
+                        name, f"{name} has no effect on train.imported, which is not trained", "remove one of the two"
+                    )
         return self
 
     @model_validator(mode="after")

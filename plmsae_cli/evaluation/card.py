@@ -31,8 +31,11 @@ def _lines(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: Mappi
     yield f"| latents | {metrics['num_latents']:,} |"
     if metrics["k"] is not None:
         yield f"| active a residue (k) | {metrics['k']} |"
-    yield f"| training rows | {manifest['rows']:,} |"
-    yield f"| tokens | {facts.get('tokens', 0):,} |"
+    if "imported" in facts:
+        yield f"| imported from | {facts['imported']['path']} ({facts['imported']['format']}) |"
+    else:
+        yield f"| training rows | {manifest['rows']:,} |"
+        yield f"| tokens | {facts.get('tokens', 0):,} |"
     if weights is not None:
         yield f"| weights, sha256 | `{weights['sha256'][:16]}` |"
     makers = {

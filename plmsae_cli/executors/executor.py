@@ -82,7 +82,8 @@ def report_within(
 def plain_http(experiment: Experiment) -> str | None:
     """What to say where data pass over a link that everybody on it can read and change."""
     train, embed = experiment.train, experiment.embed
-    places = [experiment.data_folder(), train and train.data, embed and embed.fasta, experiment.model.weights]
+    imported = train and train.imported and train.imported.path
+    places = [experiment.data_folder(), train and train.data, imported, embed and embed.fasta, experiment.model.weights]
     address = experiment.storage.endpoint_url or ""
     if not (address.startswith("http://") and any(place and is_remote(place) for place in places)):
         return None

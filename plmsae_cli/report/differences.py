@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.tree import entries
 
-_INPUTS = ("embed.fasta", "embed.imported.path", "model.weights", "train.data", "train.plm.fasta", "train.plm.valid")
+_INPUTS = (
+    "embed.fasta",
+    "embed.imported.path",
+    "model.weights",
+    "train.data",
+    "train.imported.path",
+    "train.plm.fasta",
+    "train.plm.valid",
+)
 """Fields that name an input: the input's content is in the run's identity, not its name."""
 _OF_THE_RUN = ("name", "root")
 

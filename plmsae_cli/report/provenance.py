@@ -39,6 +39,8 @@ def provenance(run: Run) -> list[tuple[str, str]]:
     found.append(("proteins", run.asked("embed", "fasta") or run.asked("train", "plm", "fasta")))
     width = "" if run.num_latents is None else f", {count(run.num_latents)} latents"
     found.append(("dictionary", f"{run.architecture}{width}" if run.architecture else None))
+    if imported := run.dictionary.get("imported"):
+        found.append(("imported from", f"{imported['path']} ({imported['format']})"))
     fidelity = run.fidelity
     if fidelity.get("heldout_rows") is not None:
         proteins = fidelity.get("heldout_proteins")

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.imported import ImportedSAE
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.export import from_state
 from plmsae_cli.store.blocks import Blocks
+from plmsae_cli.store.foreign import is_foreign
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.tensorfile import TensorFile
 
@@ -63,9 +65,14 @@ def load_sae(run: str | Path, device: str | torch.device = "cpu") -> Dictionary:
     """The trained SAE of a run: `encode` raw activations [B, d] to latents, `decode` them back.
 
     Args:
-        run: a run folder such as `runs/quickstart`, or the `sae/` folder inside it; local or `s3://`.
+        run: a run folder such as `runs/quickstart`, or the `sae/` folder inside it; or what `train.imported.path` may be, a
+            dictionary of another project; local or `s3://`.
         device: where the model lives and its inputs must be, as torch names it: `cpu`, `cuda`, `cuda:1`.
     """
+    from plmsae_cli.runtime.dictionaries import read_dictionary
+
+    if is_foreign(str(run), Store()):
+        return read_dictionary(ImportedSAE(path=str(run))).model.to(device)
     return load_sae_with_facts(run).model.to(device)
 
 

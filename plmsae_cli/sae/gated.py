@@ -56,6 +56,12 @@ class Gated(Dense):
         return self._losses(error, open_BN.sum(), global_rows, z_BN, xhat_BD, more=frozen)
 
     @torch.no_grad()
+    def scale_latents_(self, factors_N: Tensor) -> None:
+        """Multiply each latent's activations by its factor and divide its decoder row by it, in place."""
+        super().scale_latents_(factors_N)
+        self.b_mag_N.mul_(factors_N)
+
+    @torch.no_grad()
     def fold_(self, mean_D: Tensor, scale: float) -> None:
         """From the input (x - mean) * scale to raw activations x, in place."""
         super().fold_(mean_D, scale)

@@ -70,6 +70,10 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
             f"train.layer is {train.layer}, but {train.data} holds layer {manifest['layer']}",
             "remove train.layer, or name the dataset of that layer",
         )
+    if train.imported is not None:
+        from plmsae_cli.stages import imported_sae
+
+        return imported_sae.plan(lineage, train.imported)
     rows, d = (manifest["rows"], manifest["d"]) if manifest else (lineage.scan.num_rows, lineage.d)
     per_epoch = steps_per_epoch(rows, train.batch_tokens, ranks(experiment))
     steps = train.steps(per_epoch)
@@ -230,6 +234,10 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
     assert train is not None
     if train.kind == "plm":
         return _train_plm(task, context, train)
+    if train.imported is not None:
+        from plmsae_cli.stages import imported_sae
+
+        return imported_sae.work(task, context, train.imported)
     from plmsae_cli.stages import train_sae
 
     return train_sae.work(task, context)

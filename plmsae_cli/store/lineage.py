@@ -15,6 +15,7 @@ from typing import Any
 from plmsae_cli.config.base import digest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.store.foreign import files_of
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.imports import Source, open_source, scan_imported
 from plmsae_cli.store.manifest import read_manifest
@@ -223,4 +224,13 @@ class Lineage:
         data = self.dataset().key if train.kind == "sae" else self.tokens().key
         # Where it is LitData's, several ranks and later epochs have another order; absent for ours, as before there was a choice.
         loader = {} if train.loader == "blocks" else {"loader": train.loader}
-        return {"train": train.science() | loader, "data": data}
+        own = {} if train.imported is None else {"imported": self.imported_files()}
+        return {"train": train.science() | loader, "data": data, **own}
+
+    def imported_files(self) -> dict[str, str]:
+        """Hashes of the files that make `train.imported`, by name."""
+        assert self.experiment.train is not None
+        imported = self.experiment.train.imported
+        assert imported is not None
+        files = [self.store.local(path) for path in files_of(imported.path, self.store)]
+        return {file.name: self.store.hash(str(file)).xxh3 for file in files}

@@ -283,14 +283,21 @@ def _read_tensors(path: Path) -> State:
     return state
 
 
-def read_pickle(path: Path, allowed: Sequence[type]) -> Any:
+class Inert:
+    """Stands for a class of another project in a pickle: the file names it, nothing of it is imported or run."""
+
+    def __init__(self, *_: object) -> None: ...
+
+
+def read_pickle(path: Path, allowed: Sequence[type], named: Sequence[str] = ()) -> Any:
     """What `torch.save` wrote, if it holds nothing but tensors, plain values and the classes `allowed`.
 
-    No code of the file runs: torch's restricted unpickler refuses every other class. Tensors are mapped from
-    the file where its layout allows. Raises UserError for a refused class (named) and for a damaged file.
+    No code of the file runs: torch's restricted unpickler refuses every other class; in place of those in `named`
+    (`package.module.Class`) it puts `Inert`. Tensors are mapped from the file where its layout allows. Raises UserError
+    for a refused class (named) and for a damaged file.
     """
     try:
-        with torch.serialization.safe_globals(list(allowed)):
+        with torch.serialization.safe_globals([*allowed, *((Inert, name) for name in named)]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # the unpickler raises many kinds for damaged files
         refused = re.search(r"GLOBAL (\S+)", str(error))

@@ -38,12 +38,13 @@ def export_saes(
     rows = min(blocks.num_rows, MAXIMUM_ROWS)
     measure_maximum(models, blocks, rows)
     return [
-        _write(model, scale, {"maximum_rows": rows, **facts}, folder, store)
+        write_sae(model, scale, {"maximum_rows": rows, **facts}, folder, store)
         for model, (_, facts, folder) in zip(models, finished, strict=True)
     ]
 
 
-def _write(model: Dictionary, scale: float, facts: Mapping[str, Any], folder: str, store: Store) -> list[FileRecord]:
+def write_sae(model: Dictionary, scale: float, facts: Mapping[str, Any], folder: str, store: Store) -> list[FileRecord]:
+    """Both files of a folded model; `scale` is that of the activations it was trained on."""
     tensors, config = to_state(model)
     body = {"format": FORMAT, "config": config, "normalisation": {"scale": scale, "folded": True}, **facts}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from plmsae_cli import load_sae
 from plmsae_cli.config.schema import FILE, text
 from plmsae_cli.runtime.processes import live_state, me
 
@@ -105,6 +107,19 @@ def test_json_of_a_run_and_of_its_second_start(plmsae: Plmsae, run: dict[str, An
     assert again["experiments"][0]["figures"] == experiment["figures"]
     stage = json.loads(plmsae("eval", run["yaml"], "--json").out)
     assert (stage["schema"], stage["state"], stage["seconds"]) == (1, "done", {})
+
+
+def test_export_for_saelens(plmsae: Plmsae, run: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "lens"
+    body = json.loads(plmsae("export", run["root"] / "one", "--saelens", folder, "--json").out)
+    assert body["saelens_files"] == sorted(path.name for path in folder.iterdir())
+    ours, back = load_sae(run["root"] / "one"), load_sae(folder)
+    x = torch.randn(20, ours.d, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(back.encode_dense(x), ours.encode_dense(x))
+    again = plmsae("export", run["root"] / "one", "--saelens", folder)
+    assert (again.code, "not an empty folder" in again.err) == (2, True)
+    lone = plmsae("export", run["root"] / "one", "--push", "owner/name")
+    assert lone.code == 2
 
 
 def test_ls_and_status(plmsae: Plmsae, run: dict[str, Any]) -> None:

@@ -98,6 +98,8 @@ def test_every_field_can_be_set(path: str, tmp_path: Path) -> None:
         bodies = [f"{SAE}launch: {{nodes: 2, rendezvous: 'a:1'}}\n"]
     if path.startswith("embed.imported."):
         bodies = [SAE.replace("embed: {", "embed: {imported: {path: acts, of_model: true}, ")]
+    if path.startswith("train.imported."):
+        bodies = ["embed: {fasta: x, layers: [24]}\nshuffle: {}\noptimize: {}\ntrain: {imported: {path: ae.pt}}\n"]
     if path == "embed.ordered_rows":
         bodies = [SAE.replace("layers: [24]", "layers: [24], layout: bucketed")]
     if path == "limits.usd":

@@ -18,6 +18,7 @@ verbs, verb = group("Tools")
     plmsae export first --csv first.csv                          the concepts of each latent
     plmsae export runs/my-plm --hf my-plm-hf                     a folder for transformers
     plmsae export runs/my-plm --hf my-plm-hf --push owner/model  and upload it
+    plmsae export first --saelens first-saelens                  its dictionary for SAELens
     """
 )
 def export(
@@ -33,22 +34,27 @@ def export(
     hf: Annotated[
         Path | None, typer.Option("--hf", metavar="FOLDER", help="The Hugging Face folder to write: new or empty.")
     ] = None,
+    saelens: Annotated[
+        Path | None,
+        typer.Option("--saelens", metavar="FOLDER", help="The folder for SAELens to write: new or empty."),
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(
-            "--push", metavar="NAME", help="Also upload it to the Hugging Face hub, as a private OWNER/MODEL."
+            "--push", metavar="NAME", help="Also upload that folder to the Hugging Face hub, as a private OWNER/MODEL."
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a run in another form: the concepts of its latents as a table, or a language model for transformers.
+    """Write a run in another form: the concepts of its latents as a table, its dictionary for SAELens, or a language model for
+    transformers.
 
     The table has a row a latent and concept, with its scores, density, family and description. ESM-2 runs become a plain
     EsmForMaskedLM with the same logits; UNet runs bring their code, for trust_remote_code=True.
     """
     from plmsae_cli.cli.export import export_run
 
-    raise typer.Exit(export_run(run, csv, parquet, hf, push, json))
+    raise typer.Exit(export_run(run, csv, parquet, hf, saelens, push, json))
 
 
 @verb(

@@ -16,13 +16,14 @@ NAMES = ("sae", "plm", "sweep", "search", "imported")
 _WIDTH = 100
 # Sections of the other kind of experiment, and those that need files of their own: shown, but commented out.
 _OFF = (
-    "embed.imported", "train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes", "eval.encode", "eval.contacts",
-    "eval.steering", "eval.features", "eval.lm", "eval.representations",
+    "embed.imported", "train.imported", "train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes",
+    "eval.encode", "eval.contacts", "eval.steering", "eval.features", "eval.lm", "eval.representations",
 )  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
     "embed.fasta": "proteins.fasta.gz",
     "embed.imported.path": "activations/",
     "embed.layers": [6],
+    "train.imported.path": "layer_6/ae.pt",
     "train.plm.fasta": "proteins.fasta.gz",
     "train.plm.speedrun.target_loss": 2.1,
     "sweep.grid": {"train.sae.k": [16, 32, 64]},

@@ -287,7 +287,8 @@ def test_flops_are_three_times_the_products_of_a_forward() -> None:
     # Attention in products, since the counter knows no other form of it on a CPU.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as trunk:
-            x_TD = one._trained.trunk(packed.tokens_T, packed.documents, None)
+            rope = one._trained.rope(len(packed.tokens_T), packed.documents)
+            x_TD = one._trained.trunk(packed.tokens_T, packed.documents, rope, None)
         with FlopCounterMode(display=False) as head:
             one._trained.head(x_TD)
     needed = trunk.get_total_flops() + 0.15 * head.get_total_flops()

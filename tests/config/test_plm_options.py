@@ -42,6 +42,7 @@ def test_options_of_the_unet_are_refused_beside_esm2(name: str) -> None:
         ({"muon_momentum_warmup_steps": 9}, {}, "no effect with optimizer: adam"),
         ({"cooldown_steps": 9}, {"lr_decay": 0.3}, "plm.cooldown_steps says how long"),
         ({"speedrun": {}}, {}, "target_loss"),
+        ({"speedrun": {"target_loss": 2.1}, "holdout": 0.0}, {}, "there is no validation set"),
         ({"speedrun": {"target_loss": 2.1, "parameters": 3}}, {}, "parameters"),
     ],
     ids=str,

@@ -182,9 +182,19 @@ def test_a_race_ends_at_its_loss_and_a_finished_one_starts_no_step(unet: Unet, g
     assert [line["step"] for line in science_of(run)] == [line["step"] for line in lines]
 
 
+def test_a_race_without_a_random_split_is_about_the_first_set_by_name(unet: Unet, go: Go) -> None:
+    fasta = unet("any").train.plm.fasta  # type: ignore[union-attr]
+    race = {"plm__holdout": 0.0, "plm__valid": {"b": fasta, "a": fasta}, "plm__speedrun": {"target_loss": 50.0}}
+    run = go(unet("named", **race)).run.path
+    assert facts_of(run)["steps"] == 4, "the first validation"
+
+
 def test_hours_end_it(unet: Unet, go: Go) -> None:
     one = go(unet("one", plm__max_hours=1e-7)).run.path  # less than a step
     assert newest(one).step == facts_of(one)["steps"] == 1
+    validations = [line for line in science_of(one) if "valid" in line]
+    assert [line["step"] for line in validations] == [1], "the last step is validated, as any other last step"
+    assert validations[0]["valid"] == facts_of(one)["valid"]
 
 
 @pytest.mark.slow

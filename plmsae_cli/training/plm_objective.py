@@ -95,7 +95,8 @@ class PLMObjective:
         asked = question(self._plm, step)
         first = step * self._per_rank * self._gang.world + self._gang.rank
         numbers = range(first, first + self._per_rank * self._gang.world, self._gang.world)
-        return [masked(self._packs.pack(n), self._plm, asked, self._options.seed, n) for n in numbers]
+        made = [masked(self._packs.pack(n), self._plm, asked, self._options.seed, n) for n in numbers]
+        return [pack.pin_memory() for pack in made] if self.device.type == "cuda" else made
 
     # The step
 

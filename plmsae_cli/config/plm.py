@@ -26,7 +26,7 @@ def raced(names: Collection[str]) -> str | None:
 class Speedrun(Section):
     """A race to a validation loss (`train.plm.speedrun`)."""
 
-    target_loss: Positive
+    target_loss: Annotated[Positive, SCIENCE]
     """Training ends after the first validation whose loss is below (nats): that of the random split, else of the set `valid`,
     else of the first by name."""
     max_parameters: Count | None = None
@@ -109,10 +109,10 @@ class PLM(Section):
     """Decay a step of an average of the weights, which is then what is validated and saved; null: the weights."""
     pack_tokens: Annotated[Count, SCIENCE] = 16_384
     """Tokens of one pack (micro-batch); `train.batch_tokens` is a multiple of it."""
-    speedrun: Speedrun | None = None
+    speedrun: Annotated[Speedrun | None, ADDED] = None
     """Train until a validation loss is reached, within a number of parameters; the clock in the run's figures counts
     training, not compiling, validating and saving."""
-    max_hours: Positive | None = None
+    max_hours: Annotated[Positive | None, ADDED] = None
     """Hours of training, by that clock over all starts, after which it ends."""
     eval_every: Count = 1000
     """Steps between validations."""

@@ -101,6 +101,7 @@ class PLMObjective:
     # The step
 
     def step(self, step: int) -> Mapping[str, Tensor]:
+        self._scored = (-1, {})
         packs = self._load(step)
         near = self._window(step)
         self._compile(packs, near)
@@ -209,7 +210,6 @@ class PLMObjective:
         self._optimizer.load_state_tensors(_under("optimizer.", tensors))
         if self._average is not None:
             self._average.load(_under("ema.", tensors))
-        self._scored = (-1, {})
         state = state or {}
         self.clock.set(float(state.get("train_seconds", 0.0)))
         self._over = bool(state.get("target_reached", False)) or self._out_of_time()

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from record import add, cpu, stamp
-from torch.nn.attention import varlen
 
 from plmsae_cli.config.training import Train
 from plmsae_cli.plm.alphabet import encode, wrap
@@ -108,9 +107,6 @@ def measure(ranks: Gang) -> None:
     parser.add_argument("--attention-soft-cap", type=float)
     parser.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--mode", help="of torch.compile, such as max-autotune-no-cudagraphs")
-    parser.add_argument(
-        "--cudnn", action="store_true", help="attention by cuDNN, by a switch that torch keeps to itself"
-    )
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--learn", type=int, default=0, help="train so many steps first and print losses")
@@ -118,8 +114,6 @@ def measure(ranks: Gang) -> None:
     parser.add_argument("--results", type=Path, help="file to add the figures to")
     options = parser.parse_args()
     plm_model.COMPILE_MODE = options.mode
-    if options.cudnn:
-        varlen._should_use_cudnn = lambda index: True  # type: ignore[assignment]
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     packs = training_packs(options.fasta, options.pack_tokens, options.max_length)
     trained = objective(options, packs, device, ranks)

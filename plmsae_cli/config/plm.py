@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -17,11 +18,17 @@ UNET_ONLY = (
 """Options that `architecture: esm2` has no use for."""
 
 
+def raced(names: Collection[str]) -> str | None:
+    """The validation set that races and leaderboards are about: `random`, else `valid`, else the first by name."""
+    return next((name for name in ("random", "valid", *sorted(names)) if name in names), None)
+
+
 class Speedrun(Section):
     """A race to a validation loss (`train.plm.speedrun`)."""
 
-    target_loss: Positive
-    """Training ends after the first validation whose loss, of the random split or else of the set `valid`, is below (nats)."""
+    target_loss: Annotated[Positive, SCIENCE]
+    """Training ends after the first validation whose loss is below (nats): that of the random split, else of the set `valid`,
+    else of the first by name."""
     max_parameters: Count | None = None
     """Most parameters of a model in this race; more are refused before anything runs."""
 
@@ -102,10 +109,10 @@ class PLM(Section):
     """Decay a step of an average of the weights, which is then what is validated and saved; null: the weights."""
     pack_tokens: Annotated[Count, SCIENCE] = 16_384
     """Tokens of one pack (micro-batch); `train.batch_tokens` is a multiple of it."""
-    speedrun: Speedrun | None = None
+    speedrun: Annotated[Speedrun | None, ADDED] = None
     """Train until a validation loss is reached, within a number of parameters; the clock in the run's figures counts
     training, not compiling, validating and saving."""
-    max_hours: Positive | None = None
+    max_hours: Annotated[Positive | None, ADDED] = None
     """Hours of training, by that clock over all starts, after which it ends."""
     eval_every: Count = 1000
     """Steps between validations."""
@@ -154,6 +161,12 @@ class PLM(Section):
         for name in UNET_ONLY:
             if self.architecture == "esm2" and self.changed(name):
                 raise rule(name, f"{name} has no effect with architecture: esm2", "set architecture: unet or remove it")
+        if self.speedrun is not None and not self.holdout and not self.valid:
+            raise rule(
+                "speedrun",
+                "speedrun races to a validation loss, and there is no validation set",
+                "set holdout or valid",
+            )
         if not self.unet and self.changed("value_embeddings"):
             raise rule("value_embeddings", "value_embeddings has no effect with unet: false", "remove it")
         if not self.p_attention and self.changed("num_att_tokens"):

@@ -8,13 +8,15 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.language_models import LanguageModels
 from plmsae_cli.evaluation.proteins import groups, read_any
 from plmsae_cli.plm.alphabet import encode, pack
+from plmsae_cli.plm.esm2 import ESM2
+from plmsae_cli.plm.unet import UNet
 from plmsae_cli.runtime.masked_scores import MaskedScores, mask, masks_of_pack
+from plmsae_cli.runtime.models import arithmetic
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.tokens import TokenStream, find_shards, read_tokens
 
@@ -45,7 +47,7 @@ def _all(options: LanguageModels, store: Store) -> Iterable[Tokens]:
 
 @torch.inference_mode()
 def score(
-    model: nn.Module,
+    model: ESM2 | UNet,
     proteins: Sequence[Tokens],
     mask_rate: float,
     batch_tokens: int,
@@ -64,7 +66,7 @@ def score(
         packed = pack([proteins[place] for place in packs[number]])
         masked_T = masks_of_pack(packed, mask_rate).to(device)
         packed = packed.to(device)
-        with torch.autocast(device.type, compute, enabled=compute != torch.float32):
+        with arithmetic(model, compute):
             logits_TV = model(mask(packed.tokens_T, masked_T), packed.documents, logits=True).logits
         found.add(number, logits_TV, packed.tokens_T, masked_T)
         progress(number + 1, len(packs))

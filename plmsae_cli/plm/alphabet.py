@@ -107,17 +107,10 @@ class Packed(NamedTuple):
         return Documents(self.cu_seqlens, self.max_len, self.lengths)
 
     def to(self, device: torch.device | str) -> Packed:
-        """The same pack on another device; pinned memory is copied without waiting."""
+        """The same pack on another device."""
         moved = (t.to(device, non_blocking=True) for t in (self.tokens_T, self.cu_seqlens, self.residue_mask_T))
         tokens_T, cu_seqlens, residue_mask_T = moved
         return Packed(tokens_T, cu_seqlens, self.max_len, residue_mask_T, self.lengths)
-
-    def pin_memory(self) -> Packed:
-        return self._replace(
-            tokens_T=self.tokens_T.pin_memory(),
-            cu_seqlens=self.cu_seqlens.pin_memory(),
-            residue_mask_T=self.residue_mask_T.pin_memory(),
-        )
 
 
 def pack(

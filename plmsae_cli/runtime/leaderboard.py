@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from plmsae_cli.config.plm import raced
 from plmsae_cli.runtime.run_folder import read_json
 
 TARGET_LOSS = 2.1
 """Nats: what the speed track asks for where a run names no target of its own."""
-RACED = ("random", "valid")
-"""Validation sets that count: the split by the hash of the sequence, else the one given as `valid`, else the first by name."""
 TRACKS = ("speed", "quality")
 
 
@@ -95,7 +94,7 @@ def _entry(run: Path, root: Path, track: str) -> Entry | None:
 def _loss(line: dict[str, Any]) -> float | None:
     """The loss that counts of a line of metrics.jsonl; None where it has none that is finite."""
     valid = line.get("valid") or {}
-    name = next((name for name in (*RACED, *sorted(valid)) if name in valid), None)
+    name = raced(valid)
     return None if name is None else valid[name]["loss"]
 
 

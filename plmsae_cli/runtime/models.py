@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from plmsae_cli.config.errors import UserError, first_line
@@ -56,3 +58,14 @@ def model_config(info: WeightsInfo) -> Config:
 def build_model(config: Config) -> ESM2 | UNet:
     """A model of this shape, its weights yet to be loaded or drawn (`init_weights`)."""
     return UNet(config) if isinstance(config, UNetConfig) else ESM2(config)
+
+
+def arithmetic(model: ESM2 | UNet, compute: torch.dtype) -> AbstractContextManager[object]:
+    """Around forward passes: products in `compute`, whatever the parameters are in.
+
+    Autocast would leave a UNet's values wider than its queries, which not every kernel of attention takes.
+    """
+    if isinstance(model, UNet):
+        model.compute = compute
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, compute, enabled=compute != torch.float32)

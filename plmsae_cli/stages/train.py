@@ -262,7 +262,7 @@ def _train_plm(task: Task, context: Context, train: Train) -> Mapping[str, Resul
     own = sets.pop("train")
     packs = Packs(own.shards, size, longest, train.seed, own.documents)
     valid = {
-        name: Packs(each.shards, size, longest, None, each.documents)
+        name: Packs(each.shards, size, longest, None, each.documents, packs.room)
         for name, each in sets.items()
         if len(each.documents.length_P)
     }

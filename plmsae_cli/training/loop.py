@@ -116,16 +116,20 @@ class Training:
         done = step + 1
         if done % self._options.log_every == 0 or done == self.total_steps or done == 1:
             self._write(self._lines.add(done, figures))
+        self._validate(done)
+        return seen
+
+    def _validate(self, done: int) -> None:
         if valid := self.objective.validate(done):
             self._write(self._lines.flush())
             for sink in self._sinks:
                 sink.add({"step": done, "tokens": done * self.objective.tokens_per_step, "valid": valid})
-        return seen
 
     def end_where_over(self, done: int) -> None:
-        """Let this step be the last where the objective says so."""
-        if self.objective.over(done):
+        """Let this step be the last where the objective says so, validated as a last step is."""
+        if self.objective.over(done) and done < self.total_steps:
             self.total_steps = done
+            self._validate(done)
 
     def save_where_due(self, done: int) -> None:
         """A checkpoint every so many steps and after the last."""

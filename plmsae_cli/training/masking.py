@@ -7,6 +7,7 @@ same for any number of ranks, and how many there are is known before the device 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,15 +48,20 @@ class Masked(NamedTuple):
     chosen: int
     residues: int
 
+    def pin_memory(self) -> Masked:
+        """In memory that a GPU copies from without waiting."""
+        return self._moved(Tensor.pin_memory, self.documents.lengths)
+
     def to(self, device: torch.device) -> Masked:
         """On the device, where pinned memory arrives without waiting."""
         if device.type == "cpu":
             return self
-        inputs, cu_seqlens, places, targets, weights = (
-            t.pin_memory().to(device, non_blocking=True)
-            for t in (self.inputs_T, self.documents.cu_seqlens, self.places_M, self.targets_M, self.weights_M)
-        )
-        documents = Documents(cu_seqlens, self.documents.max_len)  # lengths would be a constant of what is compiled
+        # Lengths would be a constant of what is compiled.
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True), None)
+
+    def _moved(self, move: Callable[[Tensor], Tensor], lengths: tuple[int, ...] | None) -> Masked:
+        inputs, places, targets, weights = map(move, (self.inputs_T, self.places_M, self.targets_M, self.weights_M))
+        documents = Documents(move(self.documents.cu_seqlens), self.documents.max_len, lengths)
         return Masked(inputs, documents, places, targets, weights, self.chosen, self.residues)
 
 

@@ -30,21 +30,22 @@ class Packs:
         max_len: int,
         seed: int | None,
         documents: Documents | None = None,
+        room: int | None = None,
     ) -> None:
         """`max_len` counts `<cls>` and `<eos>`; `seed` None keeps the documents in their own order: validation. `documents` are
-        those to take, by default all."""
+        those to take, by default all; `room`, most of them in a pack: by default what these want, but another number is
+        another compilation, so validation has that of the packs trained on."""
         assert 2 < max_len <= pack_tokens
         self._stream = TokenStream(shards)
         self._pack_tokens, self._max_len, self._seed = pack_tokens, max_len, seed
-        self._num_documents = max(1, pack_tokens // SHORTEST)
         self._first_P, residues_P = documents or self._stream.documents()
         self._length_P = np.minimum(residues_P + 2, max_len)
         self.num_cut = int((residues_P + 2 > max_len).sum())
         # Attention's kernels look at every place in the list, filled or not: room for the usual number and a quarter, in powers
         # of two, since another number of places is another compilation.
         usual = pack_tokens / max(1.0, float(self._length_P.mean())) if len(self._length_P) else 0.0
-        room = int(1.25 * usual) + _SPARE_DOCUMENTS
-        self._num_documents = min(self._num_documents, 1 << (room - 1).bit_length())
+        wanted = int(1.25 * usual) + _SPARE_DOCUMENTS
+        self.room = room or min(max(1, pack_tokens // SHORTEST), 1 << (wanted - 1).bit_length())
         self._epochs: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         self._first: list[int] = [0]
 
@@ -75,7 +76,7 @@ class Packs:
             # Past epochs are never asked for again in a run that goes forward; keep the boundaries, drop the order.
             if number >= 2:
                 self._epochs[number - 2] = (np.empty(0, dtype=np.int64), self._epochs[number - 2][1])
-            self._epochs.append((index, _boundaries(self._length_P[index], self._pack_tokens, self._num_documents)))
+            self._epochs.append((index, _boundaries(self._length_P[index], self._pack_tokens, self.room)))
             self._first.append(self._first[-1] + len(self._epochs[-1][1]) - 1)
 
     def pack(self, number: int) -> Packed:
@@ -91,7 +92,7 @@ class Packs:
         at = number - self._first[epoch]
         documents = [self._document(int(i)) for i in order_P[bounds[at] : bounds[at + 1]]]
         # Room for the padding's own documents, which max_len cuts.
-        slots = self._num_documents + self._pack_tokens // self._max_len + 1
+        slots = self.room + self._pack_tokens // self._max_len + 1
         return pack(documents, num_tokens=self._pack_tokens, num_documents=slots, max_len=self._max_len)
 
     def _document(self, index: int) -> npt.NDArray[np.uint8]:

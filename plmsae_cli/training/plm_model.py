@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from plmsae_cli.plm.rotary import Tables
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.plm.unet_config import UNetConfig
 from plmsae_cli.runtime.dist import Gang
-from plmsae_cli.runtime.models import build_model
+from plmsae_cli.runtime.models import arithmetic, build_model
 from plmsae_cli.training.optimizers import Group, GroupedMuon, Optimizer, build_optimizer
 
 PEAK = {"adam": 1e-3, "muon": 1e-3, "signum": 1e-4}
@@ -55,18 +55,14 @@ class TrainedModel:
     """A model on its device, with float32 parameters and products in `compute`."""
 
     def __init__(self, config: Config, seed: int, device: torch.device, compute: torch.dtype) -> None:
-        self.config, self._device, self._compute = config, device, compute
+        self.config, self._compute = config, compute
         self.model = build_model(config)
         self.model.init_weights(seed)
         self.model.to(device)
-        if isinstance(self.model, UNet):
-            self.model.compute = compute
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Around forward passes."""
-        if isinstance(self.model, UNet) or self._compute == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._device.type, self._compute)
+        return arithmetic(self.model, self._compute)
 
     def rope(self, num_tokens: int, documents: Documents) -> Tables:
         """The rotary tables of a pack's tokens."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plmsae_cli.config.experiment import Train
+from plmsae_cli.config.plm import raced
 from plmsae_cli.plm.gradients import taken
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.runtime.masked_scores import MASK_RATE, MaskedScores, mask, masks_of_pack
@@ -32,8 +33,6 @@ from plmsae_cli.training.plm_model import (
 from plmsae_cli.training.schedules import learning_rate, window
 
 PREFETCH = 4
-RACED = ("random", "valid")
-"""The validation set whose loss `speedrun.target_loss` is about: the first of these that there is."""
 
 
 class PLMObjective:
@@ -75,6 +74,7 @@ class PLMObjective:
         self._waited = 0.0
         self.clock = TrainingClock(device)
         self._over = False
+        self._scored: tuple[int, Mapping[str, Any]] = (-1, {})
         self._hours = Agreed(gang, device, self._out_of_time)
 
     # Data
@@ -95,11 +95,13 @@ class PLMObjective:
         asked = question(self._plm, step)
         first = step * self._per_rank * self._gang.world + self._gang.rank
         numbers = range(first, first + self._per_rank * self._gang.world, self._gang.world)
-        return [masked(self._packs.pack(n), self._plm, asked, self._options.seed, n) for n in numbers]
+        made = [masked(self._packs.pack(n), self._plm, asked, self._options.seed, n) for n in numbers]
+        return [pack.pin_memory() for pack in made] if self.device.type == "cuda" else made
 
     # The step
 
     def step(self, step: int) -> Mapping[str, Tensor]:
+        self._scored = (-1, {})
         packs = self._load(step)
         near = self._window(step)
         self._compile(packs, near)
@@ -229,19 +231,25 @@ class PLMObjective:
         return self._over
 
     def validate(self, step: int) -> Mapping[str, Any]:
-        """`score` where it is due; a loss below `speedrun.target_loss` ends the training."""
-        if step % self._plm.eval_every and step != self._total_steps:
+        """`score` where it is due and not known; a loss below `speedrun.target_loss` ends the training."""
+        due = step % self._plm.eval_every == 0 or step == self._total_steps or self._over
+        if not due or self._scored[0] == step:
             return {}
         figures = self.score(step)
-        race = self._plm.speedrun
-        raced = next((figures[name] for name in RACED if name in figures), None)
-        if race is not None and raced is not None and raced["loss"] < race.target_loss:
+        race, name = self._plm.speedrun, raced(figures)
+        if race is not None and name is not None and figures[name]["loss"] < race.target_loss:
             self._over = True
         return figures
 
-    @torch.no_grad()
     def score(self, step: int) -> Mapping[str, Any]:
-        """Each validation set's figures, as `eval.lm` has them: fixed masks, one confusion matrix over all ranks."""
+        """Each validation set's figures after `step` steps, as `eval.lm` has them: fixed masks, one confusion matrix over all
+        ranks."""
+        if self._scored[0] != step:
+            self._scored = step, self._figures(step)
+        return self._scored[1]
+
+    @torch.no_grad()
+    def _figures(self, step: int) -> Mapping[str, Any]:
         self.clock.pause()
         near = self._window(min(step, self._total_steps - 1))
         figures = {}

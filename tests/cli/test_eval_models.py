@@ -59,6 +59,13 @@ def test_models_side_by_side_from_fasta_or_shards(
     assert f"loss of bundled: {rows[0]['loss']:.3f}" in status.out, status
     again = plmsae("run", tmp_path / "scores.yaml", "--json", "--no-progress")
     assert json.loads(again.out)["experiments"][0]["evaluation"]["lm"] == from_fasta["lm"]
+    # Continued with smaller batches, as after running out of memory.
+    done = tmp_path / "runs" / "shards" / "parts"
+    for part in (*done.glob("lm-*-1of3*"), *done.glob("lm-*-report.json"), *done.glob("merge-*")):
+        part.unlink()
+    smaller, _ = score({"lm": {**options, "batch_tokens": 500}}, "shards")
+    for row, found in zip(rows, smaller["lm"]["models"], strict=True):
+        assert found == {**row, "loss": pytest.approx(row["loss"]), "perplexity": pytest.approx(row["perplexity"])}
     first, _ = score({"lm": {**options, "sequences": 5}}, "first")
     assert first["lm"]["proteins"]["used"] == 5
 

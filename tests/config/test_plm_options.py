@@ -42,6 +42,7 @@ def test_options_of_the_unet_are_refused_beside_esm2(name: str) -> None:
         ({"muon_momentum_warmup_steps": 9}, {}, "no effect with optimizer: adam"),
         ({"cooldown_steps": 9}, {"lr_decay": 0.3}, "plm.cooldown_steps says how long"),
         ({"speedrun": {}}, {}, "target_loss"),
+        ({"speedrun": {"target_loss": 2.1}, "holdout": 0.0}, {}, "there is no validation set"),
         ({"speedrun": {"target_loss": 2.1, "parameters": 3}}, {}, "parameters"),
     ],
     ids=str,
@@ -61,7 +62,8 @@ def test_later_options_are_in_an_identity_only_where_they_are_used() -> None:
     assert plain.science().keys() == began_with
     used = train({"ema": 0.9, "lr_hidden": 0.1, "speedrun": {"target_loss": 2.0}, "max_hours": 8.0}).plm
     assert used is not None
-    assert used.science() == plain.science() | {"ema": 0.9, "lr_hidden": 0.1}, "where a run ends is not what it is"
+    ends = {"speedrun": {"target_loss": 2.0}, "max_hours": 8.0}
+    assert used.science() == plain.science() | {"ema": 0.9, "lr_hidden": 0.1} | ends
 
 
 def test_every_option_has_a_help() -> None:

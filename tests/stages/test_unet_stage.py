@@ -182,9 +182,28 @@ def test_a_race_ends_at_its_loss_and_a_finished_one_starts_no_step(unet: Unet, g
     assert [line["step"] for line in science_of(run)] == [line["step"] for line in lines]
 
 
+def test_a_race_without_a_random_split_is_about_the_first_set_by_name(unet: Unet, go: Go) -> None:
+    fasta = unet("any").train.plm.fasta  # type: ignore[union-attr]
+    race = {"plm__holdout": 0.0, "plm__valid": {"b": fasta, "a": fasta}, "plm__speedrun": {"target_loss": 50.0}}
+    run = go(unet("named", **race)).run.path
+    assert facts_of(run)["steps"] == 4, "the first validation"
+
+
+def test_what_ends_a_run_is_of_its_identity(unet: Unet) -> None:
+    def key(**changes: Any) -> dict[str, Any]:
+        return Lineage(unet("same", **changes), Store()).run_identity()
+
+    hours, race = {"plm__max_hours": 1.0}, {"plm__speedrun": {"target_loss": 2.0}}
+    assert key(**hours) != key() != key(**race)
+    assert key(plm__speedrun={"target_loss": 2.0, "max_parameters": 10**9}) == key(**race), "a limit changes no result"
+
+
 def test_hours_end_it(unet: Unet, go: Go) -> None:
     one = go(unet("one", plm__max_hours=1e-7)).run.path  # less than a step
     assert newest(one).step == facts_of(one)["steps"] == 1
+    validations = [line for line in science_of(one) if "valid" in line]
+    assert [line["step"] for line in validations] == [1], "the last step is validated, as any other last step"
+    assert validations[0]["valid"] == facts_of(one)["valid"]
 
 
 @pytest.mark.slow

@@ -145,3 +145,13 @@ def test_residues_alone_are_masked_as_residues_and_eos_ends_each() -> None:
     packed = Packs(shards(lengths), 128, 62, 0).pack(0)
     assert int(packed.residue_mask_T.sum()) == 60
     assert int((packed.tokens_T == EOS).sum()) == 3
+
+
+def test_validation_has_the_shapes_of_training_however_short_its_documents_are() -> None:
+    lengths = [20] * 400
+    train = Packs(shards([400] * 40), 8192, 402, 0)
+    own, shared = (Packs(shards(lengths), 8192, 402, None, room=room) for room in (None, train.room))
+    shape = train.pack(0).cu_seqlens.shape
+    assert own.pack(0).cu_seqlens.shape != shape == shared.pack(0).cu_seqlens.shape
+    seen = [n for g in range(shared.epoch_packs(0)) for n in numbers_of(shared.pack(g), lengths)]
+    assert sorted(seen) == list(range(len(lengths)))

@@ -18,6 +18,7 @@ from plmsae_cli.plm.alphabet import AMINO_ACIDS, CLS, EOS, FIRST_LETTER, MASK, P
 from plmsae_cli.plm.attention import Documents
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.runtime.masked_scores import mask, masks_of_pack
+from plmsae_cli.runtime.models import build_model
 from plmsae_cli.training.masking import IGNORED, corrupt
 from plmsae_cli.training.packs import Packs
 from plmsae_cli.training.plm_model import parameter_groups
@@ -53,10 +54,10 @@ def options(**changes: Any) -> Train:
     )  # fmt: skip
 
 
-def objective(**changes: Any) -> PLMObjective:
+def objective(compute: torch.dtype = torch.float32, **changes: Any) -> PLMObjective:
     """That model on random proteins."""
     valid = {"random": packs(60, 2, None)}
-    return PLMObjective(options(**changes), packs(150, 1), valid, 10, Gang(), torch.device("cpu"), torch.float32)
+    return PLMObjective(options(**changes), packs(150, 1), valid, 10, Gang(), torch.device("cpu"), compute)
 
 
 # What is corrupted
@@ -200,6 +201,24 @@ def test_validation_is_the_estimator_of_eval_lm() -> None:
     assert found == other
 
 
+def test_a_unet_is_scored_in_the_arithmetic_it_is_trained_in() -> None:
+    """In bfloat16 too, where autocast would round at other places; its blocks are made to write into the stream."""
+    unet = {"architecture": "unet", "hidden_size": 64, "window": None}
+    one = objective(torch.bfloat16, plm=unet)
+    with torch.no_grad():
+        for name, parameter in one.model.named_parameters():
+            if name.endswith(("out_DD", "down_DF")):
+                parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(0))
+    one._valid = {"all": packs(12, 2, None)}
+    found = one.validate(2)["all"]
+    read = build_model(one.config)
+    read.load_state_dict(one.model.state_dict())
+    other = score(read, [encode(s) for s in proteins(12, 2)], 0.15, 500, torch.bfloat16).figures()
+    assert other is not None
+    assert other["loss"] == pytest.approx(found["loss"], rel=1e-6)
+    assert other["accuracy"] == found["accuracy"]
+
+
 def test_a_validation_set_without_proteins_is_left_out() -> None:
     one = objective()
     one._valid = {"tiny": Packs([wrap(encode("M"))], PACK_TOKENS, 92, None), "none": Packs([], PACK_TOKENS, 92, None)}
@@ -287,7 +306,8 @@ def test_flops_are_three_times_the_products_of_a_forward() -> None:
     # Attention in products, since the counter knows no other form of it on a CPU.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as trunk:
-            x_TD = one._trained.trunk(packed.tokens_T, packed.documents, None)
+            rope = one._trained.rope(len(packed.tokens_T), packed.documents)
+            x_TD = one._trained.trunk(packed.tokens_T, packed.documents, rope, None)
         with FlopCounterMode(display=False) as head:
             one._trained.head(x_TD)
     needed = trunk.get_total_flops() + 0.15 * head.get_total_flops()

@@ -95,8 +95,8 @@ def read_entries(path: Path) -> Iterator[Entry]:
 
 
 def open_text(path: Path) -> TextIO:
-    """The lines of a file, plain or gzip."""
-    return io.TextIOWrapper(open_bytes(path), encoding="utf-8")
+    """The lines of a file, plain or gzip, without the mark that spreadsheets put before the first."""
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig")
 
 
 def open_bytes(path: Path) -> BinaryIO:

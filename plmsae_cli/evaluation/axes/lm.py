@@ -22,13 +22,19 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     inputs = {"proteins": _content(scope, options), **{model.name: model.identity for model in models}}
     identity = scope.identity(AXIS, options.science(), inputs, of_run=False)
     pieces = [
-        scope.task(AXIS, identity, f"{place}-{index}of{options.tasks}", cost=10.0, model=place, index=index)
+        scope.task(AXIS, identity, _piece(options, place, index), cost=10.0, model=place, index=index)
         for place in range(len(models))
         for index in range(options.tasks)
     ]
     report = scope.task(AXIS, identity, "report", [piece.args["step"] for piece in pieces])
     shown = {"models": [model.name for model in models], "proteins": options.bin or options.fasta}
     return [*pieces, report], shown | {"sequences": options.sequences or "all"}
+
+
+def _piece(options: LanguageModels, model: int, index: int) -> str:
+    """A piece's name. Pieces are of packs, so those of another size do not add up to all proteins."""
+    size = f"-{options.batch_tokens}" if options.tasks > 1 else ""
+    return f"{model}-{index}of{options.tasks}{size}"
 
 
 def _models(scope: Scope, options: LanguageModels) -> list[Scored]:
@@ -82,7 +88,7 @@ def _report(scope: Scope, options: LanguageModels) -> Result:
     rows: list[dict[str, Any]] = []
     tally: dict[str, int] = {}
     for place, model in enumerate(_models(scope, options)):
-        parts = [scope.read_json(AXIS, f"{place}-{index}of{options.tasks}.json") for index in range(options.tasks)]
+        parts = [scope.read_json(AXIS, f"{_piece(options, place, index)}.json") for index in range(options.tasks)]
         sums = MaskedScores(len(parts[0]["loss"]), torch.device("cpu"))
         for part in parts:
             sums.counts += torch.tensor(part["counts"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -102,13 +104,16 @@ def table_task(path: Path, name: str) -> Labelled:
     """A table with the columns `sequence` and `label`, and perhaps `split` (train, valid, test) for all.
 
     Raises:
-        UserError: no such file, a column is missing, a line without a sequence or label, a split of another name.
+        UserError: no such file or no text, a column is missing, a line without a sequence or label, a number that is none, a
+            split of another name.
     """
     try:
         with open_text(path) as file:
             lines = list(csv.DictReader(io.StringIO(file.read()), delimiter="\t" if ".tsv" in path.name else ","))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "relative paths start at the working folder") from None
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged, or no text in UTF-8: {error}", "save it as CSV in UTF-8") from error
     columns = set(lines[0]) if lines else set()
     if missing := {"sequence", "label"} - columns:
         raise UserError(
@@ -121,10 +126,12 @@ def table_task(path: Path, name: str) -> Labelled:
         if "split" in columns and line["split"] not in SPLITS:
             raise UserError(f"{path} line {number}: split is {line['split']!r}", f"one of: {', '.join(SPLITS)}")
     labels = [line["label"].strip() for line in lines]
+    regression = _are_numbers(labels)
+    for number, label in enumerate(labels, start=2):
+        if regression and not math.isfinite(float(label)):
+            raise UserError(f"{path} line {number}: label is {label}", "remove the line, or give a number")
     splits = [line["split"] for line in lines] if "split" in columns else []
-    return Labelled(
-        name, "protein", _are_numbers(labels), [line["sequence"].strip().upper() for line in lines], labels, splits
-    )
+    return Labelled(name, "protein", regression, [line["sequence"].strip().upper() for line in lines], labels, splits)
 
 
 def _are_numbers(labels: Sequence[str]) -> bool:

@@ -71,12 +71,17 @@ def test_tables_of_users(tmp_path: Path) -> None:
         ("sequence,value\nMK,1\n", "no column label"),
         ("sequence,label\nMK,\n", "line 2 has no sequence or no label"),
         ("sequence,label,split\nMK,a,dev\n", "split is 'dev'"),
+        ("sequence,label\nMK,0.5\nML,nan\n", "line 3: label is nan"),
         ("", "no column label and no column sequence"),
     ):
         with pytest.raises(UserError, match=message):
             read(text)
+    assert read("\ufeffsequence,label\nMK,a\n").sequences == ["MK"], "as spreadsheets write it"
     with pytest.raises(UserError, match="no such file"):
         table_task(tmp_path / "absent.csv", "absent.csv")
+    (tmp_path / "latin.csv").write_bytes(b"sequence,label\nMK,\xe9\n")
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        table_task(tmp_path / "latin.csv", "latin.csv")
 
 
 def random_task(count: int, order: int = 1) -> Labelled:

@@ -214,3 +214,16 @@ def _luminance(colour: str) -> float:
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_a_folder_of_somebody_else_is_left_alone(made: Any, tmp_path: Path) -> None:
+    """Neither file that a site has makes a folder one."""
+    for name in ("site.json", "data/site.js"):
+        folder = tmp_path / name.replace("/", "-")
+        (folder / "data").mkdir(parents=True)
+        (folder / name).write_text("{}")
+        (folder / "data" / "precious.csv").write_text("1")
+        assert not is_current(folder, made.runs[:1], [])
+        with pytest.raises(UserError, match="holds other things"):
+            build_site(made.runs[:1], folder)
+        assert (folder / "data" / "precious.csv").is_file()

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from plmsae_cli.browse.layout import arrange
+from plmsae_cli.browse.index import cluster_names
+from plmsae_cli.browse.layout import Layout, arrange
 from plmsae_cli.browse.matching import best_correlation, best_cosine
 from plmsae_cli.browse.own import clean
 from plmsae_cli.browse.scripts import column, literal
@@ -81,6 +82,14 @@ def test_the_map_keeps_what_is_alike_together() -> None:
     again = arrange(rows)
     assert (again.cluster_N == layout.cluster_N).all()
     assert (again.place_N2 == layout.place_N2).all()
+
+
+def test_clusters_are_called_by_what_they_have_most_above_chance() -> None:
+    where = np.repeat([0, 1, 2], [6, 4, 2])
+    concepts = ["any"] * 4 + ["helix"] * 2 + ["any"] * 3 + ["zinc"] + ["helix", None]
+    found = {"concept": concepts, "concept_f1": [0.9] * 11 + [None]}
+    # Above chance: "any" 4 - 3.5 in the first, 3 - 7/3 in the second; "helix" 2 - 1.5 and 1 - 0.5.
+    assert cluster_names(Layout(np.zeros((12, 2), dtype=np.float32), where), found) == ["helix", "any", ""]
 
 
 def test_counterparts_are_those_of_dense_arithmetic() -> None:

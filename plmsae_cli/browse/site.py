@@ -13,7 +13,7 @@ from plmsae_cli import __version__
 from plmsae_cli.browse.features import Features, read_features
 from plmsae_cli.browse.index import index_body, windows
 from plmsae_cli.browse.layout import Layout, arrange
-from plmsae_cli.browse.pages import Pages
+from plmsae_cli.browse.pages import RANDOM, Pages
 from plmsae_cli.browse.scripts import script
 from plmsae_cli.config.errors import UserError
 
@@ -165,7 +165,7 @@ def _write_run(folder: Path, name: str, features: Features, structures: dict[int
     pages = Pages(features, children, places)
     motifs: list[list[str]] = []
     size = features.index["latents_per_group"]
-    for group, examples, concepts in features.groups():
+    for group, examples, concepts in features.groups(RANDOM):
         for latent in range(group * size, min((group + 1) * size, number)):
             pages.add(latent, examples.get(latent, []), concepts.get(latent, []))
             motifs.append(windows(examples.get(latent, []), features.proteins))

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from plmsae_cli.browse.encoder import Encoder
 from plmsae_cli.browse.index import cluster_names
 from plmsae_cli.browse.layout import Layout, arrange
 from plmsae_cli.browse.matching import best_correlation, best_cosine
-from plmsae_cli.browse.own import clean
+from plmsae_cli.browse.own import OwnSequences, clean
 from plmsae_cli.browse.scripts import column, literal
 from plmsae_cli.browse.site import build_site, is_current
 from plmsae_cli.cli.app import app
@@ -48,11 +49,13 @@ def test_every_example_is_on_its_page(made: Any) -> None:
         assert [(e["kind"], e["band"], e["rank"], e["protein"], e["position"]) for e in page["examples"]] == [
             (row["kind"], row["band"], row["rank"], row["protein"], row["position"]) for row in mine
         ]
+        along = {name: np.frombuffer(base64.b64decode(page["along"][name]["data"]), "<u2") for name in ("at", "steps")}
+        ends = np.cumsum(page["along"]["number"])
+        assert along["at"].tolist() == [position for row in mine for position in row["positions"]]
+        acts = np.array([act for row in mine for act in row["activations"]])
+        assert ends[-1] == len(acts)
+        assert np.abs(along["steps"] / 1000 - acts / page["max"]).max() <= 1.001e-3
         for example, row in zip(page["examples"], mine, strict=True):
-            assert example["at"] == row["positions"]
-            assert (
-                np.abs(np.array(example["steps"]) / 1000 - np.array(row["activations"]) / page["max"]).max() <= 1.001e-3
-            )
             assert group["proteins"][str(row["protein"])]["sequence"] == made.proteins[row["protein"]][2]
         outside = [row for row in mine if row["annotated"] is False]
         best = {}
@@ -125,6 +128,21 @@ def test_counterparts_are_those_of_dense_arithmetic() -> None:
 )
 def test_pasted_text(text: str, found: str) -> None:
     assert clean(text) == found
+
+
+def test_every_residue_has_its_own_latents(made: Any) -> None:
+    """Also where none of them is among the sequence's strongest."""
+    text = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQ"
+    encoder = Encoder(made.runs[0])
+    found = encoder.latents([text])
+    answer = OwnSequences(made.runs).read(0, text)
+    assert len(answer["residues"]) == len(text)
+    for row, here in enumerate(answer["residues"]):
+        pairs = zip(found.indices_BK[row].tolist(), found.acts_BK[row].tolist(), strict=True)
+        shares = {n: (a, a / float(encoder.maximum_N[n])) for n, a in pairs if a > 0}
+        assert [n for n, *_ in here] == sorted(shares, key=lambda n: (-shares[n][1], n))
+        for n, *numbers in here:
+            assert numbers == pytest.approx(shares[n], rel=1e-6)
 
 
 @pytest.mark.parametrize(

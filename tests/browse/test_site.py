@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,19 @@ def test_the_verb(made: Any, tmp_path: Path) -> None:
     )
     assert none.exit_code == 2
     assert "no structure in" in none.stderr
+
+
+def test_a_port_in_use_leaves_the_pages_alone(made: Any, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    run = tmp_path / "run"
+    shutil.copytree(made.runs[0], run)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = CliRunner().invoke(app, ["browse", str(run), "--no-open", "--port", port])
+    assert done.exit_code == 2
+    assert "cannot listen on" in done.stderr
+    assert not (run / "browse").exists()
 
 
 def test_letters_stand_out_from_their_colours() -> None:

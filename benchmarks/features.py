@@ -164,7 +164,10 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     tokens = options.tokens or ([5_000_000, 10_000_000, 20_000_000] if on_gpu else [250_000, 500_000, 1_000_000])
     where = torch.cuda.get_device_name(device) if on_gpu else cpu(options.threads)
-    line = stamp("features", where, f"python benchmarks/features.py{' --interplm PATH' if options.interplm else ''}")
+    asked = f"--tokens {' '.join(map(str, tokens))}"
+    if options.interplm:
+        asked += f" --interplm PATH --their-tokens {options.their_tokens}"
+    line = stamp("features", where, f"python benchmarks/features.py {asked}")
     batch_rows = 65_536 if on_gpu else 8192
     name = "features/collect" if on_gpu else "features/collect-cpu"
     if on_gpu:  # kernels are loaded before the clock starts

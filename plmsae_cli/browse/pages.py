@@ -107,4 +107,6 @@ def _short(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     # Lists are of one type, and most are of counts.
-    return [_short(one) for one in value] if isinstance(value, list) and value and isinstance(value[0], float) else value
+    return (
+        [_short(one) for one in value] if isinstance(value, list) and value and isinstance(value[0], float) else value
+    )

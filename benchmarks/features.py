@@ -164,12 +164,15 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     tokens = options.tokens or ([5_000_000, 10_000_000, 20_000_000] if on_gpu else [250_000, 500_000, 1_000_000])
     where = torch.cuda.get_device_name(device) if on_gpu else cpu(options.threads)
-    line = stamp("features", where, f"python benchmarks/features.py{' --interplm PATH' if options.interplm else ''}")
+    asked = f"--tokens {' '.join(map(str, tokens))}"
+    if options.interplm:
+        asked += f" --interplm PATH --their-tokens {options.their_tokens}"
+    line = stamp("features", where, f"python benchmarks/features.py {asked}")
     batch_rows = 65_536 if on_gpu else 8192
     name = "features/collect" if on_gpu else "features/collect-cpu"
     if on_gpu:  # kernels are loaded before the clock starts
         ours(Made(200_000), device, batch_rows)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for number in tokens:
         side = Made(number)
         if on_gpu:
@@ -182,8 +185,9 @@ def main() -> None:
             f" process {host / 1e9:.2f} GB{gpu}, load {os.getloadavg()[0]:.1f}"
         )
         value = round(side.rows / (first + second))
-        lines.append({"name": name, "who": "plmsae", "value": value, "unit": "tokens/s", **line, "note": note})
-        print(lines[-1])
+        who = "plmsae" if number == tokens[-1] else f"plmsae ({side.rows:,} tokens)"
+        lines.insert(0, {"name": name, "who": who, "value": value, "unit": "tokens/s", **line, "note": note})
+        print(lines[0])
     if options.interplm:
         side = Made(options.their_tokens)
         *_, selection = ours(side, torch.device("cpu"), 8192)
@@ -194,7 +198,7 @@ def main() -> None:
         )
         value = round(side.rows / spent)
         lines.append({"name": name, "who": "InterPLM", "value": value, "unit": "tokens/s", **line, "note": note})
-        print(lines[-1], "ratio", lines[len(tokens) - 1]["value"] / value)
+        print(lines[-1], "ratio", lines[0]["value"] / value)
     add(options.out, lines)
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from plmsae_cli.config.errors import UserError
 
 FORMAT = "plmsae.features/1"
+STEPS = 1000
+"""Activations are whole thousandths of the latent's maximum, which a screen cannot show finer."""
+MOST_STEPS = 65_535
 Row = dict[str, Any]
 
 
@@ -31,9 +38,13 @@ class Features:
     def num_latents(self) -> int:
         return int(self.index["num_latents"])
 
-    def groups(self) -> Iterator[tuple[int, dict[int, list[Row]], dict[int, list[Row]]]]:
-        """Number of a group of latents, their examples and their concepts, a group at a time."""
+    def groups(self, random: int) -> Iterator[tuple[int, dict[int, list[Row]], dict[int, list[Row]]]]:
+        """Number of a group of latents, their examples and their concepts, a group at a time.
+
+        Of the random examples there are the first `random` of each band; `steps` stand for `activations`.
+        """
         size = self.index["latents_per_group"]
+        maximum_N = np.array(self.latents["max"], dtype=np.float64)
         rising = _streamed(self.run / "eval" / "features" / "concepts.parquet")
         ahead = next(rising, None)
         for number in range(self.index["groups"]):
@@ -41,8 +52,8 @@ class Features:
             while ahead is not None and ahead["latent"] < (number + 1) * size:
                 concepts.append(ahead)
                 ahead = next(rising, None)
-            rows = _rows(self.run / "eval" / "features" / "examples" / f"group-{number:05}.parquet")
-            yield number, _by(rows, "latent"), _by(concepts, "latent")
+            path = self.run / "eval" / "features" / "examples" / f"group-{number:05}.parquet"
+            yield number, _by(_examples(path, random, maximum_N), "latent"), _by(concepts, "latent")
 
 
 def read_features(run: Path) -> Features:
@@ -72,6 +83,24 @@ def _columns(path: Path) -> dict[str, list[Any]]:
 
     columns: dict[str, list[Any]] = pq.read_table(path).to_pydict() if path.is_file() else {}
     return columns
+
+
+def _examples(path: Path, random: int, maximum_N: npt.NDArray[np.float64]) -> list[Row]:
+    """Rows of a file of examples, those that are shown; `positions` and `steps` are arrays."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    table = table.filter(pc.or_(pc.equal(table["kind"], "top"), pc.less_equal(table["rank"], random)))
+    positions, activations = (table[name].combine_chunks() for name in ("positions", "activations"))
+    rows: list[Row] = table.drop_columns(["positions", "activations"]).to_pylist()
+    maximum_A = np.repeat(maximum_N[table["latent"].to_numpy()], np.diff(activations.offsets.to_numpy()))
+    steps_A = np.rint(activations.flatten().to_numpy() / maximum_A * STEPS).clip(1, MOST_STEPS)
+    position_A = positions.flatten().to_numpy()
+    ends = (positions.offsets.to_numpy() - positions.offsets[0].as_py()).tolist()
+    for row, (start, stop) in zip(rows, pairwise(ends), strict=True):
+        row["positions"], row["steps"] = position_A[start:stop], steps_A[start:stop]
+    return rows
 
 
 def _rows(path: Path) -> list[Row]:

@@ -39,7 +39,7 @@ def index_body(features: Features, layout: Layout | None, group: int, motif_file
     columns["letter"] = column([_letter(letters) for letters in table["letters"]], "u1")
     keys = (
         "run", "demo", "model", "layer", "num_layers", "architecture", "k", "num_latents", "prefixes", "rows", "proteins",
-        "bands", "letters", "letter_shares", "mean_length",
+        "bands", "one_per", "letters", "letter_shares", "mean_length",
     )  # fmt: skip
     body = {key: about.get(key) for key in keys}
     body |= {"group": group, "columns": columns, "strings": strings, "motif_files": motif_files}
@@ -52,7 +52,8 @@ def index_body(features: Features, layout: Layout | None, group: int, motif_file
 def cluster_names(layout: Layout, found: dict[str, list[Any]]) -> list[str]:
     """The concept (or family) that each cluster has most above chance, of those its latents find with F1 of at least a half.
 
-    The excess is the number in the cluster less the number expected from the cluster's size; "" where there is none.
+    The excess is the number in the cluster less the number expected from the cluster's size. A name goes to the cluster with
+    most of it, so that no two have the same; "" where none is left.
     """
     seen: list[dict[str, int]] = [{} for _ in range(min(CLUSTERS, int(layout.cluster_N.max()) + 1))]
     total: dict[str, int] = {}
@@ -63,12 +64,15 @@ def cluster_names(layout: Layout, found: dict[str, list[Any]]) -> list[str]:
                 seen[k][name] = seen[k].get(name, 0) + 1
                 total[name] = total.get(name, 0) + 1
                 break
-    names = []
-    for k, here in enumerate(seen):
-        part = float((layout.cluster_N == k).mean())
-        excess = {name: number - part * total[name] for name, number in here.items()}
-        best = min(excess, key=lambda name: (-excess[name], name), default="")
-        names.append(best if best and excess[best] > 0 else "")
+    excess = [
+        (number - float((layout.cluster_N == k).mean()) * total[name], name, k)
+        for k, here in enumerate(seen)
+        for name, number in here.items()
+    ]
+    names = [""] * len(seen)
+    for size, name, k in sorted(excess, key=lambda one: (-one[0], one[1:])):
+        if size > 0 and not names[k] and name not in names:
+            names[k] = name
     return names
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 LONGEST = 2048
 SHOWN = 40
-"""Latents."""
+"""Latents of the sequence."""
+SHOWN_AT = 12
+"""Latents of a residue."""
 
 
 def clean(text: str) -> str:
@@ -48,7 +50,9 @@ class OwnSequences:
         self._opening = threading.Lock()
 
     def read(self, run: int, text: str) -> dict[str, Any]:
-        """`sequence`, and `latents`: the strongest by share of their maximum, each with `at` (from 1) and `activations`."""
+        """`sequence`; `active`, the number of latents active in it; `latents`, the strongest of them by share of their
+        maximum, each with `at` (from 1) and `activations`; `residues`, of each the strongest latents there: number,
+        activation and share."""
         from plmsae_cli.browse.encoder import Encoder
 
         sequence = clean(text)
@@ -60,17 +64,20 @@ class OwnSequences:
         encoder = self._open[run]
         latents = encoder.latents([sequence])
         row_P, slot_P = (latents.acts_BK > 0).nonzero(as_tuple=True)
-        found: dict[int, tuple[list[int], list[float]]] = {}
-        numbers, acts = latents.indices_BK[row_P, slot_P].tolist(), latents.acts_BK[row_P, slot_P].tolist()
-        for row, latent, act in zip(row_P.tolist(), numbers, acts, strict=True):
-            at, values = found.setdefault(latent, ([], []))
-            at.append(row + 1)
-            values.append(act)
-        maximum = encoder.maximum_N.tolist()
-        rows = [
-            {"latent": latent, "share": max(values) / maximum[latent] if maximum[latent] > 0 else 0.0,
-             "maximum": maximum[latent], "at": at, "activations": values}
-            for latent, (at, values) in found.items()
-        ]  # fmt: skip
-        rows.sort(key=lambda row: (-row["share"], row["latent"]))
-        return {"sequence": sequence, "active": len(rows), "latents": rows[:SHOWN]}
+        index_P, act_P = latents.indices_BK[row_P, slot_P], latents.acts_BK[row_P, slot_P]
+        maximum_P = encoder.maximum_N[index_P]
+        share_P = (act_P / maximum_P).where(maximum_P > 0, 0.0)
+        found: dict[int, dict[str, Any]] = {}
+        residues: list[list[tuple[int, float, float]]] = [[] for _ in sequence]
+        columns = (column.tolist() for column in (row_P, index_P, act_P, share_P, maximum_P))
+        for row, latent, act, share, maximum in zip(*columns, strict=True):
+            residues[row].append((latent, act, share))
+            one = found.setdefault(
+                latent, {"latent": latent, "share": 0.0, "maximum": maximum, "at": [], "activations": []}
+            )
+            one["share"] = max(one["share"], share)
+            one["at"].append(row + 1)
+            one["activations"].append(act)
+        rows = sorted(found.values(), key=lambda one: (-one["share"], one["latent"]))
+        residues = [sorted(here, key=lambda one: (-one[2], one[0]))[:SHOWN_AT] for here in residues]
+        return {"sequence": sequence, "active": len(rows), "latents": rows[:SHOWN], "residues": residues}

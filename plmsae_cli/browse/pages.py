@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from plmsae_cli.browse.features import Features, Row
+from plmsae_cli.browse.scripts import column
 
 CANDIDATES = 20
 RANDOM = 20
 """Random examples of each band that a page has, of those that there are."""
-STEPS = 1000
-"""Activations are written as whole thousandths of the latent's maximum, which a screen cannot show finer."""
 _OWN = (
     "firing", "density", "max", "largest", "mean_active", "band_counts", "histogram", "letters", "deciles", "mean_length",
     "logits", "row_logits", "parent", "parent_share", "description", "description_pearson", "description_spearman",
@@ -39,7 +40,6 @@ class Pages:
         """The page of the next latent."""
         table, found = self._features.latents, self._features.found
         page: dict[str, Any] = {"latent": latent}
-        examples = [row for row in examples if row["kind"] == "top" or row["rank"] <= RANDOM]
         page |= {key: _short(table[key][latent]) for key in _OWN if key in table and table[key][latent] is not None}
         page |= {
             key: _short(found[key][latent]) for key in _FOUND if key in found and found[key][latent] not in (None, [])
@@ -55,7 +55,8 @@ class Pages:
         if children := self._children.get(latent):
             page["children"] = children
         page["concepts"] = [self._concept(row) for row in concepts]
-        page["examples"] = [self._example(row, table["max"][latent]) for row in examples]
+        page["examples"] = [self._example(row) for row in examples]
+        page["along"] = _along(examples)
         page["candidates"] = self._candidates(examples)
         self.latents.append(page)
 
@@ -63,12 +64,11 @@ class Pages:
         keys = ("concept", "kind", "by_residue", "threshold", "inside", "outside", "found")
         return {key: _short(row[key]) for key in keys}
 
-    def _example(self, row: Row, maximum: float) -> dict[str, Any]:
+    def _example(self, row: Row) -> dict[str, Any]:
         self._note(row["protein"])
         return {
             "kind": row["kind"], "band": row["band"], "rank": row["rank"], "protein": row["protein"],
             "position": row["position"], "activation": _short(row["activation"]), "first": row["first"], "last": row["last"],
-            "at": row["positions"], "steps": [max(1, round(a / maximum * STEPS)) for a in row["activations"]],
             "annotated": row["annotated"],
         }  # fmt: skip
 
@@ -93,8 +93,20 @@ class Pages:
             self.proteins[protein]["structure"] = self._structures[protein]
 
 
+def _along(examples: Sequence[Row]) -> dict[str, Any]:
+    """Where in its protein the latent fires beside each example, and how much: `number` of them, then all in one column."""
+    at_A = np.concatenate([row["positions"] for row in examples]) if examples else np.empty(0)
+    steps_A = np.concatenate([row["steps"] for row in examples]) if examples else at_A
+    kind = "u2" if at_A.max(initial=0) < 1 << 16 else "u4"
+    number = [len(row["positions"]) for row in examples]
+    return {"number": number, "at": column(at_A, kind), "steps": column(steps_A, "u2")}
+
+
 def _short(value: Any) -> Any:
     """Floats to six digits, which is more than a page shows."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
-    return [_short(one) for one in value] if isinstance(value, list) else value
+    # Lists are of one type, and most are of counts.
+    return (
+        [_short(one) for one in value] if isinstance(value, list) and value and isinstance(value[0], float) else value
+    )

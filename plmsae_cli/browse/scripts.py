@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
@@ -20,7 +20,9 @@ def literal(body: Any) -> str:
         text = _ENCODER.encode(body)
     except ValueError:  # some number is not finite, which is rare and takes long to look for
         text = _ENCODER.encode(_finite(body))
-    return text.translate(_ESCAPES)
+    for letter, escape in _ESCAPES.items():  # str.translate would look at each letter, and nearly all are digits
+        text = text.replace(letter, escape)
+    return text
 
 
 def script(name: str, body: Any) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mimetypes
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
@@ -21,6 +22,7 @@ from plmsae_cli.config.errors import UserError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 COOKIE = "plmsae_token"
+_HOST = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d*)?", re.IGNORECASE)
 LARGEST = 64 * 1024
 """Bytes of a request's body."""
 POLICY = (
@@ -85,16 +87,17 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if self._refused():
             return
-        length = int(self.headers.get("Content-Length") or 0)
+        length = self.headers.get("Content-Length", "")
+        sized = re.fullmatch("[0-9]{1,9}", length) and int(length) <= LARGEST
         # A form of another site cannot send JSON without asking first, which nobody here allows.
-        if self.path != "/api/sequence" or self.headers.get_content_type() != "application/json" or length > LARGEST:
+        if self.path != "/api/sequence" or self.headers.get_content_type() != "application/json" or not sized:
             self.close_connection = True
             self._json(HTTPStatus.BAD_REQUEST, {"error": "a sequence is wanted, as JSON of at most 64 kB"})
             return
         try:
-            body = json.loads(self.rfile.read(length))
+            body = json.loads(self.rfile.read(int(length)))
             run, sequence = int(body["run"]), str(body["sequence"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             self._json(HTTPStatus.BAD_REQUEST, {"error": 'wanted: {"run": 0, "sequence": "MK..."}'})
             return
         try:
@@ -106,11 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _refused(self) -> bool:
         """Answers and says yes where the request is not from one who may ask."""
         if self.server.token is None:
-            name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-            if name in LOCAL:
+            if _HOST.fullmatch(self.headers.get("Host", "")):
                 return False
-            self._json(HTTPStatus.FORBIDDEN, {"error": "this server answers to its own name only"})
-            return True
+            return self._refuse("this server answers to its own name only")
         given = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
         if secrets.compare_digest(given.encode(), self.server.token.encode()):
             self.send_response(HTTPStatus.SEE_OTHER)
@@ -122,7 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
         cookies = dict(one.strip().partition("=")[::2] for one in self.headers.get("Cookie", "").split(";"))
         if secrets.compare_digest(cookies.get(COOKIE, "").encode(), self.server.token.encode()):
             return False
-        self._json(HTTPStatus.FORBIDDEN, {"error": "open the address that plmsae browse printed: it holds a token"})
+        return self._refuse("open the address that plmsae browse printed: it holds a token")
+
+    def _refuse(self, words: str) -> bool:
+        self.close_connection = True  # what else came, such as a body, is not read as the next request
+        self._json(HTTPStatus.FORBIDDEN, {"error": words})
         return True
 
     def _file(self, path: str) -> Path | None:
@@ -131,7 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         if "\x00" in wanted or any(part.startswith(".") for part in wanted.split("/")):
             return None
         file = (self.server.folder / wanted).resolve()
-        return file if file.is_relative_to(self.server.folder) and file.is_file() else None
+        try:
+            return file if file.is_relative_to(self.server.folder) and file.is_file() else None
+        except OSError:  # a name too long for any file
+            return None
 
     def _json(self, status: HTTPStatus, body: Any) -> None:
         self._answer(status, json.dumps(body).encode(), "application/json")

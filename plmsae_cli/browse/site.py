@@ -13,7 +13,7 @@ from plmsae_cli import __version__
 from plmsae_cli.browse.features import Features, read_features
 from plmsae_cli.browse.index import index_body, windows
 from plmsae_cli.browse.layout import Layout, arrange
-from plmsae_cli.browse.pages import Pages
+from plmsae_cli.browse.pages import RANDOM, Pages
 from plmsae_cli.browse.scripts import script
 from plmsae_cli.config.errors import UserError
 
@@ -22,7 +22,8 @@ GROUP = 8
 MOTIF_GROUP = 1024
 """Latents in a file of windows for the motif search."""
 MARK = "site.json"
-"""Written last: with it a folder is a finished site."""
+"""Says that a folder is a site, and last what it was made from: then it is finished."""
+_OURS = {"made_by": "plmsae browse"}
 Progress = Callable[[float, float], None]
 
 
@@ -57,24 +58,44 @@ def build_site(
     (folder / "vendor").mkdir(exist_ok=True)
     for one in (static / "vendor").iterdir():
         (folder / "vendor" / one.name).write_bytes(one.read_bytes())
-    (folder / MARK).write_text(json.dumps(identity(runs, structures)), encoding="utf-8")
+    (folder / MARK).write_text(json.dumps({**_OURS, "from": identity(runs, structures)}), encoding="utf-8")
     return folder / "index.html"
 
 
-def identity(runs: Sequence[Path], structures: Sequence[str]) -> dict[str, Any]:
-    """What a finished site was made from; another answer means that it is out of date."""
-    stamps = []
-    for run in runs:
-        for path in (run / "eval" / "features" / "index.json", run / "eval" / "latents.parquet"):
-            stat = path.stat() if path.is_file() else None
-            stamps.append([str(path.resolve()), stat and stat.st_mtime_ns, stat and stat.st_size])
-    return {"version": __version__, "code": hash_of(bundle()), "stamps": stamps, "structures": sorted(structures)}
+def identity(runs: Sequence[Path], structures: Sequence[str]) -> str:
+    """A hash of what a finished site was made from, which tells no path; another one means that it is out of date."""
+    sources = [run / "eval" / name for run in runs for name in ("features/index.json", "latents.parquet")]
+    stamps = [_stamp(path) for path in (*sources, *_structure_files(structures))]
+    return hash_of(json.dumps([__version__, bundle(), stamps, sorted(structures)]))
+
+
+def _stamp(path: Path) -> list[Any]:
+    stat = path.stat() if path.is_file() else None
+    return [str(path.resolve()), stat and stat.st_mtime_ns, stat and stat.st_size]
+
+
+def _structure_files(structures: Sequence[str]) -> list[Path]:
+    if not structures:
+        return []
+    from plmsae_cli.browse.structures import find
+    from plmsae_cli.evaluation.contacts.structure import split_chain
+
+    return [Path(split_chain(path)[0]) for path in find(structures)]
 
 
 def is_current(folder: Path, runs: Sequence[Path], structures: Sequence[str]) -> bool:
     """Whether the folder is a finished site of these runs as they are now."""
-    path = folder / MARK
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == identity(runs, structures)
+    mark = _mark(folder)
+    return mark is not None and mark.get("from") == identity(runs, structures)
+
+
+def _mark(folder: Path) -> dict[str, Any] | None:
+    """What the folder says of itself; None where it is no site, finished or not."""
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return mark if isinstance(mark, dict) and mark.items() >= _OURS.items() else None
 
 
 def bundle() -> str:
@@ -96,16 +117,15 @@ def _clear(folder: Path) -> None:
 
     Raises UserError where it holds something else.
     """
-    ours = (folder / MARK).is_file() or (folder / "data" / "site.js").is_file()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file", "name a folder for the pages")
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
+    if folder.is_dir() and any(folder.iterdir()) and _mark(folder) is None:
         raise UserError(f"{folder} holds other things", "name a new or empty folder for the pages")
-    (folder / MARK).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text(json.dumps(_OURS), encoding="utf-8")
     if (folder / "data").is_dir():
         shutil.rmtree(folder / "data")
-    (folder / "data").mkdir(parents=True)
-    _write(folder / "data" / "site.js", "site", {"runs": [], "version": __version__})
+    (folder / "data").mkdir()
 
 
 def _structures(paths: Sequence[str], found: Sequence[Features]) -> list[dict[int, str]]:
@@ -145,7 +165,7 @@ def _write_run(folder: Path, name: str, features: Features, structures: dict[int
     pages = Pages(features, children, places)
     motifs: list[list[str]] = []
     size = features.index["latents_per_group"]
-    for group, examples, concepts in features.groups():
+    for group, examples, concepts in features.groups(RANDOM):
         for latent in range(group * size, min((group + 1) * size, number)):
             pages.add(latent, examples.get(latent, []), concepts.get(latent, []))
             motifs.append(windows(examples.get(latent, []), features.proteins))

@@ -27,10 +27,11 @@ def browse_runs(
             print(build_site(found, build, structures))
             return DONE
         folder = found[0] / "browse" / "-".join(["pages", *(run.name for run in found[1:])])
-        if not is_current(folder, found, structures):
-            print(f"building {folder}", file=sys.stderr)
-            build_site(found, folder, structures)
+        # The port comes first: whoever has it may be showing these very pages.
         with Server(folder, host, port, sequence_reader(found)) as server:
+            if not is_current(folder, found, structures):
+                print(f"building {folder}", file=sys.stderr)
+                build_site(found, folder, structures)
             print(server.address, flush=True)
             print("Ctrl-C ends it", file=sys.stderr)
             if not quiet:

@@ -17,7 +17,7 @@ from plmsae_cli.report.page import write_page
 from plmsae_cli.report.prose import glossary, verdict
 from plmsae_cli.report.provenance import artifact_rows, layer, model, provenance
 from plmsae_cli.report.reading import Run, read_run
-from plmsae_cli.report.table import interval, recovered, tiles, times
+from plmsae_cli.report.table import browsing, interval, recovered, tiles, times
 from plmsae_cli.report.words import clean, clean_block, count, number, percent, seconds
 from plmsae_cli.runtime.foretold import compared
 
@@ -52,6 +52,8 @@ def build_report(run: Path) -> Path:
         losses=_loss_rows(fidelity),
         details=_details(fidelity),
         num_proteins=(fidelity.get("loss") or {}).get("proteins"),
+        browsing=browsing(record),
+        described=_described(record),
         examples=examples(record.latents) if record.latents is not None else [],
         interesting=tuple(f"{100 * edge:g}%" for edge in plots.INTERESTING),
         times=_shown([(plots.stage_times(times(record), seconds), "Time of each stage", "")]),
@@ -176,6 +178,17 @@ def _details(fidelity: dict[str, Any]) -> list[tuple[str, str]]:
     if splice := fidelity.get("spliced_identity"):
         found.append(("splice check", clean(splice)))
     return found
+
+
+def _described(run: Run) -> str | None:
+    """How well descriptions of latents predict where they fire."""
+    found = (run.scores or {}).get("features") or {}
+    if "described" not in found:
+        return None
+    return (
+        f"Descriptions of {count(found['described'])} latents were tried on unseen proteins: predicted against true activation,"
+        f" mean Pearson {number(found['pearson'])}, Spearman {number(found['spearman'])}."
+    )
 
 
 def _loss_rows(fidelity: dict[str, Any]) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,8 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
     if steering := scored.get("steering"):
         yield "steering effects found", f"{count(steering['found'])} of {count(steering['tests'])}"
     yield from lines(scored)
+    if (command := browsing(run)) is not None:
+        yield "pages of latents", command
     for name, scores in final_validation(run).items():
         yield f"perplexity, {clean(name, 40)}", number(scores["perplexity"])
     if (rows := training_rows(run)) is not None:
@@ -68,6 +71,13 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
         yield "latents", count(run.num_latents)
     for stage, spent in times(run).items():
         yield f"time, {clean(stage, 40)}", seconds(spent)
+
+
+def browsing(run: Run) -> str | None:
+    """The command that opens the pages of the latents; None where the run has none."""
+    if "features" not in (run.scores or {}):
+        return None
+    return f"plmsae browse {clean(shlex.quote(str(run.folder)), 400)}"
 
 
 def tiles(run: Run) -> list[Tile]:

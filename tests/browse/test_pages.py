@@ -53,6 +53,16 @@ def test_opens_from_disk_finds_and_comes_back(page: Any, made: Any) -> None:
     page.wait_for_selector("h1:text-is('Latent 7')")
 
 
+@pytest.mark.parametrize("wrong", ["#/latent/%", "#/latent/9999", "#/latent/-1", "#/9/latent/1", "#/nothing"])
+def test_a_wrong_address_says_so(browser: Any, made: Any, wrong: str) -> None:
+    page = browser.new_page()
+    open_site(page, (made.site / "index.html").as_uri(), wrong)
+    assert page.locator("h1").inner_text() == "Not to be shown"
+    page.get_by_role("link", name="All latents").click()
+    page.wait_for_selector("#filter")
+    page.close()
+
+
 def test_slider_says_what_python_computes(page: Any, made: Any) -> None:
     latent = busy(made.runs[0])
     open_site(page, (made.site / "index.html").as_uri(), f"#/latent/{latent}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,3 +119,29 @@ def test_sequences(folder: Path) -> None:
 def test_a_port_in_use_is_said(folder: Path) -> None:
     with serving(folder, "127.0.0.1") as server, pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1"):
         Server(folder, "127.0.0.1", server.server_address[1], read)
+
+
+def raw(server: Server, request: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=5) as connection:
+        connection.sendall(request)
+        return connection.makefile("rb").read(64)
+
+
+def test_what_is_no_request_is_told_so(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    local, post = b"Host: localhost\r\nConnection: close\r\n", b"POST /api/sequence HTTP/1.1\r\n"
+    json_header = local + b"Content-Type: application/json\r\n"
+    with serving(folder, "127.0.0.1") as server:
+        assert b" 404 " in raw(server, b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\n" + local + b"\r\n")
+        assert b" 403 " in raw(server, b"GET / HTTP/1.1\r\nHost: [\r\nConnection: close\r\n\r\n")
+        for length in (b"-1", b"many", b"9" * 5000):  # of -1 bytes there is no end
+            assert b" 400 " in raw(server, post + json_header + b"Content-Length: " + length + b"\r\n\r\n")
+        for body in (b'{"run": Infinity, "sequence": "M"}', b"[" * 60_000, b"\xff"):
+            length = b"Content-Length: %d\r\n\r\n" % len(body)
+            assert b" 400 " in raw(server, post + json_header + length + body)
+        # A body that nobody read is no next request.
+        smuggled = b"GET /secret HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        refused = b"POST / HTTP/1.1\r\nHost: other\r\nContent-Length: %d\r\n\r\n" % len(smuggled)
+        with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=5) as connection:
+            connection.sendall(refused + smuggled)
+            assert connection.makefile("rb").read().count(b"HTTP/1.1 ") == 1
+    assert capfd.readouterr().err == ""

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from plmsae_cli.browse.layout import arrange
+from plmsae_cli.browse.encoder import Encoder
+from plmsae_cli.browse.index import cluster_names
+from plmsae_cli.browse.layout import Layout, arrange
 from plmsae_cli.browse.matching import best_correlation, best_cosine
-from plmsae_cli.browse.own import clean
+from plmsae_cli.browse.own import OwnSequences, clean
 from plmsae_cli.browse.scripts import column, literal
 from plmsae_cli.browse.site import build_site, is_current
 from plmsae_cli.cli.app import app
@@ -47,11 +50,13 @@ def test_every_example_is_on_its_page(made: Any) -> None:
         assert [(e["kind"], e["band"], e["rank"], e["protein"], e["position"]) for e in page["examples"]] == [
             (row["kind"], row["band"], row["rank"], row["protein"], row["position"]) for row in mine
         ]
-        for example, row in zip(page["examples"], mine, strict=True):
-            assert example["at"] == row["positions"]
-            assert (
-                np.abs(np.array(example["steps"]) / 1000 - np.array(row["activations"]) / page["max"]).max() <= 1.001e-3
-            )
+        along = {name: np.frombuffer(base64.b64decode(page["along"][name]["data"]), "<u2") for name in ("at", "steps")}
+        ends = np.cumsum(page["along"]["number"])
+        assert along["at"].tolist() == [position for row in mine for position in row["positions"]]
+        acts = np.array([act for row in mine for act in row["activations"]])
+        assert ends[-1] == len(acts)
+        assert np.abs(along["steps"] / 1000 - acts / page["max"]).max() <= 1.001e-3
+        for row in mine:
             assert group["proteins"][str(row["protein"])]["sequence"] == made.proteins[row["protein"]][2]
         outside = [row for row in mine if row["annotated"] is False]
         best = {}
@@ -81,6 +86,14 @@ def test_the_map_keeps_what_is_alike_together() -> None:
     again = arrange(rows)
     assert (again.cluster_N == layout.cluster_N).all()
     assert (again.place_N2 == layout.place_N2).all()
+
+
+def test_clusters_are_called_by_what_they_have_most_above_chance() -> None:
+    where = np.repeat([0, 1, 2], [6, 4, 2])
+    concepts = ["any"] * 4 + ["helix"] * 2 + ["any"] * 3 + ["zinc"] + ["helix", None]
+    found = {"concept": concepts, "concept_f1": [0.9] * 11 + [None]}
+    # Above chance: "any" 4 - 3.5 in the first, 3 - 7/3 in the second; "helix" 2 - 1.5 and 1 - 0.5.
+    assert cluster_names(Layout(np.zeros((12, 2), dtype=np.float32), where), found) == ["helix", "any", ""]
 
 
 def test_counterparts_are_those_of_dense_arithmetic() -> None:
@@ -116,6 +129,21 @@ def test_counterparts_are_those_of_dense_arithmetic() -> None:
 )
 def test_pasted_text(text: str, found: str) -> None:
     assert clean(text) == found
+
+
+def test_every_residue_has_its_own_latents(made: Any) -> None:
+    """Also where none of them is among the sequence's strongest."""
+    text = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQ"
+    encoder = Encoder(made.runs[0])
+    found = encoder.latents([text])
+    answer = OwnSequences(made.runs).read(0, text)
+    assert len(answer["residues"]) == len(text)
+    for row, here in enumerate(answer["residues"]):
+        pairs = zip(found.indices_BK[row].tolist(), found.acts_BK[row].tolist(), strict=True)
+        shares = {n: (a, a / float(encoder.maximum_N[n])) for n, a in pairs if a > 0}
+        assert [n for n, *_ in here] == sorted(shares, key=lambda n: (-shares[n][1], n))
+        for n, *numbers in here:
+            assert numbers == pytest.approx(shares[n], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +220,19 @@ def test_the_verb(made: Any, tmp_path: Path) -> None:
     assert "no structure in" in none.stderr
 
 
+def test_a_port_in_use_leaves_the_pages_alone(made: Any, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    run = tmp_path / "run"
+    shutil.copytree(made.runs[0], run)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = CliRunner().invoke(app, ["browse", str(run), "--no-open", "--port", port])
+    assert done.exit_code == 2
+    assert "cannot listen on" in done.stderr
+    assert not (run / "browse").exists()
+
+
 def test_letters_stand_out_from_their_colours() -> None:
     """WCAG's contrast of 4.5 at every step of the scale, and steps of steadily rising or falling lightness."""
     from importlib.resources import files
@@ -214,3 +255,16 @@ def _luminance(colour: str) -> float:
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_a_folder_of_somebody_else_is_left_alone(made: Any, tmp_path: Path) -> None:
+    """Neither file that a site has makes a folder one."""
+    for name in ("site.json", "data/site.js"):
+        folder = tmp_path / name.replace("/", "-")
+        (folder / "data").mkdir(parents=True)
+        (folder / name).write_text("{}")
+        (folder / "data" / "precious.csv").write_text("1")
+        assert not is_current(folder, made.runs[:1], [])
+        with pytest.raises(UserError, match="holds other things"):
+            build_site(made.runs[:1], folder)
+        assert (folder / "data" / "precious.csv").is_file()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from plmsae_cli.report import summary
+from plmsae_cli.report import build_report, summary
 from plmsae_cli.report.examples import examples, split_context
 from plmsae_cli.report.reading import read_run
 
@@ -35,6 +36,19 @@ def test_summary_leaves_out_what_is_absent(tmp_path: Path, make: Any) -> None:
     assert summary(tmp_path) == []
     make.write_json(tmp_path / "eval" / "metrics.json", {**make.scores(), "fidelity": {"fvu": 0.5}})
     assert summary(tmp_path) == [("FVU", "0.500"), ("latents", "2,560")]
+
+
+def test_pages_of_latents_are_named(tmp_path: Path, make: Any) -> None:
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "resolved.yaml").write_text("name: my-run\n")
+    features = {"rows": 9, "described": 3, "pearson": 0.25, "spearman": 0.5}
+    make.write_json(run / "eval" / "metrics.json", {**make.scores(), "fidelity": {}, "features": features})
+    command = f"plmsae browse '{run}'"
+    assert ("pages of latents", command) in summary(run)
+    page = html.unescape(build_report(run).read_text())
+    assert f"<code>{command}</code>" in page
+    assert "mean Pearson 0.250, Spearman 0.500" in page
 
 
 def test_rows_of_a_run_over_several_layers(tmp_path: Path, make: Any) -> None:

@@ -63,7 +63,16 @@ const padded = (value) => String(value).padStart(5, "0");
 async function openLatent(run, latent) {
   const group = Math.floor(latent / run.group);
   const body = await load(`${run.number}/group-${padded(group)}`);
-  return { ...body.latents[latent - group * run.group], proteins: body.proteins };
+  const page = body.latents[latent - group * run.group];
+  const [at, steps] = [page.along.at, page.along.steps].map((column) => Array.from(decode(column)));
+  let from = 0;
+  const examples = page.examples.map((example, i) => {
+    const to = from + page.along.number[i];
+    const own = { ...example, at: at.slice(from, to), steps: steps.slice(from, to) };
+    from = to;
+    return own;
+  });
+  return { ...page, examples, proteins: body.proteins };
 }
 
 /** Names of a dictionary's column of numbers; null for none. */

@@ -2,11 +2,20 @@
 
 const phone = matchMedia("(max-width: 640px)"); // as in the style sheet
 
+/** The text of a part of an address; as it stands where it is not written as one. */
+function plainText(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
 function parseRoute(hash) {
   const [path, query] = hash.replace(/^#\/?/, "").split("?");
   const parts = path.split("/").filter(Boolean);
   const run = /^\d+$/.test(parts[0] || "") ? Number(parts.shift()) : 0;
-  return { run, view: parts[0] || "latents", id: parts[1] === undefined ? null : decodeURIComponent(parts[1]), params: new URLSearchParams(query || "") };
+  return { run, view: parts[0] || "latents", id: parts[1] === undefined ? null : plainText(parts[1]), params: new URLSearchParams(query || "") };
 }
 
 function address(run, view, id = null, params = null) {

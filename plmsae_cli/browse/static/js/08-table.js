@@ -1,12 +1,13 @@
 // A table of any length: only the rows in sight are elements, two spacers stand for the rest.
 
 const ROW = 34;
+const NARROW = { latent: 66, density: 80, concept_f1: 56 }; // on a phone the name of the concept gets the rest
 
 class LongTable {
   /** columns: [{key, name, num, width, wide, text(latent), node(latent)}]; open(latent). */
   constructor({ label, columns, sort, resort, open }) {
     const narrow = phone.matches;
-    columns = columns.filter((column) => !narrow || !column.wide).map((column) => (narrow && column.width ? { ...column, width: column.key === "concept_f1" ? 70 : 84 } : column));
+    columns = columns.filter((column) => !narrow || !column.wide).map((column) => (narrow && column.width ? { ...column, width: NARROW[column.key] || 84 } : column));
     Object.assign(this, { columns, open });
     this.rows = [];
     this.at = -1;

@@ -32,6 +32,9 @@ async function drawStructure(holder, text, example) {
   viewer.setStyle({}, { cartoon: { colorfunc: (atom) => colours[level(part(atom.resi))] } });
   const strongest = example.at.filter((p) => part(p) >= 0.5);
   if (strongest.length && strongest.length <= 40) viewer.addStyle({ resi: strongest }, { stick: { radius: 0.16, colorfunc: (atom) => colours[level(part(atom.resi))] } });
+  const atoms = viewer.selectedAtoms({});
+  const extent = (axis) => atoms.reduce((most, atom) => Math.max(most, atom[axis]), -Infinity) - atoms.reduce((least, atom) => Math.min(least, atom[axis]), Infinity);
+  if (extent("z") > Math.max(extent("x"), extent("y"))) viewer.rotate(90, "y"); // its length is not hidden behind itself
   viewer.zoomTo();
   viewer.zoom(1.15);
   viewer.render();

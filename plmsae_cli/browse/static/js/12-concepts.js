@@ -11,27 +11,27 @@ function scoresAt(concept, j) {
   return { precision, recall, f1: precision + recall ? (2 * precision * recall) / (precision + recall) : 0, hits, fired };
 }
 
-/** Precision and recall over all thresholds, with a mark at the one that is set. */
+/** Precision and recall over the thresholds above which it fires at all, with a mark at the one that is set. */
 function curveChart(concept, thresholds, j) {
   const [width, height] = [280, 130];
-  const all = thresholds.map((_, i) => scoresAt(concept, i));
-  const path = (key) => all.map((one, i) => `${i ? "L" : "M"}${((i / (thresholds.length - 1)) * width).toFixed(1)} ${(10 + (1 - one[key]) * height).toFixed(1)}`).join("");
-  const x = (j / (thresholds.length - 1)) * width;
+  const all = thresholds.map((_, i) => scoresAt(concept, i)).filter((one, i) => i === 0 || one.fired);
+  const across = (i) => (i / (thresholds.length - 1)) * width;
+  const path = (key) => all.map((one, i) => `${i ? "L" : "M"}${across(i).toFixed(1)} ${(10 + (1 - one[key]) * height).toFixed(1)}`).join("");
   return s("svg.chart.curve", { viewBox: `0 0 ${width + 62} ${height + 32}`, role: "img", "aria-label": `Precision and recall for ${concept.concept} by threshold` },
-    [0, 0.5, 1].map((v) => s("g", null, s("line.axis", { x1: 0, x2: width, y1: 10 + (1 - v) * height, y2: 10 + (1 - v) * height }))),
-    s("line.here-line", { x1: x, x2: x, y1: 6, y2: height + 10 }),
+    [0, 0.5, 1].map((v) => s("line.axis", { x1: 0, x2: width, y1: 10 + (1 - v) * height, y2: 10 + (1 - v) * height })),
+    s("line.here-line", { x1: across(j), x2: across(j), y1: 6, y2: height + 10 }),
     [["precision", "line-a"], ["recall", "line-b"], ["f1", "line-c"]].map(([key, kind]) => s(`path.${kind}`, { d: path(key), fill: "none" })),
-    endLabels(all[all.length - 1], width, height),
+    endLabels(all[all.length - 1], across(all.length - 1), height),
     s("text", { x: 0, y: height + 26 }, "threshold 0"), s("text", { x: width, y: height + 26, "text-anchor": "end" }, `${thresholds[thresholds.length - 1]} of max`));
 }
 
 /** Names at the ends of the lines, moved apart where they would lie on one another. */
-function endLabels(last, width, height) {
+function endLabels(last, x, height) {
   const names = [["precision", "line-a"], ["recall", "line-b"], ["F1", "line-c"]];
   const placed = names.map(([name, kind]) => ({ name, kind, y: 14 + (1 - last[name.toLowerCase()]) * height })).sort((a, b) => a.y - b.y);
   for (let i = 1; i < placed.length; i++) placed[i].y = Math.max(placed[i].y, placed[i - 1].y + 13);
-  const over = Math.max(0, placed[placed.length - 1].y - (height + 14));
-  return placed.map(({ name, kind, y }) => s(`text.${kind}-text`, { x: width + 6, y: y - over }, name));
+  for (let i = 0; i < placed.length; i++) placed[i].y = Math.min(placed[i].y, height + 7 - 13 * (placed.length - 1 - i));
+  return placed.map(({ name, kind, y }) => s(`text.${kind}-text`, { x: x + 6, y }, name));
 }
 
 function conceptSection(run, page) {

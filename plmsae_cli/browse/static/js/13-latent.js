@@ -56,7 +56,7 @@ function exampleSections(run, page) {
     candidateSection(run, page),
     random.filter(([, found]) => found.length).map(([band, found]) =>
       h("section", null, h("h2", null, `Drawn at random: ${BANDS[band]}`),
-        h("p.lead.small", null, `Activation ${bounds[band]}; ${count(page.band_counts[band])} firings, ${percent(page.band_counts[band] / page.firing)} of all.`), exampleList(page, found, concept))),
+        h("p.lead.small", null, `Activation ${bounds[band]}; ${count(page.band_counts[band])} firings, ${percent(page.band_counts[band] / page.firing)} of all${run.one_per === "token" ? "" : `; one a ${run.one_per}`}.`), exampleList(page, found, concept))),
   ];
 }
 

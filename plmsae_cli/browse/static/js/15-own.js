@@ -10,7 +10,7 @@ async function ownView(route, main) {
   const button = h("button.primary", { type: "submit" }, "Show its latents");
 
   function draw(body) {
-    const { sequence, latents, active } = body;
+    const { sequence, latents, residues: there, active } = body;
     const detail = h("div");
     const items = latents.map((one) => {
       const strongest = one.at[one.activations.indexOf(Math.max(...one.activations))];
@@ -27,16 +27,14 @@ async function ownView(route, main) {
         h("span.muted", null, `${one.at.length} residues`), h("span", null, `${Math.round(one.share * 100)} % of its maximum at ${sequence[strongest - 1]}${strongest}`), toggle), exampleWindow(protein, example, scale), more);
     });
     const pick = (position) => {
-      const here = latents.map((one) => [one, one.activations[one.at.indexOf(position)]]).filter(([, a]) => a).sort((a, b) => b[1] / (b[0].maximum || 1) - a[1] / (a[0].maximum || 1));
-      replace(detail, h("p.small", null, h("b", null, `${sequence[position - 1]}${position}: `), here.length ? here.slice(0, 12).map(([one, a], i) => [i > 0 && ", ", latentLink(run, one.latent), h("span.muted", null, ` ${number(a)}`)]) : "none of these latents"));
+      const here = there[position - 1];
+      replace(detail, h("p.small", null, h("b", null, `${sequence[position - 1]}${position}: `), here.length ? here.map(([latent, act, part], i) => [i > 0 && ", ", latentLink(run, latent), h("span.muted", null, ` ${number(act)} (${Math.round(part * 100)} %)`)]) : "no latent"));
     };
-    const strength = new Float32Array(sequence.length + 1);
-    for (const one of latents) one.at.forEach((p, i) => { strength[p] = Math.max(strength[p], one.activations[i] / (one.maximum || 1)); });
     const wide = phone.matches ? 30 : 80;
     const lines = [];
     for (let a = 1; a <= sequence.length; a += wide) {
       const b = Math.min(a + wide - 1, sequence.length);
-      lines.push(h("div.seq.ruler", null, ruler(a, b)), h("div.seq.pickable", null, Array.from({ length: b - a + 1 }, (_, i) => h(`b.l${level(strength[a + i])}`, { "data-at": a + i, title: `${sequence[a + i - 1]}${a + i}` }, sequence[a + i - 1]))));
+      lines.push(h("div.seq.ruler", null, ruler(a, b)), h("div.seq.pickable", null, Array.from({ length: b - a + 1 }, (_, i) => h(`b.l${level((there[a + i - 1][0] || [0, 0, 0])[2])}`, { "data-at": a + i, title: `${sequence[a + i - 1]}${a + i}` }, sequence[a + i - 1]))));
     }
     const map = h("div.whole", { tabindex: 0, role: "region", "aria-label": "Your sequence; arrow keys move along it", onclick: (event) => { if (event.target.dataset.at) pick(current = Number(event.target.dataset.at)); } }, lines);
     let current = 1;
@@ -49,7 +47,7 @@ async function ownView(route, main) {
     });
     said.textContent = `${sequence.length} residues, ${count(active)} active latents; the ${latents.length} strongest of them follow.`;
     const save = () => saveCsv(`${run.run}-own-sequence`, ["latent", "position", "residue", "activation", "maximum"], latents.flatMap((one) => one.at.map((p, i) => [one.latent, p, sequence[p - 1], one.activations[i], one.maximum])));
-    replace(results, h("section", null, h("div.row.between", null, h("h2", null, "Residue by residue"), h("span.row", null, legend(1), saveButton("CSV", save))), h("p.lead.small", null, "Each residue by its strongest latent, as a share of that latent's maximum. Choose one for its latents."), map, detail),
+    replace(results, h("section", null, h("div.row.between", null, h("h2", null, "Residue by residue"), h("span.row", null, legend(1), saveButton("CSV", save))), h("p.lead.small", null, "Each residue by its strongest latent, as a share of that latent's maximum. Choose one for its strongest latents: activation, share of the maximum."), map, detail),
       h("section", null, h("h2", null, "Strongest latents"), h("ol.examples", null, items)));
   }
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plmsae_cli.cli.exits import DONE, FAILED, checked
 from plmsae_cli.cli.show import size, table
@@ -140,25 +140,9 @@ def _used(root: Path) -> set[str] | None:
 
     Pointers are relative to where a run was started, which need not be here: the name, which holds the key, is what counts.
     """
-    from plmsae_cli.config.errors import UserError
-    from plmsae_cli.runtime.run_folder import read_json
-    from plmsae_cli.store.housekeeping import DATA_FOLDER
+    from plmsae_cli.runtime.run_folder import pointing_runs
 
     used: set[str] | None = None
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else [name for name in folders if not DATA_FOLDER.fullmatch(name)]
-        seen.add(real)
-        if "artifacts.json" not in names:
-            continue
-        path = Path(parent) / "artifacts.json"
-        try:
-            pointers: dict[str, Any] = read_json(path) or {}
-            used = (used or set()) | {os.path.basename(pointer["folder"].rstrip("/")) for pointer in pointers.values()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{path} is damaged, so it does not say which data its run uses ({error})",
-                "start its experiment again, which writes it anew, or move the run elsewhere",
-            ) from error
+    for _, pointers in pointing_runs(root):
+        used = (used or set()) | {os.path.basename(pointer["folder"].rstrip("/")) for pointer in pointers.values()}
     return used

@@ -112,9 +112,9 @@ class Store:
             if found:
                 raise StoreError(f"{path}: {scheme}:// is not supported", hint="use a local path or s3://bucket/...")
             return self._local
-        return self._objects()
+        return self._bucket()
 
-    def _objects(self) -> S3Objects:
+    def _bucket(self) -> S3Objects:
         if self._s3 is None:
             # boto3 and obstore take 0.3 s to import; local runs need not pay.
             from plmsae_cli.store.s3 import S3Objects
@@ -179,7 +179,7 @@ class Store:
     def entries(self, folder: str) -> dict[str, tuple[int, float]]:
         """Of a folder in S3 every object, temporaries too: name -> bytes, and when it was written in s since 1970."""
         assert is_remote(folder)
-        return self._objects().entries(folder)
+        return self._bucket().entries(folder)
 
     def open_uploads(self, folder: str) -> Iterator[Upload]:
         """Uploads below a folder in S3 that were begun and not completed. Raises StoreError where they cannot be listed."""

@@ -148,7 +148,7 @@ class _LitdataBlock:
 
 
 def ray_data(folder: Path) -> Mapping[str, Any]:
-    """Ray Data: read blocks, random_shuffle all rows, write them; all cores."""
+    """Ray Data: read blocks, random_shuffle all rows, write them; all cores. Starting Ray does not count."""
     import numpy as np
     import ray
 
@@ -168,12 +168,13 @@ def ray_data(folder: Path) -> Mapping[str, Any]:
         np.save(path, batch["row"])
         return {"count": np.array([len(batch["row"])])}
 
+    begun, used = time.perf_counter(), _cpu()
     blocks = ray.data.range(-(-rows // BLOCK_ROWS)).map_batches(load, batch_size=1)
     written = blocks.random_shuffle(seed=0).map_batches(write, batch_size=BLOCK_ROWS)
     counts = sum(int(row["count"]) for row in written.take_all())
     os.sync()
     assert counts == rows, f"Ray Data wrote {counts} of {rows} rows"
-    return {}
+    return {"seconds": time.perf_counter() - begun, "cpu": _cpu() - used}
 
 
 def copies(folder: Path) -> Mapping[str, Any]:
@@ -257,8 +258,23 @@ def one(folder: Path, who: str, arguments: list[str]) -> None:
 
 
 def _cpu() -> float:
+    """Seconds that this process used, and all that it started, alive (Ray's workers) or not."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    total = sum(u.ru_utime + u.ru_stime for u in used)
+    parents, ticks = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended
+            continue
+        parents[path.parent.name] = fields[1]
+        ticks[path.parent.name] = sum(int(field) for field in fields[11:15])
+    for name in ticks:
+        above = parents[name]
+        while above in parents and above != str(os.getpid()):
+            above = parents[above]
+        total += ticks[name] / os.sysconf("SC_CLK_TCK") if above == str(os.getpid()) else 0.0
+    return total
 
 
 @contextmanager
@@ -272,18 +288,28 @@ def rows_in(parent: Path, gigabytes: float) -> Iterator[Path]:
 
 def shuffle(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rate beside cp and the peers, time per GB by size, peak memory against the budget."""
-    memory = _bytes(options.memory)
+    from benchmarks.record import busy
+
+    memory, beside = _bytes(options.memory), busy()
     for size in options.gigabytes:
         with rows_in(Path(options.folder), size) as folder:
-            who = ["cp", "plmsae", *(["litdata.optimize", "ray.data random_shuffle"] if options.peers else [])]
+            contenders = ["cp", "plmsae", *(["litdata.optimize", "ray.data random_shuffle"] if options.peers else [])]
             found = {}
-            for name in who:
+            for name in contenders:
                 if (figures := measure(folder, name, *([memory] if name == "plmsae" else []))) is not None:
                     found[name] = figures
-        for name, figures in found.items():
-            label = "limit cp, twice" if name == "cp" else name
-            note = f"{size:g} GB of rows, d {D}" + (f", tasks of {options.memory}" if name == "plmsae" else "")
-            yield _line(f"data/shuffle-optimize-{size:g}GB", label, size * 1e3 / figures["seconds"], "MB/s", note)
+        for who, figures in found.items():
+            label = "limit cp, twice" if who == "cp" else who
+            note = f"{size:g} GB of rows, d {D}" + (f", tasks of {options.memory}" if who == "plmsae" else "")
+            note += f"; {beside}" if beside else ""
+            name = f"data/shuffle-optimize-{'peers-' if options.peers else ''}{size:g}GB"
+            yield _line(name, label, size * 1e3 / figures["seconds"], "MB/s", note)
+        if options.peers:  # CPU, which other work on the machine does not take away
+            for who, figures in found.items():
+                name, label = f"data/shuffle-optimize-peers-cpu-{size:g}GB", "limit cp, twice" if who == "cp" else who
+                note = f"CPU seconds a GB, all processes; {beside}".rstrip("; ")
+                yield _line(name, label, figures["cpu"] / size, "s", note)
+            continue
         yield _line(
             "data/shuffle-optimize-time-per-GB", f"plmsae {size:g} GB", found["plmsae"]["seconds"] / size, "s", ""
         )

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import add, cpu, stamp
+from record import add, busy, cpu, stamp
 
 from plmsae_cli.config.experiment import Storage
 from plmsae_cli.store.blocks import HEADER_BYTES, Blocks, chunk_name, write_chunk, write_index
@@ -369,7 +369,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.part != "gpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    folder, beside = Path(tempfile.mkdtemp(dir=options.folder)), busy()
     run: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
         "cache": from_cache, "s3": from_s3, "gpu": to_gpu,
     }  # fmt: skip
@@ -380,7 +380,7 @@ def main() -> None:
     suffix = f"-{options.delay_ms:g}ms" if options.delay_ms else ""
     device = torch.cuda.get_device_name() if options.part == "gpu" else cpu(options.cores)
     shared = stamp(f"data-stream-{options.part}", device, f"python benchmarks/data_stream.py {' '.join(sys.argv[1:])}")
-    size = f"{options.gb:g} GB of blocks [{ROWS}, {D}] in bfloat16"
+    size = f"{options.gb:g} GB of blocks [{ROWS}, {D}] in bfloat16" + (f"; {beside}" if beside else "")
     lines: list[dict[str, Any]] = [
         {"name": f"data/stream-{options.part}{suffix}", "who": who, "value": round(value / 1e9, 3), "unit": "GB/s",
          "note": f"{size}; {note}" if note else size, **shared}

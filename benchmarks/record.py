@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,12 @@ def cpu(threads: int) -> str:
     """This machine's processor, and how many threads of it."""
     name = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].splitlines()[0]
     return f"{name}, {threads} threads"
+
+
+def busy() -> str:
+    """A note on what else the machine does, where that is more than its cores can take along; else empty."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    return f"beside other work, load {load:.0f} on {cores} cores" if load > 2 * cores else ""
 
 
 def add(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

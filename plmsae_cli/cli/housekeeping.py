@@ -15,6 +15,7 @@ from plmsae_cli.cli.stage import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from plmsae_cli.store.fs import Store
+    from plmsae_cli.store.housekeeping import Leaving
 
 
 def verify_targets(targets: list[str], as_json: bool) -> int:
@@ -101,38 +102,72 @@ def _of_experiment(path: Path) -> Iterator[tuple[Store, str]]:
     yield from ((store, folder) for folder in there)
 
 
-def clean_root(root: Path, yes: bool, older_hours: float, unused: bool, as_json: bool) -> int:
-    """List what may go, and with `yes` delete it."""
+def clean_root(target: str, yes: bool, older_hours: float, unused: bool, as_json: bool) -> int:
+    """List what may go below a folder, in a bucket or not, or an experiment's `data_root`; with `yes` delete it."""
 
     def work() -> int:
-        from plmsae_cli.config.errors import UserError
-        from plmsae_cli.store.housekeeping import leavings, remove
+        from plmsae_cli.store.housekeeping import remove
 
-        if not root.is_dir():
-            raise UserError(f"{root} is not a folder", "name the root of your runs; data in a bucket is not cleaned")
-        used = _used(root)
-        if unused and used is None:
-            raise UserError(
-                f"{root} holds no runs, so nothing says which data are used",
-                "name a folder that holds the runs as well as the data",
-            )
-        found = list(leavings(root, used or (), older_hours * 3600, unused))
+        store, root, tb_day = _cleaned(target)
+        found, note = _leavings(store, root, older_hours * 3600, unused)
         total = sum(one.bytes for one in found)
         if as_json:
             listed = [{"path": one.path, "bytes": one.bytes, "why": one.why} for one in found]
-            print(json.dumps({"schema": SCHEMA_VERSION, "deleted": yes, "bytes": total, "found": listed}))
+            body: dict[str, Any] = {"schema": SCHEMA_VERSION, "deleted": yes, "bytes": total, "found": listed}
+            print(json.dumps(body | ({"note": note} if note else {})))
         elif found:
             print(table([[one.path, size(one.bytes), one.why] for one in found], ["path", "size", "why"]))
         if yes:
             for one in found:
-                remove(one)
-        said = f"{len(found)} thing(s), {size(total)}"
+                remove(one, store)
+        said = f"{len(found)} thing(s), {size(total)}" + (f", ${total / 1e12 * tb_day:,.2f} a day" if tb_day else "")
         print(
             f"deleted {said}" if yes else f"{said}; nothing was deleted (--yes deletes what is listed)", file=sys.stderr
         )
+        if note:
+            print(note, file=sys.stderr)
         return DONE
 
     return checked(work)
+
+
+def _cleaned(target: str) -> tuple[Store, str, float | None]:
+    """Where to look, how to reach it, and what 10^12 bytes cost a day, if somebody says so."""
+    from plmsae_cli.cli.stage import load_for
+    from plmsae_cli.store.fs import Store
+
+    if not target.endswith((".yaml", ".yml")):
+        return Store(), target, None
+    experiment = load_for(Path(target), None, False).experiment
+    return Store(experiment.storage), experiment.data_folder(), experiment.price.tb_day
+
+
+def _leavings(store: Store, root: str, older: float, unused: bool) -> tuple[list[Leaving], str]:
+    """What may go, and a line on what could not be looked for."""
+    from plmsae_cli.config.errors import UserError
+    from plmsae_cli.store.fs import StoreError, is_remote
+    from plmsae_cli.store.housekeeping import bucket_leavings, leavings, upload_leavings
+
+    if is_remote(root):
+        if unused:
+            raise UserError(
+                f"--unused is not for {root}: which runs, of any machine, use a bucket's data is not known",
+                "leave it out; delete what you know to be of no use with your provider's tools",
+            )
+        found = list(bucket_leavings(store, root, older))
+        try:
+            return [*found, *upload_leavings(store, root, older)], ""
+        except StoreError as error:
+            return found, f"{error.message}: {error.hint}"
+    if not Path(root).is_dir():
+        raise UserError(f"{root} is not a folder", "name the root of your runs, a folder in a bucket, or a YAML")
+    used = _used(Path(root))
+    if unused and used is None:
+        raise UserError(
+            f"{root} holds no runs, so nothing says which data are used",
+            "name a folder that holds the runs as well as the data",
+        )
+    return list(leavings(Path(root), used or (), older, unused)), ""
 
 
 def _used(root: Path) -> set[str] | None:
@@ -140,25 +175,9 @@ def _used(root: Path) -> set[str] | None:
 
     Pointers are relative to where a run was started, which need not be here: the name, which holds the key, is what counts.
     """
-    from plmsae_cli.config.errors import UserError
-    from plmsae_cli.runtime.run_folder import read_json
-    from plmsae_cli.store.housekeeping import DATA_FOLDER
+    from plmsae_cli.runtime.run_folder import pointing_runs
 
     used: set[str] | None = None
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else [name for name in folders if not DATA_FOLDER.fullmatch(name)]
-        seen.add(real)
-        if "artifacts.json" not in names:
-            continue
-        path = Path(parent) / "artifacts.json"
-        try:
-            pointers: dict[str, Any] = read_json(path) or {}
-            used = (used or set()) | {os.path.basename(pointer["folder"].rstrip("/")) for pointer in pointers.values()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{path} is damaged, so it does not say which data its run uses ({error})",
-                "start its experiment again, which writes it anew, or move the run elsewhere",
-            ) from error
+    for _, pointers in pointing_runs(root):
+        used = (used or set()) | {os.path.basename(pointer["folder"].rstrip("/")) for pointer in pointers.values()}
     return used

@@ -150,7 +150,9 @@ class _Queue:
             entry.state, entry.note, self._codes[entry.path] = "failed", "not started: see the error above", code
             return
         try:
-            done = run_experiment(keyed(one.experiment), stages, self._shown, one.text, self._wishes.restart)
+            waiting = [e.path for e in self._entries if e.state == "pending" and e.path in self._loaded]
+            later = [self._loaded[path].experiment for path in waiting]
+            done = run_experiment(keyed(one.experiment), stages, self._shown, one.text, self._wishes.restart, later)
         except Exception as error:
             entry.error, self._codes[entry.path] = error, failure(error)
             entry.state = "interrupted" if self._codes[entry.path] == INTERRUPTED else "failed"

@@ -114,8 +114,12 @@ def run_experiment(
     reporter: Reporter,
     text: str | None = None,
     restart: bool = False,
+    later: Sequence[Experiment] = (),
 ) -> Done:
     """Run the given stages in order, skipping what is done.
+
+    Args:
+        later: experiments that the same queue has yet to start; data that they read stay, whatever `keep` says.
 
     Raises:
         Locked, UserError, TaskFailed, Interrupted.
@@ -149,7 +153,7 @@ def run_experiment(
             reporter = LoggedReporter(reporter, run.log)
             STOP.watch(run.stop_file)
             with STOP.before_forced_exit(lambda: run.status(state="killed")):
-                _run_stages(experiment, stages, store, run, reporter, seconds)
+                _run_stages(experiment, stages, store, run, reporter, seconds, later)
         except RunDiffers:
             raise  # the run that is there stays as it is
         except Interrupted:
@@ -170,6 +174,7 @@ def _run_stages(
     run: RunFolder,
     reporter: Reporter,
     seconds: dict[str, float],
+    later: Sequence[Experiment],
 ) -> None:
     """The stages and the report; `seconds` gets the time of each that had something to do."""
     run.status(state="running", stage=None, error=None)
@@ -192,8 +197,8 @@ def _run_stages(
                 worked = "sweep" not in stages and _each_trial(experiment, ["eval"], run, executor, reporter)
             else:
                 worked = _stage(stage, experiment, store, run, executor, reporter)
-            if stage == "optimize":
-                free_unkept(experiment, store, reporter)
+            if stage in ("optimize", "sweep"):
+                free_unkept(experiment, store, reporter, later)
             if worked:
                 seconds[stage] = round(time.monotonic() - begun, 2)
                 run.status(stage_seconds={stage: seconds[stage]})

@@ -2,7 +2,8 @@
 
 Each takes the tasks whose place in the plan falls to it, and leaves. Nobody waits for anybody: what all need first (the table
 of proteins) each makes where it is not there yet, and whoever finds that nothing but the merging is left does it. What a lost
-process leaves undone, the same command does, or any other share of a second round.
+process leaves undone, the same command does. A shuffle with middle passes takes a round a pass: a share leaves when its next
+tasks wait for those of others.
 """
 
 from __future__ import annotations
@@ -42,25 +43,44 @@ class Share:
         return cls(int(match[1]), int(match[2]))
 
     def tasks(self, plan: Plan) -> list[Task]:
-        """What this share does of a plan: its own tasks and what they need, without the last, which merges.
+        """What this share can do of a plan now: its own tasks, and what they need that is nobody's own (the table of proteins).
 
-        A task belongs to the same share whatever is done already: by the number at the end of its name, else to the first.
+        A task that waits for another share's tasks is left for later, and so is the last, which merges.
         """
-        by_id = {task.id: task for task in plan.tasks}
+        by_id: dict[str, list[Task]] = {}
+        for task in plan.tasks:
+            by_id.setdefault(task.id, []).append(task)
+        ready: dict[str, bool] = {}
+
+        def is_ready(name: str) -> bool:
+            if name not in ready:  # what is not in the plan is done
+                ready[name] = all(
+                    (_number(task) is None or self._owns(task)) and all(is_ready(need) for need in task.needs)
+                    for task in by_id.get(name, [])
+                )
+            return ready[name]
+
         wanted: set[str] = set()
-        found = [task.id for task in plan.tasks if self._owns(task)]
+        found = [task.id for task in plan.tasks if self._owns(task) and is_ready(task.id)]
         while found:
             name = found.pop()
-            if name in by_id and name != FINISH and name not in wanted:
+            if name in by_id and name not in wanted:
                 wanted.add(name)
-                found += by_id[name].needs
+                found += [need for task in by_id[name] for need in task.needs]
         return [task for task in plan.tasks if task.id in wanted]
 
     def _owns(self, task: Task) -> bool:
-        number = re.search(r"\d+$", task.id)
+        """Whatever is done already: by the numbers in the task's name, else it is the first's."""
+        number = _number(task)
         if number is None:
             return self.index == 1 and task.id != FINISH
-        return int(number[0]) % self.count == self.index - 1
+        return number % self.count == self.index - 1
+
+
+def _number(task: Task) -> int | None:
+    """3 of `shard-00003`; of `merge1-00002-00001` the sum, so that slices and groups are both spread."""
+    numbers = re.findall(r"-(\d+)", task.id)
+    return sum(map(int, numbers)) if numbers else None
 
 
 def run_share(experiment: Experiment, stage: str, share: Share, reporter: Reporter) -> str:
@@ -77,7 +97,9 @@ def run_share(experiment: Experiment, stage: str, share: Share, reporter: Report
     reporter.begin(f"{stage} {share.index}/{share.count}")
     executor = LocalExecutor(experiment)
     try:
-        done = _run(experiment, stage, executor, share.tasks, store, reporter)
+        done = 0
+        while some := _run(experiment, stage, executor, share.tasks, store, reporter):
+            done += some  # then the next pass, if the others' part of the one before is done too
         left = _plan(experiment, stage, store)
         if left.tasks and {task.id for task in left.tasks} == {FINISH}:
             _run(experiment, stage, executor, lambda plan: plan.tasks, store, reporter)
@@ -90,7 +112,13 @@ def run_share(experiment: Experiment, stage: str, share: Share, reporter: Report
     reporter.end(f"{clock(time.monotonic() - begun)}, {done} task(s)")
     if left.done:
         return f"{stage} is complete: " + ", ".join(a.folder for a in left.artifacts.values())
-    others = sum(task.id != FINISH for task in left.tasks)
+    waiting = sum(share._owns(task) for task in left.tasks)
+    others = sum(task.id != FINISH for task in left.tasks) - waiting
+    if waiting:
+        return (
+            f"{stage}: {waiting} task(s) of this share wait for {others} of other shares: "
+            "start the same command again when those have ended"
+        )
     return f"{stage}: {others} task(s) of other shares are left; whoever does the last merges"
 
 
@@ -111,6 +139,8 @@ def _run(
         plan = _plan(experiment, stage, store)
         chosen = list(choose(plan))
         present = {task.id for task in chosen}
+        if not chosen:
+            return 0
         tasks = [replace(task, needs=tuple(n for n in task.needs if n in present)) for task in chosen]
         try:
             executor.run(replace(plan, tasks=tasks), reporter.update)

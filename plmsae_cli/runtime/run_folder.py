@@ -9,15 +9,17 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.processes import me
+from plmsae_cli.store.housekeeping import DATA_FOLDER
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,6 +48,44 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"{path} is damaged: {error}", "move it aside; the same `plmsae run` then writes it anew"
         ) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML that this package wrote, or None where there is no file. UserError where it is not YAML."""
+    try:
+        return YAML(typ="safe").load(path)
+    except FileNotFoundError:
+        return None
+    except YAMLError as error:
+        raise UserError(
+            f"{path} is damaged: {error}", "move it aside; the same `plmsae run` then writes it anew"
+        ) from error
+
+
+def pointing_runs(root: Path) -> Iterator[tuple[Path, dict[str, dict[str, Any]]]]:
+    """Runs under `root` that use data, with what they point to: name -> `folder`, `key` and `rows`.
+
+    Raises:
+        UserError: the pointers of a run are damaged.
+    """
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else [name for name in folders if not DATA_FOLDER.fullmatch(name)]
+        seen.add(real)
+        if "artifacts.json" not in names:
+            continue
+        path = Path(parent) / "artifacts.json"
+        try:
+            pointers = json.loads(path.read_text(encoding="utf-8")) or {}
+            for pointer in pointers.values():
+                os.path.basename(pointer["folder"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged, so it does not say which data its run uses ({error})",
+                "start its experiment again, which writes it anew, or move the run elsewhere",
+            ) from error
+        yield Path(parent), pointers
 
 
 class RunDiffers(UserError):

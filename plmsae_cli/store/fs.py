@@ -7,7 +7,7 @@ bytes are on the disk (fsync) or held by the server (their size read back).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -18,6 +18,7 @@ from plmsae_cli.store.records import Buffer, DamagedError, FileRecord, MissingEr
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Storage
     from plmsae_cli.store.s3 import S3Objects
+    from plmsae_cli.store.s3_uploads import Upload
 
 __all__ = [
     "Buffer",
@@ -111,6 +112,9 @@ class Store:
             if found:
                 raise StoreError(f"{path}: {scheme}:// is not supported", hint="use a local path or s3://bucket/...")
             return self._local
+        return self._bucket()
+
+    def _bucket(self) -> S3Objects:
         if self._s3 is None:
             # boto3 and obstore take 0.3 s to import; local runs need not pay.
             from plmsae_cli.store.s3 import S3Objects
@@ -171,6 +175,23 @@ class Store:
         Files that are still being written, or were when a process died, are left out.
         """
         return self._at(folder).list(folder)
+
+    def entries(self, folder: str) -> dict[str, tuple[int, float]]:
+        """Of a folder in S3 every object, temporaries too: name -> bytes, and when it was written in s since 1970."""
+        assert is_remote(folder)
+        return self._bucket().entries(folder)
+
+    def open_uploads(self, folder: str) -> Iterator[Upload]:
+        """Uploads below a folder in S3 that were begun and not completed. Raises StoreError where they cannot be listed."""
+        from plmsae_cli.store.s3_uploads import open_uploads
+
+        return open_uploads(self._storage, folder)
+
+    def abort_upload(self, path: str, upload_id: str) -> None:
+        """Give up one of them."""
+        from plmsae_cli.store.s3_uploads import abort_upload
+
+        abort_upload(self._storage, path, upload_id)
 
     def delete(self, path: str) -> None:
         """Remove the file; fine if it is absent."""

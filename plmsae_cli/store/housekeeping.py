@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +111,8 @@ class Leaving:
     why: str
     whole: bool = False
     """A folder with all it holds, rather than one file."""
+    upload: str | None = None
+    """The open upload that it is, rather than a file."""
 
 
 def leavings(root: Path, used: Collection[str], older: float, unused: bool) -> Iterator[Leaving]:
@@ -132,7 +134,39 @@ def leavings(root: Path, used: Collection[str], older: float, unused: bool) -> I
         for below, _, inner in os.walk(folder):
             if below != parent:
                 yield from _temporaries(Path(below), inner, now - older)
-        yield from _of_artifact(folder, folder.name in used, now - older, unused)
+        store, sizes = Store(), Store().list(str(folder))
+        entries = {name: (size, _written(folder / name)) for name, size in sizes.items()}
+        yield from _of_artifact(store, str(folder), entries, folder.name in used, now - older, unused)
+
+
+def bucket_leavings(store: Store, root: str, older: float) -> Iterator[Leaving]:
+    """What may go below `s3://bucket/root`: temporaries, and of data folders the objects that no record lists.
+
+    Finished data are never among them: which runs anywhere use a bucket is not known here.
+    """
+    before = time.time() - older
+    folders: dict[str, dict[str, tuple[int, float]]] = {}
+    for name, entry in sorted(store.entries(root).items()):
+        above = name.split("/")[:-1]
+        depth = next((i for i, part in enumerate(above, 1) if DATA_FOLDER.fullmatch(part)), 0)
+        if is_temporary(name.rpartition("/")[2]):
+            if entry[1] <= before:
+                yield Leaving(join(root, name), entry[0], "a write that was not finished")
+        elif depth:
+            inner = "/".join(name.split("/")[depth:])
+            folders.setdefault(join(root, *above[:depth]), {})[inner] = entry
+        elif DATA_FOLDER.fullmatch(root.rstrip("/").rpartition("/")[2]):
+            folders.setdefault(root.rstrip("/"), {})[name] = entry
+    for folder, entries in folders.items():  # records are read after the list, so they know of whatever is on it
+        yield from _of_artifact(store, folder, entries, used=True, before=before, unused=False)
+
+
+def upload_leavings(store: Store, root: str, older: float) -> Iterator[Leaving]:
+    """Uploads below `s3://bucket/root` that nothing was added to for `older` seconds. Raises StoreError if none can be listed."""
+    before = time.time() - older
+    for upload in store.open_uploads(root):
+        if upload.written <= before:
+            yield Leaving(upload.path, upload.bytes, "an upload that was not finished", upload=upload.id)
 
 
 def _temporaries(folder: Path, names: Collection[str], before: float) -> Iterator[Leaving]:
@@ -153,32 +187,33 @@ def _writer_lives(name: str, path: Path, before: float) -> bool:
         return True
 
 
-def _of_artifact(folder: Path, used: bool, before: float, unused: bool) -> Iterator[Leaving]:
-    store, sizes = Store(), Store().list(str(folder))
+def _of_artifact(
+    store: Store, folder: str, entries: Mapping[str, tuple[int, float]], used: bool, before: float, unused: bool
+) -> Iterator[Leaving]:
+    """`entries`: its files, name -> bytes and when it was last written."""
     try:
-        manifest = read_manifest(store, str(folder))
-        parts = read_parts(store, str(folder))
+        manifest = read_manifest(store, folder)
+        parts = read_parts(store, folder)
     except (DamagedError, StoreError):
         return  # `verify` says what is wrong; nothing is deleted on a damaged record's word
-    last = {name: _written(folder / name) for name in sizes}
+    last = {name: written for name, (_, written) in entries.items()}
     # What is newer than the record of freeing belongs to an attempt to make the artifact again.
-    if manifest is None and FREED in sizes and max(last.values()) <= last[FREED]:
-        for name in sorted(set(sizes) - {FREED}):
-            yield Leaving(str(folder / name), sizes[name], "its folder was freed")
+    if manifest is None and FREED in entries and max(last.values()) <= last[FREED]:
+        for name in sorted(set(entries) - {FREED}):
+            yield Leaving(join(folder, name), entries[name][0], "its folder was freed")
         return
     if manifest is not None and unused and not used:
         if max(last.values()) > before:
             return
-        yield Leaving(str(folder), sum(sizes.values()), "no run here uses it", whole=True)
+        yield Leaving(folder, sum(size for size, _ in entries.values()), "no run here uses it", whole=True)
         return
     known = {file.name for part in parts.values() for file in part.files}
     if manifest is not None:
         known |= {file["name"] for file in manifest["files"]}
-    strays = sorted(n for n in sizes if n not in known and n not in _OWN and not n.startswith("parts/"))
-    for name in strays:
+    for name in sorted(n for n in entries if n not in known and n not in _OWN and not n.startswith("parts/")):
         if last[name] <= before:
             why = "no record lists it" if manifest is not None else "an attempt that was lost: no record lists it"
-            yield Leaving(str(folder / name), sizes[name], why)
+            yield Leaving(join(folder, name), entries[name][0], why)
 
 
 def _written(path: Path) -> float:
@@ -195,15 +230,18 @@ def _size(path: Path) -> int:
         return 0
 
 
-def remove(leaving: Leaving) -> None:
-    """Delete it; of an artifact the manifest first."""
+def remove(leaving: Leaving, store: Store | None = None) -> None:
+    """Delete it; of an artifact the manifest first. `store` reaches its bucket, if it is in one."""
     from plmsae_cli.store.manifest import delete_artifact
 
-    if not leaving.whole:
-        Path(leaving.path).unlink(missing_ok=True)
-        return
-    delete_artifact(Store(), leaving.path)
-    _prune(leaving.path)
+    store = store or Store()
+    if leaving.upload is not None:
+        store.abort_upload(leaving.path, leaving.upload)
+    elif not leaving.whole:
+        store.delete(leaving.path)
+    else:
+        delete_artifact(store, leaving.path)
+        _prune(leaving.path)
 
 
 def _prune(folder: str) -> None:

@@ -2,8 +2,8 @@
 
 Everything is bounded: a request by its time-outs, its retries by their number and by a minute, memory by the
 pieces in flight. A write is one PUT, or a multipart upload that appears only when complete, and its size is
-read back. An upload that dies leaves invisible parts behind: a bucket wants a rule that expires
-incomplete multipart uploads.
+read back. An upload that dies leaves invisible parts behind: `clean` finds them (s3_uploads.py), and a bucket wants
+a rule that expires incomplete multipart uploads.
 """
 
 from __future__ import annotations
@@ -186,17 +186,21 @@ class S3Objects:
         return True
 
     def list(self, folder: str) -> dict[str, int]:
+        return {n: size for n, (size, _) in self.entries(folder).items() if not is_temporary(n.rpartition("/")[2])}
+
+    def entries(self, folder: str) -> dict[str, tuple[int, float]]:
+        """Every object below `folder`, temporaries too: name -> bytes, and when it was written in s since 1970."""
         client, prefix = self._client(folder, whole_bucket=True)
         start = len(prefix) + 1 if prefix else 0
         with explained("list", folder, self._endpoint):
-            sizes = again(
+            found = again(
                 lambda: {
-                    meta["path"][start:]: int(meta["size"])
+                    meta["path"][start:]: (int(meta["size"]), meta["last_modified"].timestamp())
                     for page in obstore.list(client, prefix or None, chunk_size=1000)
                     for meta in page
                 }
             )
-        return {n: size for n, size in sizes.items() if n and not is_temporary(n.rpartition("/")[2])}
+        return {n: entry for n, entry in found.items() if n}
 
     def delete(self, path: str) -> None:
         client, key = self._client(path)

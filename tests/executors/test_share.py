@@ -15,6 +15,7 @@ import pytest
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.share import Share, run_share
 from plmsae_cli.runtime.progress import PlainReporter
@@ -90,12 +91,57 @@ def test_a_share_is_of_one_stage(prepared: Callable[..., Experiment], tmp_path: 
     assert process.returncode == 2
 
 
-def test_a_share_has_all_that_its_tasks_come_from() -> None:
-    """Three levels, as a shuffle with a middle pass has: what it needs needs something too."""
-    maps = [Task(f"map-{i:05d}", "shuffle", ("x",), cost=1.0) for i in range(2)]
-    parts = [Task(f"pass-{i:05d}", "shuffle", ("x",), cost=1.0, needs=("map-00000", "map-00001")) for i in range(2)]
-    merge = Task("merge-00002", "shuffle", ("x",), cost=1.0, needs=("pass-00000", "pass-00001"))
-    chosen = Share(3, 5).tasks(Plan("shuffle", [*maps, *parts, merge], {}, {}))
-    ids = {task.id for task in chosen}
-    assert ids == {task.id for task in (*maps, *parts, merge)}
-    assert all(set(task.needs) <= ids for task in chosen)
+def test_a_share_leaves_what_waits_for_others_and_makes_what_is_nobodys() -> None:
+    """Three levels, as a shuffle with a middle pass has, behind a table that all need."""
+    table = Task("table", "shuffle", ("x",))
+    maps = [Task(f"map-{i:05d}", "shuffle", ("x",), needs=("table",)) for i in range(2)]
+    names = ("map-00000", "map-00001")
+    merges = [Task(f"merge1-{i:05d}-00000", "shuffle", ("x",), needs=names) for i in range(4)]
+    free = Task("free-0", "shuffle", ("x",), needs=tuple(task.id for task in merges))
+    finish = Task(FINISH, "shuffle", ("x",), needs=(free.id,))
+    whole = [table, *maps, *merges, free, finish]
+
+    def chosen(index: int, tasks: list[Task], count: int = 2) -> list[str]:
+        return [task.id for task in Share(index, count).tasks(Plan("shuffle", tasks, {}, {}))]
+
+    assert chosen(1, whole) == ["table", "map-00000"]
+    assert chosen(2, whole) == ["table", "map-00001"]
+    assert chosen(1, whole, 1) == [task.id for task in whole[:-1]]
+    assert chosen(1, [maps[1], *merges, free, finish]) == []
+    assert chosen(1, [*merges, free, finish]) == ["merge1-00000-00000", "merge1-00002-00000"]
+    assert chosen(2, [*merges, free, finish]) == ["merge1-00001-00000", "merge1-00003-00000"]
+    assert chosen(1, [free, finish]) == ["free-0"]
+    assert chosen(2, [finish]) == []
+
+
+def test_middle_passes_are_spread_over_shares_in_rounds(
+    prepared: Callable[..., Experiment],
+    files: Callable[..., Any],
+    reference: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    body = prepared("rounds").dump()
+    experiment = Experiment.model_validate(body | {"shuffle": {"seed": 3, "memory": "6kB"}})
+    run_share(experiment, "embed", Share(1, 1), Said())
+    done: dict[int, list[str]] = {1: [], 2: []}
+    run = LocalExecutor.run
+    turn = 0
+
+    def watched(executor: LocalExecutor, plan: Plan, update: Any) -> None:
+        done[turn].extend(task.id for task in plan.tasks if task.id != FINISH)
+        run(executor, plan, update)
+
+    monkeypatch.setattr(LocalExecutor, "run", watched)
+    everything = {task.id for task in plan_stage("shuffle", experiment, Store()).tasks} - {FINISH}
+    assert {name.partition("-")[0] for name in everything} == {"map", "merge1", "free"}
+    told = []
+    for turn in (2, 1, 2, 1):
+        told.append(run_share(experiment, "shuffle", Share(turn, 2), Said()))
+    assert "start the same command again" in told[0]
+    assert told[-1].startswith("shuffle is complete")
+    assert sorted(done[1] + done[2]) == sorted(everything), "each is done once"
+    for share in (1, 2):
+        assert sum(name.startswith("merge1") for name in done[share]) >= len(everything) // 5
+    run_share(experiment, "optimize", Share(1, 1), Said())
+    ((blocks, ours),) = ((k, v) for k, v in files(experiment).items() if k.startswith("optimize"))
+    assert ours == reference[blocks]

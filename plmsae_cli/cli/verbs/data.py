@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from plmsae_cli.cli.options import Json
-from plmsae_cli.cli.verbs.group import Root, group
+from plmsae_cli.cli.verbs.group import group
 
 verbs, verb = group("Tools")
 
@@ -39,7 +38,9 @@ def verify(
 
 @verb()
 def clean(
-    root: Root = Path("runs"),
+    root: Annotated[
+        str, typer.Argument(metavar="ROOT|YAML", help="Where to look: a folder, local or s3://; an experiment's data.")
+    ] = "runs",
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed. Without it nothing is touched.")] = False,
     older: Annotated[
         float,
@@ -55,7 +56,8 @@ def clean(
 ) -> None:
     """List what no longer serves: writes that were cut short, files of lost attempts, rests of freed data.
 
-    What a run points to, and what is being written, is never on the list. `--yes` deletes it, manifests first.
+    What a run points to, and what is being written, is never on the list. `--yes` deletes it, manifests first. In a
+    bucket also uploads that were never completed, which no other listing shows and which are billed.
     """
     from plmsae_cli.cli.housekeeping import clean_root
 

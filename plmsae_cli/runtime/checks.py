@@ -12,12 +12,12 @@ from typing import Literal
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.runtime.device import DRIVER_SECONDS
 from plmsae_cli.store.fs import Store
 
 ROOM = 1 << 30
 """Bytes below which a disk counts as full."""
 GPU_SECONDS = 120
-DRIVER_SECONDS = 60
 _COMPUTE = "import torch; [torch.ones(8, device=f'cuda:{i}').sum().item() for i in range(torch.cuda.device_count())]"
 
 

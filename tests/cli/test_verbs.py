@@ -262,6 +262,7 @@ def test_validate_looks_at_inputs_too_and_reports_every_file(plmsae: Plmsae, wri
     assert body["schema"] == 1
     assert [e["valid"] for e in body["experiments"]] == [True, False]
     assert body["experiments"][0]["tasks"] > 0
+    assert f"error: {bad}: " in checked.err, "several files can have the same mistake"
     assert "nowhere.fasta" in checked.err
     assert tree(tmp_path) == before
 

@@ -9,6 +9,7 @@ import typer
 
 from plmsae_cli import __version__
 from plmsae_cli.cli.help import Verbs
+from plmsae_cli.cli.streams import steady_streams
 from plmsae_cli.cli.verbs import comparing, data, experiments, fetching, looking, machine, run, showing, stages
 
 app = typer.Typer(
@@ -51,4 +52,5 @@ def main() -> None:
     """Entry point of `plmsae`."""
     # Threads that wait give their core away: on a shared machine spinning costs more than it saves. Read as torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    steady_streams()
     app()

@@ -26,8 +26,12 @@ def complain(message: str, hint: str | None = None) -> None:
         print(f"hint: {hint}", file=sys.stderr)
 
 
-def checked(work: Callable[[], int]) -> int:
-    """The code of work that comes before any stage: an error meant for users is a matter of usage."""
+def checked(work: Callable[[], int], about: str = "") -> int:
+    """The code of work that comes before any stage: an error meant for users is a matter of usage.
+
+    Args:
+        about: begins the message, where several files could have the same.
+    """
     from plmsae_cli.config.problems import InvalidExperiment
 
     try:
@@ -38,11 +42,11 @@ def checked(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        code = failure(error)
+        code = failure(error, about)
         return USAGE if code == FAILED and _words(error) else code
 
 
-def failure(error: Exception) -> int:
+def failure(error: Exception, about: str = "") -> int:
     """The code of an error raised while a stage ran; prints it unless it is a wish to stop."""
     from plmsae_cli.executors.locks import Locked
     from plmsae_cli.executors.pool import TaskFailed
@@ -58,7 +62,8 @@ def failure(error: Exception) -> int:
         complain(str(error))
         return FAILED
     if words := _words(error):
-        complain(*words)
+        message, hint = words
+        complain(f"{about}: {message}" if about else message, hint)
         return LOCKED if isinstance(error, Locked) else USAGE if isinstance(error, RunDiffers) else FAILED
     traceback.print_exception(error)
     complain(

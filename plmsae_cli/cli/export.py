@@ -55,9 +55,10 @@ def export_run(
 def _table(run: str, paths: dict[str, Path | None], said: list[str]) -> dict[str, Any]:
     from plmsae_cli.config.errors import UserError
     from plmsae_cli.report.export import concepts_per_latent, write_csv, write_parquet
+    from plmsae_cli.runtime.run_folder import find_run
     from plmsae_cli.store.fs import Store
 
-    folder = Path(run) if Path(run).exists() else Path("runs") / run
+    folder = Path(run) if Path(run).exists() else find_run(Path(run))
     table = concepts_per_latent(str(folder), Store())
     write = {"csv": write_csv, "parquet": write_parquet}
     for kind, path in paths.items():
@@ -75,7 +76,8 @@ def _table(run: str, paths: dict[str, Path | None], said: list[str]) -> dict[str
 def _model(run: str, folder: Path, said: list[str]) -> dict[str, Any]:
     from plmsae_cli.runtime.hub import export_run as export_model
 
-    files = export_model(run, folder)
+    named = Path("runs") / run
+    files = export_model(str(named) if not Path(run).exists() and named.exists() else run, folder)
     said.append(f"wrote {folder}: {', '.join(files)}")
     return {"folder": str(folder), "files": files}
 

@@ -11,7 +11,9 @@ from typing import Any
 from plmsae_cli.cli.exits import DONE, checked
 from plmsae_cli.cli.show import size, table
 
-_SHOWN = ("fvu", "l0_mean", "dead_share", "recovered_zero")
+_SHOWN = {"fvu": "fvu", "l0_mean": "l0", "dead_share": "dead", "recovered_zero": None, "loss": "loss"}
+"""Figures of an evaluation, and what training calls them."""
+_USERS = 4
 
 
 def list_root(root: Path, as_json: bool) -> int:
@@ -37,8 +39,13 @@ def list_root(root: Path, as_json: bool) -> int:
         if not runs and not data:
             print(f"no runs in {root} yet; `plmsae run experiments/` makes some")
             return DONE
-        rows = [[r["name"], r["state"], *(_figure(r["figures"], name) for name in _SHOWN)] for r in runs]
-        print(table(rows, ["run", "state", "FVU", "L0", "dead", "loss recovered"]))
+        rows = [[r["name"], r["state"], *(_figure(r, name) for name in _SHOWN)] for r in runs]
+        columns = ["run", "state", "FVU", "L0", "dead", "loss recovered", "loss"]
+        if not any(row[-1] != "-" for row in rows):  # no language model was trained
+            rows, columns = [row[:-1] for row in rows], columns[:-1]
+        print(table(rows, columns))
+        if any("(" in cell for row in rows for cell in row[2:]):
+            print("in brackets: the last step of training, where there is no evaluation")
         if data:
             print()
             cells = [
@@ -47,7 +54,7 @@ def list_root(root: Path, as_json: bool) -> int:
                     f"{d['rows']:,}",
                     "freed" if "freed" in d else size(d["bytes"]),
                     d["dtype"],
-                    ", ".join(d["used_by"]) or "-",
+                    _users(d["used_by"]),
                 ]
                 for d in data
             ]
@@ -59,7 +66,7 @@ def list_root(root: Path, as_json: bool) -> int:
 
 def _run(folder: Path, root: Path) -> dict[str, Any]:
     from plmsae_cli.runtime.processes import live_state
-    from plmsae_cli.runtime.results import headline
+    from plmsae_cli.runtime.results import headline, last_metrics
     from plmsae_cli.runtime.run_folder import read_json
 
     status = read_json(folder / "status.json") or {}
@@ -70,6 +77,7 @@ def _run(folder: Path, root: Path) -> dict[str, Any]:
         "stage": status.get("stage"),
         "seconds": status.get("stage_seconds", {}),
         "figures": headline(folder),
+        "last": last_metrics(folder),
         "artifacts": read_json(folder / "artifacts.json") or {},
     }
 
@@ -132,8 +140,18 @@ def show_data(folder: Path, as_json: bool) -> int:
     return DONE
 
 
-def _figure(figures: dict[str, float], name: str) -> str:
-    return f"{figures[name]:.4g}" if name in figures else "-"
+def _users(names: list[str]) -> str:
+    """Some names: trials of a sweep may be a thousand."""
+    more = len(names) - _USERS
+    return (", ".join(names[:_USERS]) or "-") + (f" and {more} more" if more > 0 else "")
+
+
+def _figure(run: dict[str, Any], name: str) -> str:
+    if name in run["figures"]:
+        return f"{run['figures'][name]:.4g}"
+    last = run["last"] or {}
+    value = None if run["figures"] or (name == "loss" and "fvu" in last) else last.get(_SHOWN[name])
+    return "-" if value is None else f"({value:.4g})"
 
 
 def show_status(run: Path, as_json: bool) -> int:
@@ -143,12 +161,13 @@ def show_status(run: Path, as_json: bool) -> int:
         from plmsae_cli.report.table import summary
         from plmsae_cli.runtime.foretold import compared
         from plmsae_cli.runtime.processes import live_state
+        from plmsae_cli.runtime.results import last_metrics
         from plmsae_cli.runtime.run_folder import find_run, read_json
 
         folder = find_run(run)
         status = read_json(folder / "status.json") or {}
         told = compared(folder, status.get("stage_seconds", {}))
-        last = _last_line(folder / "metrics.jsonl")
+        last = last_metrics(folder)
         if as_json:
             print(
                 json.dumps(
@@ -203,10 +222,3 @@ def _trial_states(folder: Path) -> dict[str, int]:
         state = "pending" if status is None else live_state(status)
         counts[state] = counts.get(state, 0) + 1
     return counts
-
-
-def _last_line(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return json.loads(lines[-1]) if lines else None

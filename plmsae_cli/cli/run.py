@@ -69,12 +69,14 @@ def read_all(paths: Sequence[Path], sets: Sequence[str] | None, bugfix: bool, lo
         loaded[path] = load_for(path, sets, bugfix)
         return DONE
 
+    for path in paths:
+        loaded.pop(path, None)
     code = max((checked(lambda path=path: read(path)) for path in paths), default=DONE)  # type: ignore[misc]
     names: dict[str, list[Path]] = {}
     for path, one in loaded.items():
         names.setdefault(f"{one.experiment.root}/{one.experiment.name}", []).append(path)
     for run, owners in names.items():
-        if len(owners) > 1:
+        if len(owners) > 1 and set(owners) & set(paths):
             listed = ", ".join(map(str, owners))
             print(f"error: {listed} share the run folder {run}\nhint: give each its own name", file=sys.stderr)
             code = USAGE
@@ -94,7 +96,6 @@ class _Queue:
         self._shown = reporter(self._live)
         self._several = len(loaded) > 1 or any(target.is_dir() for target in targets)
         self._entries: list[Entry] = []
-        self._known: dict[Path, int] = {}
         self._codes: dict[Path, int] = {}
         self._results: dict[Path, dict[str, Any]] = {}
 
@@ -125,14 +126,16 @@ class _Queue:
         self._shown.say(f"waiting for YAMLs in {folders} (--watch); Ctrl-C ends")
 
     def _one(self, entry: Entry) -> None:
+        from plmsae_cli.config.errors import first_line
         from plmsae_cli.executors.pipeline import run_experiment
 
-        code = DONE
-        if entry.path not in self._loaded or self._known.setdefault(entry.path, entry.changed) != entry.changed:
-            self._known[entry.path] = entry.changed
-            code = read_all([entry.path], self._wishes.sets, self._wishes.bugfix, self._loaded)
-        if code:
-            entry.state, entry.note, self._codes[entry.path] = "failed", "invalid YAML", code
+        if entry.path not in self._codes and not entry.path.exists():
+            entry.state, entry.note = "skipped", "its file was taken away"
+            return
+        # What it says now counts: it may have been edited while others ran.
+        if code := read_all([entry.path], self._wishes.sets, self._wishes.bugfix, self._loaded):
+            self._loaded.pop(entry.path, None)
+            entry.state, entry.note, self._codes[entry.path] = "failed", "invalid YAML: see the error above", code
             return
         one = self._loaded[entry.path]
         self._shown.say(f"== {entry.path}")
@@ -147,12 +150,14 @@ class _Queue:
             return DONE
 
         if code := checked(plan):
-            entry.state, entry.note, self._codes[entry.path] = "failed", "not started: see the error above", code
+            why = "" if entry.error is None else first_line(entry.error)
+            entry.state, entry.note, self._codes[entry.path] = "failed", f"not started: {why}", code
             return
+        restart, entry.begun = self._wishes.restart and not entry.begun, True
         try:
             waiting = [e.path for e in self._entries if e.state == "pending" and e.path in self._loaded]
             later = [self._loaded[path].experiment for path in waiting]
-            done = run_experiment(keyed(one.experiment), stages, self._shown, one.text, self._wishes.restart, later)
+            done = run_experiment(keyed(one.experiment), stages, self._shown, one.text, restart, later)
         except Exception as error:
             entry.error, self._codes[entry.path] = error, failure(error)
             entry.state = "interrupted" if self._codes[entry.path] == INTERRUPTED else "failed"

@@ -80,7 +80,7 @@ def run_stage(
         chosen_stage = "sweep" if stage == "train" and experiment.swept and experiment.sweep is None else stage
         if chosen_stage not in present:
             of_sweep = stage == "train" and experiment.sweep is not None
-            why = "its trials are trained by `plmsae sweep`" if of_sweep else f"add a {stage}: section"
+            why = "its trials are trained by `plmsae sweep`" if of_sweep else f"add a section, {stage}:"
             raise UserError(f"{path} has no {stage} stage", why)
         stages = present[: present.index(chosen_stage) + 1] if with_inputs or bugfix else [chosen_stage]
         if dry_run:

@@ -78,14 +78,14 @@ def validate_files(
         code = read_all(paths, sets, bugfix, loaded)
         for path in paths:
             if path in loaded:
-                code = max(code, checked(lambda path=path: check(path)))  # type: ignore[misc]
+                code = max(code, checked(lambda path=path: check(path), str(path)))  # type: ignore[misc]
         if as_json:
             bodies = [{"path": str(path), "valid": path in found, **found.get(path, {})} for path in paths]
             print(json.dumps({"schema": SCHEMA_VERSION, "experiments": bodies}))
         return code
 
     def check(path: Path) -> int:
-        needs, plans = _needs(path, loaded[path].experiment)
+        needs, plans = _needs(loaded[path].experiment)
         checks = deep_checks(loaded[path].experiment, plans) if deep else []
         if not as_json:
             print(f"{path}: valid; {needs['tasks']} task(s) to do, {size(needs['bytes'])} of data to write")
@@ -100,7 +100,7 @@ def validate_files(
     return checked(work)
 
 
-def _needs(path: Path, experiment: Experiment) -> tuple[dict[str, Any], list[Plan]]:
+def _needs(experiment: Experiment) -> tuple[dict[str, Any], list[Plan]]:
     """Plan every stage: reads FASTA, weights and manifests, so it finds what only they can tell."""
     from plmsae_cli.config.errors import UserError
     from plmsae_cli.runtime.checks import nearest
@@ -114,7 +114,7 @@ def _needs(path: Path, experiment: Experiment) -> tuple[dict[str, Any], list[Pla
         free = shutil.disk_usage(existing).free
         if wanted > free:
             raise UserError(
-                f"{path}: the data will take {size(wanted)}, {existing} has {size(free)} free",
+                f"the data will take {size(wanted)}, {existing} has {size(free)} free",
                 "point data_root at a larger disk or a bucket",
             )
     return {"tasks": sum(len(p.tasks) for p in plans), "bytes": wanted}, plans

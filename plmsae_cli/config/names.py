@@ -94,7 +94,12 @@ def suggestions(section: str, key: str) -> list[str]:
     }
     found = [path for path, leaf in leaves.items() if leaf == word]
     # A key that another section has beats a neighbour that is only somewhat alike.
-    near = difflib.get_close_matches(word, siblings, 1, 0.8 if found else 0.6)
+    longer = [key for key in siblings if key.startswith(f"{word}_")]  # `batch` for `batch_tokens`
+    near = (
+        longer
+        if len(longer) == 1 and not found
+        else difflib.get_close_matches(word, siblings, 1, 0.8 if found else 0.6)
+    )
     if near:
         return [f"{inside}{near[0]}"]
     if not found:

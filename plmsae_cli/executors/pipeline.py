@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
@@ -18,22 +18,21 @@ from plmsae_cli.executors.executor import Executor, PlanChanged, open_executor, 
 from plmsae_cli.executors.keep import free_unkept
 from plmsae_cli.executors.locks import locked
 from plmsae_cli.executors.torchrun import join_machines
+from plmsae_cli.executors.trials import each_trial
 from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
 from plmsae_cli.runtime.device import count_gpus
 from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.foretold import foretell
 from plmsae_cli.runtime.progress import LoggedReporter, Reporter, clock, keep
-from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, write_json
+from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan
 from plmsae_cli.runtime.wandb_results import publish
+from plmsae_cli.stages.sweep import trials
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest
 from plmsae_cli.store.weights import resolve_weights
-
-if TYPE_CHECKING:
-    from plmsae_cli.stages.sweep import Trial
 
 DATA_STAGES = ("embed", "shuffle", "optimize")
 _PAIR = ("embed", "shuffle")
@@ -91,7 +90,7 @@ def missing_inputs(stage: str, experiment: Experiment, store: Store) -> list[str
     if not experiment.has_dictionary:
         return _missing_language_models(experiment, store)
     if experiment.swept:
-        exports = {f"{trial.run}/sae/sae.json": "sweep" for trial in _trials(experiment)}
+        exports = {f"{trial.run}/sae/sae.json": "sweep" for trial in trials(experiment)}
     else:
         exports = {f"{lineage.run_folder()}/sae/sae.json": "train"}
     return [f"{export} ({upstream})" for export, upstream in exports.items() if not store.exists(export)]
@@ -102,7 +101,7 @@ def _missing_language_models(experiment: Experiment, store: Store) -> list[str]:
     assert experiment.eval is not None
     if not any(TRAINED in experiment.language_models(axis) for axis in experiment.eval.of_models()):
         return []
-    owners = [trial.experiment for trial in _trials(experiment)] if experiment.swept else [experiment]
+    owners = [trial.experiment for trial in trials(experiment)] if experiment.swept else [experiment]
     upstream = "sweep" if experiment.swept else "train"
     wanted = [f"{Lineage(owner, store).run_folder()}/plm/config.json" for owner in owners]
     return [f"{path} ({upstream})" for path in wanted if not store.exists(path)]
@@ -192,9 +191,9 @@ def _run_stages(
             run.status(stage=stage)
             begun = time.monotonic()
             if stage == "sweep":
-                worked = _each_trial(experiment, None, run, executor, reporter)
+                worked = each_trial(experiment, None, run, executor, reporter)
             elif stage == "eval" and experiment.swept:
-                worked = "sweep" not in stages and _each_trial(experiment, ["eval"], run, executor, reporter)
+                worked = "sweep" not in stages and each_trial(experiment, ["eval"], run, executor, reporter)
             else:
                 worked = _stage(stage, experiment, store, run, executor, reporter)
             if stage in ("optimize", "sweep"):
@@ -204,7 +203,7 @@ def _run_stages(
                 run.status(stage_seconds={stage: seconds[stage]})
     finally:
         executor.close()
-    _report(experiment, stages, run, bool(seconds), reporter)
+    report_run(experiment, stages, run, bool(seconds), reporter)
     if seconds:
         publish(experiment, run.path)
     run.status(state="done", stage=None)
@@ -271,62 +270,7 @@ def _train_along(experiment: Experiment, store: Store) -> None:
         time.sleep(1)
 
 
-def _trials(experiment: Experiment) -> Sequence[Trial]:
-    from plmsae_cli.stages.sweep import trials
-
-    return trials(experiment)
-
-
-def _each_trial(
-    experiment: Experiment, only: Sequence[str] | None, run: RunFolder, executor: Executor, reporter: Reporter
-) -> bool:
-    """All or some stages of every trial, each a run of its own; one that fails does not stop the next.
-
-    On a shared stream the trials train first, together; what is left of each is its evaluation.
-    """
-    from plmsae_cli.stages.sweep import table
-
-    if experiment.sweep is not None and experiment.sweep.optuna is not None:
-        from plmsae_cli.executors.search import search
-
-        return search(experiment, only, run, reporter)
-    worked, failed, states = False, dict[str, str](), dict[str, str]()
-    points = _trials(experiment)
-    if not (run.path / "sweep.json").exists():
-        write_json(run.path / "sweep.json", table(experiment, points, states))
-    if only is None and experiment.shares_stream:
-        from plmsae_cli.executors.shared import train_shared
-
-        worked, failed = train_shared(experiment, run, executor, reporter)
-    if experiment.launch.executor == "ray" and not experiment.shares_stream:
-        from plmsae_cli.executors.ray import RayExecutor
-        from plmsae_cli.executors.ray_trials import run_trials
-
-        assert isinstance(executor, RayExecutor)
-        worked, failed = run_trials(points, only, executor, reporter)
-    for number, trial in enumerate(points, 1):
-        if STOP.requested():
-            raise Interrupted
-        reporter.say(f"trial {number}/{len(points)}: {trial.title} ({trial.hash})")
-        try:
-            if trial.hash in failed:
-                raise UserError(failed[trial.hash])
-            stages = only or trial.experiment.stages()  # the grid may sweep what the data are made of
-            worked |= bool(run_experiment(trial.experiment, stages, reporter).stages)
-            states[trial.hash] = "done"
-        except Interrupted:
-            raise
-        except Exception as error:
-            states[trial.hash] = "failed"
-            reporter.say(f"trial {trial.hash} failed: {error}")
-        write_json(run.path / "sweep.json", table(experiment, points, states))
-    if lost := sum(state == "failed" for state in states.values()):
-        _report(experiment, ["sweep"], run, True, reporter)
-        raise UserError(f"{lost} of {len(points)} trials failed", f"see {run.path}/trials/*/status.json")
-    return worked
-
-
-def _report(experiment: Experiment, stages: Sequence[str], run: RunFolder, worked: bool, reporter: Reporter) -> None:
+def report_run(experiment: Experiment, stages: Sequence[str], run: RunFolder, worked: bool, reporter: Reporter) -> None:
     """The HTML page, made anew when something changed."""
     shows = [s for s in stages if s in ("train", "sweep", "eval")]
     if not shows or not (worked or not run.report.exists()):

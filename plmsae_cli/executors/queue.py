@@ -29,7 +29,9 @@ class Entry:
     error: Exception | None = None
     """What it failed with."""
     changed: int = 0
-    """When its file was last written, in ns since 1970; 0 if it is gone."""
+    """When its file was last written before its turn, in ns since 1970; 0 if it is gone."""
+    begun: bool = False
+    """Whether a run was started; a further attempt continues it."""
 
     @classmethod
     def of(cls, path: Path) -> Entry:
@@ -138,6 +140,7 @@ def run_queue(
             continue
         entry = entries[begun]
         begun += 1
+        entry.changed = _changed(entry.path)
         started = time.monotonic()
         while True:
             entry.state, entry.error = "running", None
@@ -162,12 +165,13 @@ def _more_to_come(targets: Sequence[Path], entries: Sequence[Entry], tell: Calla
 
 
 def _dropped(targets: Sequence[Path], entries: Sequence[Entry]) -> list[Entry]:
-    """Files of the folders that are new, or failed and were written to since."""
+    """Files of the folders that are new, are back, or failed and were written to since."""
     latest = {entry.path: entry for entry in entries}
     found = []
     for path in [path for folder in targets for path in _in_folder(folder)]:
         known = latest.get(path)
-        if known is None or (known.state == "failed" and _changed(path) not in (0, known.changed)):
+        again = known is not None and (known.state == "failed" or not known.changed)
+        if known is None or (again and _changed(path) not in (0, known.changed)):
             found.append(Entry.of(path))
             latest[path] = found[-1]
     return found

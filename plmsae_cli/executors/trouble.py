@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.runtime.checks import ROOM, Check, bucket, folders, gpus_compute, nearest, space
@@ -56,9 +57,16 @@ def failing_check(error: Exception, experiment: Experiment) -> Again | None:
     if isinstance(error, StoreError) and not any(words in text for words in _OWN_BUCKET):
         remote = [place for place in (*places.values(), *_inputs(experiment)) if is_remote(place)]
         looks += [partial(bucket, experiment, place, write=False) for place in remote]
-    if any(words in text for words in _GPU) and installed_gpus():
+    if any(words in text for words in _GPU) and _has_gpus():
         looks.append(gpus_compute)
     return next((look for look in looks if look().state == "fail"), None)
+
+
+def _has_gpus() -> bool:
+    try:
+        return installed_gpus() > 0
+    except UserError:  # they hang, which is what the check is to find
+        return True
 
 
 def _inputs(experiment: Experiment) -> list[str]:

@@ -68,7 +68,12 @@ class Behind:
         if self._writing is not None and self._writing[0].id in task.needs:
             self.settle()
         results = work_on(task, context)
-        self.settle()
+        try:
+            self.settle()
+        except BaseException:
+            if isinstance(results, Pending):
+                results.settle()  # whoever hears of the error may remove or retry what is being written here
+            raise
         if isinstance(results, Pending):
             self._writing = (task, context, results)
         else:
@@ -97,6 +102,8 @@ def work_on(task: Task, context: LocalContext) -> Mapping[str, Result]:
 
 def publish(task: Task, context: LocalContext, results: Mapping[str, Result]) -> None:
     """Wait for what is still being written; then the part record in each folder, and the manifest after a finish."""
+    if isinstance(results, Pending):
+        results.settle()
     results = dict(results)
     fault(f"{task.stage}.{task.id}.written")
     for folder, result in results.items():

@@ -12,6 +12,7 @@ from typing import Literal
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.runtime.device import DRIVER_SECONDS
 from plmsae_cli.store.fs import Store
 
 ROOM = 1 << 30
@@ -87,11 +88,14 @@ def gpus_compute() -> Check:
 
 
 def driver() -> tuple[str, list[str]] | None:
-    """The NVIDIA driver's version and the names of its GPUs; None where there is no driver."""
+    """The NVIDIA driver's version and the names of its GPUs; None where there is no driver, or it does not answer."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     command = [tool, "--query-gpu=driver_version,name", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER_SECONDS, check=False)
+    except (subprocess.TimeoutExpired, OSError):  # a dead GPU can hang it
+        return None
     rows = re.findall(r"^(\S+), (.+)$", answer.stdout, re.MULTILINE) if answer.returncode == 0 else []
     return (rows[0][0], [name for _, name in rows]) if rows else None

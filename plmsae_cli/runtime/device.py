@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from plmsae_cli.config.data import Launch
 
 
+DRIVER_SECONDS = 30
 ALLOWED = "PLMSAE_GPUS"
 """Environment variable by which an executor tells its processes which GPUs the launch wants: their numbers, by commas."""
 
@@ -84,13 +85,19 @@ def visible_gpus() -> int:
 
 
 def installed_gpus() -> int:
-    """GPUs that the driver shows, whether or not torch can use them."""
+    """GPUs that the driver shows, whether or not torch can use them. Raises UserError where it does not answer."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return 0
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
-    answer = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
+    try:
+        answer = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=DRIVER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:  # as with a dead GPU
+        raise UserError(
+            f"nvidia-smi gives no answer in {DRIVER_SECONDS} s: the driver or a GPU hangs",
+            "look at dmesg and restart the machine; launch.gpus: 0 runs on the CPU",
+        ) from None
     return len(re.findall(r"^GPU \d+", answer.stdout, re.MULTILINE)) if answer.returncode == 0 else 0
 
 

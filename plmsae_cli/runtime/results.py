@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+_LONGEST_LINE = 1 << 16
+
 
 def headline(run: Path) -> dict[str, float]:
     """The headline figures of an evaluated run, for tables of many runs; empty where there are none."""
@@ -28,3 +30,15 @@ def of_models(run: Path) -> dict[str, Any]:
     path = run / "eval" / "metrics.json"
     scores = json.loads(path.read_text()) if path.exists() else {}
     return {axis: scores[axis] for axis in ("lm", "representations") if axis in scores}
+
+
+def last_metrics(run: Path) -> dict[str, Any] | None:
+    """The last whole line of metrics.jsonl, which may be being written; None before the first."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
+        lines = file.read().split(b"\n")[:-1]
+    last: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+    return last

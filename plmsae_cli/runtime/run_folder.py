@@ -166,7 +166,9 @@ def find_run(run: Path) -> Path:
     """The folder of a run named by its path, or by its name under `runs/`. Raises UserError where there is none."""
     folder = run if (run / "status.json").exists() else Path("runs") / run
     if not (folder / "status.json").exists():
-        raise UserError(f"{run} is not a run (no status.json)", "`plmsae ls` lists the runs")
+        of_yaml = run.suffix in (".yaml", ".yml")
+        hint = f"name the run and not its YAML: {run.stem}, unless it has a name of its own" if of_yaml else None
+        raise UserError(f"{run} is not a run (no status.json)", hint or "`plmsae ls` lists the runs")
     return folder
 
 

@@ -66,7 +66,8 @@ class Stop:
             self.asked = True
             if not quiet:
                 # Only async-signal-safe work here: one write, no locks.
-                os.write(sys.stderr.fileno(), b"\nstopping at the next safe point, press again to abort\n")
+                with suppress(OSError):  # the same Ctrl-C has ended a `| tee`
+                    os.write(sys.stderr.fileno(), b"\nstopping at the next safe point, press again to abort\n")
 
         signal.signal(signal.SIGINT, handle)
         signal.signal(signal.SIGTERM, handle)

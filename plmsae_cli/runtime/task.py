@@ -7,7 +7,7 @@ done when every folder it writes to holds its part record with files of the reco
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -116,6 +116,10 @@ class Pending(Mapping[str, Result]):
 
     def __len__(self) -> int:
         return len(self._results)
+
+    def settle(self) -> None:
+        """Return when nothing is being written any more, whatever came of it."""
+        wait(self._results.values())
 
 
 class Interrupted(Exception):

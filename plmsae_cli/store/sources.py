@@ -186,8 +186,9 @@ def _esmfold(mirror: str | None) -> list[Remote]:
 def _hub(where: str, mirror: str | None) -> list[Remote]:
     """The files at the top of a repository of the hub; of large ones it knows the SHA-256."""
     url = mirrored(f"{HUB_URL}/api/{where}/tree/main", mirror)
+    said = _read(url)
     try:
-        listed = json.loads(_read(url))
+        listed = json.loads(said)
         files = [each for each in listed if each["type"] == "file" and re.fullmatch(r"[\w.-]+", each["path"])]
         place = where.removeprefix("models/")
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 
 from plmsae_cli.cli import doctor
+from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.trouble import failing_check
+from plmsae_cli.runtime import checks, device
 
 Plmsae = Callable[..., Any]
 Write = Callable[..., Path]
@@ -73,3 +78,20 @@ def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:
     assert missed.code == 2
     assert "rank-1.log, run.log" in missed.err
     assert plmsae("logs", tmp_path / "nowhere").code == 2
+
+
+def test_a_driver_that_hangs_is_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queues and `doctor` ask it first; with a dead GPU it may never answer."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 20\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for module in (checks, device):
+        monkeypatch.setattr(module, "DRIVER_SECONDS", 0.2)
+    assert checks.driver() is None
+    with pytest.raises(UserError, match="no answer in"):
+        device.installed_gpus()
+    one = Experiment.model_validate({"name": "x", "embed": {"fasta": "x", "layers": [1]}})
+    assert failing_check(RuntimeError("CUDA error: unspecified launch failure"), one) is None, (
+        "the visible ones compute"
+    )

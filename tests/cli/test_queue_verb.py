@@ -112,6 +112,69 @@ def test_files_dropped_in_while_it_runs_are_picked_up(
     assert "did you mean train.sae?" in ended.err
 
 
+def test_of_a_pending_file_counts_what_it_says_when_its_turn_comes(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was edited runs as it is now, one that was taken away does not run, one spoilt is an error of its own."""
+    for name in ("a", "b", "c", "d", "f"):
+        write(f"queue/{name}.yaml", tokens=640)
+    queue, real = tmp_path / "queue", run_verb.preflight
+
+    def meddle(experiment: Any, stages: Any, fetch: bool, yes: bool) -> Any:
+        if experiment.name == "a":
+            write("queue/b.yaml", tokens=1280)
+            (queue / "c.yaml").unlink()
+            (queue / "d.yaml").write_text("train: {sea: {}}\n")
+            write("queue/e.yaml", tokens=640, more="name: f\n")
+        return real(experiment, stages, fetch, yes)
+
+    monkeypatch.setattr(run_verb, "preflight", meddle)
+    ended = plmsae("run", queue)
+    table = [line.split(maxsplit=3) for line in ended.out[ended.out.index("experiment ") :].splitlines()[1:]]
+    assert [row[:2] for row in table] == [
+        ["a.yaml", "done"],
+        ["b.yaml", "done"],
+        ["c.yaml", "skipped"],
+        ["d.yaml", "failed"],
+        ["f.yaml", "done"],
+        ["e.yaml", "failed"],
+    ]
+    assert table[2][3] == "its file was taken away"
+    assert "did you mean train.sae?" in ended.err
+    assert "share the run folder" in ended.err
+    assert json.loads((tmp_path / "runs" / "b" / "identity.json").read_text())["train"]["tokens"] == 1280
+    assert ended.code == 3
+
+
+def test_one_name_given_twice_in_passing_spoils_no_other_file(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("queue/a.yaml", tokens=640)
+    real = run_verb.preflight
+
+    def drop(experiment: Any, stages: Any, fetch: bool, yes: bool) -> Any:
+        if experiment.name == "a":
+            write("queue/b.yaml", tokens=640, more="name: a\n")
+            write("queue/c.yaml", tokens=640)
+        return real(experiment, stages, fetch, yes)
+
+    monkeypatch.setattr(run_verb, "preflight", drop)
+    ended = plmsae("run", tmp_path / "queue", "--json")
+    assert states(ended) == {"a.yaml": "done", "b.yaml": "failed", "c.yaml": "done"}
+
+
+def test_what_is_tried_again_goes_on_from_its_checkpoint_with_restart_too(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write("queue/a.yaml", tokens=640)
+    assert plmsae("run", path).code == 0
+    monkeypatch.setattr("plmsae_cli.executors.trouble.BACKOFF_S", (0.0,))
+    monkeypatch.setattr("plmsae_cli.executors.trouble.passing", lambda error: True)
+    monkeypatch.setenv("PLMSAE_FAULT", "raise:train.train.begin:1")
+    assert plmsae("run", path, "--restart").code == 0
+    assert len(list((tmp_path / "runs").glob("a.archived-*"))) == 1
+
+
 def test_two_files_of_one_name_are_reported_before_anything_runs(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:
     write("queue/a.yaml")
     write("queue/b.yaml", more="name: a\n")

@@ -142,6 +142,22 @@ def test_ls_and_status(plmsae: Plmsae, run: dict[str, Any]) -> None:
     assert "FVU" in words
 
 
+def test_ls_shows_what_training_reached_where_nothing_was_evaluated(plmsae: Plmsae, tmp_path: Path) -> None:
+    """Also while the last line is being written, and of a language model."""
+    for name, line in (("sae", {"step": 3, "fvu": 0.25, "l0": 4.0, "dead": 0.5, "loss": 9.0}), ("lm", {"loss": 2.5})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "status.json").write_text('{"state": "failed"}')
+        (tmp_path / name / "metrics.jsonl").write_text('{"fvu": 7}\n' * 9000 + json.dumps(line) + '\n{"step": 4, "fv')
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "status.json").write_text('{"state": "failed"}')
+    shown = [line.split() for line in plmsae("ls", tmp_path).out.splitlines()]
+    assert shown[1] == ["lm", "failed", "-", "-", "-", "-", "(2.5)"]
+    assert shown[2] == ["new", "failed", *"-----"]
+    assert shown[3] == ["sae", "failed", "(0.25)", "(4)", "(0.5)", "-", "-"]
+    assert shown[4][:2] == ["in", "brackets:"]
+    assert "last: step 3, fvu 0.25" in plmsae("status", tmp_path / "sae").out
+
+
 def test_ls_and_status_of_what_is_not_there(plmsae: Plmsae, tmp_path: Path) -> None:
     for verb in ("ls", "status"):
         missed = plmsae(verb, tmp_path / "nowhere")
@@ -277,6 +293,7 @@ def test_validate_looks_at_inputs_too_and_reports_every_file(plmsae: Plmsae, wri
     assert body["schema"] == 1
     assert [e["valid"] for e in body["experiments"]] == [True, False]
     assert body["experiments"][0]["tasks"] > 0
+    assert f"error: {bad}: " in checked.err, "several files can have the same mistake"
     assert "nowhere.fasta" in checked.err
     assert tree(tmp_path) == before
 

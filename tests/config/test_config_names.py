@@ -28,6 +28,7 @@ def test_renames_lead_from_foreign_names_to_fields() -> None:
         ("train.sae", "batch_size", ["train.batch_tokens"]),
         ("train.plm", "max_len", ["train.plm.max_length"]),
         ("", "fasta", [f"{s}.fasta" for s in ("embed", "train.plm", "eval.encode", "eval.steering", "eval.lm")]),
+        ("train", "batch", ["train.batch_tokens"]),
         ("train.sae", "seed", ["train.seed"]),
         ("", "seed", ["shuffle.seed", "train.seed"]),
         ("train", "Expansion", ["train.sae.expansion"]),

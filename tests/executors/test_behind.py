@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -97,3 +98,37 @@ def test_a_failed_write_is_raised_and_nothing_is_recorded(
         with pytest.raises(StoreError, match="the disk is full"):
             behind.run(task("b", tmp_path), context)
     assert done_tasks(Store(), str(tmp_path)) == set()
+
+
+def test_an_error_comes_when_nothing_is_being_written_any_more(
+    stage: ModuleType, context: LocalContext, tmp_path: Path
+) -> None:
+    """Neither another folder of the task that failed, nor what the next task writes."""
+    stage.open_.set()
+    with pytest.raises(StoreError):
+        worker.publish(task("a", tmp_path), context, Pending({"a": broken(), "b": late(tmp_path / "b")}))
+    assert (tmp_path / "b").exists()
+
+    behind = Behind()
+    behind.run(task("c", tmp_path, fails=True), context)
+    stage.work = lambda *_: Pending({str(tmp_path): late(tmp_path / "d")})  # type: ignore[attr-defined]
+    with pytest.raises(StoreError):
+        behind.run(task("d", tmp_path), context)
+    assert (tmp_path / "d").exists()
+
+
+def broken() -> Future[Result]:
+    future: Future[Result] = Future()
+    future.set_exception(StoreError("the disk is full"))
+    return future
+
+
+def late(path: Path) -> Future[Result]:
+    """Writes a file after a while."""
+
+    def write() -> Result:
+        time.sleep(0.2)
+        path.touch()
+        return Result([])
+
+    return ThreadPoolExecutor(1).submit(write)

@@ -36,7 +36,8 @@ def test_an_autoencoder(build: Callable[..., Experiment], go: Callable[..., Done
 
 def test_a_language_model(tmp_path: Path, fasta: Path, go: Callable[..., Done]) -> None:
     plm = {"fasta": str(fasta), "num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "max_length": 62,
-           "pack_tokens": 256, "eval_every": 2, "eval_tokens": 512, "holdout": 0.1}  # fmt: skip
+           "pack_tokens": 256, "eval_every": 2, "eval_tokens": 512, "holdout": 0.1,
+           "starting_mask_rate": 0.3, "mask_rate_steps": 2}  # fmt: skip
     body: dict[str, Any] = {
         "name": "lm", "root": str(tmp_path), "train": {"kind": "plm", "plm": plm, "batch_tokens": 256, "tokens": 1024,
                                                        "log_every": 1},

@@ -294,6 +294,9 @@ def test_wrong_names_and_damaged_lists(server: Server, tmp_path: Path) -> None:
     server.files[name.replace("uniref50.fasta.gz", "RELEASE.metalink")] = b"<html>"
     assert "RELEASE.metalink cannot be read" in fetch("uniref50", "--mirror", server.url, "--to", tmp_path).stderr
     assert list(tmp_path.glob("[!.]*")) == []
+    silent = fetch("omg_prot50", "--mirror", "http://127.0.0.1:9", "--to", tmp_path)
+    assert (silent.exit_code, silent.stderr.count("hint:")) == (2, 1)
+    assert "no list of files" not in silent.stderr
 
 
 def test_a_missing_input_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,18 +189,20 @@ def _run_stages(
             if STOP.requested():
                 raise Interrupted
             run.status(stage=stage)
-            begun = time.monotonic()
-            if stage == "sweep":
-                worked = each_trial(experiment, None, run, executor, reporter)
-            elif stage == "eval" and experiment.swept:
-                worked = "sweep" not in stages and each_trial(experiment, ["eval"], run, executor, reporter)
-            else:
-                worked = _stage(stage, experiment, store, run, executor, reporter)
+            begun, worked = time.monotonic(), True
+            try:
+                if stage == "sweep":
+                    worked = each_trial(experiment, None, run, executor, reporter)
+                elif stage == "eval" and experiment.swept:
+                    worked = "sweep" not in stages and each_trial(experiment, ["eval"], run, executor, reporter)
+                else:
+                    worked = _stage(stage, experiment, store, run, executor, reporter)
+            finally:  # what was stopped has taken its time too
+                if worked:
+                    seconds[stage] = round(time.monotonic() - begun, 2)
+                    run.status(stage_seconds={stage: seconds[stage]})
             if stage in ("optimize", "sweep"):
                 free_unkept(experiment, store, reporter, later)
-            if worked:
-                seconds[stage] = round(time.monotonic() - begun, 2)
-                run.status(stage_seconds={stage: seconds[stage]})
     finally:
         executor.close()
     report_run(experiment, stages, run, bool(seconds), reporter)

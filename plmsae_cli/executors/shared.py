@@ -178,13 +178,14 @@ def _run(plan: Plan, members: dict[str, Trial], store: Store, executor: Executor
                 raise
             except Exception as error:
                 failure = first_line(error)
-            seconds = round(time.monotonic() - begun, 2)
+            finally:
+                seconds = round(time.monotonic() - begun, 2)
+                for folder in folders:
+                    RunFolder(folder).status(stage_seconds={"train": seconds})
             found = [folder for folder in folders if tasks[0].id in done_tasks(store, folder)]
             left("done", found, stage=None)
             if failure is not None:
                 left("failed", folders, error=failure)
-            for folder in folders:
-                RunFolder(folder).status(stage_seconds={"train": seconds})
             lost = len(folders) - len(found)
             reporter.end(f"{clock(seconds)}, {len(found)} done" + (f", {lost} failed" if lost else ""))
     statuses = {folder: read_json(RunFolder(folder).path / "status.json") for folder in members}

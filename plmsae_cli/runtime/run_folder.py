@@ -122,11 +122,12 @@ class RunFolder:
         write_json(path, {**(read_json(path) or {}), **artifacts})
 
     def status(self, **changes: Any) -> None:
-        """Merge into status.json; `stage_seconds` accumulates by stage."""
+        """Merge into status.json; `stage_seconds` are added to those of earlier starts, by stage."""
         path = self.path / "status.json"
         body = read_json(path) or {"schema": 1, "state": "new", "stage_seconds": {}}
-        seconds = changes.pop("stage_seconds", {})
-        body["stage_seconds"] = {**body.get("stage_seconds", {}), **seconds}
+        spent = body.setdefault("stage_seconds", {})
+        for stage, seconds in changes.pop("stage_seconds", {}).items():
+            spent[stage] = round(spent.get(stage, 0.0) + seconds, 2)
         body.update(changes, updated=time.time(), **me())
         write_json(path, body)
 

@@ -79,10 +79,13 @@ def test_a_stopped_and_continued_run_is_bit_equal(
     with pytest.raises(Interrupted):
         go(build(name="parts", **options))
     parts = Path(build().root) / "parts"
-    assert json.loads((parts / "status.json").read_text())["state"] == "interrupted"
+    status = json.loads((parts / "status.json").read_text())
+    assert status["state"] == "interrupted"
     assert max(line["step"] for line in science_of(parts)) == 7
     STOP.asked = False
-    go(build(name="parts", **options), ["embed", "shuffle", "optimize", "train"])
+    done = go(build(name="parts", **options), ["embed", "shuffle", "optimize", "train"])
+    both = json.loads((parts / "status.json").read_text())["stage_seconds"]["train"]
+    assert both == pytest.approx(status["stage_seconds"]["train"] + done.stages["train"], abs=0.011)
     assert science_of(whole) == science_of(parts)
     first, second = state_of(whole), state_of(parts)
     assert first.keys() == second.keys()

@@ -291,6 +291,9 @@ def shuffle(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from benchmarks.record import busy
 
     memory, beside = _bytes(options.memory), busy()
+    kind = "peers-" if options.peers else ""
+    if Path(options.folder).is_relative_to("/dev/shm"):
+        kind += "memory-"
     for size in options.gigabytes:
         with rows_in(Path(options.folder), size) as folder:
             contenders = ["cp", "plmsae", *(["litdata.optimize", "ray.data random_shuffle"] if options.peers else [])]
@@ -302,11 +305,11 @@ def shuffle(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             label = "limit cp, twice" if who == "cp" else who
             note = f"{size:g} GB of rows, d {D}" + (f", tasks of {options.memory}" if who == "plmsae" else "")
             note += f"; {beside}" if beside else ""
-            name = f"data/shuffle-optimize-{'peers-' if options.peers else ''}{size:g}GB"
+            name = f"data/shuffle-optimize-{kind}{size:g}GB"
             yield _line(name, label, size * 1e3 / figures["seconds"], "MB/s", note)
         if options.peers:  # CPU, which other work on the machine does not take away
             for who, figures in found.items():
-                name, label = f"data/shuffle-optimize-peers-cpu-{size:g}GB", "limit cp, twice" if who == "cp" else who
+                name, label = f"data/shuffle-optimize-{kind}cpu-{size:g}GB", "limit cp, twice" if who == "cp" else who
                 note = f"CPU seconds a GB, all processes; {beside}".rstrip("; ")
                 yield _line(name, label, figures["cpu"] / size, "s", note)
             continue

@@ -75,7 +75,7 @@ pinned=$(grep -E '^(torch|torchvision)==' constraints.txt)
 # What is installed already is kept unless an index was asked for; torchvision must be of torch's build.
 if [ "$torch_index" != pypi ] && { [ -n "$asked" ] || ! .venv/bin/python -c 'import torch' 2>/dev/null; }; then
   # shellcheck disable=SC2086  # two words, each a requirement
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 --timeout 20 ${asked:+--force-reinstall} --no-deps \
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 --timeout 20 ${asked:+--force-reinstall} --no-deps --no-warn-conflicts \
     --index-url "$torch_index" $pinned || {
     [ -z "$asked" ] || die "torch cannot be had from $torch_index" "name another index, or: ./setup.sh --torch-index pypi"
     say "$torch_index does not answer: torch comes from pip's own index"

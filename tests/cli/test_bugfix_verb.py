@@ -14,6 +14,7 @@ from plmsae_cli.config.bugfix import STEPS
 EXAMPLES = Path(__file__).parents[2] / "experiments" / "examples"
 
 
+@pytest.mark.slow
 def test_an_example_runs_through_with_no_network_no_gpu_and_nothing_but_the_package(
     start: Callable[..., Any], tmp_path: Path
 ) -> None:

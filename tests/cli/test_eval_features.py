@@ -169,7 +169,9 @@ def check_counts(scan: Scan, latent: int, row: dict[str, Any], letters: str) -> 
     assert row["deciles"] == pytest.approx(np.bincount(tenth, minlength=10) / len(mine), rel=1e-6)
 
 
-@pytest.mark.parametrize(("one_per", "split"), [("protein", "train"), ("cluster", "heldout")])
+@pytest.mark.parametrize(
+    ("one_per", "split"), [("protein", "train"), pytest.param("cluster", "heldout", marks=pytest.mark.slow)]
+)
 def test_examples_are_those_of_a_scan_and_bytes_do_not_depend_on_pieces_or_kills(
     plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path, one_per: str, split: str
 ) -> None:

@@ -313,6 +313,7 @@ def test_the_latents_of_the_best_concepts_are_steered(
     assert {row["latent"] for row in best} == {row["latent"] for row in latents if row["steering_kl"] is not None}
 
 
+@pytest.mark.slow
 def test_killed_in_an_axis_and_in_the_merge_it_ends_as_if_nothing_had_been(
     start: Callable[..., Any], plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
 ) -> None:

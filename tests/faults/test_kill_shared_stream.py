@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import plmsae_cli
@@ -60,6 +61,7 @@ def steps(run: Path) -> int:
     return 0 if found is None else found.step
 
 
+@pytest.mark.slow
 def test_killed_between_members_and_continued(plmsae: Run, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     config = ESM2Config(num_layers=3, d=32, num_heads=2)

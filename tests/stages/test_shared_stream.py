@@ -246,6 +246,7 @@ def test_the_line_tells_of_all(build: Build, go: Go) -> None:
     assert any(line.startswith("train 2 SAEs: ") and line.endswith(", 2 done") for line in reporter.lines)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_each_alone_trains_on_two(build: Build, go: Go) -> None:
     """Also where one diverges: all ranks let it go at the same step."""
     changes = {"launch.ranks": 2, "eval": None, "train.tokens": 1280, "train.sae.architecture": "batch_topk"}

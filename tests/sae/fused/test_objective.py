@@ -43,7 +43,7 @@ def objective(architecture: str = "topk", **train: object) -> SAEObjective:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", ["topk", "matryoshka_batch_topk"])
+@pytest.mark.parametrize("architecture", [pytest.param("topk", marks=pytest.mark.slow), "matryoshka_batch_topk"])
 def test_what_is_saved_continues_bit_for_bit(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sae_kernels, "why_plain", lambda *_: None)
     whole = objective(architecture)

@@ -155,8 +155,11 @@ def test_loss_and_gradients_are_the_formulas(
         assert float(g.grad_enc_ND[revived_N.to(DEVICE)].float().norm()) > 0
 
 
-@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("max_norm", [None, 0.01], ids=["free", "clipped"])
+@pytest.mark.parametrize(
+    ("moments", "max_norm"),
+    [(torch.float32, 0.01), (torch.bfloat16, None)],
+    ids=["float32-clipped", "bfloat16-free"],
+)
 def test_the_update_is_the_plain_one(moments: torch.dtype, max_norm: float | None) -> None:
     from plmsae_cli.training.optimizers import Adam, Group
     from plmsae_cli.training.optimizers.rounded_adam import RoundedAdam

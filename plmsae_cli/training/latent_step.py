@@ -2,56 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from plmsae_cli.runtime.dist import Gang
-from plmsae_cli.sae.dead import DeadLatents
 from plmsae_cli.sae.latent_shard import LatentShard
-from plmsae_cli.training.optimizers import Optimizer
+from plmsae_cli.training.plain_step import StepParts
 
 
 class LatentStep:
     """Gathers the ranks' rows, and trains this rank's latents on all of them."""
 
-    def __init__(
-        self,
-        model: LatentShard,
-        optimizer: Optimizer,
-        dead: DeadLatents,
-        window: int,
-        max_norm: float | None,
-        standardise: Callable[[Tensor], Tensor],
-        compute: torch.dtype,
-        total_steps: int,
-        gang: Gang,
-    ) -> None:
-        self._model, self._optimizer, self._dead, self._window = model, optimizer, dead, window
-        self._max_norm, self._standardise, self._compute = max_norm, standardise, compute
-        self._total_steps, self._gang = total_steps, gang
+    def __init__(self, model: LatentShard, parts: StepParts) -> None:
+        self._model, self._parts = model, parts
 
     def __call__(self, rows_BD: Tensor, step: int, rate: float) -> Mapping[str, Tensor]:
         """Train on the ranks' raw rows, of which `rows_BD` are this one's; figures are shares of a sum over ranks."""
-        model, gang = self._model, self._gang
+        model, gang = self._model, self._parts.gang
         batch = len(rows_BD) * gang.world
         whole_BD = rows_BD.new_empty(batch, rows_BD.shape[1])
         gang.gather_rows_later(rows_BD, whole_BD).wait()
-        x_BD = self._standardise(whole_BD)
-        dead_N = self._dead.mask(self._window)
-        model.schedule(step, self._total_steps)
-        with torch.autocast(x_BD.device.type, self._compute, enabled=self._compute != torch.float32):
+        x_BD = self._parts.standardise(whole_BD)
+        dead_N = self._parts.dead.mask(self._parts.window)
+        model.schedule(step, self._parts.total_steps)
+        compute = self._parts.compute
+        with torch.autocast(x_BD.device.type, compute, enabled=compute != torch.float32):
             losses = model.loss(x_BD, dead_N, batch)
-        self._optimizer.zero_grad()
+        self._parts.optimizer.zero_grad()
         losses.total.backward()  # type: ignore[no-untyped-call]
         assert model.b_dec_D.grad is not None
         gang.sum(model.b_dec_D.grad)
         model.project_gradients()
         norm = self._norm()
-        self._optimizer.step(rate, self._max_norm, norm)
+        self._parts.optimizer.step(rate, self._parts.max_norm, norm)
         model.normalize_decoder()
-        self._dead.update(losses.fired_N, batch)
+        self._parts.dead.update(losses.fired_N, batch)
         active_B = gang.sum(losses.active_B.double())
         l0, squares = active_B.mean(), active_B.square().mean()
         figures = {
@@ -72,5 +58,5 @@ class LatentStep:
         for name, parameter in self._model.named_parameters():
             assert parameter.grad is not None
             square = torch.linalg.vector_norm(parameter.grad).square()
-            squares = squares + (square if name != "b_dec_D" else square / self._gang.world)
-        return self._gang.sum(squares).sqrt()
+            squares = squares + (square if name != "b_dec_D" else square / self._parts.gang.world)
+        return self._parts.gang.sum(squares).sqrt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,24 +26,26 @@ class _Forward(NamedTuple):
     """float64: ||x||^2, active pairs, the square of a token's number of them, each summed over tokens."""
 
 
+@dataclass(frozen=True, eq=False)
+class StepParts:
+    """What a step in plain PyTorch needs beside its model."""
+
+    optimizer: Optimizer
+    dead: DeadLatents
+    window: int
+    """Tokens without firing after which a latent is dead."""
+    max_norm: float | None
+    standardise: Callable[[Tensor], Tensor]
+    compute: torch.dtype
+    total_steps: int
+    gang: Gang
+
+
 class PlainStep:
     """Backward, sum over ranks, remove the gradient along each decoder row, clip, update, renormalise rows."""
 
-    def __init__(
-        self,
-        model: Dictionary,
-        optimizer: Optimizer,
-        dead: DeadLatents,
-        window: int,
-        max_norm: float | None,
-        standardise: Callable[[Tensor], Tensor],
-        compute: torch.dtype,
-        total_steps: int,
-        gang: Gang,
-    ) -> None:
-        self._model, self._optimizer, self._dead, self._window = model, optimizer, dead, window
-        self._max_norm, self._standardise, self._compute = max_norm, standardise, compute
-        self._total_steps, self._gang = total_steps, gang
+    def __init__(self, model: Dictionary, parts: StepParts) -> None:
+        self._model, self._parts = model, parts
         self._forward: Any = self._eager_forward
         self._project: Any = model.project_gradients
         self._normalize: Any = model.normalize_decoder
@@ -53,18 +56,18 @@ class PlainStep:
 
     def __call__(self, rows_BD: Tensor, step: int, rate: float) -> Mapping[str, Tensor]:
         """Train on this rank's raw rows; figures are shares of a sum over ranks."""
-        model, gang = self._model, self._gang
+        model, gang = self._model, self._parts.gang
         batch = len(rows_BD) * gang.world
-        model.schedule(step, self._total_steps)
-        dead_N = self._dead.mask(self._window)
+        model.schedule(step, self._parts.total_steps)
+        dead_N = self._parts.dead.mask(self._parts.window)
         forward: _Forward = self._forward(rows_BD, dead_N)
-        self._optimizer.zero_grad()
+        self._parts.optimizer.zero_grad()
         forward.losses.total.backward()  # type: ignore[no-untyped-call]
         gang.sum_gradients(model.parameters())
         self._project()
-        norm = model.d * self._optimizer.step(rate, self._max_norm)
+        norm = model.d * self._parts.optimizer.step(rate, self._parts.max_norm)
         self._normalize()
-        self._dead.update(forward.losses.fired_N, batch, gang.sum)
+        self._parts.dead.update(forward.losses.fired_N, batch, gang.sum)
         energy, active, squares = gang.sum(forward.sums_3)
         l0 = active / batch
         share = 1.0 / gang.world  # of figures that every rank knows whole
@@ -80,9 +83,10 @@ class PlainStep:
         }
 
     def _eager_forward(self, rows_BD: Tensor, dead_N: Tensor) -> _Forward:
-        x_BD = self._standardise(rows_BD)
-        with torch.autocast(x_BD.device.type, self._compute, enabled=self._compute != torch.float32):
-            losses = self._model.loss(x_BD, dead_N, len(x_BD) * self._gang.world, self._gang.sum)
+        x_BD = self._parts.standardise(rows_BD)
+        compute = self._parts.compute
+        with torch.autocast(x_BD.device.type, compute, enabled=compute != torch.float32):
+            losses = self._model.loss(x_BD, dead_N, len(x_BD) * self._parts.gang.world, self._parts.gang.sum)
         active_B = losses.active_B.double()
         sums_3 = torch.stack([x_BD.square().sum().double(), active_B.sum(), active_B.square().sum()])
         return _Forward(losses, (losses.xhat_BD - x_BD).square().sum(), sums_3)

@@ -20,7 +20,7 @@ from plmsae_cli.training.latent_step import LatentStep
 from plmsae_cli.training.mixing import BatchEntropy
 from plmsae_cli.training.optimizers import Group, build_optimizer
 from plmsae_cli.training.parallel import sharing
-from plmsae_cli.training.plain_step import PlainStep
+from plmsae_cli.training.plain_step import PlainStep, StepParts
 from plmsae_cli.training.sae_kernels import fused_step, goes_fused
 from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
 from plmsae_cli.training.shard import AGES, Shard
@@ -94,14 +94,23 @@ class SAEObjective:
         self._warmup = min(1000, total_steps // 20) if wanted == "auto" else wanted
         self._plain: PlainStep | LatentStep | None = None
         if not fused:
-            how = (self._optimizer, self._dead, self._window, self._max_norm, self.standardise, compute)
+            parts = StepParts(
+                self._optimizer,
+                self._dead,
+                self._window,
+                self._max_norm,
+                self.standardise,
+                compute,
+                total_steps,
+                gang,
+            )
             if self.sharing == "latents":
                 assert self._shard is not None
                 assert isinstance(self.model, TopK)
                 part = LatentShard(self.model, self._shard.rows, self._shard.parameters, gang)
-                self._plain = LatentStep(part, *how, total_steps, gang)
+                self._plain = LatentStep(part, parts)
             else:
-                self._plain = PlainStep(self.model, *how, total_steps, gang)
+                self._plain = PlainStep(self.model, parts)
         self._fused = None
         if fused:
             self._fused = fused_step(

@@ -56,6 +56,7 @@ CONFIGS = {
     "650M": ESM2Config(33, 1280, 20),
     "3B": ESM2Config(36, 2560, 40),
 }
+KERNELS = {"own": "", "attention": ", own attention, the rest compiled", "torch": ", torch's attention, the rest compiled"}
 END_TO_END_S = 25.0
 """Seconds that the measured stage is made to last, by the number of proteins."""
 
@@ -119,17 +120,19 @@ def disk_rate(folder: Path, size: int) -> float:
 
 
 @contextmanager
-def attention_by(choice: str) -> Iterator[None]:
-    """`tiles`: our kernels; `flash`: torch's variable-length attention instead."""
-    from plmsae_cli.plm import attention
+def kernels(choice: str) -> Iterator[None]:
+    """A reader made and used in here has those of `KERNELS`."""
+    from plmsae_cli.plm import attention, reader
 
-    before = attention._backend_name
-    if choice == "flash":
+    before = attention._backend_name, reader._fused
+    if choice == "torch":
         attention._backend_name = lambda *_: "varlen"
+    if choice != "own":
+        reader._fused = lambda _: None
     try:
         yield
     finally:
-        attention._backend_name = before
+        attention._backend_name, reader._fused = before
 
 
 def forward_alone(
@@ -306,20 +309,21 @@ def bench_model(bench: Bench, name: str, folder: Path) -> None:
         free()
 
     with bench.device:
-        reader = Reader(ESM2(config).to(bench.half).eval())
+        model = ESM2(config).to(bench.half).eval()
     peak = peak_flops(bench.device, torch.bfloat16)
     best = 0.0
     tried = [
         (kernel, mode, budget)
-        for kernel in options.attention
+        for kernel in options.kernels
         for mode in options.compile_modes
         for budget in options.budgets
     ]
     for kernel, mode, budget in tried:
         free()
-        who = f"plmsae forward alone, {mode} {budget // 1024}k" + (" torch's attention" if kernel == "flash" else "")
+        who = f"plmsae forward alone, {mode} {budget // 1024}k" + KERNELS[kernel]
         try:
-            with attention_by(kernel):
+            with kernels(kernel):
+                reader = Reader(model)
                 found, work, padding, note = forward_alone(
                     bench, reader, bench.sequences, budget, mode, config.num_layers, options.seconds
                 )
@@ -334,7 +338,7 @@ def bench_model(bench: Bench, name: str, folder: Path) -> None:
                 bench, reader, bench.sequences, budget, mode, config.num_layers // 2, options.seconds
             )
             bench.say(f"{title}-half", "plmsae forward alone", half, note=f"{half / found:.2f} times full depth")
-    del reader
+    del reader, model
     free()
 
     wanted = min(int(best * options.stage_seconds), sum(map(len, bench.sequences)))
@@ -360,7 +364,7 @@ def main() -> int:
         help="default, any-length (both by default: kernels for one shape, and as the stage uses them), eager, "
         "max-autotune-no-cudagraphs, graph (the pass as one CUDA graph)",
     )
-    parser.add_argument("--attention", nargs="+", choices=("tiles", "flash"), default=["tiles"])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["own"], help="all ours, or fewer")
     parser.add_argument("--skip-peers", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement of the forward pass")

@@ -1,14 +1,16 @@
 """Reading layers of ESM-2 at the speed of the device: no logits, no splices, no gradients.
 
 The same model as `ESM2.forward`, cut between the attentions: what lies between two of them (output projection,
-feed-forward layer, the next block's LayerNorm, q, k, v and their rotation) is one function of the weights, so one
-compilation serves all blocks, takes seconds, and fuses across the block's edge. Attention itself is called as it is.
+feed-forward layer, the next block's LayerNorm, q, k, v and their rotation) is one function of the weights. On GPUs from
+sm90 on it is made of our kernels (`fused`); elsewhere it can be compiled: one compilation serves all blocks, takes seconds,
+and fuses across the block's edge. Attention itself is called as it is.
 Shape letters: T tokens of the pack, D residual width, F feed-forward width, H heads, Dh width of a head, L positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -102,6 +104,16 @@ def _let_vary(*tensors: Tensor) -> None:
         torch._dynamo.mark_dynamic(tensor, 0)
 
 
+def _fused(weight: Tensor) -> _Steps | None:
+    """Our kernels, where they run: in half precision, at widths whose rows begin at multiples of 16 bytes."""
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    if not (weight.is_cuda and half and weight.shape[-1] % 8 == 0 and find_spec("triton") is not None):
+        return None
+    from plmsae_cli.plm import fused
+
+    return _Steps(fused.project, fused.between, fused.feed) if fused.runs_on(weight.device) else None
+
+
 class Reader:
     """Reads layers of packs with a model that is on its device in its final dtype; shares its parameters."""
 
@@ -111,6 +123,12 @@ class Reader:
         self._blocks = [block_weights(cast(Block, block)) for block in model.layers]
         self._tables: dict[int, Tables] = {}
         self._compiled: dict[str | None, _Steps] = {}
+        self._fused = _fused(model.embed_tokens.weight)
+
+    @property
+    def fused(self) -> bool:
+        """Whether passes run by our kernels, so that there is nothing to compile."""
+        return self._fused is not None
 
     @torch.no_grad()
     def layers(
@@ -125,15 +143,15 @@ class Reader:
     ) -> Iterator[tuple[int, Tensor]]:
         """Layer k and its activations [T, D] for each k wanted, ascending, each as soon as its kernels are queued.
 
-        Blocks above the deepest are not run. With `compiled` the pack must have the same T as those before it, or
+        Blocks above the deepest are not run. With `compiled`, which says nothing where our kernels run, the pack must have the same T as those before it, or
         compilation begins anew, unless `any_length` has kernels made that take T as an argument; `mode` is
         torch.compile's. Documents are as for `ESM2.forward`; layers that the model has not are a ValueError.
         """
         num_layers, last = self.config.num_layers, max(wanted, default=-1)
         if not wanted or min(wanted) < 0 or last > num_layers:
             raise ValueError(f"layers {list(wanted)} asked of a model that has layers 0 to {num_layers}")
-        steps = self._steps(mode) if compiled else _EAGER
-        flexible = compiled and any_length
+        steps = self._fused or (self._steps(mode) if compiled else _EAGER)
+        flexible = compiled and any_length and not self.fused
         documents = documents.tiled(tokens_T.shape[0])
         document_T, position_T = documents.locate(tokens_T.shape[0])
         x_TD = self.model.embed(tokens_T.long(), documents, document_T)

@@ -91,7 +91,7 @@ def _finish_sorted(task: Task, context: Context, folder: str) -> Result:
 
 def _kernels(shards: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """What computed the shards: one value of each unless machines differed or memory ran out."""
-    names = ("compute", "attention", "compiled", "batch_tokens")
+    names = ("compute", "attention", "kernels", "batch_tokens")
     return {name: sorted({facts[name] for facts in shards if name in facts}) for name in names}
 
 

@@ -121,7 +121,7 @@ def write_shard(task: Task, context: Context) -> Mapping[str, Result]:
             "heldout_rows": sides[True].count,
             "compute": embedder.compute,
             "attention": embedder.attention,
-            "compiled": stream.compiled,
+            "kernels": stream.kernels,
             "batch_tokens": stream.budget,
             "figures": {**figures, "write_seconds": seconds},
         }

@@ -56,6 +56,11 @@ class Stream:
         self._begun, self._waited = time.monotonic(), embedder.transfer.wait_seconds
         self.deliveries: list[Future[None]] = []
 
+    @property
+    def kernels(self) -> str:
+        """What runs between the attentions: our kernels, torch.compile's, or PyTorch's own."""
+        return "fused" if self._embedder.fused else "compiled" if self.compiled else "eager"
+
     def settle(self) -> None:
         """Wait until all rows sent so far are delivered; raises what a delivery raised."""
         for delivery in self.deliveries:

@@ -56,7 +56,11 @@ CONFIGS = {
     "650M": ESM2Config(33, 1280, 20),
     "3B": ESM2Config(36, 2560, 40),
 }
-KERNELS = {"own": "", "attention": ", own attention, the rest compiled", "torch": ", torch's attention, the rest compiled"}
+KERNELS = {
+    "own": "",
+    "attention": ", own attention, the rest compiled",
+    "torch": ", torch's attention, the rest compiled",
+}
 END_TO_END_S = 25.0
 """Seconds that the measured stage is made to last, by the number of proteins."""
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from plmsae_cli.plm.reader import BlockWeights, QKV
+from plmsae_cli.plm.reader import QKV, BlockWeights
 from plmsae_cli.plm.rotary import Tables
 
 _ROWS, _COLUMNS, _DEPTH = 128, 256, 64

@@ -143,9 +143,10 @@ class Reader:
     ) -> Iterator[tuple[int, Tensor]]:
         """Layer k and its activations [T, D] for each k wanted, ascending, each as soon as its kernels are queued.
 
-        Blocks above the deepest are not run. With `compiled`, which says nothing where our kernels run, the pack must have the same T as those before it, or
-        compilation begins anew, unless `any_length` has kernels made that take T as an argument; `mode` is
-        torch.compile's. Documents are as for `ESM2.forward`; layers that the model has not are a ValueError.
+        Blocks above the deepest are not run. With `compiled` the pack must have the same T as those before it, or
+        compilation begins anew, unless `any_length` has kernels made that take T as an argument; `mode` is torch.compile's;
+        all three say nothing where our kernels run. Documents are as for `ESM2.forward`; layers that the model has not are a
+        ValueError.
         """
         num_layers, last = self.config.num_layers, max(wanted, default=-1)
         if not wanted or min(wanted) < 0 or last > num_layers:

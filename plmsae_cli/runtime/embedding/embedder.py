@@ -122,6 +122,11 @@ class Embedder:
     def reader(self) -> Reader | UNetReader:
         return UNetReader(self.model) if isinstance(self.model, UNet) else Reader(self.model)
 
+    @property
+    def fused(self) -> bool:
+        """Whether our own kernels run between the attentions."""
+        return isinstance(self.reader, Reader) and self.reader.fused
+
     @cached_property
     def transfer(self) -> Transfer:
         return transfer_for(self.device)

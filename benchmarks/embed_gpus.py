@@ -2,8 +2,9 @@
 
     python benchmarks/embed_gpus.py --fasta uniprot.fasta.gz --gpus 1 2 --folder /dev/shm --results benchmarks/results.jsonl
 
-ESM-2 650M with random weights. The first so many of the proteins are embedded by one GPU, and by all; then all proteins, a
-multiple, by all. Times are whole: processes begun, weights read, files written and synced.
+ESM-2 650M with random weights. A share of the proteins is embedded by one GPU and by all, whose rows must be the same; then all
+proteins, as many for each GPU, by all. The rate is that from each process's first row to its last, summed; the note has the
+time of the whole stage too, in which several processes first begin, import and read the weights.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from plmsae_cli.store.manifest import read_manifest
 from plmsae_cli.store.weights import save_model
 
 
-def embed(folder: Path, sequences: list[str], gpus: int) -> tuple[float, int, str]:
-    """Seconds of the stage, rows, and the sum that the manifest has of all rows."""
+def embed(folder: Path, sequences: list[str], gpus: int) -> tuple[float, dict[str, Any]]:
+    """Seconds of the stage, and its manifest."""
     fasta, root = folder / "sample.fasta", folder / "runs"
     fasta.write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(sequences)))
     experiment = Experiment.model_validate(
@@ -49,7 +50,7 @@ def embed(folder: Path, sequences: list[str], gpus: int) -> tuple[float, int, st
     manifest = read_manifest(Store(), Lineage(experiment, Store()).embed(33).folder)
     assert manifest is not None
     shutil.rmtree(root)
-    return done.stages["embed"], manifest["rows"] + manifest["heldout_rows"], manifest["row_sum"]
+    return done.stages["embed"], manifest
 
 
 def main() -> None:
@@ -74,11 +75,14 @@ def main() -> None:
         embed(folder, share[:500], most)  # kernels made
         base = 0.0
         for gpus in options.gpus:
-            again, rows, sums[gpus] = embed(folder, share, gpus)
-            seconds, rows = (again, rows) if gpus == 1 else embed(folder, sequences, gpus)[:2]
-            value = rows / seconds
+            seconds, manifest = embed(folder, share, gpus)
+            sums[gpus] = manifest["row_sum"]
+            if gpus > 1:
+                seconds, manifest = embed(folder, sequences, gpus)
+            rows = manifest["rows"] + manifest["heldout_rows"]
+            value = manifest["speed"]["residues_per_second"] * gpus
             base = base or value / gpus
-            note = f"{rows:,} residues in {seconds:.1f} s with all starts and files; {value / base:.2f} times one GPU's"
+            note = f"{rows:,} residues, {seconds:.1f} s with all starts and files; {value / base:.2f} times one GPU's"
             if gpus > 1:
                 note += (
                     "; rows those of one GPU, by their sum" if sums[gpus] == sums[1] else "; OTHER ROWS THAN ONE GPU'S"

@@ -85,9 +85,8 @@ def forecast(
     """
     name, number = present or ("NVIDIA H100", 1)
     gpu = known_gpu(name)
-    if gpu is None or not may_fuse(model, options):
+    if gpu is None or not isinstance(model, TopK) or not may_fuse(model, options):
         return {}
-    assert isinstance(model, TopK)
     shape = StepShape(options.batch_tokens, model.d, model.num_latents, model.k, state_bytes(options))
     said, fastest, own = [], 0.0, 0.0
     for gpus in sorted({1, number, 8}):

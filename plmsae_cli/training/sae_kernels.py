@@ -13,6 +13,7 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Train
 from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.dictionary import Dictionary
+from plmsae_cli.sae.jumprelu import JumpReLU
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.ranks import Ranks
 from plmsae_cli.sae.switch import Switch
@@ -20,7 +21,7 @@ from plmsae_cli.sae.topk import TopK
 
 MOST_ACTIVE = 512
 """Active latents a token for which a block of decoder rows fits every supported GPU's shared memory."""
-ALONE = (Switch,)
+ALONE = (JumpReLU, Switch)
 """Architectures that have the fused step on one GPU alone."""
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def why_no_kernels(model: Dictionary, options: Train) -> str | None:
     """What stands against the fused step on any GPU; None where nothing does."""
     if type(model) not in (TopK, MatryoshkaTopK, BatchTopK, MatryoshkaBatchTopK, *ALONE):
         return f"architecture: {options.autoencoder().architecture} has none"
+    if isinstance(model, JumpReLU) and model.penalty != "l0":
+        return f"penalty: {model.penalty}; it reaches latents that are not active"
     if isinstance(model, TopK) and model.k_start is not None:
         return "k_start changes k while training"
     if isinstance(model, BatchTopK) and model.selection == "local":
@@ -86,6 +89,7 @@ def fused_step(
     latents: bool,
 ) -> FusedStep | FusedLatentStep:
     """The fused step on these tensors, where `goes_fused`; `latents`: they are spread over ranks."""
+    from plmsae_cli.sae.fused.jump import FusedJumpStep
     from plmsae_cli.sae.fused.latents import FusedLatentStep
     from plmsae_cli.sae.fused.step import Batch, FusedStep
     from plmsae_cli.sae.fused.switch import FusedSwitchStep
@@ -94,6 +98,8 @@ def fused_step(
     batch = Batch(options.batch_tokens // ranks.world, mean_D, scale, window)
     adam = AdamOptions((options.betas[0], options.betas[1]), options.eps, max_norm)
     tensors = (parameters, state, ages_N, batch, adam, ranks)
+    if isinstance(model, JumpReLU):
+        return FusedJumpStep(model, *tensors)
     if isinstance(model, Switch):
         return FusedSwitchStep(model, *tensors)
     assert isinstance(model, TopK)

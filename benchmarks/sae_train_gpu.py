@@ -119,7 +119,7 @@ def main() -> None:
         rows_RD = synthetic(shape)
         data = Batches(rows_RD, shape.rows)
         dead = Dead(torch.zeros(shape.latents, dtype=torch.bool, device="cuda"), False)
-        times, peak = measure(partial(plmsae, shape, data, dead, "float32", kernels, kind), 0)
+        times, peak, _ = measure(partial(plmsae, shape, data, dead, "float32", kernels, kind), 0)
         alone = shape.rows / times[0] * 1e3
         del data
         tokens = int(alone * options.seconds) // shape.rows * shape.rows

@@ -155,6 +155,4 @@ class ThresholdEncoder:
         """Set `near_2N`, of the pairs in order of latent; `slope_P` in order of token."""
         n = len(self.theta_N)
         pairs = (offsets_N1, order_P, token_P, slope_P)
-        _near_sums[(n,)](
-            *pairs, self.scores_BN, self.theta_N, self.near_2N, n, self.half, NEAR_TILE, num_warps=1
-        )
+        _near_sums[(n,)](*pairs, self.scores_BN, self.theta_N, self.near_2N, n, self.half, NEAR_TILE, num_warps=1)

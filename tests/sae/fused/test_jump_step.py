@@ -28,7 +28,9 @@ def jumprelu(generator: torch.Generator, target: float | None) -> JumpReLU:
     return model
 
 
-def closed_form(step: FusedJumpStep, p: dict[str, Tensor], inputs_BD: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def closed_form(
+    step: FusedJumpStep, p: dict[str, Tensor], inputs_BD: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, L0 and gradients, by hand; which pairs are active and near is by the kernels' scores."""
     scores_BN = step._encode.scores_BN.double().cpu()
     theta_N = p["log_theta_N"].exp()

@@ -62,9 +62,7 @@ def test_a_step_is_the_formulas_and_the_plain_update(monkeypatch: pytest.MonkeyP
     batch = Batch(ROWS, torch.zeros(D, device=DEVICE), 0.5, 10**9)
     masters = {name: p.detach() for name, p in model.named_parameters()}
     half = {"w_enc_ND", "w_dec_ND", "b_enc_N"}
-    seen = {
-        name: (p.bfloat16() if name in half else p).double().cpu().requires_grad_() for name, p in masters.items()
-    }
+    seen = {name: (p.bfloat16() if name in half else p).double().cpu().requires_grad_() for name, p in masters.items()}
     ages_N = torch.zeros(N, dtype=torch.int64, device=DEVICE)
     step = FusedSwitchStep(model, masters, state, ages_N, batch, AdamOptions((0.9, 0.999), 6.25e-10, 0.01), Gang())
     figures = step(raw_BD, 0, 1e-2)
@@ -106,7 +104,8 @@ def test_experts_score_what_one_product_would(monkeypatch: pytest.MonkeyPatch) -
     generator = torch.Generator().manual_seed(0)
     rows, part = 37, 20
     x_BD, w_ND, b_N = (
-        torch.randint(-3, 4, shape, generator=generator).bfloat16().to(DEVICE) for shape in ((rows, 16), (60, 16), (60,))
+        torch.randint(-3, 4, shape, generator=generator).bfloat16().to(DEVICE)
+        for shape in ((rows, 16), (60, 16), (60,))
     )
     router_ED = torch.randn(3, 16, generator=generator).to(DEVICE)
     router_ED[1] = 0

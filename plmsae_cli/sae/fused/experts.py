@@ -207,7 +207,8 @@ class ExpertEncoder:
         _expert_scores[(len(expert_T), triton.cdiv(self._part, n))](
             x_BD, w_ND, b_N, self._order, expert_T, self._scores, self._part, x_BD.shape[1], TILE, n, 64, num_warps=4
         )
-        self._top.select(self._scores, 0, self._bases_B, self.probability_B)
+        for first in range(0, self._rows, self._top.tile):
+            self._top.select(self._scores[first : first + self._top.tile], first, self._bases_B, self.probability_B)
 
     def slopes(self, slope_P: Tensor, factor: float, balance_E: Tensor) -> tuple[Tensor, Tensor]:
         """Derivatives by the router's logits, bfloat16 [B, E], and their sum over tokens, float32 [E].

@@ -70,9 +70,7 @@ for kind, d, n, k, moments, ranks, step_kind in (
     (BatchTopK, 2560, 4096, 64, torch.float32, Gang(), FusedStep),
     (MatryoshkaBatchTopK, 80, 70_000, 200, torch.bfloat16, Second(), FusedStep),
     (lambda d, n, k: JumpReLU(d, n), 1280, 4096, 0, torch.float32, Gang(), FusedJumpStep),
-    (lambda d, n, k: JumpReLU(d, n), 80, 70_000, 0, torch.bfloat16, Gang(), FusedJumpStep),
-    (lambda d, n, k: Switch(d, n, k, 32), 768, 4096, 32, torch.float32, Gang(), FusedSwitchStep),
-    (lambda d, n, k: Switch(d, n, k, 4), 80, 70_000, 40, torch.bfloat16, Gang(), FusedSwitchStep),
+    (lambda d, n, k: Switch(d, n, k, 32), 768, 4096, 32, torch.bfloat16, Gang(), FusedSwitchStep),
 ):
     model = kind(d, n, k)
     state, masters = {}, Shard(model, ranks).parameters

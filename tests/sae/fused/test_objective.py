@@ -65,6 +65,25 @@ def test_what_is_saved_continues_bit_for_bit(architecture: str, monkeypatch: pyt
         assert torch.equal(tensor, resumed.tensors()[name]), name
 
 
+@pytest.mark.parametrize("architecture", ["jumprelu", "switch"])
+def test_own_parameters_are_saved_and_continue_bit_for_bit(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sae_kernels, "why_plain", lambda *_: None)
+    sae = {"jumprelu": {"target_l0": K, "theta_start": 0.5, "bandwidth": 0.5}, "switch": {"k": K, "num_experts": 4}}
+    options = {"sae": {"architecture": architecture, "num_latents": N, **sae[architecture]}, "moments": "bfloat16"}
+    whole = objective(**options)
+    whole.start(torch.randn(100, D, generator=torch.Generator().manual_seed(99)))
+    before = {name: tensor.clone() for name, tensor in whole.tensors().items()}
+    whole.step(0)
+    saved = {name: tensor.clone() for name, tensor in whole.tensors().items()}
+    resumed = objective(**options)
+    resumed.load(saved)
+    one, two = whole.step(1), resumed.step(1)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, resumed.tensors()[name]), name
+        assert name.startswith(("model.b_dec", "tokens")) or not torch.equal(tensor, before[name]), f"{name} is trained"
+
+
 def test_fused_kernels_that_cannot_be_had_are_refused_with_the_reason() -> None:
     with pytest.raises(UserError, match="optimizer: signum"):
         objective(optimizer="signum", kernels="fused")

@@ -14,7 +14,8 @@ from plmsae_cli.sae.fused.switch import FusedSwitchStep
 from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.sae.selection import top_k
 from plmsae_cli.sae.switch import Switch
-from plmsae_cli.training.optimizers import Adam, Group
+from plmsae_cli.training.optimizers import Group
+from plmsae_cli.training.optimizers.rounded_adam import RoundedAdam
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, K, E, ROWS = 48, 32, 4, 3, 20
@@ -56,7 +57,7 @@ def test_a_step_is_the_formulas_and_the_plain_update(monkeypatch: pytest.MonkeyP
     generator = torch.Generator().manual_seed(1)
     model, plain = switch(generator).to(DEVICE), Switch(D, N, K, E).to(DEVICE)
     plain.load_state_dict(model.state_dict())
-    optimizer = Adam([Group("sae", dict(plain.named_parameters()))], (0.9, 0.999), 6.25e-10)
+    optimizer = RoundedAdam([Group("sae", dict(plain.named_parameters()))], (0.9, 0.999), 6.25e-10)
     state = {name.removeprefix("sae."): tensor.clone() for name, tensor in optimizer.state_tensors().items()}
     raw_BD = torch.randn(ROWS, D, generator=generator).to(DEVICE) * 2
     batch = Batch(ROWS, torch.zeros(D, device=DEVICE), 0.5, 10**9)
@@ -94,7 +95,10 @@ def test_a_step_is_the_formulas_and_the_plain_update(monkeypatch: pytest.MonkeyP
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(masters[name], parameter.detach(), rtol=1e-3, atol=1e-3, msg=name)
     for name, tensor in optimizer.state_tensors().items():
-        torch.testing.assert_close(state[name.removeprefix("sae.")], tensor, rtol=0.02, atol=1e-7, msg=name)
+        ours_now = state[name.removeprefix("sae.")]
+        torch.testing.assert_close(ours_now, tensor, rtol=0.02, atol=1e-7, msg=name)
+        if "router" in name:  # rounded by the same hash
+            assert float((ours_now == tensor).float().mean()) > 0.95, name
 
 
 def test_experts_score_what_one_product_would(monkeypatch: pytest.MonkeyPatch) -> None:

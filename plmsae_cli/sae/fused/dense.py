@@ -18,6 +18,8 @@ TILE, STEP = 128, 64
 """Rows and columns of a program's part of a product, and the length of its steps."""
 TOGETHER = 8
 """Blocks of tokens whose programs run side by side, so that they read the same decoder rows from the cache."""
+PROGRAMS = 1056
+"""Few enough to end at once; each does its part of many tiles where there is work."""
 SUMS = 5
 """Over tokens, of each latent: slope, slope z, slope near theta, number near theta, number active."""
 LATENTS = 16
@@ -67,15 +69,15 @@ def _slopes_of_all(
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Slopes of active pairs, z in place of the scores, and this block's share of the sums over tokens."""
+    """Slopes of active pairs, z in place of the scores, and each block's share of the sums over tokens."""
     if tl.load(dense) > 0:
         columns = tl.cdiv(n, N)
-        together = tl.program_id(0) // (G * columns)
-        inside = tl.program_id(0) % (G * columns)
-        block = together * G + inside % G
-        row = block * M + tl.arange(0, M)
-        if block * M < rows:
+        blocks = tl.cdiv(rows, M)
+        for part in range(tl.program_id(0), tl.cdiv(blocks, G) * G * columns, tl.num_programs(0)):
+            inside = part % (G * columns)
+            block = part // (G * columns) * G + inside % G
             latent = (inside // G) * N + tl.arange(0, N)
+            row = block * M + tl.arange(0, M)
             here = row < rows
             known = latent < n
             of_row = row.to(tl.int64)[:, None]
@@ -92,12 +94,13 @@ def _slopes_of_all(
             at = of_row * n + latent[None, :]
             tl.store(slopes + at, slope.to(tl.bfloat16), mask=both)
             tl.store(scores + at, z.to(tl.bfloat16), mask=both)
-            to = sums + block.to(tl.int64) * (5 * n) + latent
-            tl.store(to, tl.sum(slope, 0), mask=known)
-            tl.store(to + n, tl.sum(slope * z, 0), mask=known)
-            tl.store(to + 2 * n, tl.sum(tl.where(near, total, 0.0), 0), mask=known)
-            tl.store(to + 3 * n, tl.sum(near.to(tl.float32), 0), mask=known)
-            tl.store(to + 4 * n, tl.sum(above.to(tl.float32), 0), mask=known)
+            to = sums + tl.cast(block, tl.int64) * (5 * n) + latent
+            counted = known & (block < blocks)
+            tl.store(to, tl.sum(slope, 0), mask=counted)
+            tl.store(to + n, tl.sum(slope * z, 0), mask=counted)
+            tl.store(to + 2 * n, tl.sum(tl.where(near, total, 0.0), 0), mask=counted)
+            tl.store(to + 3 * n, tl.sum(near.to(tl.float32), 0), mask=counted)
+            tl.store(to + 4 * n, tl.sum(above.to(tl.float32), 0), mask=counted)
 
 
 @triton.jit
@@ -106,19 +109,21 @@ def _weights_of_all(
 ):  # fmt: skip
     """out[i] = factor * sum over tokens: of_pairs[b, i] of_tokens[b]."""
     if tl.load(dense) > 0:
-        latent = tl.program_id(1) * N + tl.arange(0, N)
-        o = tl.program_id(0) * D + tl.arange(0, D)
-        known = latent < n
-        total = tl.zeros((N, D), tl.float32)
-        for first in range(0, rows, T):
-            row = first + tl.arange(0, T)
-            of_row = row.to(tl.int64)[:, None]
-            here = (row < rows)[:, None]
-            left = tl.load(of_pairs + of_row * n + latent[None, :], mask=here & known[None, :], other=0.0)
-            right = tl.load(of_tokens + of_row * d + o[None, :], mask=here & (o < d)[None, :], other=0.0)
-            total = tl.dot(tl.trans(left), right, total)
-        to = out + latent.to(tl.int64)[:, None] * d + o[None, :]
-        tl.store(to, (total * factor).to(tl.bfloat16), mask=known[:, None] & (o < d)[None, :])
+        across = tl.cdiv(d, D)
+        for part in range(tl.program_id(0), tl.cdiv(n, N) * across, tl.num_programs(0)):
+            latent = (part // across) * N + tl.arange(0, N)
+            o = (part % across) * D + tl.arange(0, D)
+            known = latent < n
+            total = tl.zeros((N, D), tl.float32)
+            for first in range(0, rows, T):
+                row = first + tl.arange(0, T)
+                of_row = row.to(tl.int64)[:, None]
+                here = (row < rows)[:, None]
+                left = tl.load(of_pairs + of_row * n + latent[None, :], mask=here & known[None, :], other=0.0)
+                right = tl.load(of_tokens + of_row * d + o[None, :], mask=here & (o < d)[None, :], other=0.0)
+                total = tl.dot(tl.trans(left), right, total)
+            to = out + latent.to(tl.int64)[:, None] * d + o[None, :]
+            tl.store(to, (total * factor).to(tl.bfloat16), mask=known[:, None] & (o < d)[None, :])
 
 
 @triton.jit
@@ -206,8 +211,8 @@ class DenseStep:
     ) -> None:
         """All that `WeightGradients.sum` and `ThresholdEncoder.sum_near` set; the scores become z."""
         (rows, d), n = x_BD.shape, len(w_dec_ND)
-        programs = triton.cdiv(self._blocks, TOGETHER) * TOGETHER * triton.cdiv(n, TILE)
-        _slopes_of_all[(programs,)](
+        parts = triton.cdiv(self._blocks, TOGETHER) * TOGETHER * triton.cdiv(n, TILE)
+        _slopes_of_all[(min(PROGRAMS, parts),)](
             encode.dense, residual_BGD, w_dec_ND, encode.scores_BN, encode.theta_N, self._slopes_BN, self._sums,
             rows, n, encode.half, d, TOGETHER, TILE, TILE, STEP, num_warps=8, num_stages=3,
         )  # fmt: skip
@@ -215,7 +220,7 @@ class DenseStep:
             (encode.scores_BN, residual_BGD, out.grad_dec_ND),
             (self._slopes_BN, x_BD, out.grad_enc_ND),
         ):
-            _weights_of_all[(triton.cdiv(d, TILE), triton.cdiv(n, TILE))](
+            _weights_of_all[(min(PROGRAMS, triton.cdiv(d, TILE) * triton.cdiv(n, TILE)),)](
                 encode.dense, of_pairs, of_tokens, matrix, rows, n, factor, d, TILE, TILE, STEP,
                 num_warps=8, num_stages=3,
             )  # fmt: skip

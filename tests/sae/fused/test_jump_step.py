@@ -63,6 +63,7 @@ def test_a_step_is_the_closed_form_and_the_plain_update(
     monkeypatch.setattr(jump, "capacity", lambda _: places)
     monkeypatch.setattr(dense, "TILE", 16)
     monkeypatch.setattr(dense, "STEP", 16)
+    monkeypatch.setattr(dense, "PROGRAMS", 4)
     generator = torch.Generator().manual_seed(1)
     model, plain = jumprelu(generator, target).to(DEVICE), JumpReLU(D, N, bandwidth=BANDWIDTH).to(DEVICE)
     plain.load_state_dict(model.state_dict())

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from plmsae_cli.sae.fused.step import FusedStep
 
 
-def why_no_kernels(model: Dictionary, options: Train) -> str | None:
-    """What stands against the fused step on any GPU; None where nothing does."""
+def why_no_kernels(model: Dictionary, options: Train, world: int) -> str | None:
+    """What stands against the fused step on any `world` GPUs; None where nothing does."""
     if type(model) not in (TopK, MatryoshkaTopK, BatchTopK, MatryoshkaBatchTopK, *ALONE):
         return f"architecture: {options.autoencoder().architecture} has none"
+    if world > 1 and isinstance(model, ALONE):
+        return f"architecture: {options.autoencoder().architecture} has it on one GPU alone"
     if isinstance(model, JumpReLU) and model.penalty != "l0":
         return f"penalty: {model.penalty}; it reaches latents that are not active"
     if isinstance(model, TopK) and model.k_start is not None:
@@ -50,11 +52,9 @@ def why_no_kernels(model: Dictionary, options: Train) -> str | None:
 
 def why_plain(model: Dictionary, options: Train, device: torch.device, compute: torch.dtype, world: int) -> str | None:
     """What stands against the fused step; None where nothing does."""
-    reason = why_no_kernels(model, options)
+    reason = why_no_kernels(model, options, world)
     if reason is not None:
         return reason
-    if world > 1 and isinstance(model, ALONE):
-        return f"architecture: {options.autoencoder().architecture} has it on one GPU alone"
     if device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
     if compute != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):

@@ -14,8 +14,8 @@ from torch import Tensor
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.threshold import ThresholdEncoder, above_and_near
 
-TILE, STEP = 128, 64
-"""Rows and columns of a program's part of a product, and the length of its steps."""
+TILE, WIDE, STEP = 128, 256, 64
+"""Rows and latents of a program's part of a product, its columns of d, and the length of its steps."""
 TOGETHER = 8
 """Blocks of tokens whose programs run side by side, so that they read the same decoder rows from the cache."""
 PROGRAMS = 1056
@@ -187,16 +187,16 @@ class DenseStep:
         self._blocks = triton.cdiv(rows, TILE)
         self._slopes_BN = torch.empty(rows, num_latents, dtype=torch.bfloat16, device=device)
         self._sums = torch.empty(self._blocks, SUMS, num_latents, device=device)
-        self._energy = torch.zeros(triton.cdiv(d, TILE), rows, device=device)
+        self._energy = torch.zeros(triton.cdiv(d, WIDE), rows, device=device)
 
     def decode(
         self, encode: ThresholdEncoder, x_BD: Tensor, w_dec_ND: Tensor, residual_BGD: Tensor, energy_2B: Tensor
     ) -> None:
         """Residuals and their squares, as `residual.residuals`."""
         (rows, d), n = x_BD.shape, len(w_dec_ND)
-        _decode_all[(triton.cdiv(d, TILE), self._blocks)](
+        _decode_all[(triton.cdiv(d, WIDE), self._blocks)](
             encode.dense, encode.scores_BN, encode.theta_N, w_dec_ND, x_BD, residual_BGD, self._energy, rows, n, d,
-            TILE, TILE, STEP, num_warps=8, num_stages=3,
+            TILE, WIDE, STEP, num_warps=8, num_stages=3,
         )  # fmt: skip
         energy_2B.copy_(torch.where(encode.dense > 0, self._energy.sum(0), energy_2B))
 
@@ -220,8 +220,8 @@ class DenseStep:
             (encode.scores_BN, residual_BGD, out.grad_dec_ND),
             (self._slopes_BN, x_BD, out.grad_enc_ND),
         ):
-            _weights_of_all[(min(PROGRAMS, triton.cdiv(d, TILE) * triton.cdiv(n, TILE)),)](
-                encode.dense, of_pairs, of_tokens, matrix, rows, n, factor, d, TILE, TILE, STEP,
+            _weights_of_all[(min(PROGRAMS, triton.cdiv(d, WIDE) * triton.cdiv(n, TILE)),)](
+                encode.dense, of_pairs, of_tokens, matrix, rows, n, factor, d, TILE, WIDE, STEP,
                 num_warps=8, num_stages=3,
             )  # fmt: skip
         _latent_sums[(triton.cdiv(n, LATENTS),)](

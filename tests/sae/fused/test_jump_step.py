@@ -62,6 +62,7 @@ def test_a_step_is_the_closed_form_and_the_plain_update(
 ) -> None:
     monkeypatch.setattr(jump, "capacity", lambda _: places)
     monkeypatch.setattr(dense, "TILE", 16)
+    monkeypatch.setattr(dense, "WIDE", 16)
     monkeypatch.setattr(dense, "STEP", 16)
     monkeypatch.setattr(dense, "PROGRAMS", 4)
     generator = torch.Generator().manual_seed(1)

@@ -17,7 +17,8 @@ from plmsae_cli.sae.fused.pairs import ActivePairs
 
 ROWS, SCORES = 4, 512
 """Tokens of a program, and scores of each that it reads at once."""
-NEAR_TILE = 128
+NEAR_TILE = 512
+"""Pairs of a latent that are read at once: some latents are active in most tokens."""
 
 
 @triton.jit
@@ -155,4 +156,4 @@ class ThresholdEncoder:
         """Set `near_2N`, of the pairs in order of latent; `slope_P` in order of token."""
         n = len(self.theta_N)
         pairs = (offsets_N1, order_P, token_P, slope_P)
-        _near_sums[(n,)](*pairs, self.scores_BN, self.theta_N, self.near_2N, n, self.half, NEAR_TILE, num_warps=1)
+        _near_sums[(n,)](*pairs, self.scores_BN, self.theta_N, self.near_2N, n, self.half, NEAR_TILE, num_warps=4)

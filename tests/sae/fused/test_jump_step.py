@@ -116,6 +116,11 @@ def test_a_step_is_the_closed_form_and_the_plain_update(
     fired_N = (scores[0].float() > step._encode.theta_N).any(0)
     assert torch.equal(ages_N == 0, fired_N)
 
+    before = {name: tensor.clone() for name, tensor in {**state, **masters}.items()}
+    raw_BD[3, 3] = torch.inf
+    assert not step(raw_BD, 1, 1e-2)["loss"].isfinite()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in {**state, **masters}.items()), "nothing changes"
+
 
 @pytest.mark.parametrize("spare", [0, -1], ids=["just-fits", "one-too-many"])
 def test_pairs_are_listed_if_all_have_a_place(spare: int) -> None:

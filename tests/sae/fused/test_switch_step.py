@@ -100,6 +100,11 @@ def test_a_step_is_the_formulas_and_the_plain_update(monkeypatch: pytest.MonkeyP
         if "router" in name:  # rounded by the same hash
             assert float((ours_now == tensor).float().mean()) > 0.95, name
 
+    before = {name: tensor.clone() for name, tensor in {**state, **masters}.items()}
+    raw_BD[3, 3] = torch.inf
+    assert not step(raw_BD, 1, 1e-2)["loss"].isfinite()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in {**state, **masters}.items()), "nothing changes"
+
 
 def test_experts_score_what_one_product_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small integers: products are exact, and tie often; one expert has no token."""

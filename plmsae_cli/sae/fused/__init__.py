@@ -1,4 +1,4 @@
-"""The training step of TopK's family, JumpReLU and Switch on CUDA: encoder by GEMM, the rest over active pairs, in Triton.
+"""The training step of the TopK family, JumpReLU and Switch on CUDA: encoder by GEMM, the rest over active pairs (Triton).
 
 `step.FusedStep` is what training calls, or its like in `jump`, `switch` and `latents`; each other file holds one part: kernels first, then the function that
 launches them. All of it computes what the model's `loss`, autograd, `project_gradients`, clipping, Adam and

@@ -34,6 +34,8 @@ from torch import Tensor
 from plmsae_cli.config.sae import SAE
 from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang
+from plmsae_cli.sae.dictionary import Dictionary
+from plmsae_cli.sae.jumprelu import JumpReLU
 from plmsae_cli.training.sae_objective import SAEObjective
 
 DEVICE = torch.device("cuda")
@@ -100,12 +102,17 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "plmsae Matryoshka": ("fused", {"architecture": "matryoshka_topk"}),
     "plmsae BatchTopK": ("fused", {"architecture": "batch_topk"}),
     "plmsae Matryoshka BatchTopK": ("fused", {"architecture": "matryoshka_batch_topk"}),
-    "plmsae JumpReLU": ("auto", {"architecture": "jumprelu"}),
+    "plmsae JumpReLU": ("fused", {"architecture": "jumprelu"}),
+    "plmsae JumpReLU at its start": ("fused", {"architecture": "jumprelu"}),
+    "plmsae JumpReLU (plain)": ("plain", {"architecture": "jumprelu"}),
     "plmsae ReLU + L1": ("auto", {"architecture": "relu_l1"}),
     "plmsae Gated": ("auto", {"architecture": "gated"}),
-    "plmsae Switch 32": ("auto", {"architecture": "switch", "num_experts": 32}),
+    "plmsae Switch 32": ("fused", {"architecture": "switch", "num_experts": 32}),
+    "plmsae Switch 32 (plain)": ("plain", {"architecture": "switch", "num_experts": 32}),
 }
 """Kernels and options of the other architectures."""
+AT_TARGET = ("plmsae JumpReLU", "plmsae JumpReLU (plain)")
+"""Whose thresholds are first set so that about k latents of a token are active, as training makes them."""
 
 
 def plmsae(
@@ -115,6 +122,7 @@ def plmsae(
     moments: str,
     kernels: str = "fused",
     kind: Mapping[str, Any] = MappingProxyType({}),
+    at_target: bool = False,
 ) -> Step:
     sae = {"architecture": "topk", "num_latents": shape.latents, "k": shape.k, **kind}
     if sae["architecture"] in ("jumprelu", "relu_l1", "gated"):
@@ -132,6 +140,8 @@ def plmsae(
     steps = 10**6
     objective = SAEObjective(options, data, data.mean_D, data.scale, steps, Gang(), DEVICE, torch.bfloat16)  # type: ignore[arg-type]
     objective.start(torch.cat(data.batches[:4]))
+    if at_target:
+        reach_target(objective.model, data.standardised(0), shape.k)
     ages_N = objective.tensors()["tokens_since_fired_N"]
 
     def step(index: int, rate: float) -> Any:
@@ -140,6 +150,15 @@ def plmsae(
         return objective.step(index)
 
     return step, lambda: list(objective.model.parameters())
+
+
+@torch.no_grad()
+def reach_target(model: Dictionary, x_BD: Tensor, k: int) -> None:
+    """One threshold for all latents, which k scores a token reach on average."""
+    assert isinstance(model, JumpReLU)
+    x_BD = x_BD[:1024]
+    scores_BN = (x_BD - model.b_dec_D) @ model.w_enc_ND.T + model.b_enc_N
+    model.log_theta_N.fill_(scores_BN.flatten().topk(k * len(x_BD)).values[-1].log())
 
 
 def sparsify(shape: Shape, data: Batches, dead: Dead) -> Step:
@@ -278,8 +297,8 @@ def _import(project: str | None, package: str, *names: str) -> list[ModuleType]:
     return [importlib.import_module(f"{package}.{name}") for name in names]
 
 
-def measure(make: Callable[[], Step], settle: int) -> tuple[list[float], float]:
-    """Milliseconds of a step in a row and of each timed step alone in order of size; GiB at the peak of a step."""
+def measure(make: Callable[[], Step], settle: int) -> tuple[list[float], float, str]:
+    """Milliseconds of a step in a row and of each timed step alone in order of size; GiB at the peak of a step; L0 at the end."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -300,10 +319,12 @@ def measure(make: Callable[[], Step], settle: int) -> tuple[list[float], float]:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for index in range(TIMED):
-        step(settle + WARM + TIMED + index, RATE)
+        seen = step(settle + WARM + TIMED + index, RATE)
     end.record()
     torch.cuda.synchronize()
-    return [begin.elapsed_time(end) / TIMED, *sorted(times)], (torch.cuda.max_memory_allocated() - before) / 2**30
+    l0 = f"; L0 {float(seen['l0']):.1f}" if isinstance(seen, Mapping) else ""
+    times = [begin.elapsed_time(end) / TIMED, *sorted(times)]
+    return times, (torch.cuda.max_memory_allocated() - before) / 2**30, l0
 
 
 def main() -> None:
@@ -339,7 +360,10 @@ def main() -> None:
                 ("limit (encoder GEMM + Adam)", "bf16 product, torch's fused Adam", limit, ()),
             ]
             if options.architectures:
-                sides += [(who, f"{k} kernels", plmsae, ("float32", k, kind)) for who, (k, kind) in OTHERS.items()]
+                sides += [
+                    (who, f"{k} kernels", plmsae, ("float32", k, kind, who in AT_TARGET))
+                    for who, (k, kind) in OTHERS.items()
+                ]
             if not options.only_ours:
                 sides += [
                     ("plmsae (plain twin)", "the same step by autograd, bf16 autocast", plmsae, ("float32", "plain")),
@@ -351,14 +375,14 @@ def main() -> None:
             for who, note, make, arguments in sides:
                 try:
                     settle = options.settle if options.model else 0
-                    times, peak = measure(lambda make=make, a=arguments: make(shape, data, dead, *a), settle)  # noqa: B023
+                    times, peak, l0 = measure(lambda make=make, a=arguments: make(shape, data, dead, *a), settle)  # noqa: B023
                 except Exception as error:
                     print(f"{shape.name} dead {percent} % {who}: failed: {error!r:.200}", flush=True)
                     continue
                 burst, median = times[0], times[1:][TIMED // 2]
                 print(
                     f"{shape.name} dead {percent:2} % {who:28} {median:7.3f} ms alone {burst:7.3f} ms in a row "
-                    f"{shape.rows / burst * 1e3:12,.0f} tok/s  peak {peak:.2f} GiB",
+                    f"{shape.rows / burst * 1e3:12,.0f} tok/s  peak {peak:.2f} GiB{l0}",
                     flush=True,
                 )
                 if options.results:
@@ -369,7 +393,7 @@ def main() -> None:
                         "unit": "tokens/s",
                         **common,
                         "note": f"{note}; B {shape.rows}, d {shape.d}, n {shape.latents}, k {shape.k}; {burst:.3f} ms a step "
-                        f"in a row, {median:.3f} ms alone; peak {peak:.2f} GiB",
+                        f"in a row, {median:.3f} ms alone; peak {peak:.2f} GiB{l0}",
                     }
                     add(options.results, [line])
 

@@ -75,8 +75,8 @@ class Train(Section):
     compute: Annotated[Auto | Literal["float32", "bfloat16"], SCIENCE] = "auto"
     """Arithmetic of the forward and backward; masters are float32. `auto` is bfloat16 on GPUs that have it."""
     kernels: Literal["auto", "fused", "plain"] = "auto"
-    """The training step of an SAE: `fused` CUDA kernels (TopK, BatchTopK and their Matryoshkas with Adam in
-    bfloat16), `plain` PyTorch, or the fused one where it can be."""
+    """The training step of an SAE: `fused` CUDA kernels (TopK, BatchTopK and their Matryoshkas, on one GPU also
+    JumpReLU with `penalty: l0` and Switch, with Adam in bfloat16), `plain` PyTorch, or the fused one where it can be."""
     parallel: Literal["auto", "data", "latents"] = "auto"
     """How several ranks share an SAE: `data`, the tokens of a batch; `latents`, the dictionary (TopK and its Matryoshka),
     which sends activations instead of gradients; `auto` is `data` unless kernels are fused and `latents` sends at most a

@@ -110,7 +110,8 @@ def _owners(experiment: Experiment, model: Dictionary) -> int:
 
     train = experiment.train
     assert train is not None
-    return ranks(experiment) if count_gpus(experiment.launch) > 0 and may_fuse(model, train) else 1
+    world = ranks(experiment)
+    return world if count_gpus(experiment.launch) > 0 and may_fuse(model, train, world) else 1
 
 
 def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, str | float]:

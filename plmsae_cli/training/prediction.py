@@ -65,9 +65,9 @@ def state_bytes(options: Train) -> int:
     return 8 if options.optimizer == "adam" and options.moments == "float32" else 4
 
 
-def may_fuse(model: Dictionary, options: Train) -> bool:
-    """Whether a GPU that has the fused kernels trains it by them, as far as can be said without one."""
-    return options.kernels != "plain" and why_no_kernels(model, options) is None
+def may_fuse(model: Dictionary, options: Train, gpus: int) -> bool:
+    """Whether that many GPUs that have the fused kernels train it by them, as far as can be said without one."""
+    return options.kernels != "plain" and why_no_kernels(model, options, gpus) is None
 
 
 def forecast(
@@ -85,9 +85,8 @@ def forecast(
     """
     name, number = present or ("NVIDIA H100", 1)
     gpu = known_gpu(name)
-    if gpu is None or not may_fuse(model, options):
+    if gpu is None or not isinstance(model, TopK) or not may_fuse(model, options, number):
         return {}
-    assert isinstance(model, TopK)
     shape = StepShape(options.batch_tokens, model.d, model.num_latents, model.k, state_bytes(options))
     said, fastest, own = [], 0.0, 0.0
     for gpus in sorted({1, number, 8}):

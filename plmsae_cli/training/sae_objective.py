@@ -73,7 +73,7 @@ class SAEObjective:
         self._raw = None if quantiser is None else quantiser.to(device)
         self._standard = None if self._raw is None else self._raw.folded(self._mean_D, scale)
         self._total_steps = total_steps
-        fused = goes_fused(self.model, options, device, compute)
+        fused = goes_fused(self.model, options, device, compute, gang.world)
         self.sharing = sharing(self.model, options, gang.world, fused)
         """What ranks share: `data` or `latents`."""
         spread = gang.world > 1 and (fused or self.sharing == "latents")

@@ -1,4 +1,4 @@
-"""The update's kernel: clip, projection, Adam, renormalisation and bfloat16 copies of one latent a program."""
+"""The update's kernels: clip, projection, Adam, renormalisation and bfloat16 copies of one latent a program; Adam alone."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 from __future__ import annotations
@@ -140,3 +140,32 @@ def update_rows(
                 c, centre_avg, centre_sq, o, o, mask, gc, rate, correction, beta1, beta2, rest1, rest2, eps, step, 6
             )
             tl.store(centre + o, c, mask=mask)
+
+
+@triton.jit
+def update_flat(
+    value,
+    average,
+    square,
+    grad,
+    scalars,
+    size,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    eps,
+    FIRST: tl.constexpr,
+    T: tl.constexpr,
+):
+    """A parameter without bfloat16 copy and without norm."""
+    if tl.load(scalars + 3) > 0:
+        o = tl.program_id(0) * T + tl.arange(0, T)
+        mask = o < size
+        w = tl.load(value + o, mask=mask, other=0.0)
+        slope = tl.load(grad + o, mask=mask, other=0.0) * tl.load(scalars + 2)
+        w = _adam(
+            w, average, square, o, o, mask, slope, tl.load(scalars), tl.load(scalars + 1), beta1, beta2, rest1, rest2,
+            eps, tl.load(scalars + 4).to(tl.int32), FIRST,
+        )  # fmt: skip
+        tl.store(value + o, w, mask=mask)

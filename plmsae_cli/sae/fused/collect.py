@@ -30,6 +30,7 @@ def collect(
     grad_b_parts,
     grad_b_dec,
     aux,
+    more_squares,
     partial,
     n,
     own_first,
@@ -87,7 +88,8 @@ def collect(
         full += tl.load(energy + rows + row, mask=mask, other=0.0)
         inputs += tl.load(input_square + row, mask=mask, other=0.0)
     out = partial + tl.program_id(0) * 8
-    tl.store(out, tl.sum(squares, 0))
+    more = tl.where(tl.program_id(0) == 0, tl.load(more_squares), 0.0)
+    tl.store(out, tl.sum(squares, 0) + more)
     tl.store(out + 1, tl.sum(nested, 0))
     tl.store(out + 2, tl.sum(full, 0))
     tl.store(out + 3, tl.sum(inputs, 0))
@@ -113,7 +115,7 @@ def finish(
     per_token,
     per_latent,
     share,
-    aux_coefficient,
+    aux_weight,
     norm_unit,
     CLIP: tl.constexpr,
     P: tl.constexpr,
@@ -138,7 +140,7 @@ def finish(
     tl.store(scalars + 4, t)
     nested = tl.sum(tl.load(partial + o * 8 + 1), 0) * per_error
     aux_share = tl.sum(tl.load(partial + o * 8 + 6), 0) * share
-    tl.store(figures, nested + aux_coefficient * aux_share)
+    tl.store(figures, nested + tl.load(aux_weight) * aux_share)
     tl.store(figures + 1, nested)
     tl.store(figures + 2, aux_share)
     tl.store(figures + 3, tl.sum(tl.load(partial + o * 8 + 2), 0) / tl.sum(tl.load(partial + o * 8 + 3), 0) * share)

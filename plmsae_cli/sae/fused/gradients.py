@@ -54,32 +54,33 @@ class WeightGradients:
         self.counts_N = torch.zeros(num_latents, dtype=torch.int32, device=device)
         self.touched_N = torch.zeros(num_latents, dtype=torch.int32, device=device)
         self.grad_b_SD = torch.zeros(SPLITS, d, device=device)
-        self._token_P = torch.empty(pairs, dtype=torch.int32, device=device)
+        self.token_P = torch.empty(pairs, dtype=torch.int32, device=device)
         self._act_P = torch.empty(pairs, device=device)
         self._slope_P = torch.empty(pairs, device=device)
+        self._along_P = torch.empty(pairs, device=device)
         self._latents_N1 = torch.arange(num_latents + 1, dtype=torch.int32, device=device)
-        self._offsets_N1 = torch.empty_like(self._latents_N1)
+        self.offsets_N1 = torch.empty_like(self._latents_N1)
         self._partial = torch.empty(triton.cdiv(pairs, CHUNK), 2, d, device=device)
         self._sorted_P: Tensor | None = None
         self._shift = 0
-        self._order_P = torch.empty(pairs, dtype=torch.int64, device=device)
+        self.order_P = torch.empty(pairs, dtype=torch.int64, device=device)
 
     def order(self, active: ActivePairs) -> None:
         """Find the order of the pairs by latent, then token."""
         if self._sorted_P is None:
             self._sorted_P = torch.empty_like(active.sort_keys_P)
-        torch.sort(active.sort_keys_P, stable=True, out=(self._sorted_P, self._order_P))
+        torch.sort(active.sort_keys_P, stable=True, out=(self._sorted_P, self.order_P))
         wanted_N1 = (self._latents_N1 - active.shift).to(self._sorted_P.dtype)
-        torch.searchsorted(self._sorted_P, wanted_N1, out_int32=True, out=self._offsets_N1)
+        torch.searchsorted(self._sorted_P, wanted_N1, out_int32=True, out=self.offsets_N1)
         self._shift = active.shift
 
-    def permute(self, active: ActivePairs, slope_P: Tensor) -> None:
-        """Bring the pairs into that order."""
-        pairs, ragged = len(self._order_P), active.token_P is not None
-        sorted_ = (self._token_P, self._act_P, self._slope_P)
+    def permute(self, active: ActivePairs, slope_P: Tensor, weight_B: Tensor | None = None) -> None:
+        """Bring the pairs into that order; with `weight_B`, activations are the encoder's times their token's weight."""
+        pairs, ragged = len(self.order_P), active.token_P is not None
+        sorted_ = (self.token_P, self._act_P, self._slope_P, self._along_P)
         pair_sums.permute[(triton.cdiv(pairs, PAIRS_A_PROGRAM),)](
-            self._order_P, active.acts_P, slope_P, active.token_P, *sorted_,
-            pairs, pairs // self._shape[0], ragged, PAIRS_A_PROGRAM,
+            self.order_P, active.acts_P, slope_P, active.token_P, weight_B, *sorted_,
+            pairs, pairs // self._shape[0], ragged, weight_B is not None, PAIRS_A_PROGRAM,
         )  # fmt: skip
 
     def sum(
@@ -90,16 +91,19 @@ class WeightGradients:
         Of one matrix or of both; what belongs to neither comes with the decoder's. Apart, there are no squares.
         """
         _, n, d = self._shape
-        pair_data = (self._token_P, self._act_P, self._slope_P, x_BD, residual_BGD, self.prefixes_G, self._partial)
+        of_pairs = (self.token_P, self._act_P, self._slope_P)
+        of_tokens = (x_BD, residual_BGD, self.prefixes_G, self._partial)
         tiles = len(self.square_SN)
         sizes = (CHUNK, residual_BGD.shape[1], decoder, encoder, UNROLL, self._tile)
         warps = max(1, self._tile // 256)  # a warp then holds whole rows: no sum crosses warps
         pair_sums.long[(len(self._partial), tiles)](
-            self._offsets_N1, self._sorted_P, *pair_data, self._shift, n, d, *sizes, num_warps=warps
+            self.offsets_N1, self._sorted_P, *of_pairs, *of_tokens, self._shift, n, d, *sizes, num_warps=warps
         )
         pair_sums.gradients[(n, tiles)](
-            self._offsets_N1,
-            *pair_data,
+            self.offsets_N1,
+            *of_pairs,
+            self._along_P,
+            *of_tokens,
             self.grad_dec_ND,
             self.grad_enc_ND,
             self.grad_b_N,

@@ -52,6 +52,7 @@ class FusedLatentStep:
         groups = self._groups = len(prefixes_G)
         self._factor = -2.0 / (groups * whole * d)
         self._update = Update(parameters, state, adam, own, others=False)
+        self._update.aux_weight.fill_(model.aux_coefficient)
         self._k = min(model.k, n)
         self._encode = TopKEncoder(whole, n, self._k, device)
         self._gradients = WeightGradients(whole, n, d, whole * self._k, self._prefixes_G, device)
@@ -224,5 +225,5 @@ class FusedLatentStep:
 
     def _finish(self, places: int) -> None:
         grads = self._gradients
-        self._update.finish(self._model.aux_coefficient, self._groups, self._global_rows, self._ranks.world)
+        self._update.finish(self._groups, self._global_rows, self._ranks.world)
         self._update.apply(grads.touched_N, grads.grad_enc_ND, grads.grad_dec_ND, grads.grad_b_N)

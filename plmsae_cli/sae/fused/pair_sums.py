@@ -11,15 +11,33 @@ from plmsae_cli.sae.fused.residual import group_of
 
 @triton.jit
 def permute(
-    order, acts, slope, tokens, token, act_sorted, slope_sorted, pairs, k, RAGGED: tl.constexpr, TILE: tl.constexpr
+    order,
+    acts,
+    slope,
+    tokens,
+    weights,
+    token,
+    act_sorted,
+    slope_sorted,
+    along_sorted,
+    pairs,
+    k,
+    RAGGED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     p = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = p < pairs
     source = tl.load(order + p, mask=mask, other=0)
     row = tl.load(tokens + source, mask=mask, other=0) if RAGGED else (source // k).to(tl.int32)
     tl.store(token + p, row, mask=mask)
-    tl.store(act_sorted + p, tl.load(acts + source, mask=mask), mask=mask)
-    tl.store(slope_sorted + p, tl.load(slope + source, mask=mask), mask=mask)
+    act = tl.load(acts + source, mask=mask, other=0.0)
+    by_act = tl.where(act > 0, tl.load(slope + source, mask=mask, other=0.0), 0.0)
+    tl.store(act_sorted + p, act, mask=mask)
+    tl.store(along_sorted + p, by_act * act, mask=mask)
+    if WEIGHTED:  # the activation is so many times the encoder's
+        by_act *= tl.load(weights + row, mask=mask, other=0.0)
+    tl.store(slope_sorted + p, by_act, mask=mask)
 
 
 @triton.jit
@@ -103,6 +121,7 @@ def gradients(
     token,
     act,
     slope,
+    along_sorted,
     x,
     residual,
     prefixes,
@@ -160,14 +179,16 @@ def gradients(
     if DEC and part == 0:
         bias = 0.0
         parallel = 0.0
+        fired = 0
         for start in range(begin, end, 128):
             p = start + tl.arange(0, 128)
             s = tl.load(slope + p, mask=p < end, other=0.0)
             bias += tl.sum(s, 0)
-            parallel += tl.sum(s * tl.load(act + p, mask=p < end, other=0.0), 0)
+            parallel += tl.sum(tl.load(along_sorted + p, mask=p < end, other=0.0), 0)
+            fired += tl.sum((tl.load(act + p, mask=p < end, other=0.0) > 0).to(tl.int32), 0)
         tl.store(grad_b + latent, bias * factor)
         tl.store(along + latent, parallel * factor)
-        tl.store(counts + latent, count)
+        tl.store(counts + latent, fired)
         tl.store(touched + latent, (count > 0).to(tl.int32))
 
 

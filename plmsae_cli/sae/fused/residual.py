@@ -58,6 +58,12 @@ def of_own_group(slopes, prefix, group):
 
 
 @triton.jit
+def reads(act, pair, end, LISTED: tl.constexpr):
+    """Whether a pair's decoder row is read: it is active, or all that is listed has a slope."""
+    return pair < end if LISTED else act > 0
+
+
+@triton.jit
 def _residual(
     x,
     w,
@@ -73,6 +79,7 @@ def _residual(
     rows,
     more_than,
     RAGGED: tl.constexpr,
+    LISTED: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -89,7 +96,7 @@ def _residual(
         end = begin + k
     pair = begin + tl.arange(0, K)
     act, latent, group = load_pairs(acts, indices, prefixes, pair, end, G)
-    active = act > 0
+    active = reads(act, pair, end, LISTED)
     rows_of_w = w + latent.to(tl.int64)[:, None] * d
     # Tensor cores want 16 rows: the nested groups, and zeros.
     prefix = tl.arange(0, PLACES)
@@ -134,6 +141,7 @@ def _residual_of_many(
     d: tl.constexpr,
     rows,
     more_than,
+    LISTED: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -173,17 +181,18 @@ def _residual_of_many(
     for first in range(begin, end, K):
         pair = first + tl.arange(0, K)
         act, latent, group = load_pairs(acts, indices, prefixes, pair, end, G)
+        active = reads(act, pair, end, LISTED)
         slopes = tl.zeros((K, PLACES), tl.float32)
         for start in range(0, d, D):
             o = start + tl.arange(0, D)
             mask = o < d
-            here = (act > 0)[:, None] & mask[None, :]
+            here = active[:, None] & mask[None, :]
             weights = tl.load(w + latent.to(tl.int64)[:, None] * d + o[None, :], mask=here, other=0.0)
             places = residual + (row * G + prefix[:, None]) * d + o[None, :]
             error = tl.load(places, mask=mask[None, :] & (prefix[:, None] < G), other=0.0)
             slopes = tl.dot(weights, tl.trans(error), slopes)
         own = of_own_group(slopes, prefix, group)
-        tl.store(slope + pair, tl.where(act > 0, own, 0.0), mask=pair < end)
+        tl.store(slope + pair, tl.where(active, own, 0.0), mask=pair < end)
 
 
 def centre(raw_BD: Tensor, mean_D: Tensor, scale: float, b_dec_D: Tensor, x_BD: Tensor, square_B: Tensor) -> None:
@@ -203,11 +212,16 @@ def residuals(
     slope_P: Tensor,
     energy_2B: Tensor,
     most_held: int = MOST_HELD,
+    smallest: int | None = None,
+    listed: bool = False,
 ) -> None:
     """Decode and differentiate with one read of the decoder's rows.
 
     With r_g = x - sum_{i < m_g} z_i W_dec,i: `residual_BGD`[b, h] = sum_{g >= h} r_g; `slope_P` = <residual of the
     latent's group, W_dec,i>, which is dL/dz over -2, 0 where z is; `energy_2B` = sum_g ||r_g||^2 and ||r_G||^2.
+
+    `smallest`: pairs of a token in the first launch, a power of two of 16 or more, where not their mean; `listed`: pairs
+    with activation 0 have a slope, too.
     """
     rows, d = x_BD.shape
     k, groups = len(pairs.acts_P) // rows, residual_BGD.shape[1]
@@ -215,14 +229,14 @@ def residuals(
     data = (x_BD, w_dec_ND, pairs.acts_P, pairs.indices_P, pairs.offsets_B1)
     out = (prefixes_G, residual_BGD, slope_P, energy_2B)
     # Tokens by how many pairs they have: a launch each, in which the other tokens' programs end at once.
-    smallest, more_than = pairs_held(k), -1
+    smallest, more_than = smallest or pairs_held(k), -1
     larger = [smallest << i for i in range(1, 4) if smallest << i <= most_held] if ragged else []
     for K in (smallest, *larger):
-        _residual[(rows,)](*data, *out, d, k, rows, more_than, ragged, groups, *tiles(K, groups), num_warps=1)
+        _residual[(rows,)](*data, *out, d, k, rows, more_than, ragged, listed, groups, *tiles(K, groups), num_warps=1)
         more_than = K
     if ragged:
         sizes = tiles(min(more_than, most_held), groups)
-        _residual_of_many[(rows,)](*data, *out, d, rows, more_than, groups, *sizes, num_warps=1)
+        _residual_of_many[(rows,)](*data, *out, d, rows, more_than, listed, groups, *sizes, num_warps=1)
 
 
 def pairs_held(k: int) -> int:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from plmsae_cli.sae.batch_topk import BatchTopK
+from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.fused.aux import AuxK
 from plmsae_cli.sae.fused.batch_top_k import BatchTopKEncoder
 from plmsae_cli.sae.fused.collect import FIGURES
 from plmsae_cli.sae.fused.dead_bound import DeadBound
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.graphs import Graphs, launched
+from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.residual import centre, residuals
 from plmsae_cli.sae.fused.top_k import TopKEncoder
 from plmsae_cli.sae.fused.update import AdamOptions, Sums, Update
@@ -33,6 +36,16 @@ class Batch:
     """The input is (raw - mean) * scale."""
     window: int
     """Global tokens without firing after which a latent is dead."""
+
+
+class Encoder(Protocol):
+    """Finds the active pairs of a batch."""
+
+    @property
+    def pairs(self) -> ActivePairs: ...
+
+    def __call__(self, x_BD: Tensor, w_ND: Tensor, b_N: Tensor) -> None:
+        """Encode `x_BD` (bfloat16, already less b_dec); the result is in `pairs`."""
 
 
 class FusedStep:
@@ -54,7 +67,7 @@ class FusedStep:
 
     def __init__(
         self,
-        model: TopK,
+        model: Dictionary,
         parameters: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
         ages_N: Tensor,
@@ -66,24 +79,25 @@ class FusedStep:
         self._model, self._batch, self._ranks, self._ages_N = model, batch, ranks, ages_N
         self._b_dec_D = parameters["b_dec_D"]
         self._global_rows = rows * ranks.world
-        prefixes_G = torch.tensor(model.prefixes, dtype=torch.int32, device=device)
+        prefixes = model.prefixes if isinstance(model, TopK) else (n,)
+        prefixes_G = torch.tensor(prefixes, dtype=torch.int32, device=device)
         self._groups = len(prefixes_G)
         self._factor = -2.0 / (self._groups * self._global_rows * d)
         self._rows = Rows(n, ranks.rank, ranks.world)
         self._update = Update(parameters, state, adam, self._rows)
-        self._encode = (
-            BatchTopKEncoder(rows, n, model.k, device, ranks)
-            if isinstance(model, BatchTopK)
-            else TopKEncoder(rows, n, model.k, device)
-        )
+        self._encode = self._encoder()
         pairs = len(self._encode.pairs.acts_P)
         padded = self._rows.padded * ranks.world if ranks.world > 1 else None
         self._gradients = WeightGradients(rows, n, d, pairs, prefixes_G, device, padded)
-        self._aux = AuxK(model.k_aux, model.aux_coefficient, model.aux_fitted) if model.aux_coefficient else None
+        self._aux = None
+        if isinstance(model, TopK) and model.aux_coefficient:
+            self._aux = AuxK(model.k_aux, model.aux_coefficient, model.aux_fitted)
+            self._update.aux_weight.fill_(model.aux_coefficient)
         self.dead_bound = DeadBound(ages_N, batch.window, self._global_rows)
         self._x_BD = torch.empty(rows, d, dtype=torch.bfloat16, device=device)
         self._residual_BGD = torch.empty(rows, self._groups, d, dtype=torch.bfloat16, device=device)
         self._slope_P = torch.zeros(pairs, device=device)
+        self._weight_B: Tensor | None = None
         self._l0_std = torch.zeros((), device=device)
         self._energy_2B = torch.empty(2, rows, device=device)
         self._square_B = torch.empty(rows, device=device)
@@ -97,6 +111,13 @@ class FusedStep:
             self._vectors = torch.zeros(3 * n + d, device=device)  # gradients of b_enc, along rows, counts, b_dec
             self._touched_P = torch.ones(self._rows.num, dtype=torch.int32, device=device)
             self._gather("w_enc_ND", "b_enc_N", "w_dec_ND")
+
+    def _encoder(self) -> Encoder:
+        model, rows, device = self._model, self._batch.rows, self._ages_N.device
+        assert isinstance(model, TopK)
+        if isinstance(model, BatchTopK):
+            return BatchTopKEncoder(rows, model.num_latents, model.k, device, self._ranks)
+        return TopKEncoder(rows, model.num_latents, model.k, device)
 
     def copy_parameters(self) -> None:
         """To be called, by all ranks, after the parameters were set from outside."""
@@ -127,6 +148,7 @@ class FusedStep:
         self._errors(places)
         self._half_gradients(places, decoder=True, encoder=True)
         self._centre_gradient()
+        self._own_gradients()
         g = self._gradients
         self._collect(places, g.square_SN, g.along_N, g.grad_b_N, g.counts_N, g.grad_b_SD)
         self._finish()
@@ -191,7 +213,7 @@ class FusedStep:
         grads, x_BD, residual_BGD = self._gradients, self._x_BD, self._residual_BGD
         if decoder:
             grads.order(self._encode.pairs)
-            grads.permute(self._encode.pairs, self._slope_P)
+            grads.permute(self._encode.pairs, self._slope_P, self._weight_B)
         grads.sum(x_BD, residual_BGD, self._factor, decoder, encoder)
         if self._aux is not None and places:
             if decoder:
@@ -199,6 +221,9 @@ class FusedStep:
                 aux = self._aux.differentiate(dead_N, x_BD, residual_BGD[:, -1], *self._products_3.unbind())
                 self._aux_loss.copy_(aux)
             self._aux.add(self._update.w_dec_ND, grads, decoder, encoder)
+
+    def _own_gradients(self) -> None:
+        """Those of parameters that only this architecture has: none here."""
 
     def _centre_gradient(self) -> None:
         self._gradients.of_decoder_bias(self._residual_BGD, self._update.w_enc_ND, self._factor)
@@ -222,13 +247,13 @@ class FusedStep:
     def _collect(
         self, places: int, square_SP: Tensor, along_N: Tensor, grad_b_N: Tensor, counts_N: Tensor, grad_b_SD: Tensor
     ) -> None:
-        aux = self._aux_loss if places else self._no_aux
+        aux = self._no_aux if self._aux is not None and not places else self._aux_loss
         sums = Sums(square_SP, along_N, grad_b_N, counts_N, grad_b_SD, self._energy_2B, self._square_B, aux)
         centre_here = self._ranks.rank == 0
         self._update.collect(sums, self._ages_N, self._batch.window, self._global_rows, centre_here)
 
     def _finish(self) -> None:
-        self._update.finish(self._model.aux_coefficient, self._groups, self._global_rows, self._ranks.world)
+        self._update.finish(self._groups, self._global_rows, self._ranks.world)
 
     def _update_encoder(self, places: int) -> None:
         self._finish()

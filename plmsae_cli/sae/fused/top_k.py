@@ -59,11 +59,15 @@ def _select(
     acts,
     indices,
     sort_keys,
+    bases,
+    weights,
     first,
     n,
     groups,
     k,
+    nothing,
     shift,
+    PART: tl.constexpr,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
     K: tl.constexpr,
@@ -86,9 +90,13 @@ def _select(
     latent = tl.reshape(latent, (K * MEMBERS,))
     chosen, place, low = _choose(keys, k, low)
     out = (first + row) * k + place
-    tl.store(acts + out, (keys << 16).to(tl.float32, bitcast=True), mask=chosen)
+    act = (keys << 16).to(tl.float32, bitcast=True)
+    if PART:
+        latent += tl.load(bases + first + row)
+        act = (act * tl.load(weights + first + row)).to(tl.bfloat16).to(tl.float32)
+    tl.store(acts + out, act, mask=chosen)
     tl.store(indices + out, latent, mask=chosen)
-    tl.store(sort_keys + out, (tl.where(keys > 0, latent, n) - shift).to(sort_keys.dtype.element_ty), mask=chosen)
+    tl.store(sort_keys + out, (tl.where(keys > 0, latent, nothing) - shift).to(sort_keys.dtype.element_ty), mask=chosen)
 
 
 def members_of_group(num_latents: int, k: int) -> int:
@@ -110,13 +118,14 @@ class TopKEncoder:
     `acts_BK` and `indices_BK` are it, too. The scores are bfloat16; k-th places tie often among them and go to the lowest latent.
     """
 
-    def __init__(self, rows: int, num_latents: int, k: int, device: torch.device) -> None:
-        self.k, self.num_latents = k, num_latents
+    def __init__(self, rows: int, num_latents: int, k: int, device: torch.device, whole: int | None = None) -> None:
+        """`whole`: latents of the dictionary, where those scored are some of them, other ones for every token."""
+        self.k, self.num_latents, self._whole = k, num_latents, whole or num_latents
         self.members = members_of_group(num_latents, k)
         self.groups = triton.cdiv(num_latents, self.members)
         tiles = triton.cdiv(rows * num_latents, TILE_SCORES)
         self.tile = triton.cdiv(triton.cdiv(rows, tiles), 128) * 128
-        self.pairs = ActivePairs.places(rows * k, num_latents, device)
+        self.pairs = ActivePairs.places(rows * k, self._whole, device)
         self.acts_BK = self.pairs.acts_P.view(rows, k)
         self.indices_BK = self.pairs.indices_P.view(rows, k)
         self._scores_TN = torch.empty(self.tile, num_latents, dtype=torch.bfloat16, device=device)
@@ -132,8 +141,13 @@ class TopKEncoder:
             torch.addmm(b_N, x_BD[first : first + rows], w_ND.t(), out=scores_TN)
             self.select(scores_TN, first)
 
-    def select(self, scores_TN: Tensor, first: int) -> None:
-        """The top k of each row, as rows `first`... of the result."""
+    def select(
+        self, scores_TN: Tensor, first: int, bases_B: Tensor | None = None, weights_B: Tensor | None = None
+    ) -> None:
+        """The top k of each row, as rows `first`... of the result.
+
+        `bases_B` (int32): the latent that is a token's first; `weights_B`: what its activations are multiplied by.
+        """
         rows, keys = len(scores_TN), scores_TN.view(torch.int16)
         maxima_of_groups(keys, self._maxima, self.members)
         GROUPS = max(triton.next_power_of_2(self.groups), self._K)
@@ -144,11 +158,15 @@ class TopKEncoder:
             self.pairs.acts_P,
             self.pairs.indices_P,
             self.pairs.sort_keys_P,
+            bases_B,
+            weights_B,
             first,
             self.num_latents,
             self.groups,
             self.k,
+            self._whole,
             self.pairs.shift,
+            bases_B is not None,
             GROUPS,
             self.members,
             self._K,

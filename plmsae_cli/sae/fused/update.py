@@ -11,12 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
-from plmsae_cli.sae.fused.adam import update_rows
+from plmsae_cli.sae.fused.adam import update_flat, update_rows
 from plmsae_cli.sae.fused.collect import FIGURES, PROGRAMS, collect, finish
 from plmsae_cli.sae.ranks import Rows
 
 PARAMETERS = ("w_enc_ND", "b_enc_N", "w_dec_ND", "b_dec_D")
-"""In the order that numbers the salts of their moments' rounding."""
+"""In the order that numbers the salts of their moments' rounding; an architecture's own parameters follow."""
+FLAT_TILE = 1024
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Update:
     ) -> None:
         """`others`: whether there are copies, ages and gradients of the other ranks' latents too.
 
+        Parameters beyond the four of every dictionary are updated by their gradients in `own_gradients`.
+
         Of the matrices and b_enc, `parameters` and `state` hold the latents in `rows`.
 
         `state`: `<parameter>.<step | exp_avg | exp_avg_sq>`; moments float32, or bfloat16 as in `RoundedAdam`.
@@ -73,6 +76,13 @@ class Update:
         """Those of `FIGURES`, as this rank's share of a sum over ranks."""
         self.partial = torch.zeros(PROGRAMS, 8, device=device)
         """What `finish` goes by: its sum over ranks."""
+        self.own_gradients = {
+            name: torch.zeros_like(tensor) for name, tensor in parameters.items() if name not in PARAMETERS
+        }
+        """float32; to be set before `collect`."""
+        self.aux_weight = torch.zeros((), device=device)
+        """What the auxiliary loss counts in the figure of the whole."""
+        self._own_square = torch.zeros((), device=device)
         self._scalars = torch.zeros(5, device=device)
         self._grad_b_D = torch.zeros_like(parameters["b_dec_D"])
         self._first, self._num = (rows.first, rows.num_latents) if others else (0, rows.num)
@@ -96,6 +106,9 @@ class Update:
 
         `with_centre`: count the gradient of b_dec, which all ranks hold whole.
         """
+        if self.own_gradients:
+            squares = [gradient.square().sum() for gradient in self.own_gradients.values()]
+            torch.sum(torch.stack(squares), 0, out=self._own_square)
         collect[(PROGRAMS,)](
             sums.square_SP,
             sums.along_N,
@@ -107,6 +120,7 @@ class Update:
             sums.grad_b_SD,
             self._grad_b_D,
             sums.aux,
+            self._own_square,
             self.partial,
             self._num,
             self._first,
@@ -121,7 +135,7 @@ class Update:
             256,
         )
 
-    def finish(self, aux_coefficient: float, groups: int, global_rows: int, world: int) -> None:
+    def finish(self, groups: int, global_rows: int, world: int) -> None:
         """The norm, what Adam needs of it, and the figures, from `partial` over all ranks."""
         beta1, beta2 = self._options.betas
         max_norm = self._options.max_norm
@@ -139,7 +153,7 @@ class Update:
             share / global_rows,
             share / self._rows.num_latents,
             share,
-            aux_coefficient,
+            self.aux_weight,
             share * d,
             max_norm is not None,
             PROGRAMS,
@@ -185,6 +199,21 @@ class Update:
             tile,
             num_warps=max(1, min(16, tile // 2048)),
         )
+        for place, (name, gradient) in enumerate(self.own_gradients.items(), start=len(PARAMETERS)):
+            self._state[f"{name}.step"].copy_(self._state["b_dec_D.step"])
+            update_flat[(triton.cdiv(gradient.numel(), FLAT_TILE),)](
+                *self._of(name),
+                gradient,
+                self._scalars,
+                gradient.numel(),
+                beta1,
+                beta2,
+                1 - beta1,
+                1 - beta2,
+                self._options.eps,
+                2 * place,
+                FLAT_TILE,
+            )
 
     def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         return self._parameters[name], self._state[f"{name}.exp_avg"], self._state[f"{name}.exp_avg_sq"]

@@ -14,3 +14,13 @@ if not torch.cuda.is_available():
     _interpreter = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(_interpreter)
     _interpreter.correct()
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a GPU is given would only take the interpreter's time."""
+    if not torch.cuda.is_available():
+        from plmsae_cli.sae.fused import gradients, update
+
+        monkeypatch.setattr(update, "PROGRAMS", 8)
+        monkeypatch.setattr(gradients, "SPLITS", 4)

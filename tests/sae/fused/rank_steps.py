@@ -30,21 +30,21 @@ from plmsae_cli.training.sae_objective import SAEObjective  # noqa: E402
 from plmsae_cli.training.shard import Shard  # noqa: E402
 from plmsae_cli.training.stream import BlockStream  # noqa: E402
 
-D, K, ROWS = 32, 4, 16
+D, K, ROWS = 32, 4, 8
 
 
 CASES = {
-    "data-TopK": (TopK, 31),  # of two ranks, one has a latent less
-    "data-MatryoshkaTopK": (MatryoshkaTopK, 32),
-    "data-BatchTopK": (BatchTopK, 32),
-    "latents-TopK": (TopK, 32),
-    "latents-MatryoshkaTopK": (MatryoshkaTopK, 32),
+    "data-TopK": (TopK, 15),  # of two ranks, one has a latent less
+    "data-MatryoshkaTopK": (MatryoshkaTopK, 16),
+    "data-BatchTopK": (BatchTopK, 16),
+    "latents-TopK": (TopK, 16),
+    "latents-MatryoshkaTopK": (MatryoshkaTopK, 16),
 }
 
 
 def steps(kind: type[TopK], n: int, latents: bool, gang: Gang) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    model = kind(D, n, K, k_aux=5)
+    model = kind(D, n, K, k_aux=3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

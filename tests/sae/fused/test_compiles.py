@@ -37,12 +37,16 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 JITFunction.run = compile_only
 
 from plmsae_cli.sae.fused.aux import keep_top_
+from plmsae_cli.sae.fused.jump import FusedJumpStep
 from plmsae_cli.sae.fused.latents import FusedLatentStep
 from plmsae_cli.sae.fused.step import Batch, FusedStep
+from plmsae_cli.sae.fused.switch import FusedSwitchStep
 from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.batch_topk import BatchTopK
+from plmsae_cli.sae.jumprelu import JumpReLU
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
+from plmsae_cli.sae.switch import Switch
 from plmsae_cli.sae.topk import TopK
 from plmsae_cli.training.shard import Shard
 
@@ -65,13 +69,15 @@ for kind, d, n, k, moments, ranks, step_kind in (
     (MatryoshkaTopK, 80, 320, 10, torch.bfloat16, Second(), FusedLatentStep),
     (BatchTopK, 2560, 4096, 64, torch.float32, Gang(), FusedStep),
     (MatryoshkaBatchTopK, 80, 70_000, 200, torch.bfloat16, Second(), FusedStep),
+    (lambda d, n, k: JumpReLU(d, n), 1280, 4096, 0, torch.float32, Gang(), FusedJumpStep),
+    (lambda d, n, k: Switch(d, n, k, 32), 768, 4096, 32, torch.bfloat16, Gang(), FusedSwitchStep),
 ):
     model = kind(d, n, k)
     state, masters = {}, Shard(model, ranks).parameters
     for name, p in masters.items():
         state |= {f"{name}.{what}": torch.zeros_like(p, dtype=moments) for what in ("exp_avg", "exp_avg_sq")}
         state[f"{name}.step"] = torch.zeros(())
-    ages = torch.full((n if step_kind is FusedStep else n // 2,), 10**6)
+    ages = torch.full((n // 2 if step_kind is FusedLatentStep else n,), 10**6)
     masters = {name: p.detach() for name, p in masters.items()}
     step = step_kind(model, masters, state, ages, Batch(64, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), ranks)
     step(torch.zeros(64, d, dtype=torch.bfloat16), 0, 1e-3)
@@ -88,7 +94,9 @@ def test_all_kernels_compile(capability: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     expected = (
-        "_add_rows _bound _centre _count _count_digit _decode _errors _histogram _keep_top _list_reaching _maxima _residual "
-        "_residual_of_many _select _slopes _write collect columns finish gradients long permute update_rows"
+        "_add_rows _bound _centre _count _count_digit _count_listed _decode _decode_all _errors _expert_scores _histogram "
+        "_keep_top _latent_sums _list_reaching _maxima _near_sums _residual _residual_of_many _route _route_backward _select "
+        "_slopes _slopes_of_all _weights_of_all _write _write_listed collect columns finish gradients long permute "
+        "update_flat update_rows"
     )
     assert done.stdout.split() == expected.split()

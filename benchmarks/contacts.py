@@ -20,7 +20,7 @@ from benchmarks.record import HERE, add, cpu, stamp
 from plmsae_cli.evaluation.contacts.jacobian import coupling, jacobian
 from plmsae_cli.plm.alphabet import FIRST_LETTER
 from plmsae_cli.plm.attention import attention_backend
-from plmsae_cli.plm.esm2 import PUBLISHED, ESM2, ESM2Config
+from plmsae_cli.plm.esm2 import ESM2, PUBLISHED, ESM2Config
 from plmsae_cli.sae.topk import TopK
 
 SMALL = ESM2Config(4, 64, 4)

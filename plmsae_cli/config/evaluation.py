@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Section, rule
 from plmsae_cli.config.features import Features
 from plmsae_cli.config.language_models import LanguageModels, Representations
+from plmsae_cli.config.structure import Structure
 
 
 class Fidelity(Section):
@@ -226,6 +227,8 @@ class Eval(Section):
     """Proteins of your own; absent: none."""
     contacts: Annotated[Contacts | None, SCIENCE] = None
     """Contacts of known structures; absent: not measured."""
+    structure: Annotated[Structure | None, SCIENCE] = None
+    """Predicted structures; absent: not measured."""
     steering: Annotated[Steering | None, SCIENCE] = None
     """What latents do to predictions; absent: not measured."""
     features: Annotated[Features | None, SCIENCE] = None

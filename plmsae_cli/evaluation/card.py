@@ -44,6 +44,7 @@ def _lines(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: Mappi
         "families": _families,
         "probes": _probes,
         "contacts": _contacts,
+        "structure": _structure,
         "steering": _steering,
     }
     for axis, make in makers.items():
@@ -107,6 +108,26 @@ def _contacts(body: Mapping[str, Any]) -> Iterator[str]:
         for cut, row in cuts.items():
             share = f"{100 * row['recovered']:.1f} %" if "recovered" in row else ""
             yield f"| {method} | {cut} | {row['original']:.3f} | {row['sae']:.3f} | {row['zero']:.3f} | {share} |"
+
+
+def _structure(body: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", "## Structure", "")
+    yield f"{body['proteins']:,} proteins folded by {body['esmfold']}; {body['references']:,} have an experimental structure,"
+    yield f"{body['in_training']:,} of their sequences were in training. RMSD of CA after superposition, means over proteins."
+    if body["demo"]:
+        yield from ("", "**The folding head has random weights: these structures mean nothing.**")
+    yield from (
+        "",
+        "| hidden states | layer | RMSD to the original prediction | TM | lDDT | pLDDT | RMSD to experiment |",
+        "|---|---|---|---|---|---|---|",
+    )
+    for row in body["folds"]:
+        name = row["variant"] if row["number"] is None else f"{row['variant']} {row['number']}"
+        figures = [f"{row[key]:.{places}f}" if key in row else "" for key, places in _STRUCTURE_COLUMNS]
+        yield f"| {row['mode']} | {name} | {' | '.join(figures)} |"
+
+
+_STRUCTURE_COLUMNS = (("rmsd", 2), ("tm", 3), ("lddt", 3), ("plddt", 1), ("reference_rmsd", 2))
 
 
 def _steering(body: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What splices do, for the page of a run: contacts and steering."""
+"""What splices do, for the page of a run: contacts, structures and steering."""
 
 from __future__ import annotations
 
@@ -45,6 +45,38 @@ def contacts(body: Mapping[str, Any]) -> Section:
     ]  # fmt: skip
     tables = [("Precision", Table(columns, rows, remark)), ("Structures, P@L", Table(each_columns, each))]
     return Section("contacts", "Contacts that survive", lead, [], tables)
+
+
+def structure(body: Mapping[str, Any]) -> Section:
+    """The section of the axis `structure`."""
+    lead = (
+        f"{count(body['proteins'])} proteins ({count(body['in_training'])} of their sequences in training) folded by"
+        f" {clean(body['esmfold'])} from the hidden states of its language model, layer {body['layer']} replaced;"
+        f" {count(body['references'])} have an experimental structure."
+        + (" The folding head has random weights: these structures mean nothing." if body["demo"] else "")
+    )
+    columns = [("Hidden states", False), ("Layer", False), ("RMSD, Å", True), ("95 %", False), ("Mean distance, Å", True),
+               ("TM", True), ("lDDT", True), ("pLDDT", True), ("RMSD to experiment, Å", True), ("TM to experiment", True),
+               ("FVU", True), ("L0", True)]  # fmt: skip
+    rows = []
+    for row in body["folds"]:
+        ends = row.get("interval_rmsd")
+        name = row["variant"] if row["number"] is None else f"{row['variant']} {row['number']}"
+        rows.append(
+            [
+                Cell(row["mode"]), Cell(name), decimal(row.get("rmsd"), 2),
+                Cell("[{:.2f}, {:.2f}]".format(*ends) if ends else ""), decimal(row.get("mean_distance"), 2),
+                decimal(row.get("tm")), decimal(row.get("lddt")), decimal(row.get("plddt"), 1),
+                decimal(row.get("reference_rmsd"), 2), decimal(row.get("reference_tm")), decimal(row.get("fvu")),
+                decimal(row.get("l0"), 1),
+            ]
+        )  # fmt: skip
+    remark = (
+        "Means over proteins, of CA atoms, against the prediction from all hidden states as they are. plain: that prediction;"
+        " isolated: all hidden states but this layer zero; in_place: this layer replaced, the others kept; propagated: replaced"
+        " where it is computed. Every fold is in eval/structure/folds.csv."
+    )
+    return Section("structure", "Structures that survive", lead, [], [("Folds", Table(columns, rows, remark))])
 
 
 def steering(body: Mapping[str, Any]) -> Section:

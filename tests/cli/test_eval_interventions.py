@@ -257,3 +257,66 @@ def test_evaluations_side_by_side(plmsae: Plmsae, trained: Callable[..., Path], 
     assert shown[0].split() == ["axis", "figure", "one", "two"]
     assert plmsae("eval", one, one, "--compare").code == 2
     assert plmsae("eval", one, two).code == 2
+
+
+def test_structures_of_a_dictionary_that_loses_nothing(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Random folding weights, so structures mean nothing; the dictionary with all its latents still changes none of them."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("tmtools")
+    texts = sequences(3, 36)
+    (tmp_path / "p.fasta").write_text("".join(f">p{n}\n{text}\n" for n, text in enumerate(texts)))
+    section = (
+        f"  structure: {{fasta: {tmp_path / 'p.fasta'}, ids: [p0, p2], esmfold: random, recycles: 0, k: [1, {D}], "
+    )
+    path = trained(section + "tasks: 2}\n")
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval"
+    body = json.loads((folder / "metrics.json").read_text())["structure"]
+    assert (body["proteins"], body["references"], body["demo"]) == (2, 0, True)
+    assert body["spliced_identity"] == "exact"
+    rows = pq.read_table(folder / "structure" / "folds.parquet").to_pylist()
+    folds = {(row["id"], row["mode"], row["variant"], row["number"]): row for row in rows}
+    assert len(folds) == 2 * (1 + 6 + 5)
+    for name in ("p0", "p2"):
+        for variant, number in (("sae", None), ("k", D)):
+            whole = folds[name, "propagated", variant, number]
+            assert whole["rmsd"] == pytest.approx(0.0, abs=1e-5)
+            assert whole["lddt"] == 1.0
+            assert whole["fvu"] == 0.0
+            alone, kept = folds[name, "isolated", variant, number], folds[name, "isolated", "original", None]
+            assert alone["rmsd"] == kept["rmsd"] > 0.01
+        assert folds[name, "propagated", "k", 1]["rmsd"] > 0.01
+        assert folds[name, "propagated", "k", 1]["l0"] == 1.0
+        assert folds[name, "propagated", "zero", None]["rmsd"] > 0.01
+        assert folds[name, "plain", "original", None]["tm"] == pytest.approx(1.0)
+    by_way = {(fold["mode"], fold["variant"], fold["number"]): fold for fold in body["folds"]}
+    mean = np.mean([folds[name, "isolated", "zero", None]["rmsd"] for name in ("p0", "p2")])
+    assert by_way["isolated", "zero", None]["rmsd"] == pytest.approx(mean)
+    assert len((folder / "structure" / "folds.csv").read_text().splitlines()) == 1 + len(rows)
+    assert "## Structure" in (folder / "model_card.md").read_text()
+    assert '<section id="structure">' in (tmp_path / "runs" / "one" / "report" / "index.html").read_text()
+    # A prediction given as the experimental structure is found again, and another number of pieces changes no byte.
+    references = tmp_path / "references"
+    references.mkdir()
+    (references / "p2.pdb").write_bytes((folder / "structure" / "pdb" / "00001.original.pdb").read_bytes())
+    path.write_text(path.read_text().replace("tasks: 2", f"references: {references}, tasks: 1"))
+    assert plmsae("eval", path, "--no-progress").code == 0
+    table = {row["id"]: row for row in pq.read_table(folder / "proteins.parquet").to_pylist()}
+    assert table["p0"]["reference_rmsd"] is None
+    assert table["p2"]["reference_rmsd"] < 1e-3
+    again = pq.read_table(folder / "structure" / "folds.parquet").to_pylist()
+    assert [{k: v for k, v in row.items() if "reference" not in k} for row in again] == [
+        {k: v for k, v in row.items() if "reference" not in k} for row in rows
+    ]
+    right = path.read_text()
+    for wrong, words in (
+        ("esmfold: nowhere", "hf download nowhere"),
+        ("esmfold: random, prefixes: groups", "no nested"),
+    ):
+        path.write_text(right.replace("esmfold: random", wrong))
+        refused = plmsae("eval", path, "--no-progress")
+        assert refused.code == 2
+        assert words in refused.err

@@ -100,8 +100,8 @@ def folding_class() -> Any:
         pass
     except (RuntimeError, OSError):
         sys.modules["torchvision"] = None  # type: ignore[assignment]
-        asked = import_module("transformers.utils.import_utils").is_torchvision_available
-        asked.cache_clear()  # its answer is remembered where somebody imported transformers before
+        if (asked := sys.modules.get("transformers.utils.import_utils")) is not None:
+            asked.is_torchvision_available.cache_clear()  # transformers remembers what it found
     try:
         import tmtools  # noqa: F401
         from transformers.models.esm.modeling_esmfold import EsmForProteinFolding
@@ -200,4 +200,3 @@ def _random(name: Any, weights: str, store: Store) -> Any:
     inner = {key.removeprefix("esm."): tensor for key, tensor in state.items() if key.startswith("esm.")}
     model.esm.load_state_dict(inner)
     return model
-

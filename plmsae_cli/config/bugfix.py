@@ -74,11 +74,13 @@ _SMALL_STEERING = {
     "residues": "all",
     "fasta": None,
     "proteins": 4,
+    "esmfold": None,
+    "recycles": None,
     "compute": "auto",
     "batch_tokens": "auto",
 }
 # Structures and ids are those of other proteins; the folding head of the smoke run is small and random.
-_SMALL_STRUCTURE = {
+_SMALL_STRUCTURE: dict[str, Any] = {
     "structures": [],
     "references": None,
     "ids": None,

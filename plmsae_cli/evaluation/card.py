@@ -141,3 +141,16 @@ def _steering(body: Mapping[str, Any]) -> Iterator[str]:
     for row in sorted(body["latents"], key=lambda row: -row["kl"])[:20]:
         sides = [f"{row[s]['letter']} {row[s]['effect']:+.3f} (q {row[s]['q']:.3g})" for s in ("up", "down")]
         yield f"| {row['latent']} | {row['strength']:g} | {row['kl']:.4f} | {row['kl_direction']:.4f} | {' | '.join(sides)} |"
+    if "folds" in body:
+        yield from (
+            "",
+            f"Folded by {body['esmfold']}; change of the solvent-accessible surface, mean over proteins:",
+            "",
+        )
+        yield from (
+            "| latent | strength | SASA | sign flipped | random direction | random latent | q |",
+            "|---|---|---|---|---|---|---|",
+        )
+        for row in sorted(body["latents"], key=lambda row: -abs(row["sasa"]["effect"]))[:20]:
+            changes = [f"{row['sasa'][name]:+.1f} %" for name in ("effect", "flipped", "direction", "other")]
+            yield f"| {row['latent']} | {row['strength']:g} | {' | '.join(changes)} | {row['sasa']['q']:.3g} |"

@@ -107,4 +107,24 @@ def steering(body: Mapping[str, Any]) -> Section:
         "KL and changes of log p in nats, means over proteins. Raised and lowered: the letters whose change differs most from"
         " that by the random direction. All read-outs and controls are in eval/steering/effects.parquet."
     )
-    return Section("steering", "What latents do", lead, [], [("Latents", Table(columns, rows, remark))])
+    tables = [("Latents", Table(columns, rows, remark))]
+    if "folds" in body:
+        tables.append(("Predicted structures", _steered_folds(body)))
+    return Section("steering", "What latents do", lead, [], tables)
+
+
+def _steered_folds(body: Mapping[str, Any]) -> Table:
+    columns = [("Latent", True), ("Strength", True), ("SASA, %", True), ("Sign flipped", True), ("Random direction", True),
+               ("Random latent", True), ("q", True), ("Contacts a residue", True), ("RMSD, Å", True),
+               ("pLDDT", True)]  # fmt: skip
+    rows = [
+        [
+            latent(row["latent"]), decimal(row["strength"], 2),
+            *(decimal(row["sasa"][name], 1) for name in ("effect", "flipped", "direction", "other")),
+            decimal(row["sasa"]["q"], 4), decimal(row["contacts"]["effect"]), decimal(row["rmsd"]["effect"], 2),
+            decimal(row["plddt"]["effect"], 1),
+        ]
+        for row in sorted(body["latents"], key=lambda row: -abs(row["sasa"]["effect"]))[:ROWS]
+    ]  # fmt: skip
+    remark = f"Changes against the fold untouched, by {clean(body['esmfold'])}, means over proteins."
+    return Table(columns, rows, remark)

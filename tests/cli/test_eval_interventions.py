@@ -270,7 +270,8 @@ def test_structures_of_a_dictionary_that_loses_nothing(
     section = (
         f"  structure: {{fasta: {tmp_path / 'p.fasta'}, ids: [p0, p2], esmfold: random, recycles: 0, k: [1, {D}], "
     )
-    path = trained(section + "tasks: 2}\n")
+    steering = f"  steering: {{fasta: {tmp_path / 'p.fasta'}, latents: [3, {PLANTED}], esmfold: random, recycles: 0}}\n"
+    path = trained(section + "tasks: 2}\n" + steering)
     done = plmsae("eval", path, "--no-progress")
     assert done.code == 0, done.err
     folder = tmp_path / "runs" / "one" / "eval"
@@ -298,6 +299,15 @@ def test_structures_of_a_dictionary_that_loses_nothing(
     assert len((folder / "structure" / "folds.csv").read_text().splitlines()) == 1 + len(rows)
     assert "## Structure" in (folder / "model_card.md").read_text()
     assert '<section id="structure">' in (tmp_path / "runs" / "one" / "report" / "index.html").read_text()
+    effects = {
+        (row["latent"], row["readout"]): row
+        for row in pq.read_table(folder / "steering" / "effects.parquet").to_pylist()
+    }
+    assert len(effects) == 2 * (21 + 4)
+    assert effects[PLANTED, "RMSD"]["effect"] > 1e-4
+    latents = pq.read_table(folder / "latents.parquet").to_pylist()
+    assert latents[PLANTED]["steering_sasa"] == effects[PLANTED, "SASA"]["effect"] != 0.0
+    assert "solvent-accessible surface" in (folder / "model_card.md").read_text()
     # A prediction given as the experimental structure is found again, and another number of pieces changes no byte.
     references = tmp_path / "references"
     references.mkdir()
@@ -316,7 +326,7 @@ def test_structures_of_a_dictionary_that_loses_nothing(
         ("esmfold: nowhere", "hf download nowhere"),
         ("esmfold: random, prefixes: groups", "no nested"),
     ):
-        path.write_text(right.replace("esmfold: random", wrong))
+        path.write_text(right.replace("esmfold: random", wrong, 1))
         refused = plmsae("eval", path, "--no-progress")
         assert refused.code == 2
         assert words in refused.err

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from plmsae_cli.evaluation.contacts.precision import SEPARATION
-from plmsae_cli.evaluation.contacts.structure import CONTACT
+from plmsae_cli.evaluation.contacts.structure import CONTACT, surface
 from plmsae_cli.evaluation.steering.edits import VARIANTS, Mode, Steer, edit
 from plmsae_cli.evaluation.structure.esmfold import ESMFold
 from plmsae_cli.evaluation.structure.metrics import Coordinates, compare
@@ -30,14 +30,6 @@ class Shape(NamedTuple):
     """Long-range contacts a residue."""
     plddt: float
     alpha_L3: Coordinates
-
-
-def surface(atoms: Any) -> float:
-    """Solvent-accessible surface of an array of atoms, in square angstrom (Shrake and Rupley 1973, by Biotite: probe of 1.4,
-    1,000 points an atom, radii of ProtOr). Atoms without a radius, such as hydrogens, do not count."""
-    from biotite.structure import sasa
-
-    return float(np.nansum(sasa(atoms)))
 
 
 def shape(folder: ESMFold, sequence: str) -> Shape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from plmsae_cli.config.errors import UserError, first_line
+from plmsae_cli.evaluation.contacts.structure import atoms_of
 from plmsae_cli.plm.alphabet import TOKEN_NAMES
 from plmsae_cli.runtime.device import pick_device
 from plmsae_cli.runtime.hub.esm import esm_config, esm_state
@@ -82,9 +82,7 @@ class ESMFold:
 
     def atoms(self, fold: Fold) -> Any:
         """The prediction as Biotite's array of atoms."""
-        from biotite.structure.io import pdb
-
-        return pdb.PDBFile.read(io.StringIO(self.pdb(fold))).get_structure(model=1)
+        return atoms_of(self.pdb(fold))
 
 
 def folding_class() -> Any:
@@ -103,7 +101,7 @@ def folding_class() -> Any:
         if (asked := sys.modules.get("transformers.utils.import_utils")) is not None:
             asked.is_torchvision_available.cache_clear()  # transformers remembers what it found
     try:
-        import tmtools  # noqa: F401
+        import_module("tmtools")
         from transformers.models.esm.modeling_esmfold import EsmForProteinFolding
     except ImportError as error:
         raise UserError(f"folding does not work here: {first_line(error)}", "pip install 'plmsae[fold]'") from error
@@ -147,9 +145,7 @@ def _folder(esmfold: str, field: str) -> Path:
     if local.is_dir():
         return local
     try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(esmfold, local_files_only=True))
+        return Path(import_module("huggingface_hub").snapshot_download(esmfold, local_files_only=True))
     except ImportError as error:
         raise UserError(f"{field}: folding needs transformers", "pip install 'plmsae[fold]'") from error
     except Exception as error:  # a name that is none, or not in the cache

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import plmsae_cli
+from plmsae_cli.evaluation.contacts.structure import surface
 from plmsae_cli.evaluation.steering.edits import Steer, random_direction
-from plmsae_cli.evaluation.steering.folds import READOUTS, measure_folds, shape, surface
+from plmsae_cli.evaluation.steering.folds import READOUTS, measure_folds, shape
 from plmsae_cli.evaluation.structure.esmfold import load
 from plmsae_cli.evaluation.structure.metrics import compare
 from plmsae_cli.evaluation.structure.splicing import spliced

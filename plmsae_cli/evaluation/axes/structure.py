@@ -151,6 +151,7 @@ def _report(scope: Scope, options: Structure, of: int) -> Result:
     parts = [scope.read_json(AXIS, f"parts/{index}of{of}.json") for index in range(of)]
     rows = sorted((row for part in parts for row in part["rows"]), key=lambda row: row["place"])
     plain = [row for row in rows if row["mode"] == PLAIN]
+    folds = summary(rows, options.bootstraps)
     body = {
         "esmfold": options.esmfold,
         "demo": options.esmfold == RANDOM,
@@ -160,7 +161,8 @@ def _report(scope: Scope, options: Structure, of: int) -> Result:
         "references": sum(row["reference_rmsd"] is not None for row in plain),
         "in_training": sum(row["in_training"] for row in plain),
         "spliced_identity": "exact" if all(part["spliced_identity"] is not False for part in parts) else "differs",
-        "folds": summary(rows, options.bootstraps),
+        "folds": folds,
+        "dictionary": {fold["mode"]: fold for fold in folds if fold["variant"] == "sae"},
     }
     table: dict[str, list[Any]] = {name: [row[name] for row in plain] for name in ("id", "length", "in_training")}
     table["plddt"] = [row["plddt"] for row in plain]
@@ -173,8 +175,7 @@ def _report(scope: Scope, options: Structure, of: int) -> Result:
         scope.write_table(AXIS, "folds.parquet", {name: [row[name] for row in rows] for name in COLUMNS}),
         scope.store.write(scope.path(AXIS, "folds.csv"), [_csv(rows)]),
     ]
-    means = {fold["mode"]: fold["rmsd"] for fold in body["folds"] if fold["variant"] == "sae"}
-    return Result(files, {f"{mode}_rmsd": value for mode, value in means.items()})
+    return Result(files, {f"{mode}_rmsd": fold["rmsd"] for mode, fold in body["dictionary"].items()})
 
 
 def _csv(rows: list[dict[str, Any]]) -> bytes:

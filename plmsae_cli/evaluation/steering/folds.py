@@ -12,7 +12,7 @@ from plmsae_cli.evaluation.contacts.precision import SEPARATION
 from plmsae_cli.evaluation.contacts.structure import CONTACT, surface
 from plmsae_cli.evaluation.steering.edits import VARIANTS, Mode, Steer, edit
 from plmsae_cli.evaluation.structure.esmfold import ESMFold
-from plmsae_cli.evaluation.structure.metrics import Coordinates, compare
+from plmsae_cli.evaluation.structure.metrics import Coordinates, rmsd
 from plmsae_cli.evaluation.structure.splicing import spliced
 from plmsae_cli.sae.dictionary import Dictionary
 
@@ -74,7 +74,7 @@ def measure_folds(
                 [
                     100.0 * (now.sasa / base.sasa - 1.0),
                     now.contacts - base.contacts,
-                    compare(now.alpha_L3, base.alpha_L3)["rmsd"],
+                    rmsd(now.alpha_L3, base.alpha_L3),
                     now.plddt - base.plddt,
                 ],
                 dtype=torch.float64,

@@ -16,6 +16,8 @@ Coordinates = npt.NDArray[np.float64]
 INCLUSION = 15.0
 """Pairs closer than this in the reference count for lDDT."""
 TOLERANCES = (0.5, 1.0, 2.0, 4.0)
+FEWEST = 3
+"""Residues of which something can be said."""
 METRICS = ("rmsd", "mean_distance", "tm", "lddt")
 
 
@@ -26,6 +28,11 @@ def superpose(mobile_L3: Coordinates, fixed_L3: Coordinates) -> Coordinates:
     right[-1] *= np.sign(np.linalg.det(left @ right))  # a mirror image is another protein
     moved_L3: Coordinates = (mobile_L3 - mobile_mean) @ left @ right + fixed_mean
     return moved_L3
+
+
+def rmsd(mobile_L3: Coordinates, fixed_L3: Coordinates) -> float:
+    """Root of the mean squared distance after superposition."""
+    return float(np.sqrt(np.square(superpose(mobile_L3, fixed_L3) - fixed_L3).sum(1).mean()))
 
 
 def lddt(model_L3: Coordinates, reference_L3: Coordinates) -> float:
@@ -56,11 +63,11 @@ def compare(model_L3: Coordinates, reference_L3: Coordinates) -> dict[str, float
     same superposition, which some publications call RMSD), `tm` and `lddt` (0 to 1); NaN with fewer than 3 common residues."""
     both_L = np.isfinite(model_L3).all(1) & np.isfinite(reference_L3).all(1)
     model, reference = model_L3[both_L].astype(np.float64), reference_L3[both_L].astype(np.float64)
-    if len(reference) < 3:
+    if len(reference) < FEWEST:
         return dict.fromkeys(METRICS, math.nan)
     apart_L = np.linalg.norm(superpose(model, reference) - reference, axis=1)
     return {
-        "rmsd": float(np.sqrt(np.square(apart_L).mean())),
+        "rmsd": rmsd(model, reference),
         "mean_distance": float(apart_L.mean()),
         "tm": tm_score(model, reference),
         "lddt": lddt(model, reference),

@@ -11,6 +11,7 @@ from plmsae_cli.config.structure import Structure
 from plmsae_cli.evaluation.contacts.structure import ENDINGS, Coordinates, onto, read_chain, split_chain
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.evaluation.proteins import choose, in_training, read_any
+from plmsae_cli.evaluation.structure.metrics import FEWEST
 from plmsae_cli.store.fs import join
 
 _MOST_PIECES = 32
@@ -62,7 +63,10 @@ def proteins(scope: Scope, options: Structure) -> list[Protein]:
     if options.fasta is not None:
         found += _of_fasta(scope, options)
     once = list({protein.sequence: protein for protein in reversed(found)}.values())[::-1]
-    return once[: options.proteins]
+    folded = [protein for protein in once if len(protein.sequence) >= FEWEST][: options.proteins]
+    if not folded:
+        raise UserError(f"eval.structure has no protein of at least {FEWEST} residues", "name others")
+    return folded
 
 
 def _of_structure(scope: Scope, options: Structure, structure: str, trained: Callable[[str], bool]) -> Protein:

@@ -34,7 +34,7 @@ def read(code: str) -> Any:
     return atoms[atoms.chain_id == atoms.chain_id[0]]
 
 
-def rolled(atoms: Any, points: int = 300) -> float:
+def rolled(atoms: Any, points: int = 200) -> float:
     """A probe of 1.4 rolled over all atoms: the points of each sphere that lie in no other one, by brute force."""
     from biotite.structure.info import vdw_radius_protor
 
@@ -58,8 +58,8 @@ def rolled(atoms: Any, points: int = 300) -> float:
 def test_surfaces_of_real_chains(code: str) -> None:
     atoms = read(code)
     assert surface(atoms) == pytest.approx(float(np.nansum(biotite.sasa(atoms, probe_radius=1.4))))
-    if code == "1fx2":
-        assert surface(atoms) == pytest.approx(rolled(atoms), rel=0.01)
+    some = atoms[:600]
+    assert surface(some) == pytest.approx(rolled(some), rel=0.01)
     # A chain torn into pieces shows more of itself.
     torn = atoms.copy()
     torn.coord[len(torn) // 2 :] += 200.0

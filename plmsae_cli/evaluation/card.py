@@ -142,9 +142,10 @@ def _steering(body: Mapping[str, Any]) -> Iterator[str]:
         sides = [f"{row[s]['letter']} {row[s]['effect']:+.3f} (q {row[s]['q']:.3g})" for s in ("up", "down")]
         yield f"| {row['latent']} | {row['strength']:g} | {row['kl']:.4f} | {row['kl_direction']:.4f} | {' | '.join(sides)} |"
     if "folds" in body:
+        head = "a random folding head, so they mean nothing" if body["esmfold"] == "random" else body["esmfold"]
         yield from (
             "",
-            f"Folded by {body['esmfold']}; change of the solvent-accessible surface, mean over proteins:",
+            f"Folded by {head}; change of the solvent-accessible surface, mean over proteins:",
             "",
         )
         yield from (

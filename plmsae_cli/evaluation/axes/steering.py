@@ -202,12 +202,12 @@ def _folds(
     import torch
 
     from plmsae_cli.evaluation.steering.folds import measure_folds
-    from plmsae_cli.evaluation.structure.esmfold import load
+    from plmsae_cli.evaluation.structure.esmfold import shared
 
     assert options.esmfold is not None
     layer = scope.made()["layer"]
     weights = scope.experiment.model.weights
-    folder = load(options.esmfold, weights, scope.store, options.recycles, layer, FOLDER)
+    folder = shared(options.esmfold, weights, scope.store, options.recycles, layer, FOLDER)
     positions = options.residues if isinstance(options.residues, list) else None
     shapes, found = [], []
     for done, sequence in enumerate(sequences):

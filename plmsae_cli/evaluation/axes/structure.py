@@ -85,7 +85,7 @@ class _Measure:
     """The folding model and everything that is spliced into it."""
 
     def __init__(self, scope: Scope, options: Structure, context: Context) -> None:
-        from plmsae_cli.evaluation.structure.esmfold import load
+        from plmsae_cli.evaluation.structure.esmfold import shared
         from plmsae_cli.evaluation.structure.replacements import replacements
         from plmsae_cli.runtime.saved import load_sae_with_facts
         from plmsae_cli.store.activations import Statistics
@@ -93,7 +93,7 @@ class _Measure:
         self.scope, self.options, self.check_stop = scope, options, context.check_stop
         self.layer: int = scope.made()["layer"]
         weights = scope.experiment.model.weights
-        self.folder = load(options.esmfold, weights, scope.store, options.recycles, self.layer, FIELD)
+        self.folder = shared(options.esmfold, weights, scope.store, options.recycles, self.layer, FIELD)
         device = self.folder.device
         sae = load_sae_with_facts(scope.folder, scope.store).model.to(device)
         mean_D = Statistics.read(scope.store, join(scope.dataset, "stats.safetensors")).mean_D.float().to(device)

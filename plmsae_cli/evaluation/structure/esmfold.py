@@ -19,6 +19,7 @@ from plmsae_cli.runtime.device import pick_device
 from plmsae_cli.runtime.hub.esm import esm_config, esm_state
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.store.digests import remembered_sha256
+from plmsae_cli.store.encoders import quietly
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.weights import cache_folder, load_state, resolve_weights
 
@@ -58,8 +59,7 @@ class ESMFold:
 
     def __init__(self, model: Any, recycles: int | None) -> None:
         self.device = pick_device()
-        if self.device.type == "cpu":
-            model.esm.float()
+        model.esm.to(torch.float32 if self.device.type == "cpu" else torch.float16)
         if recycles is not None:  # transformers counts the first pass
             model.trunk.config.max_recycles = recycles + 1
         self.model = model.eval().to(self.device)
@@ -133,11 +133,23 @@ def load(esmfold: str, weights: str, store: Store, recycles: int | None, layer: 
     folder = _folder(esmfold, field)
     _weight_files(folder, field)
     try:
-        model = name.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for folders that are not whole
-        raise UserError(f"{field}: {folder}: {first_line(error)}", "is the folder whole, and an ESMFold?") from error
+        model = quietly(lambda: name.from_pretrained(folder, local_files_only=True), str(folder))
+    except UserError as error:
+        raise UserError(error.message.replace("model.weights", field), "is the folder whole, and an ESMFold?") from error
     _require_same(model.esm, weights, store, layer, field, esmfold)
     return ESMFold(model, recycles)
+
+
+_shared: dict[tuple[str, str, int | None, int], ESMFold] = {}
+
+
+def shared(esmfold: str, weights: str, store: Store, recycles: int | None, layer: int, field: str) -> ESMFold:
+    """The process's one instance, as `load` gives it: pieces that follow one another read 8 GB once."""
+    key = (esmfold, weights, recycles, layer)
+    if key not in _shared:
+        _shared.clear()
+        _shared[key] = load(esmfold, weights, store, recycles, layer, field)
+    return _shared[key]
 
 
 def _folder(esmfold: str, field: str) -> Path:
@@ -173,7 +185,7 @@ def _require_same(trunk: Any, weights: str, store: Store, layer: int, field: str
                 "a dictionary is folded by the ESMFold that reads its own model: esm2_t36_3B_UR50D for facebook/esmfold_v1",
             )
     ours = load_state(info)[f"layers.{max(layer, 1) - 1}.fc1.weight"].float()
-    theirs = trunk.encoder.layer[max(layer, 1) - 1].intermediate.dense.weight.float().cpu()
+    theirs = trunk.encoder.layer[max(layer, 1) - 1].intermediate.dense.weight.detach().float().cpu()
     if float((ours - theirs).norm() / ours.norm()) > 0.01:  # rounding to half precision is 2e-4
         raise UserError(
             f"{field}: the language model in {esmfold} has the shape of {info.name}, but other weights",

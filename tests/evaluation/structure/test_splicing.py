@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.evaluation.structure.esmfold import ESMFold, _require_same, load
 from plmsae_cli.evaluation.structure.splicing import Mode, spliced
 from plmsae_cli.plm.alphabet import encode, pack, wrap
+from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.store.fs import Store
+from plmsae_cli.store.weights import save_model
 
 pytest.importorskip("transformers")
 pytest.importorskip("tmtools")
@@ -114,8 +119,6 @@ def test_the_output_is_transformers_own(folder: ESMFold) -> None:
 
 
 def test_another_language_model_is_refused(folder: ESMFold) -> None:
-    from plmsae_cli.config.errors import UserError
-
     _require_same(folder.trunk, "bundled", Store(), 5, "field", "it")
     weight = folder.trunk.encoder.layer[4].intermediate.dense.weight
     kept = weight.detach().clone()
@@ -127,3 +130,19 @@ def test_another_language_model_is_refused(folder: ESMFold) -> None:
     finally:
         with torch.no_grad():
             weight.copy_(kept)
+
+
+def test_a_folder_of_transformers_is_the_same_model(folder: ESMFold, tmp_path: Path) -> None:
+    folder.model.save_pretrained(tmp_path / "fold")
+    again = load(str(tmp_path / "fold"), "bundled", Store(), 1, 5, "esmfold")
+    assert np.array_equal(again.fold(SEQUENCE).alpha_L3, folder.fold(SEQUENCE).alpha_L3)
+    with pytest.raises(UserError, match="has num_layers 8, other has 2"):
+        _require_same(folder.trunk, str(other_model(tmp_path)), Store(), 1, "field", "it")
+    with pytest.raises(UserError, match="no weights"):
+        load(str(tmp_path), "bundled", Store(), 1, 5, "field")
+
+
+def other_model(root: Path) -> Path:
+    config = ESM2Config(num_layers=2, d=16, num_heads=2)
+    save_model(Store(), str(root / "other"), dict(ESM2(config).state_dict()), asdict(config), {})
+    return root / "other"

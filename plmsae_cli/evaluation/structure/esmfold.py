@@ -135,7 +135,9 @@ def load(esmfold: str, weights: str, store: Store, recycles: int | None, layer: 
     try:
         model = quietly(lambda: name.from_pretrained(folder, local_files_only=True), str(folder))
     except UserError as error:
-        raise UserError(error.message.replace("model.weights", field), "is the folder whole, and an ESMFold?") from error
+        raise UserError(
+            error.message.replace("model.weights", field), "is the folder whole, and an ESMFold?"
+        ) from error
     _require_same(model.esm, weights, store, layer, field, esmfold)
     return ESMFold(model, recycles)
 
@@ -163,7 +165,9 @@ def _folder(esmfold: str, field: str) -> Path:
     except Exception as error:  # a name that is none, or not in the cache
         raise UserError(
             f"{field}: {esmfold} is no folder, and not in the local Hugging Face cache",
-            f"fetch it once with `hf download {esmfold}` (8.4 GB), or name a folder",
+            "name a folder that exists"
+            if esmfold.startswith(("/", ".", "~"))
+            else f"fetch it once with `hf download {esmfold}`, or name a folder",
         ) from error
 
 

@@ -32,6 +32,8 @@ OWN_EXTRAS = {
     "training/litdata_stream.py": {"litdata"},
     "evaluation/annotations/uniprot_flat.py": {"Bio"},
     "evaluation/contacts/structure.py": {"biotite"},
+    "evaluation/structure/esmfold.py": {"transformers"},
+    "evaluation/structure/metrics.py": {"tmtools"},
     "runtime/hub/export.py": {"huggingface_hub"},
     "runtime/hub/modeling_plmsae_unet.py": {"transformers"},  # copied, and imported by transformers alone
 }

@@ -74,8 +74,21 @@ _SMALL_STEERING = {
     "residues": "all",
     "fasta": None,
     "proteins": 4,
+    "esmfold": None,
+    "recycles": None,
     "compute": "auto",
     "batch_tokens": "auto",
+}
+# Structures and ids are those of other proteins; the folding head of the smoke run is small and random.
+_SMALL_STRUCTURE: dict[str, Any] = {
+    "structures": [],
+    "references": None,
+    "ids": None,
+    "proteins": 2,
+    "max_length": 64,
+    "esmfold": "random",
+    "recycles": 0,
+    "tasks": 2,
 }
 _SMALL_FEATURES = {"top": 5, "random": 5, "tasks": 2, "memory": 100_000_000, "batch_tokens": "auto"}
 # A description is of a latent of another dictionary.
@@ -119,11 +132,20 @@ def bugfix(experiment: Experiment, assets: Path) -> Experiment:
             data["eval"]["features"] |= _SMALL_FEATURES
             if data["eval"]["features"]["describe"] is not None:
                 data["eval"]["features"]["describe"] |= _NO_ANSWERS
+        if data["eval"]["structure"] is not None:
+            _cut_structure(data["eval"]["structure"], fasta)
         if data["eval"]["steering"] is not None:
             data["eval"]["steering"] |= _SMALL_STEERING
     if data["sweep"] is not None:
         _cut_sweep(data["sweep"], layers, data["train"])
     return Experiment.model_validate(data)
+
+
+def _cut_structure(structure: dict[str, Any], fasta: str) -> None:
+    structure |= {**_SMALL_STRUCTURE, "fasta": fasta}
+    structure["k"] = sorted({min(k, _MOST_ACTIVE) for k in structure["k"]})[-2:]
+    if structure["prefixes"]:
+        structure["prefixes"] = "groups"
 
 
 def _cut_language_models(data: dict[str, Any], fasta: str) -> None:
@@ -255,7 +277,7 @@ _FIXED = (
     "embed.ordered_rows", "embed.compute", "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory",
     "optimize.chunk", "train.data", "train.imported",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.bin", "train.plm.valid",
-    "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING),
+    "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in _SMALL_STEERING), "eval.structure",
     *(f"eval.{axis}" for axis in (*_ANNOTATED, "representations")),
     *(f"eval.lm.{field}" for field in (*_SMALL_LM, "fasta", "models")),
     *(f"eval.features.{field}" for field in _SMALL_FEATURES),

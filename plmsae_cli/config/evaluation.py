@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Section, rule
+from plmsae_cli.config.base import ADDED, SCIENCE, Auto, Bytes, Count, Section, rule
 from plmsae_cli.config.features import Features
 from plmsae_cli.config.language_models import LanguageModels, Representations
+from plmsae_cli.config.structure import Structure
 
 
 class Fidelity(Section):
@@ -189,6 +190,11 @@ class Steering(Section):
     """Share of the residues masked, where predictions are read: the same masks as in `fidelity`."""
     fdr: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.05
     """False discovery rate (Benjamini and Hochberg) at which effects are counted."""
+    esmfold: str | None = None
+    """Also fold every protein with every steer and control, by this model, as `structure.esmfold`: solvent-accessible surface
+    (SASA), contacts, RMSD and pLDDT; null: not. A fold takes seconds: few latents, few proteins. Known by content."""
+    recycles: Annotated[Annotated[int, Field(ge=0)] | None, ADDED] = None
+    """Of the folding, as in `structure`."""
     compute: Annotated[Auto | Literal["float32", "float16", "bfloat16"], SCIENCE] = "auto"
     """Number type of the model; `auto` is float32: changes may be small."""
     tasks: Count = 1
@@ -206,6 +212,8 @@ class Steering(Section):
             value = getattr(self, name)
             if isinstance(value, list) and len(set(value)) != len(value):
                 raise rule(name, f"{name} names one twice: {value}", "list each once")
+        if self.recycles is not None and self.esmfold is None:
+            raise rule("recycles", "recycles is about folding, and esmfold is not set", "set esmfold, or remove it")
         if self.latents == []:
             raise rule("latents", "latents is an empty list", "name some, or `densest`")
         return self
@@ -226,6 +234,8 @@ class Eval(Section):
     """Proteins of your own; absent: none."""
     contacts: Annotated[Contacts | None, SCIENCE] = None
     """Contacts of known structures; absent: not measured."""
+    structure: Annotated[Structure | None, SCIENCE] = None
+    """Predicted structures; absent: not measured."""
     steering: Annotated[Steering | None, SCIENCE] = None
     """What latents do to predictions; absent: not measured."""
     features: Annotated[Features | None, SCIENCE] = None

@@ -21,7 +21,17 @@ __all__ = [
     "Model", "Optimize", "Price", "Probes", "Shuffle", "Storage", "Sweep", "Train", "Wandb",
 ]  # fmt: skip
 
-OF_DICTIONARIES = ("fidelity", "concepts", "families", "probes", "encode", "contacts", "steering", "features")
+OF_DICTIONARIES = (
+    "fidelity",
+    "concepts",
+    "families",
+    "probes",
+    "encode",
+    "contacts",
+    "structure",
+    "steering",
+    "features",
+)
 """Axes of `eval` that score a sparse autoencoder."""
 STAGES = ("embed", "shuffle", "optimize", "train", "sweep", "eval")
 

@@ -44,6 +44,7 @@ def _lines(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: Mappi
         "families": _families,
         "probes": _probes,
         "contacts": _contacts,
+        "structure": _structure,
         "steering": _steering,
     }
     for axis, make in makers.items():
@@ -109,6 +110,26 @@ def _contacts(body: Mapping[str, Any]) -> Iterator[str]:
             yield f"| {method} | {cut} | {row['original']:.3f} | {row['sae']:.3f} | {row['zero']:.3f} | {share} |"
 
 
+def _structure(body: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", "## Structure", "")
+    yield f"{body['proteins']:,} proteins folded by {body['esmfold']}; {body['references']:,} have an experimental structure,"
+    yield f"{body['in_training']:,} of their sequences were in training. RMSD of CA after superposition, means over proteins."
+    if body["demo"]:
+        yield from ("", "**The folding head has random weights: these structures mean nothing.**")
+    yield from (
+        "",
+        "| hidden states | layer | RMSD to the original prediction | TM | lDDT | pLDDT | RMSD to experiment |",
+        "|---|---|---|---|---|---|---|",
+    )
+    for row in body["folds"]:
+        name = row["variant"] if row["number"] is None else f"{row['variant']} {row['number']}"
+        figures = [f"{row[key]:.{places}f}" if key in row else "" for key, places in _STRUCTURE_COLUMNS]
+        yield f"| {row['mode']} | {name} | {' | '.join(figures)} |"
+
+
+_STRUCTURE_COLUMNS = (("rmsd", 2), ("tm", 3), ("lddt", 3), ("plddt", 1), ("reference_rmsd", 2))
+
+
 def _steering(body: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", f"## Steering ({body['mode']})", "")
     number = len({row["latent"] for row in body["latents"]})
@@ -120,3 +141,17 @@ def _steering(body: Mapping[str, Any]) -> Iterator[str]:
     for row in sorted(body["latents"], key=lambda row: -row["kl"])[:20]:
         sides = [f"{row[s]['letter']} {row[s]['effect']:+.3f} (q {row[s]['q']:.3g})" for s in ("up", "down")]
         yield f"| {row['latent']} | {row['strength']:g} | {row['kl']:.4f} | {row['kl_direction']:.4f} | {' | '.join(sides)} |"
+    if "folds" in body:
+        head = "a random folding head, so they mean nothing" if body["esmfold"] == "random" else body["esmfold"]
+        yield from (
+            "",
+            f"Folded by {head}; change of the solvent-accessible surface, mean over proteins:",
+            "",
+        )
+        yield from (
+            "| latent | strength | SASA | sign flipped | random direction | random latent | q |",
+            "|---|---|---|---|---|---|---|",
+        )
+        for row in sorted(body["latents"], key=lambda row: -abs(row["sasa"]["effect"]))[:20]:
+            changes = [f"{row['sasa'][name]:+.1f} %" for name in ("effect", "flipped", "direction", "other")]
+            yield f"| {row['latent']} | {row['strength']:g} | {' | '.join(changes)} | {row['sasa']['q']:.3g} |"

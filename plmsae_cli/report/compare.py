@@ -55,6 +55,15 @@ def _contact_figures() -> list[Figure]:
     return found
 
 
+def _structure_figures() -> list[Figure]:
+    found = []
+    for mode in ("isolated", "in_place", "propagated"):
+        for name, key in (("RMSD, Å", "rmsd"), ("TM", "tm")):
+            where = ("structure", "dictionary", mode, key)
+            found.append(Figure("structure", f"{name}, {mode}", where, number))
+    return found
+
+
 FIGURES = [
     *_TRAINED,
     Figure("dictionary", "architecture", ("architecture",), str),
@@ -76,6 +85,7 @@ FIGURES = [
     Figure("probes", "AUROC, best single latent", ("probes", "mean_auroc_single"), number),
     Figure("probes", "AUROC, all latents", ("probes", "mean_auroc_all"), number),
     *_contact_figures(),
+    *_structure_figures(),
     Figure("steering", "effects found, latents", ("steering", "found"), count),
     Figure("steering", "effects tested", ("steering", "tests"), count),
     Figure("steering", "effects found, random latents", ("steering", "found_null"), count),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from plmsae_cli.report.cells import ROWS, Cell, Figure, Section, Table, decimal, latent, text, whole
-from plmsae_cli.report.interventions import contacts, steering
+from plmsae_cli.report.interventions import contacts, steering, structure
 from plmsae_cli.report.models import language_models, representations
 from plmsae_cli.report.svg import SERIES, draw
 from plmsae_cli.report.words import clean, count, number, percent
@@ -33,6 +33,7 @@ def sections(scores: Mapping[str, Any] | None) -> list[Section]:
         "families": _families,
         "probes": _probes,
         "contacts": contacts,
+        "structure": structure,
         "steering": steering,
         "lm": language_models,
         "representations": representations,

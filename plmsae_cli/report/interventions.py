@@ -1,4 +1,4 @@
-"""What splices do, for the page of a run: contacts and steering."""
+"""What splices do, for the page of a run: contacts, structures and steering."""
 
 from __future__ import annotations
 
@@ -47,6 +47,38 @@ def contacts(body: Mapping[str, Any]) -> Section:
     return Section("contacts", "Contacts that survive", lead, [], tables)
 
 
+def structure(body: Mapping[str, Any]) -> Section:
+    """The section of the axis `structure`."""
+    lead = (
+        f"{count(body['proteins'])} proteins ({count(body['in_training'])} of their sequences in training) folded by"
+        f" {clean(body['esmfold'])} from the hidden states of its language model, layer {body['layer']} replaced;"
+        f" {count(body['references'])} have an experimental structure."
+        + (" The folding head has random weights: these structures mean nothing." if body["demo"] else "")
+    )
+    columns = [("Hidden states", False), ("Layer", False), ("RMSD, Å", True), ("95 %", False), ("Mean distance, Å", True),
+               ("TM", True), ("lDDT", True), ("pLDDT", True), ("RMSD to experiment, Å", True), ("TM to experiment", True),
+               ("FVU", True), ("L0", True)]  # fmt: skip
+    rows = []
+    for row in body["folds"]:
+        ends = row.get("interval_rmsd")
+        name = row["variant"] if row["number"] is None else f"{row['variant']} {row['number']}"
+        rows.append(
+            [
+                Cell(row["mode"]), Cell(name), decimal(row.get("rmsd"), 2),
+                Cell("[{:.2f}, {:.2f}]".format(*ends) if ends else ""), decimal(row.get("mean_distance"), 2),
+                decimal(row.get("tm")), decimal(row.get("lddt")), decimal(row.get("plddt"), 1),
+                decimal(row.get("reference_rmsd"), 2), decimal(row.get("reference_tm")), decimal(row.get("fvu")),
+                decimal(row.get("l0"), 1),
+            ]
+        )  # fmt: skip
+    remark = (
+        "Means over proteins, of CA atoms, against the prediction from all hidden states as they are. plain: that prediction;"
+        " isolated: all hidden states but this layer zero; in_place: this layer replaced, the others kept; propagated: replaced"
+        " where it is computed. Every fold is in eval/structure/folds.csv."
+    )
+    return Section("structure", "Structures that survive", lead, [], [("Folds", Table(columns, rows, remark))])
+
+
 def steering(body: Mapping[str, Any]) -> Section:
     """The section of the axis `steering`."""
     lead = (
@@ -75,4 +107,24 @@ def steering(body: Mapping[str, Any]) -> Section:
         "KL and changes of log p in nats, means over proteins. Raised and lowered: the letters whose change differs most from"
         " that by the random direction. All read-outs and controls are in eval/steering/effects.parquet."
     )
-    return Section("steering", "What latents do", lead, [], [("Latents", Table(columns, rows, remark))])
+    tables = [("Latents", Table(columns, rows, remark))]
+    if "folds" in body:
+        tables.append(("Predicted structures", _steered_folds(body)))
+    return Section("steering", "What latents do", lead, [], tables)
+
+
+def _steered_folds(body: Mapping[str, Any]) -> Table:
+    columns = [("Latent", True), ("Strength", True), ("SASA, %", True), ("Sign flipped", True), ("Random direction", True),
+               ("Random latent", True), ("q", True), ("Contacts a residue", True), ("RMSD, Å", True),
+               ("pLDDT", True)]  # fmt: skip
+    rows = [
+        [
+            latent(row["latent"]), decimal(row["strength"], 2),
+            *(decimal(row["sasa"][name], 1) for name in ("effect", "flipped", "direction", "other")),
+            decimal(row["sasa"]["q"], 4), decimal(row["contacts"]["effect"]), decimal(row["rmsd"]["effect"], 2),
+            decimal(row["plddt"]["effect"], 1),
+        ]
+        for row in sorted(body["latents"], key=lambda row: -abs(row["sasa"]["effect"]))[:ROWS]
+    ]  # fmt: skip
+    remark = f"Changes against the fold untouched, by {clean(body['esmfold'])}, means over proteins."
+    return Table(columns, rows, remark)

@@ -56,6 +56,8 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
         body = cuts["L"]
         share = f", {percent(body['recovered'])} recovered" if "recovered" in body else ""
         yield f"contacts by {method}, P@L", f"{number(body['sae'])} (model {number(body['original'])}){share}"
+    for mode, fold in scored.get("structure", {}).get("dictionary", {}).items():
+        yield f"structure, {mode}", f"RMSD {number(fold['rmsd'])} Å, TM {number(fold['tm'])}"
     if steering := scored.get("steering"):
         yield "steering effects found", f"{count(steering['found'])} of {count(steering['tests'])}"
     yield from lines(scored)

@@ -6,6 +6,7 @@ import csv
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import torch
 
 from plmsae_cli.evaluation.contacts.jacobian import coupling, jacobian
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, MASK, encode, pack
+from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.masked_scores import masks
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.sae.export import to_state
 from plmsae_cli.sae.topk import TopK
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.tensorfile import write_tensors
+from plmsae_cli.store.weights import save_model
 
 pytest.importorskip("biotite")
 Plmsae = Callable[..., Any]
@@ -34,8 +37,12 @@ D, LATENTS = 32, 128
 def write_structure(path: Path, sequence: str, seed: int) -> np.ndarray[Any, Any]:
     """A random walk that fills a small ball, so that far residues touch; gives the CB (CA of glycine) places."""
     draw = np.random.default_rng(seed)
-    places = np.round(draw.normal(scale=7.0, size=(len(sequence), 3)), 3)
-    lines = []
+    return write_places(path, sequence, np.round(draw.normal(scale=7.0, size=(len(sequence), 3)), 3))
+
+
+def write_places(path: Path, sequence: str, places: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A PDB file with CB (CA of glycine) there, CA beside it."""
+    lines: list[str] = []
     for number, (letter, place) in enumerate(zip(sequence, places, strict=True), 1):
         for atom in ("CA",) if letter == "G" else ("CA", "CB"):
             x, y, z = place if atom == "CB" or letter == "G" else place + 1.0
@@ -45,8 +52,8 @@ def write_structure(path: Path, sequence: str, seed: int) -> np.ndarray[Any, Any
     return places
 
 
-def plant(run: Path, weights: Path) -> torch.Tensor:
-    """Latents 0 to 63 are the dimensions and their negatives, which lose nothing; one more, never active, raises W."""
+def lossless(run: Path) -> dict[str, torch.Tensor]:
+    """Put a dictionary there whose latents 0 to 63 are the dimensions and their negatives; the others are never active."""
     sae = TopK(D, LATENTS, k=D)
     state, _ = to_state(sae)
     both = torch.cat([torch.eye(D), -torch.eye(D)])
@@ -58,6 +65,13 @@ def plant(run: Path, weights: Path) -> torch.Tensor:
     state["b_enc_N"][2 * D :] = -1e3
     state["b_dec_D"].zero_()
     state["maximum_N"].fill_(0.5)
+    write_tensors(Store(), str(run / "sae" / "sae.safetensors"), state, {"format": "plmsae.sae/1"})
+    return state
+
+
+def plant(run: Path, weights: Path) -> torch.Tensor:
+    """A dictionary that loses nothing, and has one more latent, never active, that raises W."""
+    state = lossless(run)
     x_D = torch.zeros(D, requires_grad=True)
     model = load_plm(str(weights))
     with torch.no_grad():
@@ -257,3 +271,130 @@ def test_evaluations_side_by_side(plmsae: Plmsae, trained: Callable[..., Path], 
     assert shown[0].split() == ["axis", "figure", "one", "two"]
     assert plmsae("eval", one, one, "--compare").code == 2
     assert plmsae("eval", one, two).code == 2
+
+
+def test_structures_of_a_dictionary_that_loses_nothing(
+    plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Random folding weights, so structures mean nothing; the dictionary with all its latents still changes none of them."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("tmtools")
+    texts = sequences(3, 36)
+    (tmp_path / "p.fasta").write_text("".join(f">p{n}\n{text}\n" for n, text in enumerate(texts)))
+    section = (
+        f"  structure: {{fasta: {tmp_path / 'p.fasta'}, ids: [p0, p2], esmfold: random, recycles: 0, k: [1, {D}], "
+    )
+    steering = f"  steering: {{fasta: {tmp_path / 'p.fasta'}, latents: [3, {PLANTED}], esmfold: random, recycles: 0}}\n"
+    path = trained(section + "tasks: 2}\n" + steering)
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval"
+    body = json.loads((folder / "metrics.json").read_text())["structure"]
+    assert (body["proteins"], body["references"], body["demo"]) == (2, 0, True)
+    assert body["spliced_identity"] == "exact"
+    rows = pq.read_table(folder / "structure" / "folds.parquet").to_pylist()
+    folds = {(row["id"], row["mode"], row["variant"], row["number"]): row for row in rows}
+    assert len(folds) == 2 * (1 + 6 + 5)
+    for name in ("p0", "p2"):
+        for variant, number in (("sae", None), ("k", D)):
+            whole = folds[name, "propagated", variant, number]
+            assert whole["rmsd"] == pytest.approx(0.0, abs=1e-5)
+            assert whole["lddt"] == 1.0
+            assert whole["fvu"] == 0.0
+            alone, kept = folds[name, "isolated", variant, number], folds[name, "isolated", "original", None]
+            assert alone["rmsd"] == kept["rmsd"] > 0.01
+        assert folds[name, "propagated", "k", 1]["rmsd"] > 0.01
+        assert folds[name, "propagated", "k", 1]["l0"] == 1.0
+        assert folds[name, "propagated", "zero", None]["rmsd"] > 0.01
+        assert folds[name, "plain", "original", None]["tm"] == pytest.approx(1.0)
+    by_way = {(fold["mode"], fold["variant"], fold["number"]): fold for fold in body["folds"]}
+    mean = np.mean([folds[name, "isolated", "zero", None]["rmsd"] for name in ("p0", "p2")])
+    assert by_way["isolated", "zero", None]["rmsd"] == pytest.approx(mean)
+    assert len((folder / "structure" / "folds.csv").read_text().splitlines()) == 1 + len(rows)
+    assert "## Structure" in (folder / "model_card.md").read_text()
+    assert '<section id="structure">' in (tmp_path / "runs" / "one" / "report" / "index.html").read_text()
+    effects = {
+        (row["latent"], row["readout"]): row
+        for row in pq.read_table(folder / "steering" / "effects.parquet").to_pylist()
+    }
+    assert len(effects) == 2 * (21 + 4)
+    assert effects[PLANTED, "RMSD"]["effect"] > 1e-4
+    latents = pq.read_table(folder / "latents.parquet").to_pylist()
+    assert latents[PLANTED]["steering_sasa"] == effects[PLANTED, "SASA"]["effect"] != 0.0
+    assert "solvent-accessible surface" in (folder / "model_card.md").read_text()
+    # A prediction given as the experimental structure is found again, and another number of pieces changes no byte.
+    references = tmp_path / "references"
+    references.mkdir()
+    (references / "p2.pdb").write_bytes((folder / "structure" / "pdb" / "00001.original.pdb").read_bytes())
+    path.write_text(path.read_text().replace("tasks: 2", f"references: {references}, tasks: 1"))
+    assert plmsae("eval", path, "--no-progress").code == 0
+    table = {row["id"]: row for row in pq.read_table(folder / "proteins.parquet").to_pylist()}
+    assert table["p0"]["reference_rmsd"] is None
+    assert table["p2"]["reference_rmsd"] < 1e-3
+    again = pq.read_table(folder / "structure" / "folds.parquet").to_pylist()
+    assert [{k: v for k, v in row.items() if "reference" not in k} for row in again] == [
+        {k: v for k, v in row.items() if "reference" not in k} for row in rows
+    ]
+    right = path.read_text()
+    for wrong, words in (
+        ("esmfold: nowhere", "hf download nowhere"),
+        ("esmfold: random, prefixes: groups", "no nested"),
+    ):
+        path.write_text(right.replace("esmfold: random", wrong, 1))
+        refused = plmsae("eval", path, "--no-progress")
+        assert refused.code == 2
+        assert words in refused.err
+
+
+def looking_model(folder: Path, seeker: str, sought: str) -> None:
+    """One block, whose attention at one letter goes to another wherever it stands, and writes what it finds there."""
+    model = ESM2(ESM2Config(num_layers=1, d=D, num_heads=1, token_dropout=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for norm in (model.layers[0].self_attn_layer_norm, model.emb_layer_norm_after, model.lm_head.layer_norm):
+            norm.weight.fill_(1.0)
+        model.embed_tokens.weight[4:24, :20] = torch.eye(20)
+        slowest = D // 2 - 1  # of the rotary pairs: it hardly turns along a protein
+        block: Any = model.layers[0].self_attn
+        block.q_proj.weight[slowest, AMINO_ACIDS.index(seeker)] = 1.3
+        block.k_proj.weight[slowest, AMINO_ACIDS.index(sought)] = 1.3
+        block.v_proj.weight.copy_(torch.eye(D))
+        block.out_proj.weight[:20, :20] = torch.eye(20).roll(1, 0)
+        model.lm_head.dense.weight.copy_(torch.eye(D))
+    save_model(Store(), str(folder), dict(model.state_dict()), asdict(model.config), {})
+
+
+def test_a_planted_contact_is_first(plmsae: Plmsae, write: Callable[..., Path], tmp_path: Path) -> None:
+    looking_model(tmp_path / "looking", "C", "W")
+    letters = random.Random(0).choices("ADEFGHIKLMNPQRSTVY", k=40)
+    letters[3], letters[33] = "W", "C"
+    places = np.zeros((40, 3))
+    places[:, 0] = 30.0 * np.arange(40)
+    places[33] = places[3] + [0.0, 5.0, 0.0]  # the only contact
+    write_places(tmp_path / "one.pdb", "".join(letters), places)
+    path = write("one.yaml", weights=tmp_path / "looking", evaluation="")
+    path.write_text(
+        path.read_text().replace("layers: [2]", "layers: [1]").replace("expansion: 2, k: 4", "expansion: 4, k: 32")
+    )
+    assert plmsae("run", path, "--no-progress").code == 0
+    lossless(tmp_path / "runs" / "one")
+    section = (
+        f"\neval:\n  fidelity: {{loss_recovered: false}}\n  contacts: {{structures: ['{tmp_path / 'one.pdb'}']}}\n"
+    )
+    path.write_text(path.read_text() + section)
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    folder = tmp_path / "runs" / "one" / "eval"
+    pairs = pq.read_table(folder / "contacts" / "pairs" / "00000.parquet").to_pylist()
+    for variant in ("original", "sae"):
+        ranked = sorted(pairs, key=lambda row: -row[f"jacobian_{variant}"])
+        assert (ranked[0]["i"], ranked[0]["j"]) == (4, 34)
+        assert ranked[0][f"jacobian_{variant}"] > 3 * ranked[1][f"jacobian_{variant}"]
+    body = json.loads((folder / "metrics.json").read_text())["contacts"]
+    assert body["chance"] == pytest.approx(1 / 136)
+    for cut, number in (("L", 40), ("L/2", 20), ("L/5", 8)):
+        row = body["methods"]["jacobian"][cut]
+        assert row["original"] == row["sae"] == pytest.approx(1 / number)
+        assert row["zero"] == pytest.approx(1 / 136)  # all couplings are 0: no better than chance
+        assert row["recovered"] == 1.0

@@ -19,6 +19,9 @@ def test_renames_lead_from_foreign_names_to_fields() -> None:
     assert list(RENAMED) == sorted(RENAMED)
 
 
+FASTA_AXES = ("encode", "structure", "steering", "lm")
+
+
 @pytest.mark.parametrize(
     ("section", "key", "expected"),
     [
@@ -27,7 +30,7 @@ def test_renames_lead_from_foreign_names_to_fields() -> None:
         ("embed", "batch_size", ["embed.batch_tokens"]),
         ("train.sae", "batch_size", ["train.batch_tokens"]),
         ("train.plm", "max_len", ["train.plm.max_length"]),
-        ("", "fasta", [f"{s}.fasta" for s in ("embed", "train.plm", "eval.encode", "eval.steering", "eval.lm")]),
+        ("", "fasta", [f"{s}.fasta" for s in ("embed", "train.plm", *(f"eval.{axis}" for axis in FASTA_AXES))]),
         ("train", "batch", ["train.batch_tokens"]),
         ("train.sae", "seed", ["train.seed"]),
         ("", "seed", ["shuffle.seed", "train.seed"]),

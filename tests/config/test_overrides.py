@@ -22,7 +22,8 @@ SAE = (
     "embed: {fasta: x.fasta, layers: [24]}\nshuffle: {}\noptimize: {}\n"
     "train: {sae: {architecture: matryoshka_topk}}\nsweep: {grid: {train.seed: [0, 1]}}\n"
     "eval: {concepts: {annotations: a.tsv}, families: {proteins: a.fasta}, probes: {proteins: a.fasta},"
-    " contacts: {structures: [a.pdb]}, encode: {fasta: a.fasta}}\n"
+    " contacts: {structures: [a.pdb]}, encode: {fasta: a.fasta}, structure: {fasta: a.fasta},"
+    " steering: {esmfold: random}}\n"
 )
 KINDS = [
     "architecture: matryoshka_topk", "architecture: batch_topk, k_start: 9", "architecture: jumprelu",
@@ -53,7 +54,9 @@ def candidates(entry: Entry) -> Iterator[Any]:
         "name": "a-name", "embed.layers": [3], "train.layer": 24, "train.sae.fractions": [0.25, 0.75],
         "train.betas": [0.5, 0.75], "train.plm.valid": {"a": "b.fasta"}, "sweep.grid": {"train.sae.k": [1, 2]},
         "eval.contacts.structures": ["a.pdb"], "eval.contacts.methods": ["head"], "eval.steering.strengths": [2.0],
-        "eval.steering.latents": [3], "eval.steering.residues": "active",
+        "eval.structure.structures": ["a.pdb"], "eval.structure.ids": ["T1024"], "eval.structure.modes": ["in_place"],
+        "eval.structure.k": [4], "eval.structure.prefixes": "groups", "eval.steering.latents": [3],
+        "eval.steering.residues": "active",
         "eval.concepts.nulls": ["pca"], "train.kind": "sae", "launch.slurm.options": {"qos": "high"},
         "train.plm.bin": "x.bin", "eval.lm.models": ["bundled"], "eval.lm.bin": "x.bin",
         "eval.representations.models": ["bundled"], "eval.representations.tasks": ["y.csv"],

@@ -17,7 +17,7 @@ _WIDTH = 100
 # Sections of the other kind of experiment, and those that need files of their own: shown, but commented out.
 _OFF = (
     "embed.imported", "train.imported", "train.plm", "sweep", "eval.concepts", "eval.families", "eval.probes",
-    "eval.encode", "eval.contacts", "eval.steering", "eval.features", "eval.lm", "eval.representations",
+    "eval.encode", "eval.contacts", "eval.structure", "eval.steering", "eval.features", "eval.lm", "eval.representations",
 )  # fmt: skip
 _EXAMPLES: dict[str, Any] = {
     "embed.fasta": "proteins.fasta.gz",
@@ -34,6 +34,7 @@ _EXAMPLES: dict[str, Any] = {
     "eval.probes.proteins": "uniprot.tsv.gz",
     "eval.encode.fasta": "mine.fasta",
     "eval.contacts.structures": ["1cs4.pdb.gz:A"],
+    "eval.structure.fasta": "casp14.fasta.gz",
     "eval.lm.fasta": "proteins.fasta.gz",
     "eval.representations.tasks": ["stability.csv"],
 }

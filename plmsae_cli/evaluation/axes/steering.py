@@ -13,10 +13,14 @@ from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.store.fs import join
 
 if TYPE_CHECKING:
+    import torch
+
     from plmsae_cli.config.evaluation import Steering
+    from plmsae_cli.evaluation.steering.edits import Steer
     from plmsae_cli.evaluation.steering.readout import Batch
 
 AXIS = "steering"
+FOLDER = "eval.steering.esmfold"
 
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
@@ -25,6 +29,11 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     assert options is not None
     scope.require_same_model("remove eval.steering")
     inputs = scope.contents(fasta=options.fasta)
+    if options.esmfold is not None:
+        from plmsae_cli.evaluation.structure.esmfold import identity as folder_identity
+
+        weights = scope.experiment.model.weights
+        inputs["esmfold"] = folder_identity(options.esmfold, weights, scope.store, FOLDER)
     chosen_by = concepts.plan(scope)[0][-1] if options.latents == "concepts" else None
     if chosen_by is not None:
         inputs["concepts"] = chosen_by.id
@@ -174,6 +183,46 @@ def _part(scope: Scope, options: Steering, index: int, of: int, context: Context
             )
             done += len(batch.packed.lengths)
             context.progress(done, len(sequences))
-    values = torch.cat(found, dim=2).numpy() if mine else None
-    columns = {} if values is None else {"values": [row.ravel() for row in values]}
-    return Result([scope.write_table(AXIS, f"values/{index}of{of}.parquet", columns)])
+    columns: dict[str, Any] = {}
+    files = []
+    if mine:
+        values_SVPR = torch.cat(found, dim=2)
+        if options.esmfold is not None:
+            shapes, folded_SVPR = _folds(scope, options, sae, mine, sequences, context)
+            values_SVPR = torch.cat([values_SVPR, folded_SVPR], dim=3)
+            files.append(scope.write_json(AXIS, f"folds/{index}of{of}.json", {"proteins": shapes}))
+        columns["values"] = [row.ravel() for row in values_SVPR.numpy()]
+    return Result([*files, scope.write_table(AXIS, f"values/{index}of{of}.parquet", columns)])
+
+
+def _folds(
+    scope: Scope, options: Steering, sae: Any, mine: list[Steer], sequences: list[str], context: Context
+) -> tuple[list[dict[str, float]], torch.Tensor]:
+    """What the untouched folds are, and the read-outs [steers, variants, P, read-outs] of the steered ones."""
+    import torch
+
+    from plmsae_cli.evaluation.steering.folds import measure_folds
+    from plmsae_cli.evaluation.structure.esmfold import shared
+
+    assert options.esmfold is not None
+    layer = scope.made()["layer"]
+    weights = scope.experiment.model.weights
+    folder = shared(options.esmfold, weights, scope.store, options.recycles, layer, FOLDER)
+    positions = options.residues if isinstance(options.residues, list) else None
+    shapes, found = [], []
+    for done, sequence in enumerate(sequences):
+        base, values_SVR = measure_folds(
+            folder,
+            sae,
+            layer,
+            sequence,
+            mine,
+            options.mode,
+            positions,
+            options.residues == "active",
+            context.check_stop,
+        )
+        shapes.append({"sasa": base.sasa, "sasa_mean": base.sasa / len(sequence), "plddt": base.plddt})
+        found.append(values_SVR)
+        context.progress(done + 1, len(sequences))
+    return shapes, torch.stack(found, dim=2)

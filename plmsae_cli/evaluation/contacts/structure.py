@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,8 @@ class Chain:
     sequence: str
     beta_L3: Coordinates
     """CB, or CA of glycine, in angstrom; NaN where it was not resolved."""
+    alpha_L3: Coordinates
+    """CA; NaN where it was not resolved."""
 
     @property
     def known_L(self) -> npt.NDArray[np.bool_]:
@@ -79,24 +82,44 @@ def read_chain(path: Path, name: str, chain: str | None, sequence: str) -> Chain
     chosen = chain if chain is not None else chains[0]
     atoms = atoms[atoms.chain_id == chosen]
     starts = biotite.get_residue_starts(atoms, add_exclusive_stop=True)
-    letters, places, numbers = [], [], []
+    letters, places, numbers = [], [], []  # of CB and CA together
     for start, stop in pairwise(starts):
         residue = atoms[start:stop]
         letter = one_letter_code(residue.res_name[0]) or "X"
-        found = residue.coord[residue.atom_name == ("CA" if letter == "G" else "CB")]
         letters.append(letter)
-        places.append(found[0] if len(found) else np.full(3, np.nan))
+        places.append([_place(residue, "CA" if letter == "G" else "CB"), _place(residue, "CA")])
         numbers.append(int(residue.res_id[0]))
-    beta_L3 = np.array(places, dtype=np.float64)
+    places_L23 = np.array(places, dtype=np.float64)
     whole = "".join(letters)
     if sequence == "seqres":
         deposited = _deposited(file, chosen, name)
-        where = place_in(whole, numbers, deposited)
-        spread_L3 = np.full((len(deposited), 3), np.nan)
-        spread_L3[where] = beta_L3
-        whole, beta_L3 = deposited, spread_L3
+        places_L23 = _spread(places_L23, place_in(whole, numbers, deposited), len(deposited))
+        whole = deposited
     stem = Path(name).name.removesuffix(".gz").rpartition(".")[0]
-    return Chain(f"{stem}_{chosen}", whole, beta_L3)
+    return Chain(f"{stem}_{chosen}", whole, places_L23[:, 0], places_L23[:, 1])
+
+
+def onto(chain: Chain, sequence: str) -> Chain:
+    """The chain's coordinates at the residues of another sequence of the same protein.
+
+    Raises:
+        UserError: some of its residues have no place there.
+    """
+    where = place_in(chain.sequence, list(range(1, len(chain.sequence) + 1)), sequence)
+    both = np.stack([chain.beta_L3, chain.alpha_L3], axis=1)
+    spread = _spread(both, where, len(sequence))
+    return Chain(chain.name, sequence, spread[:, 0], spread[:, 1])
+
+
+def _place(residue: Any, atom: str) -> Any:
+    found = residue.coord[residue.atom_name == atom]
+    return found[0] if len(found) else np.full(3, np.nan)
+
+
+def _spread(places: Coordinates, where: npt.NDArray[np.int64], length: int) -> Coordinates:
+    found = np.full((length, *places.shape[1:]), np.nan)
+    found[where] = places
+    return found
 
 
 def read_residues(path: Path, name: str, chain: str | None = None) -> list[tuple[str, list[Any]]]:
@@ -119,6 +142,21 @@ def read_residues(path: Path, name: str, chain: str | None = None) -> list[tuple
             residues = [mine[a:b] for a, b in pairwise(biotite.get_residue_starts(mine, add_exclusive_stop=True))]
             found.append(("".join(one_letter_code(residue.res_name[0]) or "X" for residue in residues), residues))
     return found
+
+
+def atoms_of(pdb_text: str) -> Any:
+    """Biotite's array of the atoms in the text of a PDB file."""
+    from biotite.structure.io import pdb
+
+    return pdb.PDBFile.read(io.StringIO(pdb_text)).get_structure(model=1)
+
+
+def surface(atoms: Any) -> float:
+    """Solvent-accessible surface of an array of atoms, in square angstrom (Shrake and Rupley 1973, by Biotite: probe of 1.4,
+    1,000 points an atom, radii of ProtOr). Atoms without a radius, such as hydrogens, do not count."""
+    from biotite.structure import sasa
+
+    return float(np.nansum(sasa(atoms)))
 
 
 def _open(path: Path, name: str) -> tuple[Any, Any]:

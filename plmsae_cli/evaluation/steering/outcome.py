@@ -10,7 +10,7 @@ import numpy as np
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.evaluation.steering.edits import VARIANTS, steers
 from plmsae_cli.evaluation.steering.effects import benjamini_hochberg, effect_rows
-from plmsae_cli.evaluation.steering.readout import LETTERS
+from plmsae_cli.evaluation.steering.folds import READOUTS as FOLDED
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
 from plmsae_cli.runtime.task import Result
 
@@ -31,7 +31,8 @@ def report(scope: Scope, options: Steering, of: int) -> Result:
     density = dict(zip(chosen["latents"], chosen["density"], strict=True))
     trained = scope.read_table(AXIS, "proteins.parquet")["in_training"].to_pylist()
     proteins = len(trained)
-    shape = (len(VARIANTS), proteins, LETTERS + 1)
+    readouts = READOUTS if options.esmfold is None else [*READOUTS, *FOLDED]
+    shape = (len(VARIANTS), proteins, len(readouts))
     values: dict[int, Any] = {}
     for index in range(of):
         table = scope.read_table(AXIS, f"values/{index}of{of}.parquet")
@@ -45,12 +46,12 @@ def report(scope: Scope, options: Steering, of: int) -> Result:
             "density": density[steer.latent],
             "other_latent": steer.other,
         }
-        rows += effect_rows(values[place], READOUTS, facts)
+        rows += effect_rows(values[place], readouts, facts)
     for name in ("", "_other", "_null"):
         q_M = benjamini_hochberg(np.array([row[f"p{name}"] for row in rows]))
         for row, q in zip(rows, q_M.tolist(), strict=True):
             row[f"q{name}"] = q
-    latents = [_of_steer(rows[n : n + len(READOUTS)]) for n in range(0, len(rows), len(READOUTS))]
+    latents = [_of_steer(rows[n : n + len(readouts)]) for n in range(0, len(rows), len(readouts))]
     body = {
         "mode": options.mode,
         "residues": options.residues if isinstance(options.residues, str) else f"{len(options.residues)} positions",
@@ -68,6 +69,8 @@ def report(scope: Scope, options: Steering, of: int) -> Result:
         "kl_other": float(np.mean([row["kl_other"] for row in latents])),
         "latents": latents,
     }
+    if options.esmfold is not None:
+        body |= {"esmfold": options.esmfold, "folds": scope.read_json(AXIS, f"folds/0of{of}.json")["proteins"]}
     number = read_sae_facts(scope.folder, scope.store)["config"]["num_latents"]
     files = [
         scope.write_json(AXIS, "result.json", body),
@@ -79,7 +82,8 @@ def report(scope: Scope, options: Steering, of: int) -> Result:
 
 def _of_steer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One latent at one strength: its KL, and the letters it raises and lowers most against the random direction."""
-    kl, letters = rows[0], rows[1:]
+    kl, letters, folded = rows[0], rows[1 : len(READOUTS)], rows[len(READOUTS) :]
+    columns = ("effect", "direction", "other", "flipped", "q")
     up = max(letters, key=lambda row: row["effect"] - row["direction"])
     down = min(letters, key=lambda row: row["effect"] - row["direction"])
     return {
@@ -91,10 +95,11 @@ def _of_steer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **{
             side: {
                 "letter": row["readout"],
-                **{name: row[name] for name in ("effect", "direction", "other", "flipped", "q")},
+                **{name: row[name] for name in columns},
             }
             for side, row in (("up", up), ("down", down))
         },
+        **{row["readout"].lower(): {name: row[name] for name in columns} for row in folded},
     }
 
 
@@ -110,4 +115,8 @@ def _columns(latents: Sequence[dict[str, Any]], number: int) -> dict[str, list[A
     for side in ("up", "down"):
         found[f"steering_{side}"] = [best[n][side]["letter"] if n in best else None for n in range(number)]
         found[f"steering_{side}_effect"] = [best[n][side]["effect"] if n in best else None for n in range(number)]
+    for name in (name.lower() for name in FOLDED if name.lower() in latents[0]):
+        for column in ("effect", "q"):
+            values = [best[n][name][column] if n in best else None for n in range(number)]
+            found[f"steering_{name}" + ("_q" if column == "q" else "")] = values
     return found

@@ -18,26 +18,23 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import lzma
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from plm_data import proteins, stream
 from plm_sides import BETAS, DEVICE, MUON_WARMUP, Ours, Side, Theirs
 from record import add, cpu, stamp
 from torch import Tensor
 
 from plmsae_cli.config.training import Train
-from plmsae_cli.plm.alphabet import Packed, encode, wrap
+from plmsae_cli.plm.alphabet import Packed
 from plmsae_cli.runtime.masked_scores import MASK_RATE, MaskedScores, mask, masks_of_pack
-from plmsae_cli.store.fasta import records
 from plmsae_cli.store.split import heldout, split_hash
 from plmsae_cli.training.masking import IGNORED, Masked, chosen_places
 from plmsae_cli.training.packs import Packs
@@ -58,23 +55,6 @@ SIDES = ("ours", "reference", "parts", "shipped")
 """What can be asked for: `shipped` is the reference without autocast."""
 _LOOK = 20
 """Steps between looks at the loss, which wait for the device, and at the clock."""
-
-# Proteins
-
-
-def proteins(path: Path) -> list[str]:
-    """Sequences of a FASTA file: plain, gzip or xz."""
-    if path.suffix != ".xz":
-        return [sequence for _, _, sequence in records(path) if sequence]
-    with tempfile.NamedTemporaryFile(suffix=".fasta") as plain, lzma.open(path) as packed:
-        while block := packed.read(1 << 24):
-            plain.write(block)
-        plain.flush()
-        return [sequence for _, _, sequence in records(Path(plain.name)) if sequence]
-
-
-def stream(sequences: list[str], max_length: int) -> list[npt.NDArray[np.uint8]]:
-    return [np.concatenate([wrap(encode(sequence[:max_length])) for sequence in sequences])]
 
 
 def questions(packs: list[Packed]) -> list[Masked]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,8 @@ from plmsae_cli.training.schedules import learning_rate
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BETAS = (0.8, 0.95)
 MUON_WARMUP = 300
+_AHEAD = 4
+"""Packs that are made beside the training."""
 
 
 class Side(Protocol):
@@ -131,7 +134,7 @@ class Theirs:
         self._window = torch.tensor(plm.max_length + 2, device=DEVICE)
         self._rate = torch.tensor(plm.mask_rate, device=DEVICE)
         self._threads = ThreadPoolExecutor(1)
-        self._made: Iterator[Masked] = self._threads.map(self._make, range(steps))
+        self._ahead = deque(self._threads.submit(self._make, step) for step in range(min(_AHEAD, steps)))
 
     def _make(self, step: int) -> Masked:
         made = masked(self._packs.pack(step), self._plm, question(self._plm, step), self._train.seed, step)
@@ -141,7 +144,9 @@ class Theirs:
         return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self._half and DEVICE.type == "cuda")
 
     def step(self, step: int) -> Tensor:
-        pack = next(self._made).to(DEVICE)
+        pack = self._ahead.popleft().result().to(DEVICE)
+        if step + _AHEAD < self._steps:
+            self._ahead.append(self._threads.submit(self._make, step + _AHEAD))
         labels_T = torch.full(pack.inputs_T.shape, IGNORED, dtype=torch.int64, device=DEVICE)
         labels_T[pack.places_M] = torch.where(pack.weights_M > 0, pack.targets_M, IGNORED)
         with self._arithmetic():

@@ -99,7 +99,8 @@ def test_adam_alone_and_old_names(tmp_path: Path) -> None:
     train = experiment.train
     assert train is not None
     assert (train.optimizer, train.lr, train.grad_clip, train.checkpoint_every) == ("adam", 0.001, 2.0, 100)
-    assert (train.compute, plm_of(experiment).lr_hidden) == ("float32", "auto")
+    assert (train.compute, plm_of(experiment).lr_hidden) == ("auto", "auto")
+    assert any(note.startswith("bfloat16: there TF32") for note in notes)
     assert "hidden: unknown, and left out" in notes
     assert not any("abc" in note for note in notes)
     assert "abc" not in (tmp_path / "new.yaml").read_text()

@@ -108,11 +108,10 @@ class Theirs:
             compile_flex_attention=False,
         )  # fmt: skip
         self._model = module.PLM(config).to(DEVICE).train()
-        if not whole:
-            flex, block_mask = _attention(half)
-            module.create_block_mask = block_mask
-            for block in self._model.transformer.layers:
-                block.attn.flex_attention = flex
+        # Where the whole is compiled these become a part of it; scoring is not, and needs them.
+        flex, module.create_block_mask = _attention(half)
+        for block in self._model.transformer.layers:
+            block.attn.flex_attention = flex
         self._loss: Any = torch.compile(self._model) if whole else self._model
         named = list(self._model.named_parameters())
         self.parameters = sum(p.numel() for _, p in named)
@@ -175,7 +174,7 @@ class Theirs:
 
 
 def _attention(half: bool) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
-    """flex_attention and create_block_mask for the reference where it is not compiled as a whole."""
+    """flex_attention and create_block_mask for the reference: uncompiled, the mask would have a place for every pair."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if DEVICE.type == "cuda":

@@ -101,6 +101,7 @@ class Theirs:
         module, optimizer = _reference_modules(folder)
         compiled = DEVICE.type == "cuda"
         whole = whole and compiled
+        torch._dynamo.config.capture_scalar_outputs = whole  # as its entry point has it
         config = module.PLMConfig(
             hidden_size=plm.hidden_size, num_attention_heads=plm.num_attention_heads, num_hidden_layers=plm.num_layers,
             expansion_ratio=plm.expansion_ratio, soft_logit_cap=plm.soft_logit_cap, unet=True, mlm=True,

@@ -6,7 +6,8 @@
 
 The model of the speed runs by default: 24 layers of 768, 133,065,357 parameters, packs of 65,536 tokens. The proteins are
 packed as `plmsae train` packs them, masked by its threads, and each step is its step. Milliseconds are wall time over all
-timed steps; shares are medians of CUDA events over further steps. `--learn N` trains N steps and prints the loss.
+timed steps; forward, backward and optimiser are medians of CUDA events over further steps. `--packs N` accumulates N
+micro-batches a step, one update for all: its figure is named by that. `--learn N` trains N steps and prints the loss.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +67,53 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def parts(trained: PLMObjective, step: int, device: torch.device) -> list[float]:
-    """Milliseconds of `PARTS` of one step, each waited for."""
-    packs, near = trained._load(step), trained._window(step)
-    spent = [0.0, 0.0, 0.0]
+class Marks:
+    """Moments on the device's own clock, between which nothing waits: the host stays ahead, as it is in training."""
 
-    def timed(part: int, act: Callable[[], Any]) -> Any:
-        wait(device)
-        begun = time.perf_counter()
-        found = act()
-        wait(device)
-        spent[part] += 1e3 * (time.perf_counter() - begun)
-        return found
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
 
-    trained._optimizer.zero_grad()
-    for pack in packs:
-        loss = timed(0, lambda pack=pack: trained._score(pack, near)[0] / max(1, pack.chosen))
-        timed(1, loss.backward)
-    timed(2, lambda: trained._optimizer.step(trained._schedule(step), None))
-    return spent
+    def __call__(self) -> None:
+        if self._cuda:
+            self._events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+            self._events[-1].record()
+        else:
+            self._times.append(1e3 * time.perf_counter())
+
+    def milliseconds(self) -> list[float]:
+        """From each to the next."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in pairwise(self._events)]
+        return [b - a for a, b in pairwise(self._times)]
+
+
+def parts(trained: PLMObjective, steps: range, device: torch.device) -> list[float]:
+    """Milliseconds of `PARTS`, the median over steps of their sum over micro-batches."""
+    marks, sizes = Marks(device), []
+    for step in steps:
+        packs, near = trained._load(step), trained._window(step)
+        trained._compile(packs, near)
+        trained._optimizer.zero_grad()
+        sizes.append(len(packs))
+        marks()
+        for pack in packs:
+            loss = trained._score(pack, near)[0] / max(1, pack.chosen)
+            marks()
+            loss.backward()  # type: ignore[no-untyped-call]
+            marks()
+        trained._optimizer.step(trained._schedule(step), None)
+        marks()
+    spent = iter(marks.milliseconds())
+    found = []
+    for size in sizes:
+        halves = [next(spent) for _ in range(2 * size)]
+        found.append((sum(halves[::2]), sum(halves[1::2]), next(spent)))
+        next(spent, None)  # between two steps
+    # The host may still be behind in the first.
+    return [statistics.median(each) for each in zip(*found[1:], strict=True)]
 
 
 def main() -> None:
@@ -144,9 +173,7 @@ def measure(ranks: Gang) -> None:
     peak = peak_flops(device, trained.compute)
     reached = trained.flops_per_step() / seconds / ranks.world
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    shares = [
-        statistics.median(each) for each in zip(*(parts(trained, step + i, device) for i in range(5)), strict=True)
-    ]
+    shares = parts(trained, range(step, step + 6), device)
     mfu = "" if peak is None else f", MFU {reached / peak:.1%}"
     print(
         f"{pace:,.0f} tok/s, {1e3 * seconds:.2f} ms a step, {reached / 1e12:.1f} TFLOP/s{mfu}, {memory:.1f} GiB, "
@@ -157,7 +184,7 @@ def measure(ranks: Gang) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             for i in range(3):
-                trained.step(step + 5 + i)
+                trained.step(step + 6 + i)
             wait(device)
         by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=by, row_limit=45, max_name_column_width=90))
@@ -172,6 +199,7 @@ def measure(ranks: Gang) -> None:
         )
         label = f"plm/{trained.config.num_parameters / 1e6:.0f}M"
         who = "plmsae" if ranks.world == 1 else f"plmsae, {ranks.world} GPUs"
+        who += f", an update every {options.packs} micro-batches" if options.packs > 1 else ""
         line = {"name": label, "who": who, "value": round(pace), "unit": "tokens/s", "note": note}
         add(options.results, [{**line, **stamp("plm-step", name, command)}])
 

@@ -70,18 +70,15 @@ class Attention(nn.Module):
         self.out_DD = Parameter(torch.empty(config.d, config.d))
         self.value_mix_2 = Parameter(torch.empty(2)) if config.mixes_values else None
 
-    def forward(
-        self, x_TD: Tensor, embedded_TD: Tensor | None, rope: Tables, documents: Documents, window: int | None
-    ) -> Tensor:
+    def queries(self, x_TD: Tensor, embedded_TD: Tensor | None, rope: Tables) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k, normed and turned, and v, each [T, H, Dh]."""
         qkv = self.project(x_TD).view(len(x_TD), 3, self.num_heads, -1)
         q, k, v = qkv.unbind(1)
         if self.value_mix_2 is not None:
             assert embedded_TD is not None
             l0, l1 = self.value_mix_2.unbind()
             v = (scaled(v.flatten(1), l0) + scaled(embedded_TD, l1)).view_as(v)
-        q, k = rotate(rms_norm(q), rope), rotate(rms_norm(k), rope)
-        mixed_THD = attention(q, k, v, *documents, window=window, soft_cap=self.soft_cap)
-        return _linear(mixed_THD.flatten(1), self.out_DD)
+        return rotate(rms_norm(q), rope), rotate(rms_norm(k), rope), v
 
 
 class Block(nn.Module):
@@ -92,6 +89,20 @@ class Block(nn.Module):
         self.down_DF = Parameter(torch.empty(config.d, config.hidden))
         self.residual_mix_2 = Parameter(torch.empty(2)) if config.unet else None
 
+    def before(
+        self, x_TD: Tensor, x0_TD: Tensor, embedded_TD: Tensor | None, rope: Tables
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The stream with x0 mixed in, and what attention takes."""
+        if self.residual_mix_2 is not None:
+            l0, l1 = self.residual_mix_2.unbind()
+            x_TD = scaled(x_TD, l0) + scaled(x0_TD, l1)
+        return (x_TD, *self.attention.queries(rms_norm(x_TD), embedded_TD, rope))
+
+    def after(self, x_TD: Tensor, mixed_THD: Tensor) -> Tensor:
+        """The stream after the block, from what attention gave."""
+        x_TD = x_TD + _linear(mixed_THD.flatten(1), self.attention.out_DD)
+        return x_TD + _linear(F.relu(_linear(rms_norm(x_TD), self.up_FD)).square(), self.down_DF)
+
     def forward(
         self,
         x_TD: Tensor,
@@ -101,11 +112,8 @@ class Block(nn.Module):
         documents: Documents,
         window: int | None,
     ) -> Tensor:
-        if self.residual_mix_2 is not None:
-            l0, l1 = self.residual_mix_2.unbind()
-            x_TD = scaled(x_TD, l0) + scaled(x0_TD, l1)
-        x_TD = x_TD + self.attention(rms_norm(x_TD), embedded_TD, rope, documents, window)
-        return x_TD + _linear(F.relu(_linear(rms_norm(x_TD), self.up_FD)).square(), self.down_DF)
+        x_TD, q, k, v = self.before(x_TD, x0_TD, embedded_TD, rope)
+        return self.after(x_TD, attention(q, k, v, *documents, window=window, soft_cap=self.attention.soft_cap))
 
 
 class Head(nn.Module):

@@ -134,6 +134,9 @@ class RunFolder:
     def claim_identity(self, identity: Mapping[str, Any]) -> None:
         """Continue the run of this name, or refuse when its science differs.
 
+        One that differs by a later end alone (`train.plm.max_hours`, the loss of `train.plm.speedrun`) goes on to that end,
+        a finished one too: no step depends on where the last one will be.
+
         Raises:
             RunDiffers: lists each field that differs, old and new.
         """
@@ -142,7 +145,11 @@ class RunFolder:
             write_json(self.identity, identity)
             return
         changes = differences(known, json.loads(json.dumps(identity)))
-        if changes:
+        if changes and all(_ends_later(*change) for change in changes):
+            # The record first: without it the training goes on from its newest checkpoint, under either identity.
+            (self.path / "parts" / "train.json").unlink(missing_ok=True)
+            write_json(self.identity, identity)
+        elif changes:
             lines = "\n".join(f"  {where}: {old!r} -> {new!r}" for where, old, new in changes)
             raise RunDiffers(
                 f"{self.path} holds a run that differs in:\n{lines}",
@@ -171,6 +178,15 @@ def find_run(run: Path) -> Path:
         hint = f"name the run and not its YAML: {run.stem}, unless it has a name of its own" if of_yaml else None
         raise UserError(f"{run} is not a run (no status.json)", hint or "`plmsae ls` lists the runs")
     return folder
+
+
+def _ends_later(where: str, old: Any, new: Any) -> bool:
+    """Whether a difference of two identities is an end that is further off, or none any more."""
+    if where == "train.plm.max_hours":
+        return old is not None and (new is None or new > old)
+    if where == "train.plm.speedrun.target_loss":
+        return bool(new < old)
+    return where == "train.plm.speedrun" and new is None
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:

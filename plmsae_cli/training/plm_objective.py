@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,7 +74,9 @@ class PLMObjective:
         self._ahead: dict[int, Future[list[Masked]]] = {}
         self._waited = 0.0
         self.clock = TrainingClock(device)
-        self._over = False
+        self._least = math.inf
+        """Of the losses that a race is about."""
+        self._late = False
         self._scored: tuple[int, Mapping[str, Any]] = (-1, {})
         self._hours = Agreed(gang, device, self._out_of_time)
 
@@ -201,7 +204,7 @@ class PLMObjective:
 
     def state(self) -> Mapping[str, Any]:
         self.clock.pause()  # saving is no training
-        return {"train_seconds": self.clock.seconds, "target_reached": self._over}
+        return {"train_seconds": self.clock.seconds, "least_loss": None if math.isinf(self._least) else self._least}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
@@ -212,7 +215,9 @@ class PLMObjective:
             self._average.load(_under("ema.", tensors))
         state = state or {}
         self.clock.set(float(state.get("train_seconds", 0.0)))
-        self._over = bool(state.get("target_reached", False)) or self._out_of_time()
+        least = state.get("least_loss")
+        self._least = math.inf if least is None else float(least)
+        self._late = self._out_of_time()
 
     def released(self) -> dict[str, Tensor]:
         """The weights to save: of the average, where there is one."""
@@ -225,20 +230,24 @@ class PLMObjective:
         hours = self._plm.max_hours
         return hours is not None and self.clock.seconds >= 3600 * hours
 
+    def _won(self) -> bool:
+        race = self._plm.speedrun
+        return race is not None and self._least < race.target_loss
+
     def over(self, step: int) -> bool:
         if self._plm.max_hours is not None and self._hours.asked(step):
-            self._over = True
-        return self._over
+            self._late = True
+        return self._late or self._won()
 
     def validate(self, step: int) -> Mapping[str, Any]:
         """`score` where it is due and not known; a loss below `speedrun.target_loss` ends the training."""
-        due = step % self._plm.eval_every == 0 or step == self._total_steps or self._over
+        due = step % self._plm.eval_every == 0 or step == self._total_steps or self._late or self._won()
         if not due or self._scored[0] == step:
             return {}
         figures = self.score(step)
-        race, name = self._plm.speedrun, raced(figures)
-        if race is not None and name is not None and figures[name]["loss"] < race.target_loss:
-            self._over = True
+        name = raced(figures)
+        if self._plm.speedrun is not None and name is not None:
+            self._least = min(self._least, figures[name]["loss"])
         return figures
 
     def score(self, step: int) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from plmsae_cli.config.yaml import load
 from plmsae_cli.plm.alphabet import encode, wrap
+from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.store.fasta import records
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.tokens import write_tokens
-from tests.cli.conftest import ASSETS, Plmsae
+from plmsae_cli.store.weights import PUBLISHED
+from tests.cli.conftest import ASSETS, REPOSITORY, Plmsae
 
 SEQUENCES = [sequence for _, _, sequence in records(ASSETS / "smoke.fasta.gz")]
 
@@ -68,6 +73,35 @@ def test_models_side_by_side_from_fasta_or_shards(
         assert found == {**row, "loss": pytest.approx(row["loss"]), "perplexity": pytest.approx(row["perplexity"])}
     first, _ = score({"lm": {**options, "sequences": 5}}, "first")
     assert first["lm"]["proteins"]["used"] == 5
+
+
+def test_the_baseline_table_is_one_yaml(plmsae: Plmsae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it ships, but for the shards' place; the published models are small ones of their depths, as drawn."""
+    example = REPOSITORY / "experiments" / "examples" / "plm-baselines.yaml"
+    write_tokens(Store(), str(tmp_path / "omgprot50_valid_000000.bin"), [wrap(encode(s)) for s in SEQUENCES[:12]])
+    command = [example, "--set", f"eval.lm.bin={tmp_path}/omgprot50_valid_*.bin", "--set", f"root={tmp_path}/runs"]
+    monkeypatch.setenv("PLMSAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    absent = plmsae("run", *command, "--dry-run")
+    assert (absent.code, "plmsae fetch esm2_t6_8M_UR50D" in absent.err) == (2, True), absent
+    models = load(example).experiment.eval.lm.models  # type: ignore[union-attr]
+    for name in models:
+        model = ESM2(ESM2Config(PUBLISHED[name], 8, 2))
+        model.init_weights(0)
+        about = argparse.Namespace(
+            encoder_layers=PUBLISHED[name], encoder_embed_dim=8, encoder_attention_heads=2, token_dropout=True
+        )
+        path = tmp_path / "cache" / "weights" / f"{name}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"cfg": {"model": about}, "model": dict(model.state_dict())}, path)
+    assert plmsae("run", *command, "--dry-run").code == 0
+    done = plmsae("run", *command, "--no-progress")
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "runs" / example.stem / "eval" / "metrics.json").read_text())
+    rows = metrics["lm"]["models"]
+    assert [row["model"] for row in rows] == models
+    assert all(3.3 < row["loss"] < 3.7 for row in rows), "as drawn: ln 33 is 3.5"
+    assert {"perplexity", "accuracy", "precision", "recall", "f1", "mcc"} <= rows[0].keys()
 
 
 def test_the_model_that_the_experiment_trains(score: Any, shared: dict[str, Path], tmp_path: Path) -> None:

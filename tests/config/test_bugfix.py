@@ -95,6 +95,9 @@ def test_nothing_is_remote_or_outside(pair: Pair) -> None:
     inputs = [cut.embed.fasta] if cut.embed else []
     if cut.train and cut.train.plm:
         inputs += [cut.train.plm.fasta, *cut.train.plm.valid.values()]
+    if cut.eval and cut.eval.lm:
+        assert cut.eval.lm.bin is None
+        inputs += [cut.eval.lm.fasta]
     assert set(inputs) == {"/assets/smoke.fasta.gz"}
 
 

@@ -99,7 +99,8 @@ def test_adam_alone_and_old_names(tmp_path: Path) -> None:
     train = experiment.train
     assert train is not None
     assert (train.optimizer, train.lr, train.grad_clip, train.checkpoint_every) == ("adam", 0.001, 2.0, 100)
-    assert (train.compute, plm_of(experiment).lr_hidden) == ("float32", "auto")
+    assert (train.compute, plm_of(experiment).lr_hidden) == ("auto", "auto")
+    assert any(note.startswith("bfloat16: there TF32") for note in notes)
     assert "hidden: unknown, and left out" in notes
     assert not any("abc" in note for note in notes)
     assert "abc" not in (tmp_path / "new.yaml").read_text()
@@ -136,3 +137,26 @@ def test_what_cannot_be_converted(tmp_path: Path, text: str, message: str) -> No
         convert_file(tmp_path / "x.yaml")
     with pytest.raises(UserError, match="no such file"):
         convert_file(tmp_path / "absent.yaml")
+
+
+def test_comments_that_speak_of_flags_do_not_make_a_command_line_of_a_yaml(tmp_path: Path) -> None:
+    plain, _ = converted(tmp_path)
+    path = tmp_path / "old.yaml"
+    path.write_text("# tokens (--hf_token, --wandb_token) must be passed via CLI\n" + path.read_text())
+    (tmp_path / "again.yaml").write_text(convert_file(path)[0])
+    assert load(tmp_path / "again.yaml").experiment.train == plain.train
+
+
+def test_a_launchers_flags_are_not_the_programs(tmp_path: Path) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text("torchrun --standalone --nproc_per_node=4 train.py \\\n  --mlm --use_muon --lr_hidden 0.03\n")
+    text, notes = convert_file(path)
+    (tmp_path / "new.yaml").write_text(text)
+    assert plm_of(load(tmp_path / "new.yaml").experiment).lr_hidden == 0.03
+    assert not any("unknown" in note for note in notes)
+
+
+def test_their_other_unet_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="patch_unet: True describes an architecture"):
+        converted(tmp_path, patch_unet=True, num_unet_layers=12, num_hidden_layers=0)
+    assert converted(tmp_path, patch_unet=False, num_unet_layers=0, num_extra_layers=0)[0] == converted(tmp_path)[0]

@@ -17,6 +17,7 @@ from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, encode, pack
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.runtime.models import load_plm
+from plmsae_cli.runtime.run_folder import RunDiffers
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.store.activations import ActivationShards
@@ -204,6 +205,29 @@ def test_hours_end_it(unet: Unet, go: Go) -> None:
     validations = [line for line in science_of(one) if "valid" in line]
     assert [line["step"] for line in validations] == [1], "the last step is validated, as any other last step"
     assert validations[0]["valid"] == facts_of(one)["valid"]
+
+
+def test_with_a_later_end_it_goes_on_to_what_it_would_have_been(unet: Unet, go: Go) -> None:
+    """Hours, then a race, then none: each time the finished run goes on, and ends bit for bit as one that was never ended."""
+    go(unet("on", plm__max_hours=1e-7))
+    with pytest.raises(RunDiffers, match="max_hours: 1e-07 -> 5e-08"):
+        go(unet("on", plm__max_hours=5e-8))
+    race = {"plm__speedrun": {"target_loss": 50.0}}
+    with pytest.raises(RunDiffers, match="speedrun"):
+        go(unet("on", plm__max_hours=1.0, **race))  # an end that it did not have
+    longer = go(unet("on", plm__max_hours=1.0)).run.path
+    assert newest(longer).step == facts_of(longer)["steps"] == 12
+    assert [line["step"] for line in science_of(longer) if "loss" in line] == list(range(1, 13))
+    won = go(unet("won", **race)).run.path
+    assert facts_of(won)["steps"] == 4
+    go(unet("won", plm__speedrun={"target_loss": 0.1}))
+    assert facts_of(won)["steps"] == 12
+    whole = go(unet("whole", plm__max_hours=1.0)).run.path
+    for run in (longer, won):
+        assert (run / "plm" / "model.safetensors").read_bytes() == (whole / "plm" / "model.safetensors").read_bytes()
+    # Without any race it is the same run, at its end already.
+    assert go(unet("won")).run.path == won
+    assert facts_of(won)["steps"] == 12
 
 
 @pytest.mark.slow

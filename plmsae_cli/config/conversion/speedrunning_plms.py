@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from plmsae_cli.config.check import check
@@ -37,6 +38,8 @@ WITHOUT = {
     "auto_grad_clip": "train.grad_clip is a fixed norm",
     "auto_grad_clip_p": "train.grad_clip is a fixed norm",
     "compile_flex_attention": "what can be compiled is",
+    "compile_model": "what can be compiled is",
+    "dynamo_recompile_limit": "shapes are constant, so little is compiled twice",
     "num_chunks": "all shards that the glob names are read",
     "yaml_path": "the experiment is the file itself",
     "bugfix": "it is a flag here: plmsae run my.yaml --bugfix",
@@ -48,7 +51,8 @@ TAKEN = {
     "starting_mask_rate", "mask_rate_steps", "batch_size", "grad_accum", "num_steps", "cooldown_steps", "max_length",
     "scheduler_type", "lr_warmup_steps", "lr", "lr_embed", "lr_head", "lr_scalar", "lr_hidden", "use_muon",
     "muon_momentum_warmup_steps", "grad_clip", "save_every", "seed", "log_name", "hf_model_name", "save_path", "data_name",
-    "input_bin", "input_valid_bin", "input_test_bin", "vocab_size", "bfloat16",
+    "input_bin", "input_valid_bin", "input_test_bin", "vocab_size", "bfloat16", "patch_unet", "num_unet_layers",
+    "num_extra_layers",
 }  # fmt: skip
 
 
@@ -68,6 +72,12 @@ def convert(text: str) -> tuple[str, list[str]]:
     """
     old = _read(text)
     notes: list[str] = []
+    for name in ("patch_unet", "num_extra_layers"):
+        if old.get(name):
+            raise UserError(
+                f"{name}: {old[name]} describes an architecture that there is none of here",
+                "unet: true is the UNet of the speed runs; give num_hidden_layers and leave out patch_unet and num_extra_layers",
+            )
     try:
         experiment = {"name": _name(old), "train": _train(old, notes)}
     except (TypeError, ValueError, AttributeError) as error:
@@ -89,25 +99,36 @@ def convert(text: str) -> tuple[str, list[str]]:
 
 
 def _read(text: str) -> dict[str, Any]:
-    """Name to value. Flags may be written with dashes, and be alone."""
+    """Name to value: of a YAML, else of the flags of a command line, which may be written with dashes, and be alone."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     yaml = YAML(typ="safe", pure=True)
-    if re.search(r"(^|\s)--[a-z]", text):
-        words = shlex.split(text.replace("\\\n", " "), comments=True)
-        found: dict[str, Any] = {}
-        flags = [place for place, word in enumerate(words) if word.startswith("--")]
-        for place, after in zip(flags, [*flags[1:], len(words)], strict=True):
-            name, equals, value = words[place].removeprefix("--").partition("=")
-            value = value if equals else " ".join(words[place + 1 : after])
-            found[name.replace("-", "_")] = yaml.load(value) if value else True
-        return found
     try:
         data = yaml.load(text)
     except YAMLError as error:
-        raise UserError(f"not a YAML: {error}", "compare it with its tool's examples") from error
-    return dict(data) if isinstance(data, Mapping) else {}
+        data = UserError(f"not a YAML: {error}", "compare it with its tool's examples")
+    if isinstance(data, Mapping):
+        return dict(data)
+    # Not looked for in a YAML, whose comments speak of flags.
+    if re.search(r"(^|\s)--[a-z]", text):
+        return _flags(shlex.split(text.replace("\\\n", " "), comments=True), yaml.load)
+    if isinstance(data, UserError):
+        raise data
+    return {}
+
+
+def _flags(words: list[str], value_of: Callable[[str], Any]) -> dict[str, Any]:
+    """Those of the program: what stands before it is its launcher's."""
+    programs = [place for place, word in enumerate(words) if word.endswith(".py")]
+    words = words[programs[0] + 1 :] if programs else words
+    flags = [place for place, word in enumerate(words) if word.startswith("--")]
+    found: dict[str, Any] = {}
+    for place, after in pairwise([*flags, len(words)]):
+        name, equals, value = words[place].removeprefix("--").partition("=")
+        value = value if equals else " ".join(words[place + 1 : after])
+        found[name.replace("-", "_")] = value_of(value) if value else True
+    return found
 
 
 def _name(old: Mapping[str, Any]) -> str:
@@ -136,7 +157,9 @@ def _train(old: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if old.get("save_every"):
         train["checkpoint_every"] = int(old["save_every"])
     if old.get("bfloat16") is False:
-        train["compute"] = "float32"
+        notes.append(
+            "bfloat16: there TF32; here weights are float32 too, products bfloat16 (train.compute: float32 is far slower)"
+        )
     for name in ("hf_model_name", "save_path"):
         if old.get(name):
             notes.append(f"{name}: `plmsae export RUN --hf FOLDER --push {old[name]}` when the run is done")

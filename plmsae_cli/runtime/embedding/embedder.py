@@ -102,7 +102,7 @@ class Embedder:
         self.d = self.model.config.d
         self.attention = attention_backend(self.device, self.dtype, self.model.config.head_dim)
         self.compile_mode, self.any_length = COMPILE_MODE, ANY_LENGTH
-        self._compiles = not isinstance(self.model, UNet)
+        self._compiles = True
         self._auto: dict[int, int] = {}
 
     @classmethod

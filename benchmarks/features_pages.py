@@ -58,9 +58,13 @@ def made() -> tuple[Features, Layout]:
     named = draw.random(LATENTS) < 2 / 3
     families = draw.random(LATENTS) < 1 / 3
     found: dict[str, list[Any]] = {
-        "concept": [concepts[n] if yes else None for n, yes in zip(draw.integers(0, 1000, LATENTS), named, strict=True)],
+        "concept": [
+            concepts[n] if yes else None for n, yes in zip(draw.integers(0, 1000, LATENTS), named, strict=True)
+        ],
         "concept_f1": [float(f) if yes else None for f, yes in zip(draw.beta(1, 3, LATENTS), named, strict=True)],
-        "family": [f"PF{n:05}" if yes else None for n, yes in zip(draw.integers(0, 9000, LATENTS), families, strict=True)],
+        "family": [
+            f"PF{n:05}" if yes else None for n, yes in zip(draw.integers(0, 9000, LATENTS), families, strict=True)
+        ],
         "family_f1": [float(f) if yes else None for f, yes in zip(draw.beta(2, 3, LATENTS), families, strict=True)],
         "pattern": [("point", "short", "long", "whole")[n] for n in draw.integers(0, 4, LATENTS)],
     }
@@ -90,7 +94,9 @@ def first_page(line: dict[str, str]) -> dict[str, Any]:
                 page.add_init_script(f"({STANDS})()")
                 page.goto(server.address)
                 waits.append(page.evaluate(WAIT) / 1000)
-                paints.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000)
+                paints.append(
+                    page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000
+                )
                 version = browser.version
                 browser.close()
             server.shutdown()

@@ -24,6 +24,8 @@ MOTIF_GROUP = 1024
 MARK = "site.json"
 """Says that a folder is a site, and last what it was made from: then it is finished."""
 _OURS = {"made_by": "plmsae browse"}
+_SOURCES = ("features/index.json", "latents.parquet", "steering/result.json", "steering/effects.parquet")
+"""What tells, by when they were written, that a run has other results."""
 Progress = Callable[[float, float], None]
 
 
@@ -68,7 +70,7 @@ def write_static(folder: Path, names: Sequence[str], version: str) -> None:
 
 def identity(runs: Sequence[Path], structures: Sequence[str]) -> str:
     """A hash of what a finished site was made from, which tells no path; another one means that it is out of date."""
-    sources = [run / "eval" / name for run in runs for name in ("features/index.json", "latents.parquet")]
+    sources = [run / "eval" / name for run in runs for name in _SOURCES]
     stamps = [_stamp(path) for path in (*sources, *_structure_files(structures))]
     return hash_of(json.dumps([__version__, bundle(), stamps, sorted(structures)]))
 

@@ -12,12 +12,13 @@ function steeringSection(run, page) {
   const { effects } = page;
   const [title, how] = EDITS[mode];
   const where = { all: "all residues", active: "residues on which it fires" }[residues] || residues;
-  const effect = (letter, value) => `${letter} ${value > 0 ? "+" : ""}${number(value)}`;
+  const signed = (value) => `${value > 0 ? "+" : ""}${number(value)}`;
+  const effect = (letter, value) => `${letter} ${signed(value)}${effects ? `, random ${signed(effects.direction[run.letters.indexOf(letter)])}` : ""}`;
   const rows = [
     ["KL of predictions", number(page.steering_kl)], ["random direction", number(page.steering_kl_direction)],
     ["effect size, q", `${number(page.steering_size)}, ${number(page.steering_q, 2)}`],
-    page.steering_up && ["raises", effect(page.steering_up, page.steering_up_effect)],
-    page.steering_down && ["lowers", effect(page.steering_down, page.steering_down_effect)],
+    page.steering_up && ["most above random", effect(page.steering_up, page.steering_up_effect)],
+    page.steering_down && ["most below random", effect(page.steering_down, page.steering_down_effect)],
   ].filter(Boolean);
   const chart = effects && byValue(run.letters, effects.effect);
   const drawn = chart && bars(`${title} on amino acids`, chart.values, {

@@ -82,13 +82,16 @@ class Scatter {
     const size = total > 10000 ? 2 : total > 2000 ? 3 : 4;
     const [px, py] = [new Float32Array(total), new Float32Array(total)];
     const groups = new Map(); // by colour: to change it for each point takes longer than to draw it
+    const [left, top] = [this.across(0), this.down_to(0)];
+    const [right, down] = [this.across(1) - left, this.down_to(1) - top];
     for (let i = 0; i < total; i++) {
-      px[i] = this.across(this.points.x[i]);
-      py[i] = this.down_to(this.points.y[i]);
+      px[i] = left + right * this.points.x[i];
+      py[i] = top + down * this.points.y[i];
       if (Number.isNaN(px[i]) || Number.isNaN(py[i])) continue;
       const name = this.shown[i] ? this.colour(i) : "--rule";
-      if (!groups.has(name)) groups.set(name, []);
-      groups.get(name).push(i);
+      const group = groups.get(name);
+      if (group) group.push(i);
+      else groups.set(name, [i]);
     }
     const order = [...groups.keys()].sort((a, b) => (b === "--rule") - (a === "--rule"));
     // Pixels are blended here: as many calls of fillRect take half a second where no graphics card helps.

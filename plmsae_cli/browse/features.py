@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ class Features:
     proteins: dict[int, Row]
     annotations: dict[int, list[Row]]
     """Of a protein: `concept`, `start`, `stop`."""
+    steering: dict[str, Any] = field(default_factory=dict)
+    """How latents were steered: `mode`, `residues`, `proteins`; empty where none was."""
+    effects: dict[int, Row] = field(default_factory=dict)
+    """Of a steered latent, at its largest strength: `strength`, and by amino acid `effect`, `direction`, `q`."""
 
     @property
     def num_latents(self) -> int:
@@ -75,7 +79,29 @@ def read_features(run: Path) -> Features:
     proteins = {row["protein"]: row for row in _rows(folder / "examples" / "proteins.parquet")}
     annotations = _by(_rows(folder / "examples" / "annotations.parquet"), "protein")
     found = _columns(run / "eval" / "latents.parquet")
-    return Features(run, index, _columns(folder / "latents.parquet"), found, proteins, annotations)
+    steering, effects = _steering(run / "eval" / "steering", index["letters"])
+    return Features(run, index, _columns(folder / "latents.parquet"), found, proteins, annotations, steering, effects)
+
+
+def _steering(folder: Path, letters: str) -> tuple[dict[str, Any], dict[int, Row]]:
+    """What the axis `steering` left: how, and each latent's effects on the amino acids."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return {}, {}
+    body = json.loads(path.read_text(encoding="utf-8"))
+    place = {letter: i for i, letter in enumerate(letters)}
+    effects: dict[int, Row] = {}
+    for row in _rows(folder / "effects.parquet"):
+        if row["readout"] not in place:
+            continue
+        own = effects.get(row["latent"])
+        if own is None or abs(row["strength"]) > abs(own["strength"]):
+            own = {"strength": row["strength"], **{key: [0.0] * len(letters) for key in ("effect", "direction", "q")}}
+            effects[row["latent"]] = own
+        if row["strength"] == own["strength"]:
+            for key in ("effect", "direction", "q"):
+                own[key][place[row["readout"]]] = row[key]
+    return {key: body[key] for key in ("mode", "residues", "proteins")}, effects
 
 
 def _columns(path: Path) -> dict[str, list[Any]]:

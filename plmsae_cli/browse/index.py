@@ -44,6 +44,8 @@ def index_body(features: Features, layout: Layout | None, group: int, motif_file
     body = {key: about.get(key) for key in keys}
     body |= {"group": group, "columns": columns, "strings": strings, "motif_files": motif_files}
     body["thresholds"] = (about.get("concepts") or {}).get("thresholds")
+    if features.steering:
+        body["steering"] = features.steering
     if layout is not None:
         body["clusters"] = cluster_names(layout, found)
     return body

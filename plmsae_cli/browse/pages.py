@@ -44,6 +44,8 @@ class Pages:
         page |= {
             key: _short(found[key][latent]) for key in _FOUND if key in found and found[key][latent] not in (None, [])
         }
+        if targets := page.get("probe_targets"):
+            page["probe_targets"] = targets.split("; ")
         for name, pairs in (
             ("neighbours", ("neighbour_cosines",)),
             ("together", ("together_shares", "together_jaccard")),
@@ -52,6 +54,8 @@ class Pages:
                 page[name] = list(
                     zip(table[name][latent], *(map(_short, table[key][latent]) for key in pairs), strict=True)
                 )
+        if effects := self._features.effects.get(latent):
+            page["effects"] = {key: _short(value) for key, value in effects.items()}
         if children := self._children.get(latent):
             page["children"] = children
         page["concepts"] = [self._concept(row) for row in concepts]

@@ -24,6 +24,8 @@ MOTIF_GROUP = 1024
 MARK = "site.json"
 """Says that a folder is a site, and last what it was made from: then it is finished."""
 _OURS = {"made_by": "plmsae browse"}
+_SOURCES = ("features/index.json", "latents.parquet", "steering/result.json", "steering/effects.parquet")
+"""What tells, by when they were written, that a run has other results."""
 Progress = Callable[[float, float], None]
 
 
@@ -49,8 +51,14 @@ def build_site(
 
         for place, body in enumerate(pair(found[0], found[1])):
             _write(folder / "data" / str(place) / "matches.js", f"{place}/matches", body)
-    names = [features.index["run"] for features in found]
-    _write(folder / "data" / "site.js", "site", {"runs": names, "version": __version__})
+    write_static(folder, [features.index["run"] for features in found], __version__)
+    (folder / MARK).write_text(json.dumps({**_OURS, "from": identity(runs, structures)}), encoding="utf-8")
+    return folder / "index.html"
+
+
+def write_static(folder: Path, names: Sequence[str], version: str) -> None:
+    """What does not depend on what the dictionaries are, but on their names."""
+    _write(folder / "data" / "site.js", "site", {"runs": list(names), "version": version})
     static = files("plmsae_cli.browse") / "static"
     for name in ("index.html", "style.css"):
         (folder / name).write_bytes((static / name).read_bytes())
@@ -58,13 +66,11 @@ def build_site(
     (folder / "vendor").mkdir(exist_ok=True)
     for one in (static / "vendor").iterdir():
         (folder / "vendor" / one.name).write_bytes(one.read_bytes())
-    (folder / MARK).write_text(json.dumps({**_OURS, "from": identity(runs, structures)}), encoding="utf-8")
-    return folder / "index.html"
 
 
 def identity(runs: Sequence[Path], structures: Sequence[str]) -> str:
     """A hash of what a finished site was made from, which tells no path; another one means that it is out of date."""
-    sources = [run / "eval" / name for run in runs for name in ("features/index.json", "latents.parquet")]
+    sources = [run / "eval" / name for run in runs for name in _SOURCES]
     stamps = [_stamp(path) for path in (*sources, *_structure_files(structures))]
     return hash_of(json.dumps([__version__, bundle(), stamps, sorted(structures)]))
 
@@ -149,12 +155,17 @@ def _write(path: Path, name: str, body: Any) -> None:
     path.write_bytes(script(name, body))
 
 
+def write_index(folder: Path, name: str, body: dict[str, Any]) -> None:
+    """The data of the first page."""
+    _write(folder / "index.js", f"{name}/index", body)
+
+
 def _write_run(folder: Path, name: str, features: Features, structures: dict[int, str]) -> None:
     number = features.num_latents
     motif_files = -(-number // MOTIF_GROUP) if any(row["sequence"] for row in features.proteins.values()) else 0
     body = index_body(features, _layout(features.run), GROUP, motif_files)
     body["structures"] = len(structures)
-    _write(folder / "index.js", f"{name}/index", body)
+    write_index(folder, name, body)
     for protein, text in structures.items():
         _write(folder / f"structure-{protein}.js", f"{name}/structure-{protein}", text)
     places = {protein: f"{name}/structure-{protein}" for protein in structures}

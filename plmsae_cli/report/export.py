@@ -9,6 +9,7 @@ from typing import Any
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.fs import Store, join
 
+_FORMULA = r"^[=+\-@\t\r]"
 _REPEATED = "concept"
 """Columns of latents.parquet that begin so say of the best concept what the rows of latent_concepts.parquet say of each."""
 
@@ -44,9 +45,17 @@ def _read(store: Store, path: str) -> Any:
 
 
 def write_csv(table: Any, path: Path) -> None:
-    """Text as UTF-8, nothing for null."""
+    """Text as UTF-8, nothing for null; texts that a spreadsheet would take for a formula get an apostrophe in front."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.csv
 
+    for place, field in enumerate(table.schema):
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            column = table[field.name]
+            quoted = pc.binary_join_element_wise("'", column, "")
+            column = pc.if_else(pc.match_substring_regex(column, _FORMULA), quoted, column)
+            table = table.set_column(place, field, column)
     pyarrow.csv.write_csv(table, path, pyarrow.csv.WriteOptions(quoting_style="needed"))
 
 

@@ -31,6 +31,7 @@ from plmsae_cli.store.tensorfile import write_tensors
 from plmsae_cli.store.weights import resolve_weights
 
 LATENTS, D, LAYER = 48, 192, 5
+EFFECTS = [0.1 * (i - 8) for i in range(20)]
 HOSTILE = '<img src=x onerror="window.hacked=1"></script><script>window.hacked=1</script>\u2028=1+1'
 CHROMIUM = Path(os.environ.get("PLMSAE_CHROMIUM", "/usr/bin/chromium"))
 PROTEINS = Path(plmsae_cli.__file__).parent / "data" / "proteins.fasta.gz"
@@ -142,7 +143,28 @@ def found_table(run: Path, latents: int) -> None:
         table["family"].append("PF00069" if n % 5 == 0 else None)
         table["family_f1"].append(0.8 if n % 5 == 0 else None)
         table["pattern"].append("point" if n % 2 else "short")
+    table["probe_targets"] = [
+        "Helix; Domain: made up" if n % 3 == 0 else "Helix" if n % 3 == 1 else None for n in range(latents)
+    ]
+    steered = ablated(run, best)
+    for name, value in {"kl": 0.25, "kl_direction": 0.05, "size": 1.5, "q": 0.01}.items():
+        table[f"steering_{name}"] = [value if n == steered else None for n in range(latents)]
     pq.write_table(pa.table(table), run / "eval" / "latents.parquet")
+
+
+def ablated(run: Path, best: dict[int, Any]) -> int:
+    """eval/steering of one latent, taken away; which is returned."""
+    folder, latent = run / "eval" / "steering", min(best)
+    folder.mkdir(exist_ok=True)
+    (folder / "result.json").write_text(json.dumps({"mode": "ablate", "residues": "active", "proteins": 9}))
+    rows = [
+        {"latent": latent, "strength": strength, "readout": readout,
+         "effect": strength * value, "direction": -value / 4, "q": 0.5}
+        for strength in (0.5, 1.0)
+        for readout, value in [("KL", 9.0), *zip("ACDEFGHIKLMNPQRSTVWY", EFFECTS, strict=True)]
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), folder / "effects.parquet")
+    return latent
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import io
 import os
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pyarrow.parquet as pq
 import pytest
@@ -288,15 +289,141 @@ def test_every_part_of_the_form_is_shown(page: Any, tmp_path: Path) -> None:
     assert page.get_by_text("there is no latent 60").is_visible()
 
 
+def test_what_happens_without_a_latent(page: Any, made: Any) -> None:
+    """The section of an ablation has each amino acid's effect, largest first; latents that were not edited have none."""
+    rows = pq.read_table(made.runs[0] / "eval/steering/effects.parquet").to_pylist()
+    effect = {row["readout"]: row["effect"] for row in rows if row["strength"] == 1.0 and row["readout"] != "KL"}
+    open_site(page, (made.site / "index.html").as_uri(), f"#/latent/{rows[0]['latent']}")
+    section = page.locator("#steering")
+    assert section.locator("h2").inner_text() == "Ablation effects"
+    assert "residues on which it fires of 9 proteins" in section.inner_text()
+    titles = section.locator("svg title").all_text_contents()
+    assert [text[0] for text in titles] == sorted(effect, key=lambda letter: -effect[letter])
+    assert [float(text[3:].split()[0]) for text in titles] == pytest.approx(
+        sorted(effect.values(), reverse=True), abs=1e-3
+    )
+    with page.expect_download() as saved:
+        section.get_by_role("button", name="Save as SVG").click()
+    drawn = ElementTree.fromstring(Path(saved.value.path()).read_text())
+    assert sum(element.tag.endswith("rect") for element in drawn.iter()) == 40
+    open_site(page, (made.site / "index.html").as_uri(), f"#/latent/{rows[0]['latent'] + 1}")
+    page.wait_for_selector("h1")
+    assert page.locator("#steering").count() == 0
+
+
+def example_of(made: Any, protein: int) -> int:
+    """A latent that shows an example in a protein."""
+    rows = (
+        row
+        for path in sorted((made.runs[0] / "eval/features/examples").glob("group-*"))
+        for row in pq.read_table(path).to_pylist()
+    )
+    return next(
+        row["latent"] for row in rows if row["protein"] == protein and row["kind"] == "top" and row["rank"] <= 6
+    )
+
+
+@pytest.mark.parametrize("case", ["there", "absent", "elsewhere"])
+def test_alphafold_is_asked_when_the_button_is_pressed(browser: Any, made: Any, case: str) -> None:
+    asked: list[str] = []
+    site = "https://alphafold.ebi.ac.uk"
+    file = f"{site if case != 'elsewhere' else 'https://example.org'}/files/AF-P12345.pdb"
+
+    def answer(route: Any) -> None:
+        asked.append(route.request.url)
+        allow = {"Access-Control-Allow-Origin": "*"}
+        if route.request.url == file:
+            route.fulfill(body=(made.site.parent / "P12345.pdb").read_text().replace(" B", " A"), headers=allow)
+        else:
+            route.fulfill(status=404 if case == "absent" else 200, json=[{"pdbUrl": file}], headers=allow)
+
+    page = browser.new_page()
+    page.add_init_script("Object.defineProperty(navigator, 'onLine', { get: () => true })")
+    page.route("https://**/*", answer)
+    open_site(page, (made.site / "index.html").as_uri(), f"#/latent/{example_of(made, 1)}")
+    example = page.locator("#examples .example", has_text="P12345").first
+    button = example.get_by_role("button", name="AlphaFold (online)")
+    assert asked == []
+    button.click()
+    if case == "there":
+        page.wait_for_selector(".viewer canvas")
+        assert asked == [f"{site}/api/prediction/P12345", file]
+    else:
+        words = {"absent": "AlphaFold DB has none of P12345", "elsewhere": "AlphaFold DB names another server"}
+        page.wait_for_selector(f"text=No structure: {words[case]}")
+        assert len(asked) == 1
+    page.close()
+
+
+def test_own_sequences_that_are_none(browser: Any, served: str) -> None:
+    page = browser.new_page()
+    open_site(page, served, "#/own")
+    for text, words in (
+        ("", "there is no sequence"),
+        (">only a header", "there is no sequence"),
+        ("MKV<b>", "residue 4 is '<'"),
+        ("A" * 2049, "2,049 residues are too many"),
+        ("A" * 70_000, "at most 64 kB"),
+    ):
+        page.fill("#own", text)
+        page.get_by_role("button", name="Show its latents").click()
+        page.wait_for_selector(f"text=Not read: >> text={words}")
+    page.route("**/api/sequence", lambda route: route.abort())
+    page.get_by_role("button", name="Show its latents").click()
+    page.wait_for_selector("text=the server does not answer")
+    assert page.locator(".examples").count() == 0
+    page.close()
+
+
+def views(made: Any) -> list[str]:
+    """Every kind of page that opens from disk."""
+    latent = busy(made.runs[0])
+    steered = pq.read_table(made.runs[0] / "eval/steering/effects.parquet")["latent"][0].as_py()
+    return ["#/", f"#/latent/{latent}", f"#/latent/{steered}", "#/motif?q=LL", "#/compare", f"#/compare/{latent}"]
+
+
+def test_nothing_moves_while_a_page_loads(page: Any, made: Any) -> None:
+    page.add_init_script(
+        """window.shifted = 0;
+        new PerformanceObserver((list) => {
+          for (const entry of list.getEntries()) window.shifted += entry.value;
+        }).observe({ type: "layout-shift", buffered: true });"""
+    )
+    for hash_ in views(made):
+        page.goto("about:blank")
+        open_site(page, (made.site / "index.html").as_uri(), hash_)
+        page.wait_for_timeout(150)
+        assert page.evaluate("window.shifted") < 0.02, hash_
+
+
+def test_names_contrast_and_order(page: Any, made: Any) -> None:
+    """What Lighthouse looks at, by rules of WCAG 2.1: names of controls, contrast of text, landmarks, headings, tab order."""
+    rules = Path(__file__).with_name("accessible.js").read_text(encoding="utf-8")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for hash_ in views(made):
+            page.goto("about:blank")
+            open_site(page, (made.site / "index.html").as_uri(), hash_)
+            page.wait_for_timeout(50)
+            assert page.evaluate(rules) == [], f"{scheme} {hash_}"
+    reached = []
+    page.evaluate("document.activeElement.blur()")
+    for _ in range(6):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("[...document.querySelectorAll('*')].indexOf(document.activeElement)"))
+        outlined = "getComputedStyle(document.activeElement).outlineStyle !== 'none'"
+        assert page.evaluate(outlined), "where the keyboard is cannot be seen"
+    assert reached == sorted(set(reached))
+
+
 def test_accessible(page: Any, made: Any) -> None:
     """axe-core's rules of WCAG 2.1 A and AA, on every kind of page, in light and in dark."""
     axe = os.environ.get("PLMSAE_AXE", "")
     if not Path(axe).is_file():
         pytest.skip("axe-core is not here: npm install axe-core, and PLMSAE_AXE=node_modules/axe-core/axe.min.js")
-    latent = busy(made.runs[0])
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        for hash_ in ("#/", f"#/latent/{latent}", "#/motif?q=LL", "#/compare", f"#/compare/{latent}"):
+        for hash_ in views(made):
             page.goto("about:blank")
             open_site(page, (made.site / "index.html").as_uri(), hash_)
             page.wait_for_timeout(100)

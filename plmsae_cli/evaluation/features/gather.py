@@ -19,6 +19,8 @@ from plmsae_cli.store.fs import FileRecord
 from plmsae_cli.store.tensorfile import TensorFile
 
 INT = torch.int32
+_SLOTS = 1 << 26
+"""Of a table that says whether a protein and a latent are looked for together."""
 _ENTRY = 40
 """Bytes of a found activation while it waits."""
 
@@ -89,22 +91,27 @@ def fires_along(batch: Active, about: About, pair_X: Tensor, num_latents: int) -
     Args:
         pair_X: protein x num_latents + latent, ascending.
     """
-    ends = torch.stack([about.protein_B[0], about.protein_B[-1] + 1]) * num_latents
-    low, high = torch.searchsorted(pair_X, ends).tolist()
+    ends = torch.stack([about.protein_B[0], about.protein_B[-1] + 1])
+    places = torch.searchsorted(pair_X, ends * num_latents)
+    first, last, low, high = torch.cat([ends, places]).tolist()
     local_X = pair_X[low:high]
     if not len(local_X):
         empty = batch.latent_P[:0]
         return empty, empty, empty, batch.act_P[:0]
-    # Most pairs are of latents that no protein here is an example of: a look into a small table spares them the search.
-    looked_N = torch.zeros(num_latents, dtype=torch.bool, device=pair_X.device)
-    looked_N[local_X % num_latents] = True
-    maybe_P = looked_N[batch.latent_P].nonzero().squeeze(1)
-    which_P, latent_P = batch.which_P[maybe_P], batch.latent_P[maybe_P]
-    key_P = about.protein_B[which_P] * num_latents + latent_P
-    place_P = torch.searchsorted(local_X, key_P).clamp(max=len(local_X) - 1)
-    hit_P = local_X[place_P] == key_P
-    which_P, latent_P = which_P[hit_P], latent_P[hit_P]
-    return latent_P, about.protein_B[which_P], about.position_B[which_P], batch.act_P[maybe_P][hit_P]
+    key_P = ((about.protein_B - first) * num_latents).index_select(0, batch.which_P) + batch.latent_P
+    wanted_X = local_X - first * num_latents
+    pairs = (last - first) * num_latents
+    slots = min(pairs, _SLOTS)
+    asked = torch.zeros(slots, dtype=torch.bool, device=pair_X.device)
+    asked[wanted_X if pairs == slots else wanted_X % slots] = True
+    hit_H = asked.index_select(0, key_P if pairs == slots else key_P % slots).nonzero().squeeze(1)
+    if pairs > slots:  # some share a slot with one that is asked for
+        key_H = key_P.index_select(0, hit_H)
+        place_H = torch.searchsorted(wanted_X, key_H).clamp(max=len(wanted_X) - 1)
+        hit_H = hit_H.index_select(0, (wanted_X.index_select(0, place_H) == key_H).nonzero().squeeze(1))
+    which_H = batch.which_P.index_select(0, hit_H)
+    rows = (column.index_select(0, which_H) for column in (about.protein_B, about.position_B))
+    return batch.latent_P.index_select(0, hit_H), *rows, batch.act_P.index_select(0, hit_H)
 
 
 def fires_beside(batch: Active, row_S: Tensor, latent_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,10 +122,10 @@ def fires_beside(batch: Active, row_S: Tensor, latent_S: Tensor) -> tuple[Tensor
     ends_B1 = torch.searchsorted(batch.which_P, torch.arange(batch.rows + 1, device=row_S.device))
     first_S = ends_B1[which_S]
     count_S = ends_B1[which_S + 1] - first_S
-    latent_X = mine_S.repeat_interleave(count_S)
-    within_X = torch.arange(len(latent_X), device=row_S.device) - (count_S.cumsum(0) - count_S).repeat_interleave(
-        count_S
-    )
-    other_X = batch.latent_P[first_S.repeat_interleave(count_S) + within_X]
-    differ_X = other_X != latent_X
-    return latent_X[differ_X], other_X[differ_X]
+    sample_X = torch.arange(len(mine_S), device=row_S.device).repeat_interleave(count_S)
+    latent_X = mine_S.index_select(0, sample_X)
+    before_S = count_S.cumsum(0) - count_S
+    place_X = torch.arange(len(sample_X), device=row_S.device) + (first_S - before_S).index_select(0, sample_X)
+    other_X = batch.latent_P.index_select(0, place_X)
+    differ_X = (other_X != latent_X).nonzero().squeeze(1)
+    return latent_X.index_select(0, differ_X), other_X.index_select(0, differ_X)

@@ -57,17 +57,20 @@ def first_entries(entries: Entries, widths_L: Tensor, distinct: bool) -> Entries
     Of entries with the same list and key those come first that are given first: give them in the order of rows.
     """
     place_C, order_C = entries.place_C.sort(stable=True)
-    if distinct:
-        mark_C, by_owner_C = ((place_C & ~_KEY_MASK) | entries.owner_C[order_C]).sort(stable=True)
+    if distinct and len(place_C):
+        owner_C = entries.owner_C.index_select(0, order_C)
+        # Time of a sort goes by the bits of the largest number.
+        mark_C, by_owner_C = ((place_C >> KEY_BITS) * (owner_C.amax() + 1) + owner_C).sort(stable=True)
         first_C = torch.empty_like(order_C, dtype=torch.bool)
         first_C[by_owner_C] = _starts(mark_C)
         kept_C = first_C.nonzero().squeeze(1)
-        place_C, order_C = place_C[kept_C], order_C[kept_C]
+        place_C, order_C = place_C.index_select(0, kept_C), order_C.index_select(0, kept_C)
     list_C = place_C >> KEY_BITS
-    kept_C = (rank_in_run(list_C) < widths_L[list_C % len(widths_L)]).nonzero().squeeze(1)
+    kept_C = (rank_in_run(list_C) < width_of(list_C, widths_L)).nonzero().squeeze(1)
     # Columns are large and their order is random: what is dropped is not fetched.
-    order_C = order_C[kept_C]
-    return Entries(place_C[kept_C], entries.row_C[order_C], entries.owner_C[order_C])
+    order_C = order_C.index_select(0, kept_C)
+    rows = (column.index_select(0, order_C) for column in (entries.row_C, entries.owner_C))
+    return Entries(place_C.index_select(0, kept_C), *rows)
 
 
 def rank_in_run(value_C: Tensor) -> Tensor:
@@ -75,6 +78,11 @@ def rank_in_run(value_C: Tensor) -> Tensor:
     index_C = torch.arange(len(value_C), device=value_C.device)
     start_C = torch.where(_starts(value_C), index_C, 0)
     return index_C - (start_C.cummax(0).values if len(start_C) else start_C)
+
+
+def width_of(list_C: Tensor, widths_L: Tensor) -> Tensor:
+    """How many entries each of these lists holds when it is full."""
+    return widths_L.index_select(0, list_C % len(widths_L))
 
 
 def _starts(value_C: Tensor) -> Tensor:
@@ -104,9 +112,10 @@ class Lists:
     def offer(self, list_P: Tensor, key_P: Tensor, which_P: Tensor, row_B: Tensor, owner_B: Tensor) -> None:
         """Entries of a batch, in the order of rows; pair p is of row `row_B[which_P[p]]` and its owner."""
         # An equal key has a larger row than the one that is there.
-        good_G = (key_P < self._limit_S[list_P]).nonzero().squeeze(1)
-        which_G = which_P[good_G]
-        self._waiting.append(Entries(list_P[good_G] << KEY_BITS | key_P[good_G], row_B[which_G], owner_B[which_G]))
+        good_G = (key_P < self._limit_S.index_select(0, list_P)).nonzero().squeeze(1)
+        list_G, key_G, which_G = (column.index_select(0, good_G) for column in (list_P, key_P, which_P))
+        rows = (column.index_select(0, which_G) for column in (row_B, owner_B))
+        self._waiting.append(Entries(list_G << KEY_BITS | key_G, *rows))
         self._count += len(good_G)
         if self._count > max(_BUFFER, len(self._kept.row_C)):
             self._settle()
@@ -115,8 +124,8 @@ class Lists:
         self._kept = first_entries(joined([self._kept, *self._waiting]), self._widths_L, self._distinct)
         self._waiting, self._count = [], 0
         list_C = self._kept.list_C
-        last_C = rank_in_run(list_C) == self._widths_L[list_C % len(self._widths_L)] - 1
-        self._limit_S[list_C[last_C]] = self._kept.place_C[last_C] & _KEY_MASK
+        last_C = (rank_in_run(list_C) == width_of(list_C, self._widths_L) - 1).nonzero().squeeze(1)
+        self._limit_S[list_C.index_select(0, last_C)] = self._kept.place_C.index_select(0, last_C) & _KEY_MASK
 
     def entries(self) -> Entries:
         """What the lists hold, list after list."""
@@ -127,7 +136,7 @@ class Lists:
 def pair_hash(seed: int, row_B: Tensor, which_P: Tensor, latent_P: Tensor) -> Tensor:
     """The upper 32 bits of `counter_hash(seed, row, latent)` for pairs of rows `row_B[which_P]` and latents, int64 [P]."""
     state_B = _mix(_mix(torch.tensor(_signed(seed + _GOLDEN), device=row_B.device)) ^ row_B)
-    return (_mix(state_B[which_P] ^ latent_P) >> 32) & _KEY_MASK
+    return (_mix(state_B.index_select(0, which_P) ^ latent_P) >> 32) & _KEY_MASK
 
 
 def _signed(word: int) -> int:

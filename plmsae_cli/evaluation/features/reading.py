@@ -176,8 +176,9 @@ def active_pairs(acts_BK: Tensor, indices_BK: Tensor, offset: int = 0) -> tuple[
     """Row (counted from `offset`), latent and activation of every pair above 0."""
     acts_P = acts_BK.flatten().float()
     place_P = (acts_P > 0).nonzero().squeeze(1)
-    which_P = place_P // acts_BK.shape[1] + offset
-    return which_P, indices_BK.flatten()[place_P], acts_P[place_P]
+    row_B = torch.arange(offset, offset + len(acts_BK), device=acts_P.device)
+    which_P = row_B[:, None].expand(acts_BK.shape).flatten().index_select(0, place_P)
+    return which_P, indices_BK.flatten().index_select(0, place_P), acts_P.index_select(0, place_P)
 
 
 def bins_of(act_P: Tensor, maximum_P: Tensor) -> Tensor:

@@ -31,12 +31,11 @@ class Selection:
         which_P, latent_P, act_P = batch.which_P, batch.latent_P, batch.act_P
         if (self.first, self.last) != (0, len(self._maximum_N)):
             inside_P = ((latent_P >= self.first) & (latent_P < self.last)).nonzero().squeeze(1)
-            which_P, latent_P, act_P = which_P[inside_P], latent_P[inside_P], act_P[inside_P]
-        bin_P = bins_of(act_P, self._maximum_N[latent_P])
-        share_P = act_P / self._unit_N[latent_P]
-        self.tallies.add(
-            latent_P, share_P, bin_P, about.letter_B[which_P], about.decile_B[which_P], about.length_B[which_P]
-        )
+            which_P, latent_P, act_P = (column.index_select(0, inside_P) for column in (which_P, latent_P, act_P))
+        bin_P = bins_of(act_P, self._maximum_N.index_select(0, latent_P))
+        share_P = act_P / self._unit_N.index_select(0, latent_P)
+        of_rows = (column.index_select(0, which_P) for column in (about.letter_B, about.decile_B, about.length_B))
+        self.tallies.add(latent_P, share_P, bin_P, *of_rows)
         row_B = torch.arange(batch.start, batch.start + batch.rows, device=which_P.device)
         list_P = (latent_P - self.first) * LISTS
         self.lists.offer(list_P, strength_key(act_P), which_P, row_B, owner_B)

@@ -38,12 +38,13 @@ class Tallies:
     ) -> None:
         """Pairs of a batch; `share_P` is the activation in units of `unit_N`."""
         local_P = latent_P - self.first
+        one_P = torch.ones_like(local_P)
         for name, column_P in (("histogram", bin_P), ("letters", letter_P), ("deciles", decile_P)):
             place_P = local_P * WIDTHS[name] + column_P
-            self.count[name].view(-1).index_add_(0, place_P, torch.ones_like(place_P))
-        self.count["length"].view(-1).index_add_(0, local_P, length_P)
+            self.count[name].view(-1).scatter_add_(0, place_P, one_P)
+        self.count["length"].view(-1).scatter_add_(0, local_P, length_P)
         fixed_P = (share_P.clamp(max=_MOST).double() * _UNIT).round().long()
-        self.count["activation"].view(-1).index_add_(0, local_P, fixed_P)
+        self.count["activation"].view(-1).scatter_add_(0, local_P, fixed_P)
 
 
 def unit(maximum_N: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ function announce(text) {
   byId("status").textContent = text;
 }
 
-const count = (value) => value.toLocaleString("en-US");
+const count = (value) => String(value).replace(/\B(?=(\d{3})+$)/g, ",");
 
 /** Three significant digits, without a tail of zeros. */
 function number(value, digits = 3) {

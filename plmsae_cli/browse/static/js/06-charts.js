@@ -2,7 +2,7 @@
 
 /** Vertical bars from zero. `ghost`: what to compare with, drawn behind; `ticks`: text below some of the bars. */
 function bars(label, values, { ticks = [], ghost = null, height = 96, titles = null, width = 300 } = {}) {
-  const lowest = Math.min(0, ...values);
+  const lowest = Math.min(0, ...values, ...(ghost || []));
   const highest = Math.max(...values, ...(ghost || []), lowest === 0 ? 1e-12 : 0);
   const top = 14;
   const y = (value) => top + ((highest - value) / (highest - lowest)) * (height - top - 2);
@@ -12,7 +12,7 @@ function bars(label, values, { ticks = [], ghost = null, height = 96, titles = n
     const x = i * step + (step - wide) / 2;
     const base = y(0);
     return s("g", null,
-      ghost && s("rect.ghost", { x: x - step * 0.06, y: y(ghost[i]), width: wide + step * 0.12, height: Math.max(0, base - y(ghost[i])), opacity: 0.45 }),
+      ghost && s("rect.ghost", { x: x - step * 0.06, y: Math.min(base, y(ghost[i])), width: wide + step * 0.12, height: Math.abs(base - y(ghost[i])), opacity: 0.45 }),
       s(value < 0 ? "rect.neg" : "rect.bar", { x, y: Math.min(base, y(value)), width: ghost ? wide * 0.6 : wide, transform: ghost ? `translate(${wide * 0.2} 0)` : null, height: Math.abs(y(value) - base) }),
       s("title", null, titles ? titles[i] : number(value)));
   });

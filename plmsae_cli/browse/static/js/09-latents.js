@@ -105,10 +105,11 @@ function scatterOf(run, pick, select) {
 
 function mapOf(run, pick) {
   const scale = (column) => Float32Array.from(column, (v) => v / 65535);
+  const names = Array.from({ length: 256 }, (_, k) => `--c${k}`);
   return new Scatter({
     label: "Map of the decoder: latents that write alike lie together", points: { x: scale(run.column.x), y: scale(run.column.y) },
     axes: { x: { low: -0.02, high: 1.02 }, y: { low: -0.02, high: 1.02 } }, margin: { left: 2, right: 2, top: 2, bottom: 2 },
-    colour: (i) => `--c${run.column.cluster[i]}`, describe: (i) => describeLatent(run, i), pick,
+    colour: (i) => names[run.column.cluster[i]], describe: (i) => describeLatent(run, i), pick,
   });
 }
 

@@ -125,16 +125,6 @@ function treeSection(run, page) {
   return h("section", null, h("h2", null, "In the Matryoshka"), tree);
 }
 
-function steeringSection(page) {
-  if (page.steering_kl === undefined) return null;
-  const effect = (letter, value) => `${letter} ${value > 0 ? "+" : ""}${number(value)}`;
-  return h("section", null, h("h2", null, "Steering"), h("p.lead.small", null, "Added to the layer, against a random direction of equal length"),
-    h("table", null, h("tbody", null,
-      [["KL of predictions", number(page.steering_kl)], ["random direction", number(page.steering_kl_direction)], ["effect size, q", `${number(page.steering_size)}, ${number(page.steering_q, 2)}`],
-        page.steering_up && ["raises", effect(page.steering_up, page.steering_up_effect)], page.steering_down && ["lowers", effect(page.steering_down, page.steering_down_effect)]]
-        .filter(Boolean).map(([name, value]) => h("tr", null, h("th", { scope: "row" }, name), h("td.num", null, value))))));
-}
-
 function familySection(page) {
   if (!page.family) return null;
   return h("section", null, h("h2", null, "Family"), h("p.lead.small", null, `${page.family}: F1 ${share(page.family_f1)}, precision ${share(page.family_precision)}, recall ${share(page.family_recall)} on test proteins whose largest activation is at least ${number((page.family_threshold || 0) * page.max)}`));
@@ -154,7 +144,7 @@ async function latentView(route, main) {
   const best = page.concepts[0];
   const title = page.description || page.concept || (best && best.concept) || page.family || null;
   const main_part = [conceptSection(run, page), exampleSections(run, page)];
-  const aside = [charts(run, page), familySection(page), neighbourSection(run, page), treeSection(run, page), steeringSection(page)];
+  const aside = [charts(run, page), familySection(page), neighbourSection(run, page), treeSection(run, page), steeringSection(run, page)];
   replace(main,
     h("div.row.between", null, h("div", null, h("p.eyebrow", null, h("a", { href: address(run.number, "latents") }, run.run), ` · layer ${run.layer}`), h("h1", null, `Latent ${latent}`)),
       h("span.row", null, step(before, "←", "Latent before"), step(after, "→", "Next latent"), runs.length > 1 && h("a.button", { href: address(run.number, "compare", latent) }, "Compare"))),

@@ -55,7 +55,8 @@ async function ownView(route, main) {
     button.disabled = true;
     said.textContent = "reading it… the first time the model is opened, which takes a moment";
     try {
-      const answer = await fetch("api/sequence", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ run: run.number, sequence: area.value }) });
+      const answer = await fetch("api/sequence", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ run: run.number, sequence: area.value }) })
+        .catch(() => { throw new Error("the server does not answer; does plmsae browse still run?"); });
       const body = await answer.json();
       if (!answer.ok) throw new Error(body.error);
       lastOwn = { run: run.number, text: area.value, body };

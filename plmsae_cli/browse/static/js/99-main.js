@@ -53,16 +53,22 @@ async function show() {
   }
 }
 
-async function start() {
-  const site = await load("site");
-  runs = site.runs;
-  if (location.protocol !== "file:") {
-    try {
-      served = (await fetch("api/ready")).ok;
-    } catch {
-      served = false; // some other server shows these pages
-    }
+/** Whether plmsae browse shows these pages, and not some other server. */
+async function isServed() {
+  if (location.protocol === "file:") return false;
+  try {
+    return (await fetch("api/ready")).ok;
+  } catch {
+    return false;
   }
+}
+
+async function start() {
+  const { run } = parseRoute(location.hash);
+  load(`${run}/index`).catch(() => {}); // on its way beside the others; who needs it hears of an error
+  const [site, ready] = await Promise.all([load("site"), isServed()]);
+  runs = site.runs;
+  served = ready;
   addEventListener("hashchange", show);
   phone.addEventListener("change", show);
   document.addEventListener("themechange", () => { if (redraw) redraw(); });

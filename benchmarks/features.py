@@ -95,14 +95,22 @@ def drawn(side: Made, device: torch.device, batch_rows: int) -> Batches:
 
 
 class Rows:
-    """Stands for activations on disk: rows [start, stop) are drawn when they are read, of `start` alone."""
+    """Stands for activations on disk: rows are drawn when they are read, in blocks, each of its number alone."""
+
+    BLOCK = 4096
 
     def __init__(self, d: int, where: torch.device) -> None:
         self.d, self.where = d, where
 
     def read(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        generator = torch.Generator(device=self.where).manual_seed(start)
-        return torch.randn(stop - start, self.d, generator=generator, device=self.where).to(device)
+        first, after = start // self.BLOCK, -(-stop // self.BLOCK)
+        blocks = [self._block(number) for number in range(first, after)]
+        whole = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+        return whole[start - first * self.BLOCK : stop - first * self.BLOCK].to(device)
+
+    def _block(self, number: int) -> torch.Tensor:
+        generator = torch.Generator(device=self.where).manual_seed(number)
+        return torch.randn(self.BLOCK, self.d, generator=generator, device=self.where)
 
     def prefetch(self, start: int, stop: int) -> None:
         """Nothing is on disk."""

@@ -184,7 +184,7 @@ def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and commit, for the record. No environment variables: they hold secrets."""
+    """Versions, device and commit, for the record. Of environment variables only one: others hold secrets."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -198,6 +198,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": cpu_count(),
         "device": device_name(),
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "versions": versions,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),

@@ -17,7 +17,7 @@ from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.placement import Load, allot, memory, place
 from plmsae_cli.runtime.device import count_gpus, device_memory
 from plmsae_cli.runtime.progress import Reporter, clock
-from plmsae_cli.runtime.run_folder import RunFolder, read_json
+from plmsae_cli.runtime.run_folder import RunFolder, beating, read_json
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan, Resources, Task
 from plmsae_cli.stages.sweep import Trial, trials
@@ -140,7 +140,8 @@ def train_shared(
             folder.begin(trial.experiment, None)
             folder.status(state="running", stage="train", error=None, together=together)
         STOP.watch(run.stop_file)
-        return True, _run(plan, {str(t.run): t for t, _ in members}, store, executor, reporter)
+        with beating([RunFolder(trial.run) for trial, _ in members]):
+            return True, _run(plan, {str(t.run): t for t, _ in members}, store, executor, reporter)
 
 
 def _run(plan: Plan, members: dict[str, Trial], store: Store, executor: Executor, reporter: Reporter) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
@@ -32,8 +33,10 @@ def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    STOP.asked = False
+    STOP.asked, threads = False, torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the trials' processes: sums of another number of threads differ in the last bit
     yield
+    torch.set_num_threads(threads)
     STOP.asked = False
 
 

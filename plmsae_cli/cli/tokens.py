@@ -40,11 +40,9 @@ def ask(experiments: Iterable[Experiment]) -> None:
 
 def ask_hub() -> None:
     """Ask for the token that an upload to the Hugging Face hub wants, where nothing has it. An empty answer: it is refused."""
-    try:
-        from huggingface_hub import get_token
-    except ModuleNotFoundError:  # told with the line that installs it
-        return
-    if get_token() is not None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    from plmsae_cli.runtime.hub.export import wants_token
+
+    if not wants_token() or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return
     print("--push, and nobody is logged in (https://huggingface.co/settings/tokens makes a token)", file=sys.stderr)
     if token := getpass("Hugging Face token (not shown): ", stream=sys.stderr).strip():

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SERVER = """
 import json, os, sys, traceback
-import plmsae_cli.cli.app, plmsae_cli.cli.run, plmsae_cli.executors.local, plmsae_cli.executors.queue, plmsae_cli.executors.trouble
+import plmsae_cli.cli.app, plmsae_cli.cli.run, plmsae_cli.executors.local, plmsae_cli.executors.queue
+import plmsae_cli.executors.trouble
 import plmsae_cli.report.build, plmsae_cli.stages.embed, plmsae_cli.stages.evaluate, plmsae_cli.stages.optimize
 import plmsae_cli.stages.shuffle, plmsae_cli.stages.train_sae
 

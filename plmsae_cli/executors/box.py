@@ -56,6 +56,7 @@ class Box:
     def __init__(self, found: Sequence[Place], logs: Path, reporter: Reporter) -> None:
         self.size, self._logs, self._reporter = len(found), logs, reporter
         self._free: SimpleQueue[Place] = SimpleQueue()
+        self._at_work: dict[str, threading.Lock] = {}
         for place in found:
             self._free.put(place)
         logs.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,8 @@ class Box:
             Interrupted: it has saved.
             UserError: what it failed with.
         """
-        with self._place() as place:
+        # A search may choose a point again while it is at work: the second then finds it done.
+        with self._at_work.setdefault(trial.hash, threading.Lock()), self._place() as place:
             if STOP.requested():
                 raise Interrupted
             where = f" on GPU {visible_as(place)}" if place else ""
@@ -250,15 +252,12 @@ def main() -> None:
     order = json.loads(sys.stdin.buffer.readline())
 
     def leave_with_parent() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # gives nothing but the pipe's end
         os._exit(FORCED)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     outcome = run_trial(order["experiment"], order["stages"], os.getcwd())
     os.write(answers, json.dumps(outcome).encode() + b"\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # the thread that reads stdin would hold up an ordinary end
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ def test_each_trial_has_a_gpu_of_its_own_and_gives_what_it_gives_alone(
 
 def test_a_search_has_several_trials_at_work_and_goes_on_after_a_stop(trained: Trained, gpus: None) -> None:
     pytest.importorskip("optuna")
-    space = {"train.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
-    experiment = swept(trained, "hunted", {"optuna": {"trials": 4, "startup_trials": 2, "space": space}})
+    # Three points for four trials: one is chosen again, perhaps while it is at work.
+    space = {"train.sae.k": [2, 4, 8]}
+    experiment = swept(trained, "hunted", {"optuna": {"trials": 4, "startup_trials": 2, "seed": 3, "space": space}})
     run = Path(experiment.root) / "hunted"
 
     def stop_when_two_work() -> None:
@@ -106,8 +107,10 @@ def test_a_search_has_several_trials_at_work_and_goes_on_after_a_stop(trained: T
     STOP.asked = False
     run_experiment(experiment, ["sweep"], PlainReporter())
     rows = json.loads((run / "sweep.json").read_text())["trials"]
-    assert [row["state"] for row in rows] == ["done"] * 4
+    assert {row["state"] for row in rows} == {"done"}
     assert {row["hash"] for row in rows[:2]} == begun, "those that were stopped are continued"
+    study = (run / "optuna.journal").read_text().splitlines()
+    assert sum(json.loads(line)["op_code"] == 4 for line in study) == 4, "four trials were begun, none twice"
     assert all(row["objective"] > 0 for row in rows)
 
 

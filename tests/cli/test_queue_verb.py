@@ -88,7 +88,7 @@ def test_an_experiment_whose_inputs_are_missing_fails_before_its_first_stage(
     write("queue/a.yaml", fasta=tmp_path / "nowhere.fasta")
     write("queue/b.yaml")
     write("queue/c.yaml", weights=tmp_path / "no-weights")
-    write("queue/d.yaml", root=tmp_path / "queue" / "b.yaml", more="limits: {bytes: 1}\n")
+    write("queue/d.yaml", root=tmp_path / "queue" / "b.yaml", data=tmp_path / "own", more="limits: {bytes: 1}\n")
     ended = plmsae("run", tmp_path / "queue", "--json")
     assert ended.code == 3
     assert states(ended) == {"a.yaml": "failed", "b.yaml": "done", "c.yaml": "failed", "d.yaml": "failed"}

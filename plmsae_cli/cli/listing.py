@@ -42,7 +42,8 @@ def list_root(root: Path, as_json: bool) -> int:
             return DONE
         rows = [[r["name"], r["words"], *(_figure(r, name) for name in _SHOWN), _dollars(r["usd"])] for r in runs]
         columns = ["run", "state", "FVU", "L0", "dead", "loss recovered", "loss", "cost"]
-        for at in (-1, -2):  # no price was set; no language model was trained
+        for name in ("loss", "cost"):  # no language model was trained; no price was set
+            at = columns.index(name)
             if all(row[at] == "-" for row in rows):
                 rows, columns = [_without(row, at) for row in rows], _without(columns, at)
         print(table(rows, columns))

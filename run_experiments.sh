@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the queue: every YAML at the top of experiments/, in name order. Options go to `plmsae run` (see `plmsae run --help`).
-# On a fresh box it first makes the environment. It asks for the W&B key if a YAML wants it, on a terminal only, without echo.
+# On a fresh box it first makes the environment. It asks for the W&B key if a YAML wants it and it is absent,
+# on a terminal only, without echo; `plmsae export --push` asks for the Hugging Face token, since no experiment wants one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 for argument in "$@"; do

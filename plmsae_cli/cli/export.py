@@ -8,6 +8,7 @@ from typing import Any
 
 from plmsae_cli.cli.exits import DONE, checked
 from plmsae_cli.cli.stage import SCHEMA_VERSION
+from plmsae_cli.cli.tokens import ask_hub
 
 
 def export_run(
@@ -36,6 +37,8 @@ def export_run(
                 "export: --push uploads what --hf or --saelens wrote",
                 "add one of them: --hf FOLDER or --saelens FOLDER",
             )
+        if push is not None:
+            ask_hub()  # before the minutes that writing may take
         found: dict[str, Any] = {"schema": SCHEMA_VERSION}
         said: list[str] = []
         if csv is not None or parquet is not None:

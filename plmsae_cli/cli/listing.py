@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ def list_root(root: Path, as_json: bool) -> int:
         if not runs and not data:
             print(f"no runs in {root} yet; `plmsae run experiments/` makes some")
             return DONE
-        rows = [[r["name"], r["state"], *(_figure(r, name) for name in _SHOWN)] for r in runs]
-        columns = ["run", "state", "FVU", "L0", "dead", "loss recovered", "loss"]
-        if not any(row[-1] != "-" for row in rows):  # no language model was trained
-            rows, columns = [row[:-1] for row in rows], columns[:-1]
+        rows = [[r["name"], r["words"], *(_figure(r, name) for name in _SHOWN), _dollars(r["usd"])] for r in runs]
+        columns = ["run", "state", "FVU", "L0", "dead", "loss recovered", "loss", "cost"]
+        for name in ("loss", "cost"):  # no language model was trained; no price was set
+            at = columns.index(name)
+            if all(row[at] == "-" for row in rows):
+                rows, columns = [_without(row, at) for row in rows], _without(columns, at)
         print(table(rows, columns))
         if any("(" in cell for row in rows for cell in row[2:]):
             print("in brackets: the last step of training, where there is no evaluation")
@@ -65,7 +68,8 @@ def list_root(root: Path, as_json: bool) -> int:
 
 
 def _run(folder: Path, root: Path) -> dict[str, Any]:
-    from plmsae_cli.runtime.processes import live_state
+    from plmsae_cli.runtime.foretold import cost
+    from plmsae_cli.runtime.processes import live_state, state_words
     from plmsae_cli.runtime.results import headline, last_metrics
     from plmsae_cli.runtime.run_folder import read_json
 
@@ -74,8 +78,10 @@ def _run(folder: Path, root: Path) -> dict[str, Any]:
         "name": str(folder.relative_to(root)),
         "folder": str(folder),
         "state": live_state(status),
+        "words": state_words(status),
         "stage": status.get("stage"),
         "seconds": status.get("stage_seconds", {}),
+        "usd": cost(folder, status.get("stage_seconds", {})),
         "figures": headline(folder),
         "last": last_metrics(folder),
         "artifacts": read_json(folder / "artifacts.json") or {},
@@ -140,6 +146,16 @@ def show_data(folder: Path, as_json: bool) -> int:
     return DONE
 
 
+def _without(cells: list[str], at: int) -> list[str]:
+    kept = list(cells)
+    del kept[at]
+    return kept
+
+
+def _dollars(amount: float | None) -> str:
+    return "-" if amount is None else f"${amount:,.2f}"
+
+
 def _users(names: list[str]) -> str:
     """Some names: trials of a sweep may be a thousand."""
     more = len(names) - _USERS
@@ -159,15 +175,16 @@ def show_status(run: Path, as_json: bool) -> int:
 
     def work() -> int:
         from plmsae_cli.report.table import summary
-        from plmsae_cli.runtime.foretold import compared
-        from plmsae_cli.runtime.processes import live_state
-        from plmsae_cli.runtime.results import last_metrics
+        from plmsae_cli.runtime.foretold import compared, cost
+        from plmsae_cli.runtime.processes import live_state, state_words
+        from plmsae_cli.runtime.results import best_trial, last_metrics
         from plmsae_cli.runtime.run_folder import find_run, read_json
 
         folder = find_run(run)
         status = read_json(folder / "status.json") or {}
         told = compared(folder, status.get("stage_seconds", {}))
-        last = last_metrics(folder)
+        last, best = last_metrics(folder), best_trial(folder)
+        usd = cost(folder, status.get("stage_seconds", {}))
         if as_json:
             print(
                 json.dumps(
@@ -178,26 +195,48 @@ def show_status(run: Path, as_json: bool) -> int:
                         "state": live_state(status),
                         "last": last,
                         "compared": told,
+                        "usd": usd,
+                        **({"best": best._asdict()} if best else {}),
                     }
                 )
             )
             return DONE
-        print(f"{folder}: {live_state(status)}" + (f", in {status['stage']}" if status.get("stage") else ""))
+        print(f"{folder}: {state_words(status)}" + (f", in {status['stage']}" if status.get("stage") else ""))
         if status.get("together", 1) > 1:
             print(f"  trains with {status['together'] - 1} other SAE(s) on one reading of the dataset")
         if counts := _trial_states(folder):
             print("  trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+        if best:
+            print(f"  best by {best.metric}: {best.value:.5g}, {_point(best.values)} (trials/{best.hash})")
         if status.get("error"):
             print(f"  error: {status['error']}")
         if last:
             print("  last: " + ", ".join(f"{k} {v:.5g}" for k, v in last.items() if isinstance(v, (int, float))))
         for name, value in summary(folder):
             print(f"  {name}: {value}")
-        for stage, each in told.items():
-            print(f"  {stage}: predicted {_words(each['predicted'])}; came to {_words(each['measured'])}")
+        for line in foretold_lines(folder):
+            print(f"  {line}")
         return DONE
 
     return checked(work)
+
+
+def _point(values: Mapping[str, Any]) -> str:
+    from plmsae_cli.config.tree import plain
+
+    return ", ".join(f"{name.rpartition('.')[2]}={plain(value)}" for name, value in values.items())
+
+
+def foretold_lines(folder: Path) -> list[str]:
+    """Of each stage what was predicted beside what it came to, and where a price was set what all came to."""
+    from plmsae_cli.runtime.foretold import compared, cost
+    from plmsae_cli.runtime.run_folder import read_json
+
+    spent = (read_json(folder / "status.json") or {}).get("stage_seconds", {})
+    told = compared(folder, spent)
+    lines = [f"{s}: predicted {_words(t['predicted'])}; came to {_words(t['measured'])}" for s, t in told.items()]
+    usd = cost(folder, spent)
+    return lines if usd is None else [*lines, f"cost: {_dollars(usd)}"]
 
 
 def _words(figures: dict[str, float]) -> str:

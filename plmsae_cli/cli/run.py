@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plmsae_cli.cli.ahead import lacks
 from plmsae_cli.cli.exits import DONE, INTERRUPTED, QUEUE_FAILED, USAGE, checked, failure
 from plmsae_cli.cli.stage import SCHEMA_VERSION, dry, listen_for_signals, load_for, outcome, preflight
 from plmsae_cli.cli.tokens import ask, keyed
@@ -103,13 +104,14 @@ class _Queue:
         from plmsae_cli.executors.queue import run_queue
         from plmsae_cli.executors.trouble import Recovery
 
-        recovery = Recovery(lambda text: self._shown.say(text))
+        # Whoever starts one experiment at a terminal wants to hear at once that a server does not answer.
+        queue = self._several or self._wishes.watch
+        recovery = Recovery(lambda text: self._shown.say(text), patient=queue or not sys.stderr.isatty())
 
         def again(entry: Entry) -> bool:
             if self._wishes.bugfix or entry.error is None or entry.path not in self._loaded:
                 return False
-            waits_for_machine = self._several or self._wishes.watch
-            return recovery.again(entry.path, entry.error, self._loaded[entry.path].experiment, waits_for_machine)
+            return recovery.again(entry.path, entry.error, self._loaded[entry.path].experiment, queue)
 
         with ExitStack() as stack:
             if self._several and self._live and sys.stderr.isatty():
@@ -118,8 +120,26 @@ class _Queue:
                 self._shown = stack.enter_context(QueueView(self._entries))
             if self._several:
                 self._shown.say(_machine())
+                if not self._wishes.bugfix:  # its inputs are bundled
+                    self._look_ahead()
             run_queue(self._targets, self._one, again, self._wait if self._wishes.watch else None, self._entries)
         return self._end()
+
+    def _look_ahead(self) -> None:
+        """Say of every experiment at once what it would not start with now. Its turn decides: others may make what it lacks."""
+        found = {path: lacks(one.experiment, self._wishes.yes) for path, one in self._loaded.items()}
+        if not any(found.values()):
+            return
+        lines = [f"  {path.name}: {problem}" for path, problems in found.items() for problem in problems]
+        stuck = sum(bool(problems) for problems in found.values())
+        self._shown.say(
+            "\n".join(
+                [
+                    f"{stuck} of {len(found)} experiments could not start now; each is looked at again at its turn:",
+                    *lines,
+                ]
+            )
+        )
 
     def _wait(self) -> None:
         folders = ", ".join(str(target) for target in self._targets if target.is_dir())
@@ -200,12 +220,17 @@ def _machine() -> str:
 
 
 def _summary(run: Path) -> str:
-    """The figures of one run, and where its page is."""
+    """The figures of one run, and what was predicted of it beside what came."""
+    from plmsae_cli.cli.listing import foretold_lines
     from plmsae_cli.report.table import summary
 
     rows = summary(run)
     width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows)
+    return "\n".join([*(f"  {name.ljust(width)}  {value}" for name, value in rows), *_indented(foretold_lines(run))])
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def _print_table(entries: Sequence[Entry]) -> None:

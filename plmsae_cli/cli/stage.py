@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,18 +204,12 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool, yes: b
         UserError: an input is missing, settings do not fit each other, or a folder cannot be written.
     """
     from plmsae_cli.config.errors import UserError
-    from plmsae_cli.runtime.checks import folders, nearest
-    from plmsae_cli.store.fs import Store, is_remote
+    from plmsae_cli.store.fs import Store
     from plmsae_cli.store.weights import resolve_weights
 
-    for field, place in folders(experiment).items():
-        if is_remote(place):
-            continue
-        existing = nearest(Path(place))
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            what = "cannot be written to" if existing.is_dir() else "is not a folder"
-            raise UserError(f"{field}: {place} cannot be made, {existing} {what}", f"name another folder in {field}")
-    _reach(experiment, write=fetch)
+    for why in unwritable(experiment):
+        raise UserError(why, f"name another folder in {why.partition(':')[0]}")
+    reach(experiment, write=fetch)
     for weights in experiment.published_weights() if fetch else []:
         resolve_weights(weights, Store(experiment.storage))
     plans = plans_of(experiment, stages)
@@ -224,7 +218,19 @@ def preflight(experiment: Experiment, stages: Sequence[str], fetch: bool, yes: b
     return plans
 
 
-def _reach(experiment: Experiment, write: bool) -> None:
+def unwritable(experiment: Experiment) -> Iterator[str]:
+    """Which of the local folders that are written to cannot be, and why."""
+    from plmsae_cli.runtime.checks import folders, nearest
+    from plmsae_cli.store.fs import is_remote
+
+    for field, place in folders(experiment).items():
+        existing = nearest(Path(place))
+        if not is_remote(place) and not (existing.is_dir() and os.access(existing, os.W_OK)):
+            what = "cannot be written to" if existing.is_dir() else "is not a folder"
+            yield f"{field}: {place} cannot be made, {existing} {what}"
+
+
+def reach(experiment: Experiment, write: bool) -> None:
     """Find out in seconds whether the buckets answer: requests of the work itself are patient."""
     from plmsae_cli.store.fs import Store, is_remote
 

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Experiment
 
-WANDB_KEY = "WANDB_API_KEY"
+WANDB_KEY, HUB_TOKEN = "WANDB_API_KEY", "HF_TOKEN"
 
 
 def wandb_login() -> str | None:
@@ -36,6 +36,17 @@ def ask(experiments: Iterable[Experiment]) -> None:
     print("wandb.mode: online, and nobody is logged in (https://wandb.ai/authorize shows the key)", file=sys.stderr)
     if key := getpass("W&B API key (not shown; empty: offline): ", stream=sys.stderr).strip():
         os.environ[WANDB_KEY] = key
+
+
+def ask_hub() -> None:
+    """Ask for the token that an upload to the Hugging Face hub wants, where nothing has it. An empty answer: it is refused."""
+    from plmsae_cli.runtime.hub.export import wants_token
+
+    if not wants_token() or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    print("--push, and nobody is logged in (https://huggingface.co/settings/tokens makes a token)", file=sys.stderr)
+    if token := getpass("Hugging Face token (not shown): ", stream=sys.stderr).strip():
+        os.environ[HUB_TOKEN] = token
 
 
 def keyed(experiment: Experiment) -> Experiment:

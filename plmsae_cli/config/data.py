@@ -65,8 +65,8 @@ class Launch(Section):
     """GPUs to use: `auto` all that are visible, 0 none (the CPU computes), a number that many, a list such as `[0, 3]` these. On
     a cluster: 0 asks for none, anything else for one where a task can use it, and one for each rank of a training."""
     ranks: Auto | Count = "auto"
-    """Processes of one training run; `auto` is one a GPU of this machine, one on a CPU and on a cluster. On several `nodes` all
-    of them together."""
+    """Processes of one training run; `auto` is one a GPU of this machine, one on a CPU, on a cluster and for a trial of a
+    sweep. On several `nodes` all of them together."""
     nodes: Count = 1
     """Machines that share one training run. With `executor: local` the same `plmsae train` is started on each; with `slurm` the
     job has so many nodes."""
@@ -75,7 +75,8 @@ class Launch(Section):
     patience: Count = 300
     """Seconds without a sign of life after which a rank counts as lost, and training ends with its name."""
     workers: Auto | Count = "auto"
-    """Processes that share the tasks of the other stages; `auto` is one a GPU, one on a CPU."""
+    """Processes that share the tasks of the other stages, and trials of a sweep at the same time; `auto` is one a GPU, one on
+    a CPU."""
     io_speed: Bytes | None = None
     """Bytes a second that a machine reads, and writes meanwhile, for the times that `--dry-run` predicts; null: as
     measured by tasks that have run, else 1GB."""

@@ -59,8 +59,8 @@ class Sweep(Section):
     optuna: Optuna | None = None
     """Instead of `grid`: points chosen by Optuna, each after the results of those before."""
     stream: Literal["each", "shared"] = "each"
-    """`each`: trials train one after the other, each reads the dataset. `shared`: SAEs that read the same blocks in the
-    same order train side by side on one reading."""
+    """`each`: each trial reads the dataset; on GPUs as many train at the same time as there are, one GPU each. `shared`:
+    SAEs that read the same blocks in the same order train side by side on one reading."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Sweep:

@@ -112,7 +112,7 @@ def _length(error: ErrorDetails) -> tuple[str, str | None]:
     context = error.get("ctx", {})
     bound = context.get("min_length", context.get("max_length"))
     if bound == 1:
-        return "must not be empty", None
+        return "must not be empty", "write at least one, or remove the line"
     return f"must hold {bound} values, found {context['actual_length']}", None
 
 

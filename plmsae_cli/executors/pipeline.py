@@ -24,7 +24,7 @@ from plmsae_cli.runtime.device import count_gpus
 from plmsae_cli.runtime.dist import in_gang
 from plmsae_cli.runtime.foretold import foretell
 from plmsae_cli.runtime.progress import LoggedReporter, Reporter, clock, keep
-from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder
+from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, beating
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan
 from plmsae_cli.runtime.wandb_results import publish
@@ -151,7 +151,7 @@ def run_experiment(
             run.begin(experiment, text)
             reporter = LoggedReporter(reporter, run.log)
             STOP.watch(run.stop_file)
-            with STOP.before_forced_exit(lambda: run.status(state="killed")):
+            with STOP.before_forced_exit(lambda: run.status(state="killed")), beating([run]):
                 _run_stages(experiment, stages, store, run, reporter, seconds, later)
         except RunDiffers:
             raise  # the run that is there stays as it is

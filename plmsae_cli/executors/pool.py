@@ -19,7 +19,7 @@ import torch
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.worker import LocalContext, publish, work_on
-from plmsae_cli.runtime.device import allow_gpus
+from plmsae_cli.runtime.device import allow_gpus, visible_as
 from plmsae_cli.runtime.run_folder import cpu_count
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.system_errors import as_user_error
@@ -190,8 +190,7 @@ def _serve(
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the group; the parent decides
     if gpu is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible != [""] else str(gpu)
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_as([gpu])
         allow_gpus([0])  # the only one it sees
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # workers that share a CPU must not each take all of it
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

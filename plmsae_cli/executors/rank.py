@@ -7,7 +7,6 @@ second (`logs/alive-rank-N`), and leaves what it failed with in `logs/error-rank
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -24,13 +23,13 @@ from typing import Any
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.worker import LocalContext, run_task
 from plmsae_cli.runtime.device import allow_gpus
+from plmsae_cli.runtime.processes import go_with_parent
 from plmsae_cli.runtime.run_folder import RunFolder, write_json
 from plmsae_cli.runtime.stop import FORCED, STOP
 from plmsae_cli.runtime.system_errors import as_user_error
 from plmsae_cli.runtime.task import Interrupted, Task
 
 PARENT = "PLMSAE_PARENT_PID"
-_PR_SET_PDEATHSIG = 1
 
 
 def be_rank(run: RunFolder) -> None:
@@ -116,9 +115,8 @@ def _live(sign: Path) -> None:
     """Give signs of life; leave when whoever started this rank is gone, so that no orphan is left behind."""
     write_json(sign, {"pid": os.getpid(), "host": socket.gethostname()})
     parent, launcher = os.getppid(), int(os.environ.get(PARENT, "0"))
-    if launcher and sys.platform == "linux":
-        # Even a stopped process must go with its parent; only the kernel can see to that.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if launcher:
+        go_with_parent()
 
     def live() -> None:
         while not launcher or (os.getppid() == parent and _exists(launcher)):

@@ -10,19 +10,20 @@ from typing import Any
 
 from plmsae_cli.config.errors import first_line
 from plmsae_cli.config.experiment import Experiment, Launch
+from plmsae_cli.executors.box import make_data
 from plmsae_cli.executors.executor import Executor
 from plmsae_cli.executors.locks import locked
-from plmsae_cli.executors.pipeline import DATA_STAGES, plan_stage, run_experiment
+from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.placement import Load, allot, memory, place
 from plmsae_cli.runtime.device import count_gpus, device_memory
 from plmsae_cli.runtime.progress import Reporter, clock
-from plmsae_cli.runtime.run_folder import RunFolder, read_json
+from plmsae_cli.runtime.run_folder import RunFolder, beating, read_json
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan, Resources, Task
 from plmsae_cli.stages.sweep import Trial, trials
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.manifest import done_tasks, read_manifest
+from plmsae_cli.store.manifest import done_tasks
 
 Member = tuple[Trial, Plan]
 """A trial and its ordinary plan of `train`."""
@@ -120,7 +121,8 @@ def train_shared(
             if STOP.requested():
                 raise Interrupted
             try:
-                member = (trial, _ready(trial, store, reporter))
+                make_data(trial.experiment, executor, reporter)  # where it is the trial's own
+                member = (trial, plan_stage("train", trial.experiment, store))
                 if not member[1].done:
                     locks.enter_context(locked(RunFolder(trial.run)))
                     RunFolder(trial.run).claim_identity(Lineage(trial.experiment, store).run_identity())
@@ -138,16 +140,8 @@ def train_shared(
             folder.begin(trial.experiment, None)
             folder.status(state="running", stage="train", error=None, together=together)
         STOP.watch(run.stop_file)
-        return True, _run(plan, {str(t.run): t for t, _ in members}, store, executor, reporter)
-
-
-def _ready(trial: Trial, store: Store, reporter: Reporter) -> Plan:
-    """The trial's plan of `train`, its dataset made before if it is the trial's own."""
-    own = trial.experiment
-    assert own.train is not None
-    if own.train.data is None and read_manifest(store, Lineage(own, store).dataset().folder) is None:
-        run_experiment(own, [stage for stage in own.stages() if stage in DATA_STAGES], reporter)
-    return plan_stage("train", own, store)
+        with beating([RunFolder(trial.run) for trial, _ in members]):
+            return True, _run(plan, {str(t.run): t for t, _ in members}, store, executor, reporter)
 
 
 def _run(plan: Plan, members: dict[str, Trial], store: Store, executor: Executor, reporter: Reporter) -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.runtime.checks import ROOM, Check, bucket, folders, gpus_compute, nearest, space
@@ -25,6 +25,8 @@ from plmsae_cli.store.records import StoreError
 
 BACKOFF_S = (10.0, 60.0, 300.0)
 """Pauses before the second, third and fourth attempt."""
+BRIEF_S = (5.0, 25.0)
+"""The same where somebody waits for the answer."""
 CHECK_EVERY_S = 30.0
 REMIND_EVERY_S = 600.0
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
@@ -80,10 +82,15 @@ def _enough(place: str) -> int:
 
 
 class Recovery:
-    """Decides for one experiment after the other. `say` tells what is being waited for."""
+    """Decides for one experiment after the other.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    Args:
+        say: tells what is being waited for.
+        patient: tries for minutes what may be otherwise the next time, not for seconds.
+    """
+
+    def __init__(self, say: Callable[[str], None], patient: bool = True) -> None:
+        self._say, self._pauses = say, BACKOFF_S if patient else BRIEF_S
         self._attempts: dict[Path, int] = {}
 
     def again(self, path: Path, error: Exception, experiment: Experiment, wait: bool = True) -> bool:
@@ -96,11 +103,14 @@ class Recovery:
         if look is not None:
             return self._until_well(look)
         tried = self._attempts.get(path, 0)
-        if not passing(error) or tried >= len(BACKOFF_S):
+        if not passing(error) or tried >= len(self._pauses):
             return False
         self._attempts[path] = tried + 1
-        self._say(f"{path.name}: trying again in {BACKOFF_S[tried]:.0f} s ({tried + 1} of {len(BACKOFF_S)})")
-        return pause(BACKOFF_S[tried])
+        pauses = self._pauses
+        self._say(
+            f"{path.name}: trying again in {pauses[tried]:.0f} s ({tried + 1} of {len(pauses)}): {first_line(error)}"
+        )
+        return pause(pauses[tried])
 
     def _until_well(self, look: Again) -> bool:
         told = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Watched:
     def update(self, done: float | None, total: float | None, **figures: Any) -> None:
         self._inner.update(done, total, **figures)
         if done is not None and total is not None and done < total:  # at its end there is nothing left to save
-            self._look()
+            self.look()
 
     def end(self, text: str) -> None:
         self._inner.end("pruned" if self._pruned else text)
@@ -44,10 +45,11 @@ class Watched:
     def say(self, text: str) -> None:
         self._inner.say(text)
 
-    def _look(self) -> None:
+    def look(self, before: float = math.inf) -> None:
+        """Tell of every checkpoint that training has passed since, but of none at step `before` or behind it."""
         every = self._train.checkpoint_every
         self._lines += self._new_lines()
-        while self._lines and self._lines[-1]["step"] >= self._told + every:
+        while self._told + every < before and self._lines and self._lines[-1]["step"] >= self._told + every:
             step = self._told + every
             since = [line for line in self._lines if self._told < line["step"] <= step]
             self._told = step

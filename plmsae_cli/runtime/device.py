@@ -139,6 +139,12 @@ def chosen_gpus(launch: Launch) -> list[int]:
     return launch.gpus if isinstance(launch.gpus, list) else list(range(count))
 
 
+def visible_as(gpus: Sequence[int]) -> str:
+    """CUDA_VISIBLE_DEVICES of a process that is to see these of the visible GPUs alone."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return ",".join(named.split(",")[gpu] if named else str(gpu) for gpu in gpus)
+
+
 def device_memory(launch: Launch) -> int:
     """Bytes that training may plan with: nine tenths of the smallest GPU, or of the memory this process may have."""
     gpus = chosen_gpus(launch)

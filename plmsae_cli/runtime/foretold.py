@@ -22,7 +22,7 @@ def foretell(run: Path, stage: str, figures: Mapping[str, Any], gpus: int, gpu_h
     body = {"gpus": gpus, "gpu_hour": gpu_hour}
     body |= {} if seconds is None else {"seconds": seconds}
     body |= {"memory": figures["memory_per_rank"]} if gpus and "memory_per_rank" in figures else {}
-    if len(body) > 2:
+    if len(body) > 2 or (gpus and gpu_hour is not None):
         write_json(run / FILE, {**(read_json(run / FILE) or {}), stage: body})
 
 
@@ -34,18 +34,30 @@ def keep_peak(run: Path, rank: int) -> None:
         write_json(run / f"logs/memory-rank-{rank}.json", {"bytes": torch.cuda.max_memory_allocated()})
 
 
+def _dollars_a_second(body: Mapping[str, Any]) -> float | None:
+    return body["gpus"] * body["gpu_hour"] / 3600 if body["gpus"] and body["gpu_hour"] is not None else None
+
+
+def cost(run: Path, stage_seconds: Mapping[str, float]) -> float | None:
+    """Dollars that the GPUs of a run have come to, over all its stages and starts; None where no price was set."""
+    found = read_json(run / FILE) or {}
+    rates = {stage: _dollars_a_second(body) for stage, body in found.items() if stage in stage_seconds}
+    spent = [stage_seconds[stage] * rate for stage, rate in rates.items() if rate is not None]
+    return sum(spent) if spent else None
+
+
 def compared(run: Path, stage_seconds: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """Stage -> what was `predicted` and what was `measured`, of the stages that have both."""
     found = {}
     for stage, body in (read_json(run / FILE) or {}).items():
-        if stage not in stage_seconds:
-            continue
         predicted = {name: body[name] for name in ("seconds", "memory") if name in body}
+        if stage not in stage_seconds or not predicted:
+            continue
         measured: dict[str, float] = {"seconds": stage_seconds[stage]}
         if "memory" in body and (peak := read_json(run / PEAK)) is not None:
             measured["memory"] = peak["bytes"]
         for each in (predicted, measured):
-            if body["gpus"] and body["gpu_hour"] is not None and "seconds" in each:
-                each["usd"] = each["seconds"] / 3600 * body["gpus"] * body["gpu_hour"]
+            if (rate := _dollars_a_second(body)) is not None and "seconds" in each:
+                each["usd"] = each["seconds"] * rate
         found[stage] = {"predicted": predicted, "measured": measured}
     return found

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
+import signal
 import socket
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+SILENT_S = 600.0
+"""Ten signs of life that did not come, or that a shared disk is late with."""
+
+
+def go_with_parent() -> None:
+    """Have the kernel kill this process when its parent goes, even where it is stopped; Linux alone knows how."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def me() -> dict[str, Any]:
@@ -40,6 +55,22 @@ def alive(record: Mapping[str, Any]) -> bool:
 
 
 def live_state(status: Mapping[str, Any]) -> str:
-    """The recorded state of a run; a `running` whose process is gone was killed."""
+    """The recorded state of a run; a `running` whose process is gone was killed.
+
+    `silent`: its process is on another machine, and has given no sign of life for `SILENT_S` seconds.
+    """
     state = str(status.get("state", "unknown"))
-    return "killed" if state == "running" and not alive(status) else state
+    if state != "running":
+        return state
+    if not alive(status):
+        return "killed"
+    elsewhere = status.get("host", socket.gethostname()) != socket.gethostname()
+    return "silent" if elsewhere and time.time() - status.get("updated", math.inf) > SILENT_S else state
+
+
+def state_words(status: Mapping[str, Any]) -> str:
+    """`live_state` for people: of a silent run since when."""
+    state = live_state(status)
+    if state != "silent":
+        return state
+    return f"no word since {time.strftime('%Y-%m-%d %H:%M', time.localtime(status['updated']))} from {status['host']}"

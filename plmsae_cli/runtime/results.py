@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _LONGEST_LINE = 1 << 16
 
@@ -42,3 +43,32 @@ def last_metrics(run: Path) -> dict[str, Any] | None:
         lines = file.read().split(b"\n")[:-1]
     last: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
     return last
+
+
+class Best(NamedTuple):
+    """The trial of a sweep that is ahead."""
+
+    hash: str
+    values: Mapping[str, Any]
+    metric: str
+    value: float
+
+
+def best_trial(run: Path) -> Best | None:
+    """By the metric of a search, else by the FVU (of language models: the loss), the lowest; None where there is none yet.
+
+    Figures are those of the evaluation, or where no trial is evaluated those of the last step of training.
+    """
+    sweep = json.loads((run / "sweep.json").read_text()) if (run / "sweep.json").exists() else {"trials": []}
+    done = [row for row in sweep["trials"] if row["state"] == "done"]
+    if (search := sweep.get("search")) is not None:
+        sign = 1.0 if search["direction"] == "minimize" else -1.0
+        found = [Best(r["hash"], r["values"], search["metric"], r["objective"]) for r in done]
+        return min(found, key=lambda best: sign * best.value, default=None)
+    found = [Best(r["hash"], r["values"], "fvu", r["metrics"]["fvu"]) for r in done if "fvu" in r["metrics"]]
+    if not found:
+        for row in done:
+            last = last_metrics(run / "trials" / row["hash"]) or {}
+            if metric := next((name for name in ("fvu", "loss") if last.get(name) is not None), None):
+                found.append(Best(row["hash"], row["values"], metric, last[metric]))
+    return min(found, key=lambda best: best.value, default=None)

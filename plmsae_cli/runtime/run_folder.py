@@ -8,8 +8,10 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,11 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.processes import me
 from plmsae_cli.store.housekeeping import DATA_FOLDER
+
+BEAT_S = 60.0
+"""Seconds between two signs of life in status.json."""
+_writing = threading.RLock()
+"""Held by a thread more than once: a second Ctrl-C writes a last status from within whatever it meets."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,12 +131,21 @@ class RunFolder:
     def status(self, **changes: Any) -> None:
         """Merge into status.json; `stage_seconds` are added to those of earlier starts, by stage."""
         path = self.path / "status.json"
-        body = read_json(path) or {"schema": 1, "state": "new", "stage_seconds": {}}
-        spent = body.setdefault("stage_seconds", {})
-        for stage, seconds in changes.pop("stage_seconds", {}).items():
-            spent[stage] = round(spent.get(stage, 0.0) + seconds, 2)
-        body.update(changes, updated=time.time(), **me())
-        write_json(path, body)
+        with _writing:
+            body = read_json(path) or {"schema": 1, "state": "new", "stage_seconds": {}}
+            spent = body.setdefault("stage_seconds", {})
+            for stage, seconds in changes.pop("stage_seconds", {}).items():
+                spent[stage] = round(spent.get(stage, 0.0) + seconds, 2)
+            body.update(changes, updated=time.time(), **me())
+            write_json(path, body)
+
+    def beat(self) -> None:
+        """A sign of life in status.json, while it says that the run is running."""
+        path = self.path / "status.json"
+        with _writing:
+            body = read_json(path) or {}
+            if body.get("state") == "running":
+                write_json(path, {**body, "updated": time.time()})
 
     def claim_identity(self, identity: Mapping[str, Any]) -> None:
         """Continue the run of this name, or refuse when its science differs.
@@ -170,6 +186,26 @@ class RunFolder:
         return target
 
 
+@contextmanager
+def beating(runs: Sequence[RunFolder]) -> Iterator[None]:
+    """Within, runs give a sign of life every minute, for those who look on from another machine."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_S):
+            for run in runs:
+                with suppress(OSError, UserError):  # a full disk ends a run where it matters
+                    run.beat()
+
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        over.set()
+        heart.join()
+
+
 def find_run(run: Path) -> Path:
     """The folder of a run named by its path, or by its name under `runs/`. Raises UserError where there is none."""
     folder = run if (run / "status.json").exists() else Path("runs") / run
@@ -200,7 +236,7 @@ def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and commit, for the record. No environment variables: they hold secrets."""
+    """Versions, device and commit, for the record. Of environment variables only one: others hold secrets."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -214,6 +250,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": cpu_count(),
         "device": device_name(),
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "versions": versions,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),

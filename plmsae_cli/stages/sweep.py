@@ -10,7 +10,7 @@ from typing import Any
 
 from plmsae_cli.config.base import digest
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.experiment import Experiment, Launch
 from plmsae_cli.config.overrides import points, trial
 from plmsae_cli.config.tree import plain
 from plmsae_cli.runtime.results import headline
@@ -58,9 +58,14 @@ def trial_at(experiment: Experiment, point: Mapping[str, Any]) -> Trial:
         "data_root": experiment.data_folder(),
         "wandb.group": experiment.wandb.group or experiment.name,
     }
-    if experiment.shares_stream and experiment.launch.ranks == "auto":
-        place["launch.ranks"] = 1  # GPUs are filled with groups of SAEs, not each SAE spread over all
+    if "launch.ranks" not in point:
+        place["launch.ranks"] = trial_ranks(experiment.launch)
     return Trial(name, point, trial(experiment, {**point, **place}))
+
+
+def trial_ranks(launch: Launch) -> int:
+    """Processes of each trial: GPUs are filled with trials, not each trial spread over all."""
+    return launch.nodes if launch.ranks == "auto" else launch.ranks
 
 
 def _done(experiment: Experiment) -> list[dict[str, Any]]:

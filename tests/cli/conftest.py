@@ -38,8 +38,8 @@ train:
   sae: {{expansion: 2, k: 4}}
   batch_tokens: 128
   tokens: {tokens}
-  log_every: 1
-  checkpoint_every: 5
+  log_every: {log}
+  checkpoint_every: {checkpoint}
 {evaluation}
 """
 
@@ -110,7 +110,15 @@ def write(tmp_path: Path, shared: dict[str, Path]) -> Callable[..., Path]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         evaluation = "eval: {fidelity: {proteins: 4}}"
-        values = {**shared, "root": tmp_path / "runs", "tokens": 1280, "evaluation": evaluation, **parts}
+        values = {
+            **shared,
+            "root": tmp_path / "runs",
+            "tokens": 1280,
+            "evaluation": evaluation,
+            "log": 1,
+            "checkpoint": 5,
+        }
+        values |= parts
         path.write_text(YAML.format(**values) + more)
         return path
 

@@ -84,12 +84,20 @@ def test_one_that_fails_does_not_stop_the_next_and_the_second_start_does_what_is
 def test_an_experiment_whose_inputs_are_missing_fails_before_its_first_stage(
     plmsae: Plmsae, write: Write, tmp_path: Path
 ) -> None:
+    """What each file lacks is said for all of them before the first begins."""
     write("queue/a.yaml", fasta=tmp_path / "nowhere.fasta")
     write("queue/b.yaml")
+    write("queue/c.yaml", weights=tmp_path / "no-weights")
+    write("queue/d.yaml", root=tmp_path / "queue" / "b.yaml", data=tmp_path / "own", more="limits: {bytes: 1}\n")
     ended = plmsae("run", tmp_path / "queue", "--json")
     assert ended.code == 3
-    assert states(ended) == {"a.yaml": "failed", "b.yaml": "done"}
-    assert "nowhere.fasta" in ended.err
+    assert states(ended) == {"a.yaml": "failed", "b.yaml": "done", "c.yaml": "failed", "d.yaml": "failed"}
+    ahead = ended.err[: ended.err.index("== ")]
+    assert "3 of 4 experiments could not start now" in ahead
+    for said in ("a.yaml: ", "nowhere.fasta", "c.yaml: ", "no-weights", f"d.yaml: root: {tmp_path}/queue/b.yaml cannot",
+                 "d.yaml: ", "limits.bytes is 1"):  # fmt: skip
+        assert said in ahead
+    assert ahead.count("a.yaml: ") == 1
     assert not (tmp_path / "runs" / "a").exists()
 
 

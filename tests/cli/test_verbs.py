@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,12 @@ import pytest
 import torch
 
 from plmsae_cli import load_sae
+from plmsae_cli.cli.listing import foretold_lines
 from plmsae_cli.config.schema import FILE, text
-from plmsae_cli.runtime.processes import live_state, me
+from plmsae_cli.runtime.foretold import foretell
+from plmsae_cli.runtime.processes import SILENT_S, live_state, me, state_words
+from plmsae_cli.runtime.results import best_trial
+from plmsae_cli.runtime.run_folder import RunFolder, beating, write_json
 
 Plmsae = Callable[..., Any]
 Write = Callable[..., Path]
@@ -179,7 +185,70 @@ def test_a_running_state_whose_process_is_gone_was_killed() -> None:
     assert live_state({"state": "running", **me(), "started": "another boot:1"}) == "killed", (
         "its number is another's now"
     )
-    assert live_state({"state": "running", **me(), "pid": 0, "host": "elsewhere"}) == "running"
+    far = {"state": "running", **me(), "pid": 0, "host": "elsewhere"}
+    assert live_state(far) == "running"
+    assert live_state({**far, "updated": time.time() - SILENT_S / 2}) == "running"
+    silent = {**far, "updated": time.time() - 2 * SILENT_S}
+    assert live_state(silent) == "silent"
+    assert state_words(silent).startswith("no word since 20")
+    assert state_words(silent).endswith(" from elsewhere")
+    assert live_state({**silent, "state": "done"}) == "done"
+
+
+def test_a_run_gives_signs_of_life_while_it_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plmsae_cli.runtime.run_folder.BEAT_S", 0.01)
+    run = RunFolder(tmp_path / "a")
+
+    def updated() -> float:
+        return float(json.loads((run.path / "status.json").read_text())["updated"])
+
+    with beating([run]):
+        run.status(state="running")
+        before = updated()
+        end = time.monotonic() + 5
+        while updated() == before:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        run.status(state="done")
+        before = updated()
+        time.sleep(0.1)
+    assert updated() == before
+
+
+def test_the_best_trial_of_a_sweep(plmsae: Plmsae, tmp_path: Path) -> None:
+    def row(name: str, k: int, state: str = "done", **more: object) -> dict[str, object]:
+        return {"hash": name, "values": {"train.sae.k": k}, "state": state, "metrics": {}, **more}
+
+    run = tmp_path / "s"
+    RunFolder(run).status(state="running")
+    assert best_trial(run) is None
+    rows = [row("a", 1, metrics={"fvu": 0.3}), row("b", 2, metrics={"fvu": 0.2}), row("c", 3, "failed")]
+    write_json(run / "sweep.json", {"trials": rows})
+    assert best_trial(run) == ("b", {"train.sae.k": 2}, "fvu", 0.2)
+    assert "best by fvu: 0.2, k=2 (trials/b)" in plmsae("status", run).out
+    assert json.loads(plmsae("status", run, "--json").out)["best"]["hash"] == "b"
+    searched = [row("a", 1, objective=0.9), row("b", 2, objective=0.8), row("c", 3, "pruned", objective=None)]
+    search = {"metric": "recovered_zero", "direction": "maximize"}
+    write_json(run / "sweep.json", {"trials": searched, "search": search})
+    assert best_trial(run) == ("a", {"train.sae.k": 1}, "recovered_zero", 0.9)
+    (run / "trials" / "a").mkdir(parents=True)
+    (run / "trials" / "a" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    write_json(run / "sweep.json", {"trials": [row("a", 1), row("b", 2, "pending")]})
+    assert best_trial(run) == ("a", {"train.sae.k": 1}, "loss", 2.5)
+
+
+def test_dollars_stand_beside_runs_where_a_price_is_set(plmsae: Plmsae, tmp_path: Path) -> None:
+    for name, price in (("priced", 3.0), ("free", None)):
+        run = RunFolder(tmp_path / name)
+        run.status(state="done", stage_seconds={"embed": 3600.0, "eval": 1200.0})
+        foretell(run.path, "embed", {"hours": 0.5}, 2, price)
+        foretell(run.path, "eval", {}, 1, price)
+    lines = [line.split() for line in plmsae("ls", tmp_path).out.splitlines()]
+    assert [line[-1] for line in lines] == ["cost", "-", "$7.00"]
+    assert json.loads(plmsae("ls", tmp_path, "--json").out)["runs"][1]["usd"] == 7.0
+    embed, cost = foretold_lines(tmp_path / "priced")
+    assert re.fullmatch(r"embed: predicted .*, \$3\.00; came to .*, \$6\.00", embed)
+    assert cost == "cost: $7.00"
 
 
 def test_missing_inputs_are_listed_with_the_ways_on(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ def test_what_may_pass_is_tried_again_a_few_times(error: Exception, again: bool,
     assert len(said) == 2 * again
 
 
+def test_somebody_who_waits_at_a_terminal_hears_within_half_a_minute() -> None:
+    assert sum(trouble.BRIEF_S) <= 30
+    assert Recovery(print, patient=False)._pauses == trouble.BRIEF_S
+
+
 def test_a_full_disk_is_waited_for_and_an_own_error_beside_it_is_not(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,15 @@ def _card(name: str, config: Mapping[str, Any], facts: Mapping[str, Any], is_une
     return "\n".join(lines) + "\n"
 
 
+def wants_token() -> bool:
+    """Whether `push` would fail for want of a token alone."""
+    try:
+        from huggingface_hub import get_token
+    except ModuleNotFoundError:  # `push` says how to install it
+        return False
+    return get_token() is None
+
+
 def push(folder: Path, name: str) -> str:
     """Upload the folder as the model `name` (`owner/model`, private until its owner says otherwise); gives its address.
 

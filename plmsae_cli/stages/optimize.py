@@ -130,6 +130,7 @@ def _reduce(task: Task, context: Context) -> Mapping[str, Result]:
         pieces = windows.pieces(low, high)
         files.append(stream_chunk(context.store, join(folder, chunk_name(chunk)), pieces, (high - low) * row_bytes))
         context.progress(chunk + 1 - first, last - first)
+    windows.close()
     facts = {"rows": stop - start, "row_sum": hexed(windows.sum), "bytes": (stop - start) * row_bytes}
     return {folder: Result(files, {**facts, "seconds": time.monotonic() - begun, "peak_memory": peak_memory()})}
 

@@ -2,8 +2,8 @@
 
     python benchmarks/trace.py exp.yaml [--rows 1000]
 
-Places are drawn at random; the inverse of the shuffle's permutation tells each one's row, proteins.parquet the protein and residue.
-The model then reads that protein alone, in float32. A stored row may differ by its rounding and by the order of additions in a pack.
+Places are drawn at random; the inverse of the shuffle's permutation tells each one's row, proteins.parquet the protein and the
+residue. The model then reads that protein alone, in float32: a stored row differs by its rounding and by the order of additions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from plmsae_cli.store.proteins import locate_rows, read_proteins
 
 
 def trace(config: Path, num_rows: int, seed: int) -> tuple[list[float], list[float], int]:
-    """Relative L2 distance of each row to the fresh one, the same to a fresh row of a random residue, and the number of proteins."""
+    """Relative L2 distance of each row to the fresh one, and to that of a random residue of the protein; number of proteins."""
     experiment, store = load(config).experiment, Store()
     assert experiment.embed is not None
     assert experiment.shuffle is not None
@@ -64,7 +64,14 @@ def main() -> None:
     note = f"{options.rows:,} random rows of {proteins:,} proteins" + (f"; {beside}" if (beside := busy()) else "")
     shared = stamp("data-trace", cpu(1), f"python benchmarks/trace.py exp.yaml --rows {options.rows}")
     lines = [
-        {"name": options.name, "who": who, "value": float(f"{value:.3g}"), "unit": "relative L2", "note": note, **shared}
+        {
+            "name": options.name,
+            "who": who,
+            "value": float(f"{value:.3g}"),
+            "unit": "relative L2",
+            "note": note,
+            **shared,
+        }
         for who, value in {
             "plmsae, largest distance to a fresh pass": max(near),
             "plmsae, median": float(np.median(near)),

@@ -28,9 +28,9 @@ from plmsae_cli.stages.common import (
     shuffle_passes,
 )
 from plmsae_cli.store.blocks import chunk_name, chunk_rows
-from plmsae_cli.store.fs import FileRecord, Store, join
+from plmsae_cli.store.fs import FileRecord, Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.passes import held_rows, optimize_effort
+from plmsae_cli.store.passes import held_rows, optimize_effort, window_rows
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -121,7 +121,9 @@ def _reduce(task: Task, context: Context) -> Mapping[str, Result]:
     row_bytes = buckets.d * buckets.dtype.itemsize
     first, last, per_chunk = task.args["first"], task.args["last"], task.args["chunk_rows"]
     start, stop = first * per_chunk, min(last * per_chunk, task.args["rows"])
-    windows = Windows(buckets, stop, held_rows(task.args["memory"], row_bytes))
+    memory, files = task.args["memory"], passes.levels()[-1].groups
+    held = held_rows(memory, row_bytes) if is_remote(source) else window_rows(memory, row_bytes, files)
+    windows = Windows(buckets, stop, held)
     (folder,) = task.folders
     files = []
     for chunk in range(first, last):

@@ -317,6 +317,8 @@ def shuffle(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     kind = "peers-" if options.peers else ""
     if Path(options.folder).is_relative_to("/dev/shm"):
         kind += "memory-"
+    if options.workers > 1:
+        kind += f"{options.workers}-workers-"
     for size in options.gigabytes:
         with rows_in(Path(options.folder), size) as folder:
             contenders = ["cp", "plmsae", *(["litdata.optimize", "ray.data random_shuffle"] if options.peers else [])]

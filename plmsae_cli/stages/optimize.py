@@ -121,8 +121,8 @@ def _reduce(task: Task, context: Context) -> Mapping[str, Result]:
     row_bytes = buckets.d * buckets.dtype.itemsize
     first, last, per_chunk = task.args["first"], task.args["last"], task.args["chunk_rows"]
     start, stop = first * per_chunk, min(last * per_chunk, task.args["rows"])
-    memory, files = task.args["memory"], passes.levels()[-1].groups
-    held = held_rows(memory, row_bytes) if is_remote(source) else window_rows(memory, row_bytes, files)
+    memory, num_files = task.args["memory"], passes.levels()[-1].groups
+    held = held_rows(memory, row_bytes) if is_remote(source) else window_rows(memory, row_bytes, num_files)
     windows = Windows(buckets, stop, held)
     (folder,) = task.folders
     files = []

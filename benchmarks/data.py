@@ -5,8 +5,8 @@
     python -m benchmarks.data passes --folder DISK [--record]        the same rows in two, three and four passes
 
 Rows are random bits in shards as `embed` writes them. Each contender is a process of its own, in turn, on one core unless it
-says otherwise. `cp` copies the shards and then the copy: it reads and writes the same bytes twice, as shuffle and optimize do;
-both end with the bytes on the disk (fsync).
+says otherwise (`--workers`). `cp` copies the shards and then the copy: it reads and writes the same bytes twice, as shuffle and
+optimize do; both end with the bytes on the disk (fsync).
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plmsae_cli.runtime.task import Task
 
 D = 1280
 ROW_BYTES = 2 * D
@@ -61,12 +66,10 @@ def make(folder: Path, gigabytes: float) -> int:
     return rows
 
 
-def ours(folder: Path, memory: int, middle: int | None = None) -> Mapping[str, Any]:
-    """shuffle and optimize in this process, one task after the other."""
+def ours(folder: Path, memory: int, workers: int = 1, middle: int | None = None) -> Mapping[str, Any]:
+    """shuffle and optimize, one task after the other in this process or by workers, whose start does not count."""
     import torch
 
-    from plmsae_cli.config.experiment import Experiment
-    from plmsae_cli.executors.worker import LocalContext, run_task
     from plmsae_cli.stages.common import finish_task, passes_json
     from plmsae_cli.stages.optimize import reduce_tasks
     from plmsae_cli.stages.shuffle import level_tasks
@@ -76,24 +79,17 @@ def ours(folder: Path, memory: int, middle: int | None = None) -> Mapping[str, A
     from plmsae_cli.store.manifest import read_manifest
     from plmsae_cli.store.passes import ceil_root, divide, held_rows
 
-    torch.set_num_threads(1)
     source, shuffled, blocks = (str(folder / name) for name in ("embed", "shuffle", "optimize"))
     manifest = read_manifest(Store(), source)
     assert manifest is not None
     rows = manifest["rows"]
-    context = LocalContext(
-        Experiment.model_validate({"embed": {"fasta": "x", "layers": [0]}, "shuffle": {}}), lambda *_, **__: None
-    )
     passes = divide(rows, ROW_BYTES, memory, remote=False)
     if middle is not None:
         fan = max(2, ceil_root(passes.levels()[0].groups, middle + 1)) if middle else 0
         passes = replace(passes, middle=middle, fan=fan)
     levels = level_tasks(passes, shuffled, source, 0, memory)
     facts = {**passes_json(passes), "d": D, "layer": 0, "source": source}
-    first = [
-        *(t for level in levels for t in level),
-        finish_task("shuffle", [Ref("shuffle", "s", shuffled)], levels[-1], facts),
-    ]
+    first = finish_task("shuffle", [Ref("shuffle", "s", shuffled)], levels[-1], facts)
     per_chunk = chunk_rows(512_000_000, BLOCK_ROWS, D, torch.bfloat16)
     reduces = reduce_tasks(blocks, shuffled, rows, per_chunk, max(1, held_rows(memory, ROW_BYTES) // per_chunk), memory)
     more = {
@@ -105,11 +101,38 @@ def ours(folder: Path, memory: int, middle: int | None = None) -> Mapping[str, A
         "activations": source,
         "source": shuffled,
     }
-    second = [*reduces, finish_task("optimize", [Ref("optimize", "o", blocks)], reduces, more)]
-    for task in [*first, *second]:
-        run_task(task, context)
+    second = finish_task("optimize", [Ref("optimize", "o", blocks)], reduces, more)
+    waves = [*levels, [first], reduces, [second]]
+    if workers == 1:
+        _run([task for wave in waves for task in wave])
+        own: dict[str, float] = {}
+    else:
+        assert len(levels) == 1, "passes between free the files of those before"
+        with ProcessPoolExecutor(workers, get_context("spawn"), _run, ([],)) as pool:
+            list(pool.map(_run, [[]] * workers))
+            begun, used = time.perf_counter(), _cpu()
+            for wave in waves:
+                list(pool.map(_run, [[task] for task in wave]))
+            own = {"seconds": time.perf_counter() - begun, "cpu": _cpu() - used}
     manifests = [read_manifest(Store(), f) or {} for f in (shuffled, blocks)]
-    return {"passes": passes.count, "peak": max(m["peak_memory"] for m in manifests)}
+    return {"passes": passes.count, "peak": max(m["peak_memory"] for m in manifests), **own}
+
+
+def _run(tasks: Sequence[Task]) -> None:
+    """In the process that does them."""
+    import torch
+
+    from plmsae_cli.config.experiment import Experiment
+    from plmsae_cli.executors.worker import LocalContext, run_task
+    from plmsae_cli.stages.common import FINISH
+    from plmsae_cli.store.memory import BUFFERS
+
+    torch.set_num_threads(1)
+    experiment = Experiment.model_validate({"embed": {"fasta": "x", "layers": [0]}, "shuffle": {}})
+    for task in tasks:
+        run_task(task, LocalContext(experiment, lambda *_, **__: None))
+        if task.id == FINISH:
+            BUFFERS.clear()  # as executors do at a stage's end
 
 
 def litdata(folder: Path, workers: int = 1) -> Mapping[str, Any]:
@@ -294,16 +317,22 @@ def shuffle(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     kind = "peers-" if options.peers else ""
     if Path(options.folder).is_relative_to("/dev/shm"):
         kind += "memory-"
+    if options.workers > 1:
+        kind += f"{options.workers}-workers-"
     for size in options.gigabytes:
         with rows_in(Path(options.folder), size) as folder:
             contenders = ["cp", "plmsae", *(["litdata.optimize", "ray.data random_shuffle"] if options.peers else [])]
             found = {}
             for name in contenders:
-                if (figures := measure(folder, name, *([memory] if name == "plmsae" else []))) is not None:
+                arguments = {"plmsae": [memory, options.workers], "litdata.optimize": [options.workers]}.get(name, [])
+                if (figures := measure(folder, name, *arguments)) is not None:
                     found[name] = figures
         for who, figures in found.items():
             label = "limit cp, twice" if who == "cp" else who
             note = f"{size:g} GB of rows, d {D}" + (f", tasks of {options.memory}" if who == "plmsae" else "")
+            note += (
+                f", {options.workers} workers" if options.workers > 1 and who in ("plmsae", "litdata.optimize") else ""
+            )
             note += f"; {beside}" if beside else ""
             name = f"data/shuffle-optimize-{kind}{size:g}GB"
             yield _line(name, label, size * 1e3 / figures["seconds"], "MB/s", note)
@@ -342,7 +371,7 @@ def passes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for size in options.gigabytes:
         with rows_in(Path(options.folder), size) as folder:
             for middle in (0, 1, 2):
-                figures = certain(folder, "plmsae", memory, middle)
+                figures = certain(folder, "plmsae", memory, 1, middle)
                 note = f"{size:g} GB of rows, tasks of {options.memory}"
                 name = f"plmsae {figures['passes']} passes"
                 yield _line("data/shuffle-optimize-passes", name, size * 1e3 / figures["seconds"], "MB/s", note)
@@ -375,6 +404,7 @@ def main() -> None:
         verb.add_argument("--gigabytes", type=float, nargs="+", default=sizes)
         verb.add_argument("--memory", default=memory, help="of a task")
         verb.add_argument("--peers", action="store_true")
+        verb.add_argument("--workers", type=int, default=1, help="of ours and of litdata; Ray takes all cores")
         verb.add_argument("--record", action="store_true", help="add the figures to results.jsonl")
     options = parser.parse_args()
     from benchmarks.record import HERE, add, cpu, stamp

@@ -361,7 +361,8 @@ def main() -> None:
         "--cores", type=int, default=2, help="cores that the readers and the S3 server may use; not of `gpu`"
     )
     parser.add_argument("--delay-ms", type=float, default=0.0)
-    parser.add_argument("--endpoint", help="an S3 server that lets anybody create buckets")
+    parser.add_argument("--endpoint", help="an S3 server; credentials are those of the environment")
+    parser.add_argument("--called", default="", help="its name, for the lines")
     parser.add_argument(
         "--folder", type=Path, help="where blocks are written; a temporary folder of the system by default"
     )
@@ -377,7 +378,8 @@ def main() -> None:
         found = run[options.part](options, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    suffix = f"-{options.delay_ms:g}ms" if options.delay_ms else ""
+    suffix = f"-{options.called}" if options.called else ""
+    suffix += f"-{options.delay_ms:g}ms" if options.delay_ms else ""
     device = torch.cuda.get_device_name() if options.part == "gpu" else cpu(options.cores)
     shared = stamp(f"data-stream-{options.part}", device, f"python benchmarks/data_stream.py {' '.join(sys.argv[1:])}")
     size = f"{options.gb:g} GB of blocks [{ROWS}, {D}] in bfloat16" + (f"; {beside}" if beside else "")

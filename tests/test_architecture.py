@@ -39,7 +39,7 @@ OWN_EXTRAS = {
 }
 RUNNERS = {"run", "Popen", "call", "check_call", "check_output"}
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "tempfile.mktemp"}
-FOREIGN_WEIGHTS = "store/weights.py"
+FOREIGN_WEIGHTS = "store/pickles.py"
 
 
 def nodes(name: str) -> Iterator[ast.AST]:

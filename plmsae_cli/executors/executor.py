@@ -133,6 +133,8 @@ def run_far(task: Mapping[str, Any], experiment: Mapping[str, Any], folder: str)
     Args:
         folder: where the command was started, since paths may be relative.
     """
+    from plmsae_cli.store.memory import BUFFERS
+
     one = Task.from_json(task)
     try:
         os.chdir(folder)
@@ -142,4 +144,6 @@ def run_far(task: Mapping[str, Any], experiment: Mapping[str, Any], folder: str)
         run_task(one, LocalContext(own, lambda *_, **__: None))
     except Exception as error:
         return failure_of(one, error)
+    finally:
+        BUFFERS.clear()  # the cluster counts a task's memory only while it runs
     return None

@@ -24,8 +24,11 @@ from plmsae_cli.runtime.run_folder import cpu_count
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.system_errors import as_user_error
 from plmsae_cli.runtime.task import Interrupted, Pending, Task
+from plmsae_cli.store.memory import BUFFERS
 
 ATTEMPTS = 2
+_REST = "rest"
+"""To a worker: there is nothing to do for now."""
 
 
 class TaskFailed(RuntimeError):
@@ -149,6 +152,9 @@ class Pool:
                     failure = body
             if STOP.requested():
                 self._ask_to_stop()
+        for worker in self._workers:
+            with suppress(OSError):  # it is gone
+                worker.pipe.send(_REST)
         if failure is not None:
             raise failure
         if STOP.requested():
@@ -205,6 +211,9 @@ def _serve(
                 os._exit(0)
             if message is None:
                 STOP.request()
+                continue
+            if message == _REST:
+                BUFFERS.clear()
                 continue
             with arrived:
                 inbox.append(message)

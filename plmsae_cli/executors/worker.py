@@ -90,7 +90,12 @@ class Behind:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.settle()
+        from plmsae_cli.store.memory import BUFFERS
+
+        try:
+            self.settle()
+        finally:
+            BUFFERS.clear()
 
 
 def work_on(task: Task, context: LocalContext) -> Mapping[str, Result]:

@@ -94,13 +94,18 @@ def effort_figures(effort: Effort, experiment: Experiment, folder: str, measured
         "predicted_seconds": round(effort.seconds(speed), 1),
         "bytes_a_second": f"{speed / 1e6:,.0f} MB each way, {origin}",
     }
-    price = experiment.price
+    return found | price_figures(experiment, folder, effort.requests, effort.bytes_written)
+
+
+def price_figures(experiment: Experiment, folder: str, requests: int, bytes_written: int) -> dict[str, Any]:
+    """Requests to a bucket, and what they and a day of keeping the bytes cost where prices are known."""
+    price, found = experiment.price, dict[str, Any]()
     if is_remote(folder):
-        found["requests"] = effort.requests
+        found["requests"] = requests
         if price.million_requests is not None:
-            found["usd_requests"] = round(effort.requests / 1e6 * price.million_requests, 2)
+            found["usd_requests"] = round(requests / 1e6 * price.million_requests, 2)
     if price.tb_day is not None:
-        found["usd_storage_a_day"] = round(effort.bytes_written / 1e12 * price.tb_day, 2)
+        found["usd_storage_a_day"] = round(bytes_written / 1e12 * price.tb_day, 2)
     return found
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.runtime.device import count_gpus
 from plmsae_cli.runtime.embedding import forecast
 from plmsae_cli.runtime.models import model_config
 from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task
@@ -22,6 +23,7 @@ from plmsae_cli.stages.common import (
     artifact,
     finish_task,
     passes_json,
+    price_figures,
     read_plan,
     remaining,
     require_layout,
@@ -32,7 +34,7 @@ from plmsae_cli.stages.embed_finish import calibration, finish_embedding
 from plmsae_cli.stages.embed_shard import write_shard
 from plmsae_cli.store.fs import Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.passes import PLACE_BYTES, ROW_OVERHEAD, Passes
+from plmsae_cli.store.passes import PLACE_BYTES, ROW_OVERHEAD, Passes, puts
 from plmsae_cli.store.sorted_shard import require_fit
 
 _CALIBRATION_PASS = 65_536
@@ -152,6 +154,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             **({} if passes is None else _sorting(passes, row_bytes, kept, len(refs))),
             "bytes": size,
             "objects": objects,
+            **price_figures(experiment, experiment.data_folder(), puts(objects, size), size),
             **hours,
             "shards": len(ranges),
             **{k: v for k, v in scan.counts.items() if v and k not in ("proteins", "kept", "residues")},
@@ -185,8 +188,11 @@ def _hours(experiment: Experiment, lineage: Lineage, depth: int) -> dict[str, An
     assert embed is not None
     if lineage.weights.format == "encoder":
         return {"hours_from": "not predicted for hf: encoders"}
-    config = model_config(lineage.weights)
-    return forecast.forecast(config, depth, scan.lengths_P, scan.max_length, experiment.launch, embed.compute)
+    config, price = model_config(lineage.weights), experiment.price.gpu_hour
+    found = forecast.forecast(config, depth, scan.lengths_P, scan.max_length, experiment.launch, embed.compute)
+    if price is not None and "hours" in found and (gpus := count_gpus(experiment.launch)):
+        found["usd_gpus"] = round(found["hours"] * gpus * price, 2)
+    return found
 
 
 def work(task: Task, context: Context) -> Mapping[str, Result]:

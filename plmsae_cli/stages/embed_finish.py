@@ -43,7 +43,6 @@ def merge_shards(
 def finish_embedding(task: Task, context: Context) -> Mapping[str, Result]:
     from plmsae_cli.runtime.embedding import summary
     from plmsae_cli.store.rowsum import joined
-    from plmsae_cli.store.shard_writer import BUFFERS
 
     lineage = Lineage(context.experiment, context.store)
     results = {}
@@ -70,7 +69,6 @@ def finish_embedding(task: Task, context: Context) -> Mapping[str, Result]:
         results[folder] = Result([record], manifest_facts(task, folder, facts).facts)
     if speed:
         context.progress(1, 1, note=_told(speed))
-    BUFFERS.clear()
     return results
 
 

@@ -196,7 +196,6 @@ def _pieces(start: int, stop: int, d: int) -> Sequence[tuple[int, int]]:
 
 def _finish(task: Task, context: Context, lineage: Lineage, layer: int, folder: str) -> Result:
     from plmsae_cli.store.rowsum import joined
-    from plmsae_cli.store.shard_writer import BUFFERS
 
     embed = context.experiment.embed
     assert embed is not None
@@ -209,5 +208,4 @@ def _finish(task: Task, context: Context, lineage: Lineage, layer: int, folder: 
         "imported": {"format": (source := lineage.source(layer)).format, "path": str(source.path)},
         "row_sum": joined(part.facts["row_sum"] for part in parts),
     }
-    BUFFERS.clear()
     return Result([record], manifest_facts(task, folder, facts).facts)

@@ -28,9 +28,9 @@ from plmsae_cli.stages.common import (
     shuffle_passes,
 )
 from plmsae_cli.store.blocks import chunk_name, chunk_rows
-from plmsae_cli.store.fs import FileRecord, Store, join
+from plmsae_cli.store.fs import FileRecord, Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.passes import held_rows, optimize_effort
+from plmsae_cli.store.passes import held_rows, optimize_effort, window_rows
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -121,7 +121,9 @@ def _reduce(task: Task, context: Context) -> Mapping[str, Result]:
     row_bytes = buckets.d * buckets.dtype.itemsize
     first, last, per_chunk = task.args["first"], task.args["last"], task.args["chunk_rows"]
     start, stop = first * per_chunk, min(last * per_chunk, task.args["rows"])
-    windows = Windows(buckets, stop, held_rows(task.args["memory"], row_bytes))
+    memory, num_files = task.args["memory"], passes.levels()[-1].groups
+    held = held_rows(memory, row_bytes) if is_remote(source) else window_rows(memory, row_bytes, num_files)
+    windows = Windows(buckets, stop, held)
     (folder,) = task.folders
     files = []
     for chunk in range(first, last):
@@ -130,6 +132,7 @@ def _reduce(task: Task, context: Context) -> Mapping[str, Result]:
         pieces = windows.pieces(low, high)
         files.append(stream_chunk(context.store, join(folder, chunk_name(chunk)), pieces, (high - low) * row_bytes))
         context.progress(chunk + 1 - first, last - first)
+    windows.close()
     facts = {"rows": stop - start, "row_sum": hexed(windows.sum), "bytes": (stop - start) * row_bytes}
     return {folder: Result(files, {**facts, "seconds": time.monotonic() - begun, "peak_memory": peak_memory()})}
 

@@ -177,13 +177,13 @@ def _map(task: Task, context: Context) -> Mapping[str, Result]:
     import numpy as np
 
     from plmsae_cli.store.activations import ActivationShards
-    from plmsae_cli.store.buckets import empty_rows
+    from plmsae_cli.store.memory import BUFFERS
     from plmsae_cli.store.permutation import Permutation
 
     begun = time.monotonic()
     start, stop = task.args["start"], task.args["stop"]
     shards = ActivationShards(context.store, task.args["source"])
-    rows_RD = empty_rows(stop - start, shards.width, shards.dtype)
+    rows_RD = BUFFERS.rows(stop - start, shards.width, shards.dtype, shards.place(start))
     shards.read_into(start, rows_RD)
     shards.prefetch(stop, 2 * stop - start)
     context.progress(1, 3)
@@ -211,12 +211,14 @@ def _merge(task: Task, context: Context) -> Mapping[str, Result]:
 def _written(task: Task, context: Context, rows_RD: Any, places_R: Any, begun: float) -> Mapping[str, Result]:
     from plmsae_cli.runtime.peak import peak_memory
     from plmsae_cli.store.buckets import write_sorted
+    from plmsae_cli.store.memory import BUFFERS
     from plmsae_cli.store.rowsum import hexed
 
     (folder,) = task.folders
     level = as_passes(task.args).levels()[task.args["level"]]
     part = task.args.get("slice", 0)
     record, total = write_sorted(context.store, folder, level, part, task.args["group"], rows_RD, places_R)
+    BUFFERS.give(rows_RD)
     context.progress(3, 3)
     facts = {"rows": len(places_R), "row_sum": hexed(total), "bytes": record.size}
     return {folder: Result([record], {**facts, "seconds": time.monotonic() - begun, "peak_memory": peak_memory()})}

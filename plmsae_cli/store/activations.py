@@ -210,6 +210,13 @@ class ActivationShards:
             self._file(shard).read_into(ACTS, part_RD, row - self._offset(shard))
             row = stop
 
+    def place(self, row: int) -> int:
+        """Where in its file the bytes of a row begin; 0 if there is no such row."""
+        if not self.start <= row < self.stop:
+            return 0
+        shard = self._shard_of(row)
+        return self._file(shard).place(ACTS, row - self._offset(shard))
+
     def prefetch(self, start: int, stop: int) -> None:
         """Begin to read rows [start, stop), as far as there are any, into the page cache, in the background."""
         stop = min(stop, self.stop)

@@ -179,6 +179,11 @@ class Blocks:
             return rows_RW.float()
         return self.quantiser.to(rows_RW.device).decode(rows_RW)
 
+    def place(self, row: int) -> int:
+        """Where in its chunk the bytes of a row begin."""
+        chunk = bisect_right(self._ends, row)
+        return HEADER_BYTES + (row - (self._ends[chunk - 1] if chunk else 0)) * self.width * self.dtype.itemsize
+
     def read_into(self, row_start: int, out_RD: torch.Tensor) -> None:
         """Fill `out_RD`, contiguous on the CPU, with the rows from `row_start`, across chunks where need be.
 
@@ -197,11 +202,10 @@ class Blocks:
         row_bytes = self.width * self.dtype.itemsize
         chunk, done = bisect_right(self._ends, row_start), 0
         while done < num_rows:
-            first = self._ends[chunk - 1] if chunk else 0
             row = row_start + done
             count = min(self._ends[chunk] - row, num_rows - done)
             piece = buffer[done * row_bytes : (done + count) * row_bytes]
-            self.store.read_into(self._paths[chunk], HEADER_BYTES + (row - first) * row_bytes, piece)
+            self.store.read_into(self._paths[chunk], self.place(row), piece)
             done += count
             chunk += 1
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from plmsae_cli.store.fs import FileRecord, Store, StoreError, each, is_remote, join
+from plmsae_cli.store.memory import BUFFERS
 from plmsae_cli.store.passes import Level
 from plmsae_cli.store.rowsum import Bytes2D, row_sum
 from plmsae_cli.store.tensorfile import Streamed, TensorFile, write_tensors
@@ -31,20 +32,11 @@ def bytes_of(rows_RD: torch.Tensor) -> Bytes2D:
     return view
 
 
-def empty_rows(count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Room for rows [count, width] that are about to be read.
-
-    From numpy, which asks for huge pages where torch does not: filling it takes less than half the time, and gathering from
-    it misses fewer translations.
-    """
-    raw_RW = np.empty((count, width * dtype.itemsize), np.uint8)
-    return torch.from_numpy(raw_RW).view(dtype)
-
-
 class Ordered:
     """Rows in another order, gathered piece by piece; `sum` is the row checksum of what has gone by."""
 
     def __init__(self, rows_RD: torch.Tensor, order_R: Places) -> None:
+        self.rows_RD = rows_RD
         self._rows_RW, self._order_R = bytes_of(rows_RD), order_R
         self.sum = 0
 
@@ -119,11 +111,12 @@ class Buckets:
         return self._files[at]
 
     def load(self, start: int, stop: int) -> tuple[torch.Tensor, Places]:
-        """Rows whose places are in [start, stop), as they lie in the files, and their places."""
+        """Rows whose places are in [start, stop), as they lie in the files, and their places. The rows are lent by `BUFFERS`."""
         wanted = [(part, group) for part in self._level.parts(start, stop) for group in self._groups]
         segments = [s for s in each(self._folder, lambda at: self._segment(at, start, stop), wanted) if len(s.places_R)]
         ends = np.cumsum([0, *(len(s.places_R) for s in segments)])
-        rows_RD = empty_rows(int(ends[-1]), self.d, self.dtype)
+        phase = segments[0].file.place("rows", segments[0].first) if segments else 0
+        rows_RD = BUFFERS.rows(int(ends[-1]), self.d, self.dtype, phase)
 
         def read(i: int) -> None:
             segment = segments[i]
@@ -191,12 +184,18 @@ class Windows:
         """Row checksum of what has gone by."""
         return self._gone ^ (0 if self._window is None else self._window.sum)
 
+    def close(self) -> None:
+        """Give back the memory of the rows that have gone by."""
+        if self._window is not None:
+            self._gone = self.sum
+            BUFFERS.give(self._window.rows_RD)
+            self._window = None
+
     def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
         """Places [start, stop), which follow on those asked for before."""
         while start < stop:
             if self._window is None or not self._begin <= start < self._end:
-                self._gone = self.sum
-                self._window = None  # its memory is needed for the next
+                self.close()
                 self._begin, self._end = start, min(start + self._held, self._stop)
                 self._window = self._buckets.window(self._begin, self._end)
                 self._buckets.prefetch(self._end, self._end + self._held)  # also for the task after this one

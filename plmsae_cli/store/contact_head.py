@@ -9,8 +9,9 @@ import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.pickles import read_pickle
 from plmsae_cli.store.sources import ESM2_HEAD, ESM2_HEAD_URL
-from plmsae_cli.store.weights import PUBLISHED, cache_folder, read_pickle
+from plmsae_cli.store.weights import PUBLISHED, cache_folder
 
 Head = tuple[torch.Tensor, torch.Tensor]
 """Weight [blocks x heads], bias []."""

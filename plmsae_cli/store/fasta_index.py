@@ -143,10 +143,12 @@ def _build(path: Path) -> FastaIndex:
 def _repeats(path: Path, names_R: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
     """Whether a record's id occurred before, exactly: equal hashes only say which ids to read again."""
     repeats_R = np.zeros(len(names_R), bool)
-    values, counts = np.unique(names_R, return_counts=True)
-    if len(values) == len(names_R):
+    sorted_R = np.sort(names_R)
+    repeated = sorted_R[1:][sorted_R[1:] == sorted_R[:-1]]
+    del sorted_R  # of millions of proteins every further array counts
+    if len(repeated) == 0:
         return repeats_R
-    suspects_R = np.isin(names_R, values[counts > 1])
+    suspects_R = np.isin(names_R, repeated)
     seen: set[str] = set()
     for record, (identifier, *_) in enumerate(entries(path)):
         if suspects_R[record]:

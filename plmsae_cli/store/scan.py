@@ -164,11 +164,13 @@ def _number(index: FastaIndex, kept_R: Mask, dropped: Mapping[str, int], options
     original_P = index.lengths_R[kept_R]
     most = _most_rows(options)
     lengths_P = original_P if most is None else np.minimum(original_P, np.int32(min(most, 2**31 - 1)))
-    heldout_P = heldout(index.hashes_R[kept_R], options.holdout)
+    hashes_P = index.hashes_R if kept_R.all() else index.hashes_R[kept_R]
+    heldout_P = heldout(hashes_P, options.holdout)
     row_offset_P = np.zeros(len(lengths_P), np.int64)
     for side_P in (heldout_P, ~heldout_P):
-        rows = lengths_P[side_P].astype(np.int64)
-        row_offset_P[side_P] = np.cumsum(rows) - rows
+        offsets = np.cumsum(lengths_P[side_P], dtype=np.int64)
+        offsets -= lengths_P[side_P]
+        row_offset_P[side_P] = offsets
     truncated_P = original_P > lengths_P
     counts = {
         "proteins": len(kept_R),

@@ -17,6 +17,7 @@ import torch
 from plmsae_cli.store.activations import ACTS, ROW_OFFSET, Statistics
 from plmsae_cli.store.buckets import bytes_of
 from plmsae_cli.store.fs import FileRecord, Store, join
+from plmsae_cli.store.memory import BUFFERS
 from plmsae_cli.store.quantise import CALIBRATION, Quantiser
 from plmsae_cli.store.rowsum import row_sum
 from plmsae_cli.store.tensorfile import write_tensors
@@ -105,37 +106,6 @@ class Rows:
 
     offset: int
     count: int
-
-
-class Buffers:
-    """Host memory lent to shards and taken back: fresh pages cost more than writing to them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._spare: list[torch.Tensor] = []
-
-    def take(self, size: int) -> torch.Tensor:
-        """At least `size` bytes (uint8), contents undefined."""
-        with self._lock:
-            fits = [i for i, buffer in enumerate(self._spare) if size <= buffer.numel() <= 2 * size]
-            if fits:
-                return self._spare.pop(min(fits, key=lambda i: self._spare[i].numel()))
-        # Shards differ a little in size: with some to spare a buffer serves the others too.
-        return torch.empty(size + size // 16, dtype=torch.uint8)
-
-    def give(self, buffer: torch.Tensor) -> None:
-        """Take back what `take` gave."""
-        with self._lock:
-            self._spare.append(buffer)
-
-    def clear(self) -> None:
-        """Free what is not lent."""
-        with self._lock:
-            self._spare.clear()
-
-
-BUFFERS = Buffers()
-"""The process's own."""
 
 
 class ShardRows:

@@ -181,15 +181,18 @@ class TensorFile:
         if not 0 <= start <= start + wanted[0] <= rows[0]:
             raise StoreError(f"{self.path}: {name} has {rows[0]} rows, not {start} to {start + wanted[0]}")
         assert out.is_contiguous(), "out must be contiguous"
-        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
         if out.numel():
-            self._store.read_into(self.path, entry.start + start * row_bytes, _bytes_of(out))
+            self._store.read_into(self.path, self.place(name, start), _bytes_of(out))
+
+    def place(self, name: str, row: int) -> int:
+        """Where in the file the bytes of a row begin."""
+        entry = self._entry(name)
+        return entry.start + row * math.prod(entry.shape[1:]) * entry.dtype.itemsize
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """Have the disk read rows [start, stop) ahead."""
-        entry = self._entry(name)
-        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        self._store.prefetch(self.path, entry.start + start * row_bytes, (stop - start) * row_bytes)
+        first = self.place(name, start)
+        self._store.prefetch(self.path, first, self.place(name, stop) - first)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:

@@ -12,9 +12,7 @@ import difflib
 import hashlib
 import json
 import os
-import re
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +22,12 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from plmsae_cli.config.errors import UserError, first_line
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.digests import remembered_sha256
 from plmsae_cli.store.download import download as fetch
 from plmsae_cli.store.encoders import is_encoder, resolve_encoder
 from plmsae_cli.store.fs import FileRecord, Store, join
+from plmsae_cli.store.pickles import read_pickle
 from plmsae_cli.store.sources import ESM2_URL, mirrored
 from plmsae_cli.store.tensorfile import write_tensors
 from plmsae_cli.store.weight_names import State, check_state, from_fair_esm, from_hugging_face
@@ -281,33 +280,3 @@ def _read_tensors(path: Path) -> State:
         except Exception as error:  # safetensors raises its own kinds
             raise UserError(f"{file} is not a sound safetensors file: {error}") from error
     return state
-
-
-class Inert:
-    """Stands for a class of another project in a pickle: the file names it, nothing of it is imported or run."""
-
-    def __init__(self, *_: object) -> None: ...
-
-
-def read_pickle(path: Path, allowed: Sequence[type], named: Sequence[str] = ()) -> Any:
-    """What `torch.save` wrote, if it holds nothing but tensors, plain values and the classes `allowed`.
-
-    No code of the file runs: torch's restricted unpickler refuses every other class; in place of those in `named`
-    (`package.module.Class`) it puts `Inert`. Tensors are mapped from the file where its layout allows. Raises UserError
-    for a refused class (named) and for a damaged file.
-    """
-    try:
-        with torch.serialization.safe_globals([*allowed, *((Inert, name) for name in named)]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # the unpickler raises many kinds for damaged files
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise UserError(
-                f"{path} holds an object of {refused[1]}, which is not data: it was not read",
-                hint="a pickle can run any code; use weights from a source you trust",
-            ) from error
-        # Only the first sentence: torch goes on to advise loading without its safety.
-        reason = first_line(error).split(". ")[0]
-        raise UserError(
-            f"{path} is not a checkpoint that torch can read: {reason}", hint="delete it and fetch it again"
-        ) from error

@@ -20,6 +20,7 @@ import torch
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.blocks import Blocks
 from plmsae_cli.store.fs import is_remote
+from plmsae_cli.store.memory import empty_rows
 from plmsae_cli.store.permutation import Permutation
 
 _WINDOW = 1024
@@ -156,9 +157,11 @@ class BlockStream(Stream):
 
     def _new_slot(self) -> _Slot:
         shape, dtype = (self._share_rows, self.blocks.width), self.blocks.dtype
-        host_RD = torch.empty(shape, dtype=dtype, pin_memory=self._cuda)
         if not self._cuda:
+            phase = 0 if is_remote(self.blocks.folder) else self.blocks.place(self._share_start)
+            host_RD = empty_rows(*shape, dtype, phase)
             return _Slot(host_RD, host_RD)
+        host_RD = torch.empty(shape, dtype=dtype, pin_memory=True)
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         return _Slot(host_RD, torch.empty(shape, dtype=dtype, device=self._device), copied)
 

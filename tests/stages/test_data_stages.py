@@ -90,16 +90,16 @@ def content(folder: str) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(names)}
 
 
-def test_one_and_three_workers_write_the_same_bytes(build: Build, go: Go, tmp_path: Path) -> None:
-    one = build(root=str(tmp_path / "one"))
-    three = build(root=str(tmp_path / "three"), launch__workers=3)
-    for experiment in (one, three):
+def test_one_two_and_five_workers_write_the_same_bytes(build: Build, go: Go, tmp_path: Path) -> None:
+    lineages = []
+    for workers in (1, 2, 5):
+        experiment = build(root=str(tmp_path / f"{workers}"), launch__workers=workers)
         go(experiment, DATA)
-    first, second = Lineage(one, Store()), Lineage(three, Store())
+        lineages.append(Lineage(experiment, Store()))
     for stage in DATA:
-        made = [content(getattr(lineage, stage)(2).folder) for lineage in (first, second)]
-        assert len(made[0]) > 1
-        assert made[0] == made[1]
+        of_one, *of_more = (content(getattr(lineage, stage)(2).folder) for lineage in lineages)
+        assert len(of_one) > 1
+        assert all(made == of_one for made in of_more)
 
 
 def test_memory_decides_the_tasks_and_not_the_blocks(build: Build, go: Go, tmp_path: Path) -> None:

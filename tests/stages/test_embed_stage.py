@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import torch
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.plm.alphabet import encode, pack
+from plmsae_cli.runtime.embedding import forecast
 from plmsae_cli.runtime.models import load_plm
+from plmsae_cli.stages import common
+from plmsae_cli.stages import embed as embed_stage
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import read_manifest, verify
@@ -127,3 +131,20 @@ def test_the_plan_foretells_bytes_and_objects(build: Build, go: Go) -> None:
     assert figures["bytes"] < size < 1.2 * figures["bytes"] + 100_000 * figures["shards"]
     assert figures["hours"] >= 0
     assert "assumed" in figures["hours_from"]
+
+
+def test_the_plan_has_what_a_bucket_and_gpus_cost(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed_stage, "count_gpus", lambda launch: 3)
+    monkeypatch.setattr(forecast, "forecast", lambda *_: {"hours": 0.5})
+    prices = {"gpu_hour": 1e6, "tb_day": 1e6, "million_requests": 1e6}  # so high that cents are seen
+    # A local folder in the place of a bucket: its plan alone is looked at.
+    monkeypatch.setattr(common, "is_remote", lambda folder: True)
+    figures = plan_stage("embed", build(price=prices), Store()).figures
+    parts = math.ceil(figures["bytes"] / (16 << 20))
+    assert figures["requests"] == 2 * figures["objects"] + parts == figures["usd_requests"]
+    assert figures["usd_storage_a_day"] == round(figures["bytes"] / 1e6, 2) > 0
+    assert figures["usd_gpus"] == 1.5e6
+    monkeypatch.undo()
+    local = plan_stage("embed", build(price=prices), Store()).figures
+    assert {"requests", "usd_requests", "usd_gpus"}.isdisjoint(local), "neither a bucket nor a GPU"
+    assert local["usd_storage_a_day"] == figures["usd_storage_a_day"]

@@ -12,6 +12,7 @@ from plmsae_cli.store.passes import (
     LOCAL_READ,
     REMOTE_READ,
     RESERVE,
+    ROW_OVERHEAD,
     Effort,
     Passes,
     bucket_rows,
@@ -22,6 +23,7 @@ from plmsae_cli.store.passes import (
     optimize_effort,
     shuffle_effort,
     usable,
+    window_rows,
 )
 
 GB, TB, PB = 10**9, 10**12, 10**15
@@ -111,3 +113,12 @@ def test_efforts_add_up() -> None:
     both = Effort(1, 2, 3, 4, 5, 6) + Effort(10, 20, 30, 40, 50, 3)
     assert both == Effort(11, 22, 33, 44, 55, 6)
     assert Passes(10, 10, 0, 0, 1024).count == 2
+
+
+@given(memory=st.integers(1, 1 << 40), row_bytes=st.integers(1, 40_000), files=st.integers(1, 5000))
+def test_windows_read_efficiently_where_memory_allows(memory: int, row_bytes: int, files: int) -> None:
+    held, window = held_rows(memory, row_bytes), window_rows(memory, row_bytes, files)
+    assert 1 <= window <= held
+    if window < held:
+        of_a_file = (window + 1) * (row_bytes + ROW_OVERHEAD) / files
+        assert of_a_file >= 4e6, "a larger window would not read better"

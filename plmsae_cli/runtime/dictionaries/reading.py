@@ -22,8 +22,8 @@ from plmsae_cli.runtime.dictionaries.saelens_reading import from_saelens, proven
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.store.foreign import SAELENS, files_of
 from plmsae_cli.store.fs import Store
+from plmsae_cli.store.pickles import read_pickle
 from plmsae_cli.store.tensorfile import TensorFile
-from plmsae_cli.store.weights import read_pickle
 
 _TRAINERS = "dictionary_learning.trainers"
 # What a checkpoint of SAEFold names beside its tensors: the classes of its trainer, and OmegaConf's list of fractions.

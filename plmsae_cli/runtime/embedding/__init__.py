@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from plmsae_cli.runtime.embedding.budget import CPU_TOKENS, MOST_TOKENS
-from plmsae_cli.runtime.embedding.embedder import Embedder, Put
+from plmsae_cli.runtime.embedding.delivery import Put
+from plmsae_cli.runtime.embedding.embedder import Embedder
 from plmsae_cli.runtime.embedding.figures import Figures, summary
 from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Typical
 

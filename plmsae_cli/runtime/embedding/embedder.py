@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 
@@ -20,6 +19,7 @@ from plmsae_cli.plm.unet_reader import UNetReader
 from plmsae_cli.runtime.device import compute_dtype, pick_device
 from plmsae_cli.runtime.embedding.batches import Batch, ahead, make_batch
 from plmsae_cli.runtime.embedding.budget import auto_tokens, compiling_pays
+from plmsae_cli.runtime.embedding.delivery import Put, delivery
 from plmsae_cli.runtime.embedding.figures import Figures
 from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Shape, Typical, choose_shape, deal
 from plmsae_cli.runtime.embedding.transfer import Stopwatch, Transfer, transfer_for
@@ -35,14 +35,6 @@ COMPILE_MODE: str | None = None
 ANY_LENGTH = True
 """Compile for any number of tokens, so that each shard's packs share its tokens without a remainder; otherwise all packs
 of an artifact have the tokens that its largest shard needs, and padding grows with the spread of the shards."""
-
-
-class Put(Protocol):
-    """Takes rows of one layer and one protein, from its residue `first` on; called from several threads at once."""
-
-    def __call__(self, layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
-        """`rows_RD` is on the host, in the stored dtype, and valid during the call only. The same rows may come twice,
-        after running out of memory."""
 
 
 class Stream:
@@ -63,8 +55,8 @@ class Stream:
 
     def settle(self) -> None:
         """Wait until all rows sent so far are delivered; raises what a delivery raised."""
-        for delivery in self.deliveries:
-            delivery.result()
+        for sent in self.deliveries:
+            sent.result()
         self.deliveries.clear()
 
     def launched(self) -> None:
@@ -284,17 +276,6 @@ class Embedder:
 
         self.stream(sequences, layers, stored, batch_tokens, put, progress, check_stop).wait()
         return {layer: (training, held) for layer, (training, held) in rows.items()}
-
-
-def delivery(put: Put, layer: int, pieces: Sequence[Piece]) -> Callable[[torch.Tensor], None]:
-    def deliver(rows_RD: torch.Tensor) -> None:
-        at = 0
-        for piece in pieces:
-            size = piece.last - piece.first
-            put(layer, piece.protein, piece.first, rows_RD[at : at + size])
-            at += size
-
-    return deliver
 
 
 def _compile_errors() -> tuple[type[Exception], ...]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.runtime.embedding.budget import CPU_TOKENS
-from plmsae_cli.runtime.embedding.embedder import Embedder, Put, Stream, delivery
+from plmsae_cli.runtime.embedding.delivery import Put, delivery
+from plmsae_cli.runtime.embedding.embedder import Embedder, Stream
 from plmsae_cli.runtime.embedding.packing import Typical
 from plmsae_cli.runtime.embedding.transfer import Stopwatch
 from plmsae_cli.runtime.embedding.windows import Piece, pieces

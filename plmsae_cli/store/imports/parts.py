@@ -16,8 +16,8 @@ import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.fs import Store, StoreError
+from plmsae_cli.store.pickles import read_pickle
 from plmsae_cli.store.tensorfile import TensorFile
-from plmsae_cli.store.weights import read_pickle
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from plmsae_cli.config.evaluation import Encode
+    from plmsae_cli.evaluation.strongest import Strongest
     from plmsae_cli.sae.interface import Latents
 
 AXIS = "encode"
@@ -50,6 +51,7 @@ def _part(scope: Scope, options: Encode, index: int, of: int, context: Context) 
 
     from plmsae_cli.evaluation.proteins import in_training, read_any
     from plmsae_cli.evaluation.rows import Rows
+    from plmsae_cli.evaluation.strongest import strongest
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
     entries = [e for n, e in enumerate(read_any(scope.store.local(options.fasta))) if n % of == index and e.sequence]
@@ -68,7 +70,7 @@ def _part(scope: Scope, options: Encode, index: int, of: int, context: Context) 
         residue_R = torch.cat([torch.arange(1, int(length) + 1) for length in lengths])
         columns = _active(latents, sae.maximum_N, options.above, ids, protein_R, residue_R)
         files.append(scope.write_table(AXIS, f"activations/{index}of{of}-{done:05}.parquet", columns))
-        _strongest(latents, sae.maximum_N, options.top, ids, protein_R, residue_R, top)
+        _list(strongest(latents, sae.maximum_N, options.top, lengths), ids, top)
         for p in places:
             whole = entries[p].sequence
             about["id"].append(entries[p].accession)
@@ -102,32 +104,17 @@ def _active(
     }
 
 
-def _strongest(
-    latents: Latents,
-    maximum_N: Tensor,
-    number: int,
-    ids: list[str],
-    protein_R: Tensor,
-    residue_R: Tensor,
-    top: dict[str, list[Any]],
-) -> None:
-    """Append each protein's latents of the largest activation / maximum, and the first residue where each is largest."""
-    import torch
-
-    scale_N = torch.where(maximum_N > 0, maximum_N, 1.0)
-    share_RK = latents.acts_BK / scale_N[latents.indices_BK]
+def _list(found: Strongest, ids: list[str], top: dict[str, list[Any]]) -> None:
+    """Append each protein's strongest latents, those that are active at all."""
+    shares, latents, acts, residues = (
+        t.tolist() for t in (found.share_PT, found.latent_PT, found.activation_PT, found.residue_PT)
+    )
     for place, name in enumerate(ids):
-        mine = (protein_R == place).to(share_RK.device)
-        share, index, acts = share_RK[mine], latents.indices_BK[mine], latents.acts_BK[mine]
-        best_N = torch.zeros_like(scale_N).scatter_reduce_(0, index.flatten(), share.flatten(), "amax")
-        ordered, which = best_N.sort(descending=True, stable=True)
-        for rank, (value, latent) in enumerate(zip(ordered[:number].tolist(), which[:number].tolist(), strict=True), 1):
-            if value <= 0:
+        columns = zip(latents[place], acts[place], shares[place], residues[place], strict=True)
+        for rank, (latent, activation, share, residue) in enumerate(columns, 1):
+            if share <= 0:
                 break
-            acts_R = torch.where(index == latent, acts, 0.0).amax(1)
-            at = int(acts_R.argmax())
-            row = (name, rank, latent, float(acts_R[at]), value, int(residue_R[mine.cpu()][at]))
-            for column, cell in zip(top.values(), row, strict=True):
+            for column, cell in zip(top.values(), (name, rank, latent, activation, share, residue), strict=True):
                 column.append(cell)
 
 

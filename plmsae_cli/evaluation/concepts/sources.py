@@ -20,7 +20,6 @@ from plmsae_cli.runtime.models import build_model, model_config
 from plmsae_cli.runtime.saved import load_sae_with_facts, open_blocks
 from plmsae_cli.sae.interface import Latents
 from plmsae_cli.store.fs import Store, join
-from plmsae_cli.store.proteins import read_proteins
 from plmsae_cli.store.weights import save_model
 
 SAE = "sae"
@@ -119,6 +118,8 @@ def _random_weights(scope: Scope) -> Iterator[str]:
 
 def _training_sequences(scope: Scope) -> list[str]:
     """The first training proteins, up to a tenth of the sample's rows: a forward pass a row, not a read."""
+    from plmsae_cli.store.proteins import read_proteins  # pulls pyarrow in, which counting can do without
+
     table = read_proteins(scope.store, join(scope.dataset, "proteins.parquet"), split="train", columns=["sequence"])
     chosen, used = [], 0
     for sequence in table["sequence"].to_pylist():

@@ -239,6 +239,7 @@ def test_a_planted_family_is_found_first_with_the_scores_of_counting(
     assert result["classes"] == 3
     best = [one for one in result["best"] if one["family"] == "SH2"]
     assert best[0]["latent"] == latent_of("W")
+    assert best[0]["interval_f1"][0] < best[0]["f1"] < best[0]["interval_f1"][1]
     assert result["patterns"]["dead"] == LATENTS - len(BACKGROUND) - 1
     first = (folder / "families" / "result.json").read_bytes()
     path.write_text(path.read_text().replace("tasks: 2", "tasks: 1"))
@@ -270,6 +271,12 @@ def test_planted_probes_are_the_best_single_latents(
     wins = 3 * (45 - 3) + (3 * 3 + 12 * 42) / 2
     assert found["Domain [FT]"]["auroc_single"] == pytest.approx(wins / (positives * (rows - positives)))
     assert 40 < result["proteins"]["train"] < 56
+    for row in found.values():
+        low, high = row["interval_auroc_single"]
+        assert low <= row["auroc_single"] <= high
+    # Every protein has as many W and C in and out of domains: nothing depends on which proteins are drawn.
+    assert found["Domain [FT]"]["interval_auroc_single"] == pytest.approx([found["Domain [FT]"]["auroc_single"]] * 2)
+    assert found["Active site"]["auroc_single_null"] < 0.7 < found["Active site"]["auroc_single"]
 
 
 def test_own_proteins_are_encoded_residue_by_residue(

@@ -14,6 +14,8 @@ from plmsae_cli.store.fs import FileRecord, join
 AXIS = "families"
 SPECIFIC = 0.7
 """F1 above which a latent is family-specific."""
+FILES = 2
+"""Of the form of the files between tasks."""
 LISTED = 100
 """Latents shown with their families, those that fit best on train."""
 SEED = 0
@@ -26,7 +28,7 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     assert options is not None
     scope.require_same_model("remove eval.families")
     inputs = scope.contents(proteins=options.proteins, labels=options.labels)
-    identity = scope.identity(AXIS, options.science(), inputs)
+    identity = scope.identity(AXIS, {**options.science(), "files": FILES}, inputs)
     pieces = scope.pieces(AXIS, identity, "embed", options.tasks, 20.0, ["prepare"])
     steps = [piece.args["step"] for piece in pieces]
     tasks = [scope.task(AXIS, identity, "prepare"), *pieces]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from plmsae_cli.store.lineage import Lineage
 
 EVAL = "eval"
-FORMAT = 1
+FORMAT = 2
 """Of the files that axes leave: to be raised when those of earlier versions no longer serve."""
 
 

@@ -112,3 +112,11 @@ def groups(lengths: Sequence[int], residues: int) -> Iterator[list[int]]:
         used += length
     if group:
         yield group
+
+
+def piece(lengths: Sequence[int], residues: int, index: int, of: int) -> list[list[int]]:
+    """The groups that piece `index` of `of` works on: whole ones, every `of`-th.
+
+    What is computed together has an influence on last bits, so groups are the same ones for any number of pieces.
+    """
+    return list(groups(lengths, residues))[index::of]

@@ -46,7 +46,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
 
 
 def _part(scope: Scope, options: Encode, index: int, of: int, context: Context) -> Result:
-    """Every `of`-th protein: its active latents by residue, its strongest latents, and what it is."""
+    """Every `of`-th group of proteins: its active latents by residue, its strongest latents, and what it is."""
     import torch
 
     from plmsae_cli.evaluation.proteins import in_training, read_any
@@ -54,16 +54,16 @@ def _part(scope: Scope, options: Encode, index: int, of: int, context: Context) 
     from plmsae_cli.evaluation.strongest import strongest
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
-    entries = [e for n, e in enumerate(read_any(scope.store.local(options.fasta))) if n % of == index and e.sequence]
+    entries = [entry for entry in read_any(scope.store.local(options.fasta)) if entry.sequence]
     known = in_training(scope.store, scope.dataset)
     rows = Rows(scope, options.batch_tokens, context.check_stop)
     sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
     files: list[FileRecord] = []
-    facts = {"proteins": len(entries), "in_training": 0, "cut": 0, "residues": 0, "active": 0}
+    facts = {"proteins": 0, "in_training": 0, "cut": 0, "residues": 0, "active": 0}
     top: dict[str, list[Any]] = {name: [] for name in ("protein", "rank", "latent", "activation", "share", "residue")}
     about: dict[str, list[Any]] = {name: [] for name in ("id", "length", "in_training", "encoded")}
     sequences = [entry.sequence[: options.max_length] for entry in entries]
-    for done, (places, latents) in enumerate(rows.encoded(sae, sequences, context.progress)):
+    for done, (places, latents) in enumerate(rows.encoded(sae, sequences, context.progress, index, of)):
         ids = [entries[p].accession for p in places]
         lengths = torch.tensor([len(sequences[p]) for p in places])
         protein_R = torch.arange(len(ids)).repeat_interleave(lengths)
@@ -79,6 +79,7 @@ def _part(scope: Scope, options: Encode, index: int, of: int, context: Context) 
             about["encoded"].append(len(sequences[p]))
             facts["cut"] += len(sequences[p]) < len(whole)
             facts["in_training"] += known(whole)
+        facts["proteins"] += len(places)
         facts["residues"] += len(protein_R)
         facts["active"] += len(columns["latent"])
     files.append(scope.write_table(AXIS, f"top/{index}of{of}.parquet", top))
@@ -126,7 +127,9 @@ def _tables(scope: Scope, names: list[str]) -> list[FileRecord]:
 
     def joined(kind: str) -> Any:
         found = sorted(name for name in names if f"/{kind}/" in name)
-        return pa.concat_tables([read_table(scope.store, join(scope.folder, name)) for name in found])
+        tables = [read_table(scope.store, join(scope.folder, name)) for name in found]
+        # Of a piece without proteins columns have no type.
+        return pa.concat_tables([table for table in tables if len(table)] or tables[:1])
 
     order = [("id", "ascending")]
     return [

@@ -14,8 +14,6 @@ from plmsae_cli.store.fs import FileRecord, join
 AXIS = "families"
 SPECIFIC = 0.7
 """F1 above which a latent is family-specific."""
-FILES = 2
-"""Of the form of the files between tasks."""
 LISTED = 100
 """Latents shown with their families, those that fit best on train."""
 SEED = 0
@@ -28,7 +26,7 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     assert options is not None
     scope.require_same_model("remove eval.families")
     inputs = scope.contents(proteins=options.proteins, labels=options.labels)
-    identity = scope.identity(AXIS, {**options.science(), "files": FILES}, inputs)
+    identity = scope.identity(AXIS, options.science(), inputs)
     pieces = scope.pieces(AXIS, identity, "embed", options.tasks, 20.0, ["prepare"])
     steps = [piece.args["step"] for piece in pieces]
     tasks = [scope.task(AXIS, identity, "prepare"), *pieces]
@@ -99,7 +97,7 @@ def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
 
 
 def _embed(scope: Scope, options: Families, index: int, of: int, context: Context) -> list[FileRecord]:
-    """Every `of`-th protein: largest activations in files of bounded size, and counts of patterns."""
+    """Every `of`-th group of proteins: largest activations in files of bounded size, and counts of patterns."""
     import torch
 
     from plmsae_cli.evaluation.families.largest import Writer, largest
@@ -108,15 +106,15 @@ def _embed(scope: Scope, options: Families, index: int, of: int, context: Contex
     from plmsae_cli.runtime.saved import load_sae_with_facts
     from plmsae_cli.store.tensorfile import write_tensors
 
-    sequences = scope.read_table(AXIS, "chosen.parquet")["sequence"].to_pylist()[index::of]
+    sequences = scope.read_table(AXIS, "chosen.parquet")["sequence"].to_pylist()
     rows = Rows(scope, options.batch_tokens, context.check_stop)
     sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
     patterns = Patterns(sae.num_latents, rows.device)
-    writer = Writer(scope.store, scope.path(AXIS, "activations"), index, of)
-    for places, latents in rows.encoded(sae, sequences, context.progress):
+    writer = Writer(scope.store, scope.path(AXIS, "activations"), f"{index}of{of}")
+    for places, latents in rows.encoded(sae, sequences, context.progress, index, of):
         lengths = torch.tensor([len(sequences[p]) for p in places])
         patterns.add(latents, sae.maximum_N, lengths)
-        writer.add(largest(latents, sae.maximum_N, lengths))
+        writer.add(places, largest(latents, sae.maximum_N, lengths))
     writer.close()
     counts = {name: value.cpu() for name, value in patterns.state().items()}
     file = write_tensors(scope.store, scope.path(AXIS, "patterns", f"{index}of{of}.safetensors"), counts)

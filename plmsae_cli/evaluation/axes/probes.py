@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from plmsae_cli.evaluation.probes.logistic import Sparse
 
 AXIS = "probes"
-FILES = 2
-"""Of the form of its results."""
 TEST_SHARE = 0.2
 BOOTSTRAPS = 1000
 """Draws of test proteins for the intervals."""
@@ -30,7 +28,7 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     assert options is not None
     scope.require_same_model("remove eval.probes")
     inputs = scope.contents(proteins=options.proteins, labels=options.labels)
-    identity = scope.identity(AXIS, {**options.science(), "files": FILES}, inputs)
+    identity = scope.identity(AXIS, options.science(), inputs)
     shown = {"proteins": options.proteins, "labels": options.labels or "residue annotations"}
     return [scope.task(AXIS, identity, cost=10.0)], shown
 

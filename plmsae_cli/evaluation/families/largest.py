@@ -35,16 +35,17 @@ def largest(latents: Latents, maximum_N: Tensor, lengths: Tensor) -> Tensor:
 
 
 class Writer:
-    """`add` proteins in their order; files `<piece>of<of>-<number>.safetensors` in a folder, [N, P of the file] each."""
+    """`add` proteins; files `<name>-<number>.safetensors` in a folder: `largest` [N, P of the file], `place` of each protein."""
 
-    def __init__(self, store: Store, folder: str, piece: int, of: int) -> None:
-        self._store, self._folder, self._piece, self._of = store, folder, piece, of
+    def __init__(self, store: Store, folder: str, name: str) -> None:
+        self._store, self._folder, self._name = store, folder, name
         self._kept: list[Tensor] = []
-        self._first = 0
+        self._places: list[int] = []
         self.files: list[FileRecord] = []
 
-    def add(self, best_PN: Tensor) -> None:
+    def add(self, places: Sequence[int], best_PN: Tensor) -> None:
         self._kept.append(best_PN)
+        self._places += places
         if sum(part.nbytes for part in self._kept) >= BLOCK_BYTES:
             self.close()
 
@@ -52,12 +53,10 @@ class Writer:
         """Write what is held."""
         if not self._kept:
             return
-        best_NP = torch.cat(self._kept).T.contiguous()
-        self._kept = []
-        name = f"{self._piece}of{self._of}-{len(self.files):05}.safetensors"
-        place = {"piece": str(self._piece), "of": str(self._of), "first": str(self._first)}
-        self.files.append(write_tensors(self._store, join(self._folder, name), {"largest": best_NP}, place))
-        self._first += best_NP.shape[1]
+        tensors = {"largest": torch.cat(self._kept).T.contiguous(), "place": torch.tensor(self._places)}
+        self._kept, self._places = [], []
+        path = join(self._folder, f"{self._name}-{len(self.files):05}.safetensors")
+        self.files.append(write_tensors(self._store, path, tensors, {}))
 
 
 class Reader:
@@ -71,8 +70,5 @@ class Reader:
         """Latents [first, last): [n, P], float32."""
         acts_nP = torch.zeros(last - first, self._proteins)
         for file in self._files:
-            piece, of, start = (int(file.metadata[key]) for key in ("piece", "of", "first"))
-            part_np = file.read("largest", first, last)
-            stop = start + part_np.shape[1]
-            acts_nP[:, piece + of * start : piece + of * (stop - 1) + 1 : of] = part_np
+            acts_nP[:, file.read("place")] = file.read("largest", first, last).float()
         return acts_nP

@@ -99,9 +99,9 @@ def test_pieces_and_files_put_every_protein_in_its_place(tmp_path: Path, monkeyp
     best_PN = torch.rand(23, 5).half()
     paths = []
     for piece in range(4):
-        writer = module.Writer(Store(), str(tmp_path), piece, 4)
-        for some in torch.split(best_PN[piece::4], 2):
-            writer.add(some)
+        writer = module.Writer(Store(), str(tmp_path), f"{piece}of4")
+        for some in torch.split(torch.arange(piece, 23, 4), 2):
+            writer.add(some.tolist(), best_PN[some])
         writer.close()
         assert len(writer.files) > 1
         paths += [str(tmp_path / Path(file.name).name) for file in writer.files]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.store.fs import Store
@@ -35,7 +36,8 @@ def test_they_plan(
         Path(fasta).write_bytes(proteins)
     Path("uniprot_sprot.tsv.gz").write_bytes(gzip.compress(b"Entry\tSequence\tActive site\nP1\tMKV\tACT_SITE 2\n"))
     Path("go_mfo.tsv.gz").write_bytes(gzip.compress(b"P1\tGO:0003677\n"))
-    Path("saefold-3b-l36.ckpt").write_bytes(b"")
+    shapes = {"encoder.weight": (32, 8), "encoder.bias": (32,), "decoder.weight": (8, 32), "bias": (8,)}
+    torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, "saefold-3b-l36.ckpt")
     sets = ["--set", "model.weights=narrow"]
     if name == "evidence-3b-l36":
         sets += ["--set", "train.imported.weights=narrow"]

@@ -150,7 +150,7 @@ def _match(scope: Scope, options: Families, names: Sequence[str], context: Conte
     generator = torch.Generator().manual_seed(SEED)
     permuted_PL = truth_PL[torch.randperm(len(truth_PL), generator=generator).to(device)]
     reader = Reader(scope.store, paths["activations"], len(truth_PL))
-    tile = tile_latents(*truth_PL.shape, top or 1)
+    tile = tile_latents(len(truth_PL), truth_PL.shape[1], top or 1)
     matched: list[Match] = []
     permuted: list[Match] = []
     for first in range(0, num_latents, tile):

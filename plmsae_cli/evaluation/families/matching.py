@@ -17,7 +17,7 @@ from plmsae_cli.evaluation.concepts.scores import f1, scores
 CANDIDATES = 5
 """Classes tried for a latent: those most frequent among its top proteins."""
 TILE = 1 << 25
-"""Pairs of a latent and a protein that are matched together: about 60 bytes each, 2 GB."""
+"""Pairs of a latent and a protein that are matched together: about 80 bytes each, 2.7 GB."""
 BOOTSTRAPS = 1000
 
 

@@ -228,7 +228,7 @@ def main() -> None:
             concept_test(made, sae, sequences, device)
         with timed("families", f"matching of {many:,} proteins with {CLASSES} classes, {num_latents:,} latents"):
             family_test(made, sae, sequences, many)
-        rows = 2_000 if options.small else 20_000
+        rows = 2_000 if options.small else 10_000
         with timed("probes", f"one target, {rows:,} residues, {num_latents:,} single fits and one joint, on the CPU"):
             probe_test(made, sae, rows)
         with timed("encode", f"the 10 strongest latents of each of {len(sequences):,} proteins"):

@@ -54,7 +54,9 @@ def _lines(metrics: Mapping[str, Any], manifest: Mapping[str, Any], facts: Mappi
 
 def _fidelity(body: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## Fidelity", "")
-    yield f"FVU {body['fvu']:.3f}, mean L0 {body['l0_mean']:.1f}, dead latents {100 * body['dead_share']:.1f} %,"
+    low, high = body["interval_fvu"]
+    yield f"FVU {body['fvu']:.3f} [{low:.3f}, {high:.3f}], mean L0 {body['l0_mean']:.1f},"
+    yield f"dead latents {100 * body['dead_share']:.1f} %,"
     yield f"on {body['heldout_rows']:,} held-out residues."
     masked = body.get("loss", {}).get("masked", {})
     for ablation in ("zero", "mean"):
@@ -93,6 +95,9 @@ def _probes(body: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## Probes", "")
     yield f"{len(body['targets']):,} targets; test AUROC, mean over targets: best single latent {body['mean_auroc_single']:.3f},"
     yield f"all latents {body['mean_auroc_all']:.3f}."
+    nulls = [body[f"mean_auroc_{kind}_null"] for kind in ("single", "all")]
+    if None not in nulls:
+        yield "On labels that say nothing (rotated along proteins, or dealt out anew) {:.3f} and {:.3f}.".format(*nulls)
 
 
 def _contacts(body: Mapping[str, Any]) -> Iterator[str]:

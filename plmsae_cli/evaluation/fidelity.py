@@ -28,6 +28,7 @@ from plmsae_cli.sae.fidelity import Fidelity
 from plmsae_cli.store.activations import ActivationShards
 
 BOOTSTRAPS = 1000
+_ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,33 @@ class Reconstruction:
     """Each latent's summed activation."""
     top_row_N: torch.Tensor
     """The first row at which each latent is largest; -1 where it never fired."""
+    sums_5P: torch.Tensor
+    """By protein: rows, squared error, squared distance from the mean, cosine and L0, summed."""
 
 
 @torch.inference_mode()
 def reconstruction(
-    model: Dictionary, shards: ActivationShards, rows: int, mean_D: torch.Tensor, batch: int = 4096
+    model: Dictionary,
+    shards: ActivationShards,
+    lengths_P: torch.Tensor,
+    mean_D: torch.Tensor,
+    batch: int = 4096,
 ) -> Reconstruction:
-    """Stream held-out rows of raw activations through the dictionary."""
+    """Stream held-out rows of raw activations, of proteins with so many rows, through the dictionary."""
     device = pick_device()
     model = model.to(device)
     figures = Fidelity(model.num_latents, device)
     activation_N = torch.zeros(model.num_latents, dtype=torch.float64, device=device)
     top_row_N = torch.full((model.num_latents,), -1, dtype=torch.int64, device=device)
+    rows = int(lengths_P.sum())
+    protein_R = torch.arange(len(lengths_P)).repeat_interleave(lengths_P)
+    sums_5P = torch.zeros(5, len(lengths_P), dtype=torch.float64, device=device)
     for start in range(0, rows, batch):
         x_BD = shards.read(start, min(start + batch, rows), device)
         latents = model.encode(x_BD)
         before_N = figures.maximum_N.clone()
-        figures.update(x_BD, model.decode(latents), latents, mean_D.to(device))
+        figures_5B = figures.update(x_BD, model.decode(latents), latents, mean_D.to(device))
+        sums_5P.index_add_(1, protein_R[start : start + len(x_BD)].to(device), figures_5B)
         activation_N.scatter_add_(0, latents.indices_BK.flatten(), latents.acts_BK.flatten().double())
         grown_BK = (latents.acts_BK == figures.maximum_N[latents.indices_BK]) & (
             latents.acts_BK > before_N[latents.indices_BK]
@@ -65,7 +76,25 @@ def reconstruction(
         first_N = torch.full_like(top_row_N, rows)
         first_N.scatter_reduce_(0, latents.indices_BK.flatten(), place_BK.flatten(), "amin")
         top_row_N = torch.where(first_N < rows, first_N, top_row_N)
-    return Reconstruction(figures, activation_N.cpu(), top_row_N.cpu())
+    return Reconstruction(figures, activation_N.cpu(), top_row_N.cpu(), sums_5P.cpu())
+
+
+def reconstruction_intervals(sums_5P: torch.Tensor) -> dict[str, list[float]]:
+    """95 % bootstrap intervals over proteins of FVU, cosine and L0, from `Reconstruction.sums_5P`."""
+    count_Q, error_Q, variance_Q, cosine_Q, l0_Q = _resampled(sums_5P)
+    drawn = {"fvu": error_Q / variance_Q, "cosine": cosine_Q / count_Q, "l0_mean": l0_Q / count_Q}
+    return {f"interval_{name}": torch.quantile(values_Q, _ENDS).tolist() for name, values_Q in drawn.items()}
+
+
+def _resampled(table_VP: torch.Tensor) -> torch.Tensor:
+    """Sums [V, draws] over proteins drawn with replacement: residues of one protein are not independent.
+
+    One draw at a time: all would be a thousand times the proteins.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count = table_VP.shape[1]
+    draws = [table_VP[:, torch.randint(count, (count,), generator=generator)].sum(1) for _ in range(BOOTSTRAPS)]
+    return torch.stack(draws, dim=1)
 
 
 def masked_residues(packed: Packed, sequences: Sequence[str], rate: float) -> torch.Tensor:
@@ -188,14 +217,7 @@ def _summary(parts: Sequence[Sums]) -> dict[str, Any]:
     kl_P = torch.cat([p.kl for p in parts])
     total = float(residues_P.sum())
     ce = {name: float(values.sum()) / total for name, values in ce_P.items()}
-    # Bootstrap over proteins: residues of one protein are not independent. One draw at a time: all would be a thousand
-    # times the proteins.
-    generator = torch.Generator().manual_seed(0)
-    count = len(residues_P)
-    table_VP = torch.stack([residues_P, *ce_P.values()])
-    sums_VR = torch.stack(
-        [table_VP[:, torch.randint(count, (count,), generator=generator)].sum(1) for _ in range(BOOTSTRAPS)], dim=1
-    )
+    sums_VR = _resampled(torch.stack([residues_P, *ce_P.values()]))
     drawn = {name: sums_R / sums_VR[0] for name, sums_R in zip(ce_P, sums_VR[1:], strict=True)}
     result: dict[str, Any] = {
         "residues": int(total),
@@ -210,7 +232,7 @@ def _summary(parts: Sequence[Sums]) -> dict[str, Any]:
         if math.isfinite(share := recovered(ce["original"], ce["sae"], ce[ablation])):
             result[f"recovered_{ablation}"] = share
         spread_R = 1.0 - (drawn["sae"] - drawn["original"]) / (drawn[ablation] - drawn["original"])
-        ends = torch.quantile(spread_R, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        ends = torch.quantile(spread_R, _ENDS).tolist()
         if all(math.isfinite(end) for end in ends):
             result[f"interval_recovered_{ablation}"] = ends
     return result

@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.base import digest
 from plmsae_cli.config.errors import UserError
@@ -27,11 +27,13 @@ from plmsae_cli.config.evaluation import Eval
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.task import Resources, Task
 from plmsae_cli.store.fs import FileRecord, Store, join
-from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import canonical_json, read_manifest, read_parts
 
+if TYPE_CHECKING:
+    from plmsae_cli.store.lineage import Lineage
+
 EVAL = "eval"
-FORMAT = 1
+FORMAT = 2
 """Of the files that axes leave: to be raised when those of earlier versions no longer serve."""
 
 
@@ -44,6 +46,8 @@ class Scope:
 
     @cached_property
     def lineage(self) -> Lineage:
+        from plmsae_cli.store.lineage import Lineage  # pulls pyarrow in, which what axes compute can do without
+
         return Lineage(self.experiment, self.store)
 
     @property

@@ -13,7 +13,6 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.evaluation.annotations.entries import Entry, open_bytes, read_entries
 from plmsae_cli.store.fasta import records
 from plmsae_cli.store.fs import Store, join
-from plmsae_cli.store.proteins import read_proteins
 from plmsae_cli.store.split import split_hash
 
 
@@ -88,6 +87,8 @@ def choose(entries: Iterable[Entry], store: Store, dataset: str, max_length: int
 
 def in_training(store: Store, dataset: str) -> Callable[[str], bool]:
     """Whether a protein's sequence, or the part of it that was embedded, is among the dataset's training proteins."""
+    from plmsae_cli.store.proteins import read_proteins  # pulls pyarrow in, which encoding proteins can do without
+
     table = read_proteins(store, join(dataset, "proteins.parquet"), split="train", columns=["sequence"])
     marks = {(len(text), split_hash(text)) for batch in table.to_batches() for text in batch["sequence"].to_pylist()}
     longest = max((length for length, _ in marks), default=0)
@@ -111,3 +112,11 @@ def groups(lengths: Sequence[int], residues: int) -> Iterator[list[int]]:
         used += length
     if group:
         yield group
+
+
+def piece(lengths: Sequence[int], residues: int, index: int, of: int) -> list[list[int]]:
+    """The groups that piece `index` of `of` works on: whole ones, every `of`-th.
+
+    What is computed together has an influence on last bits, so groups are the same ones for any number of pieces.
+    """
+    return list(groups(lengths, residues))[index::of]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.evaluation.frame import Scope
-from plmsae_cli.evaluation.proteins import groups
+from plmsae_cli.evaluation.proteins import piece
 from plmsae_cli.runtime.embedding import Embedder
 from plmsae_cli.sae.interface import Latents
 from plmsae_cli.store.fs import join
@@ -64,10 +64,15 @@ class Rows:
         return rows_RD.float() if self._quantiser is None else self._quantiser.decode(self._quantiser.encode(rows_RD))
 
     def encoded(
-        self, code: Any, sequences: Sequence[str], progress: Callable[[float, float], None] = lambda *_: None
+        self,
+        code: Any,
+        sequences: Sequence[str],
+        progress: Callable[[float, float], None] = lambda *_: None,
+        index: int = 0,
+        of: int = 1,
     ) -> Iterator[tuple[list[int], Latents]]:
-        """Places of consecutive proteins and the latents of their residues, a group after the other."""
-        batches = list(groups([len(sequence) for sequence in sequences], group_residues(self.device)))
+        """Places of consecutive proteins and the latents of their residues, a group of piece `index` of `of` after the other."""
+        batches = piece([len(sequence) for sequence in sequences], group_residues(self.device), index, of)
         for done, places in enumerate(batches):
             self._check_stop()
             yield places, encode_rows(code, self.of([sequences[p] for p in places]))

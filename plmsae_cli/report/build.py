@@ -175,6 +175,9 @@ def _way_back(loss: dict[str, Any]) -> str:
 def _details(fidelity: dict[str, Any]) -> list[tuple[str, str]]:
     names = {"cosine": "cosine", "gamma": "γ (gamma)"}
     found = [(name, number(fidelity[key])) for key, name in names.items() if fidelity.get(key) is not None]
+    for key, name in {"fvu": "FVU", "cosine": "cosine", "l0_mean": "L0"}.items():
+        if ends := fidelity.get(f"interval_{key}"):
+            found.append((f"{name}, 95 %", "[{}, {}]".format(*(number(end) for end in ends))))
     if splice := fidelity.get("spliced_identity"):
         found.append(("splice check", clean(splice)))
     return found

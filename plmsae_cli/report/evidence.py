@@ -111,12 +111,13 @@ def _families(body: Mapping[str, Any]) -> Section:
     patterns = Table(
         [("Pattern", False), ("Latents", True)], [[Cell(name), whole(body["patterns"][name])] for name in PATTERNS]
     )
-    columns = [("Family", False), ("Latent", True), ("F1", True), ("Precision", True), ("Recall", True), ("F1, train", True),
-               ("Proteins", True), ("Pattern", False)]  # fmt: skip
+    columns = [("Family", False), ("Latent", True), ("F1", True), ("95 %", False), ("Precision", True), ("Recall", True),
+               ("F1, train", True), ("Proteins", True), ("Pattern", False)]  # fmt: skip
     rows = [
         [
-            text(row["family"]), latent(row["latent"]), decimal(row["f1"]), decimal(row["precision"]),
-            decimal(row["recall"]), decimal(row["f1_train"]), whole(row["proteins"]), Cell(row["pattern"]),
+            text(row["family"]), latent(row["latent"]), decimal(row["f1"]), _ends(row.get("interval_f1")),
+            decimal(row["precision"]), decimal(row["recall"]), decimal(row["f1_train"]), whole(row["proteins"]),
+            Cell(row["pattern"]),
         ]
         for row in sorted(body["best"], key=lambda row: -row["f1"])[:ROWS]
     ]  # fmt: skip
@@ -133,19 +134,34 @@ def _probes(body: Mapping[str, Any]) -> Section:
         f"Logistic regression on one latent (the best on train) and on all, trained on {count(tally['train'])} proteins"
         f" and scored on {count(tally['test'])} of other clusters. Mean AUROC:"
         f" {number(body['mean_auroc_single'])} with one latent,"
-        f" {number(body['mean_auroc_all'])} with all."
+        f" {number(body['mean_auroc_all'])} with all; on labels that say nothing"
+        f" {_maybe(body.get('mean_auroc_single_null'))} and {_maybe(body.get('mean_auroc_all_null'))}."
     )
-    columns = [("Target", False), ("of", False), ("Latent", True), ("AUROC, one", True), ("AUROC, all", True),
-               ("AUPRC, one", True), ("AUPRC, all", True), ("Positives", True), ("Share", True)]  # fmt: skip
+    columns = [("Target", False), ("of", False), ("Latent", True), ("AUROC, one", True), ("95 %", False), ("null", True),
+               ("AUROC, all", True), ("95 %", False), ("null", True), ("AUPRC, one", True), ("AUPRC, all", True),
+               ("Positives", True), ("Share", True)]  # fmt: skip
     rows = [
         [
             text(row["target"]), Cell(row["of"]), latent(row["latent"]), decimal(row["auroc_single"]),
-            decimal(row["auroc_all"]), decimal(row["auprc_single"]), decimal(row["auprc_all"]), whole(row["positives_test"]),
+            _ends(row.get("interval_auroc_single")), decimal(row.get("auroc_single_null")), decimal(row["auroc_all"]),
+            _ends(row.get("interval_auroc_all")), decimal(row.get("auroc_all_null")),
+            decimal(row["auprc_single"]), decimal(row["auprc_all"]), whole(row["positives_test"]),
             Cell(percent(row["positives_test"] / row["rows_test"]), repr(row["positives_test"] / row["rows_test"])),
         ]
         for row in body["targets"][:ROWS]
     ]  # fmt: skip
-    return Section("probes", "What can be read off the latents", lead, [], [("Targets", Table(columns, rows))])
+    remark = (
+        "null: the same regressions on annotations rotated along each protein, and on proteins' labels dealt out anew."
+    )
+    return Section("probes", "What can be read off the latents", lead, [], [("Targets", Table(columns, rows, remark))])
+
+
+def _ends(interval: Sequence[float] | None) -> Cell:
+    return Cell("[{:.2f}, {:.2f}]".format(*interval) if interval else "")
+
+
+def _maybe(value: float | None) -> str:
+    return "nothing" if value is None else number(value)
 
 
 def _ranked(values: Mapping[str, Sequence[float]]) -> Markup:

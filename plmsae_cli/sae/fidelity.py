@@ -41,8 +41,11 @@ class Fidelity:
         self.maximum_N = torch.zeros(num_latents, device=device)
 
     @torch.no_grad()
-    def update(self, x_BD: Tensor, xhat_BD: Tensor, latents: Latents, mean_D: Tensor) -> None:
-        """Count a batch. `mean_D`: the data set's mean in the unit of `x_BD` (0 for a standardised input)."""
+    def update(self, x_BD: Tensor, xhat_BD: Tensor, latents: Latents, mean_D: Tensor) -> Tensor:
+        """Count a batch. `mean_D`: the data set's mean in the unit of `x_BD` (0 for a standardised input).
+
+        Returns each row's 1, squared error, squared distance from the mean, cosine and L0: [5, B], float64.
+        """
         x_BD, xhat_BD = x_BD.double(), xhat_BD.double()
         error_B = (x_BD - xhat_BD).square().sum(1)
         variance_B = (x_BD - mean_D.double()).square().sum(1)
@@ -55,10 +58,12 @@ class Fidelity:
         self._ratios += _counts(bin_B, _RATIO_BINS)
 
         active_BK = latents.acts_BK > 0
-        self._l0 += _counts(active_BK.sum(1), self.num_latents + 1)
+        l0_B = active_BK.sum(1)
+        self._l0 += _counts(l0_B, self.num_latents + 1)
         place_P = torch.where(active_BK, latents.indices_BK, self.num_latents).flatten()
         self.firing_N += _counts(place_P, self.num_latents + 1)[:-1]
         self.maximum_N.scatter_reduce_(0, latents.indices_BK.flatten(), latents.acts_BK.float().flatten(), "amax")
+        return torch.stack([*figures, l0_B.double()])
 
     def merge(self, other: Fidelity) -> None:
         """Count all that `other` counted as well."""

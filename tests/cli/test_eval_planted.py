@@ -23,7 +23,8 @@ from plmsae_cli.runtime.task import Task
 from plmsae_cli.sae.export import to_state
 from plmsae_cli.sae.topk import TopK
 from plmsae_cli.store.fs import Store
-from plmsae_cli.store.tensorfile import write_tensors
+from plmsae_cli.store.proteins import read_proteins
+from plmsae_cli.store.tensorfile import TensorFile, write_tensors
 
 Plmsae = Callable[..., Any]
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
@@ -239,6 +240,7 @@ def test_a_planted_family_is_found_first_with_the_scores_of_counting(
     assert result["classes"] == 3
     best = [one for one in result["best"] if one["family"] == "SH2"]
     assert best[0]["latent"] == latent_of("W")
+    assert best[0]["interval_f1"][0] < best[0]["f1"] < best[0]["interval_f1"][1]
     assert result["patterns"]["dead"] == LATENTS - len(BACKGROUND) - 1
     first = (folder / "families" / "result.json").read_bytes()
     path.write_text(path.read_text().replace("tasks: 2", "tasks: 1"))
@@ -270,6 +272,12 @@ def test_planted_probes_are_the_best_single_latents(
     wins = 3 * (45 - 3) + (3 * 3 + 12 * 42) / 2
     assert found["Domain [FT]"]["auroc_single"] == pytest.approx(wins / (positives * (rows - positives)))
     assert 40 < result["proteins"]["train"] < 56
+    for row in found.values():
+        low, high = row["interval_auroc_single"]
+        assert low <= row["auroc_single"] <= high
+    # Every protein has as many W and C in and out of domains: nothing depends on which proteins are drawn.
+    assert found["Domain [FT]"]["interval_auroc_single"] == pytest.approx([found["Domain [FT]"]["auroc_single"]] * 2)
+    assert found["Active site"]["auroc_single_null"] < 0.7 < found["Active site"]["auroc_single"]
 
 
 def test_own_proteins_are_encoded_residue_by_residue(
@@ -336,3 +344,44 @@ def test_killed_in_an_axis_and_in_the_merge_it_ends_as_if_nothing_had_been(
 def planned(path: Path) -> list[Task]:
     """What is left to do."""
     return list(plan_stage("eval", load(path).experiment, Store()).tasks)
+
+
+def test_a_planted_reconstruction_has_the_fidelity_worked_out_by_hand(
+    plmsae: Plmsae, trained: Callable[..., Path], shared: dict[str, Path], tmp_path: Path
+) -> None:
+    """Latents that tell letters, decoder rows that give half of each letter's activation back: the error is half of it, too."""
+    path = trained("\neval: {fidelity: {proteins: 3}}\n")
+    run = tmp_path / "runs" / "one"
+    model = load_plm(str(shared["weights"]))
+    packed = pack([encode(LETTERS)])
+    with torch.inference_mode():
+        x_LD = model(packed.tokens_T, packed.documents, layers=[0]).hidden[0][1:-1]
+    file = TensorFile(Store(), str(run / "sae" / "sae.safetensors"))
+    state = {name: file.read(name) for name in file.names()}
+    for place, letter in enumerate(LETTERS):
+        state["w_dec_ND"][latent_of(letter)] = x_LD[place]  # a latent is .5 where its letter is
+    state["b_dec_D"].zero_()
+    write_tensors(Store(), str(run / "sae" / "sae.safetensors"), state, dict(file.metadata))
+    done = plmsae("eval", path, "--no-progress")
+    assert done.code == 0, done.err
+    found = json.loads((run / "eval" / "metrics.json").read_text())["fidelity"]
+    folder = json.loads((run / "artifacts.json").read_text())["optimize"]["folder"]
+    texts = {
+        side: "".join(read_proteins(Store(), f"{folder}/proteins.parquet", split=side)["sequence"].to_pylist())
+        for side in ("train", "heldout")
+    }
+    letters = sorted(set(texts["train"] + texts["heldout"]))
+    packed = pack([encode("".join(letters))])
+    with torch.inference_mode():
+        x_AD = model(packed.tokens_T, packed.documents, layers=[0]).hidden[0][1:-1].double()
+    place = {letter: n for n, letter in enumerate(letters)}
+    rows = {side: x_AD[[place[letter] for letter in text]] for side, text in texts.items()}
+    known_R = torch.tensor([letter in LETTERS for letter in texts["heldout"]])  # no latent tells X
+    share = float(known_R.double().mean())
+    assert (found["spliced_identity"], found["l0_mean"]) == ("exact", pytest.approx(share))
+    assert found["cosine"] == pytest.approx(share, abs=1e-5)
+    energy_R = rows["heldout"].square().sum(1)
+    variance = (rows["heldout"] - rows["train"].mean(0)).square().sum()
+    assert found["fvu"] == pytest.approx(float(torch.where(known_R, energy_R / 4, energy_R).sum() / variance), rel=1e-4)
+    low, high = found["interval_fvu"]
+    assert low < found["fvu"] < high

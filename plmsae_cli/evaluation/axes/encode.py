@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from plmsae_cli.config.evaluation import Encode
+    from plmsae_cli.evaluation.strongest import Strongest
     from plmsae_cli.sae.interface import Latents
 
 AXIS = "encode"
@@ -45,30 +46,31 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
 
 
 def _part(scope: Scope, options: Encode, index: int, of: int, context: Context) -> Result:
-    """Every `of`-th protein: its active latents by residue, its strongest latents, and what it is."""
+    """Every `of`-th group of proteins: its active latents by residue, its strongest latents, and what it is."""
     import torch
 
     from plmsae_cli.evaluation.proteins import in_training, read_any
     from plmsae_cli.evaluation.rows import Rows
+    from plmsae_cli.evaluation.strongest import strongest
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
-    entries = [e for n, e in enumerate(read_any(scope.store.local(options.fasta))) if n % of == index and e.sequence]
+    entries = [entry for entry in read_any(scope.store.local(options.fasta)) if entry.sequence]
     known = in_training(scope.store, scope.dataset)
     rows = Rows(scope, options.batch_tokens, context.check_stop)
     sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
     files: list[FileRecord] = []
-    facts = {"proteins": len(entries), "in_training": 0, "cut": 0, "residues": 0, "active": 0}
+    facts = {"proteins": 0, "in_training": 0, "cut": 0, "residues": 0, "active": 0}
     top: dict[str, list[Any]] = {name: [] for name in ("protein", "rank", "latent", "activation", "share", "residue")}
     about: dict[str, list[Any]] = {name: [] for name in ("id", "length", "in_training", "encoded")}
     sequences = [entry.sequence[: options.max_length] for entry in entries]
-    for done, (places, latents) in enumerate(rows.encoded(sae, sequences, context.progress)):
+    for done, (places, latents) in enumerate(rows.encoded(sae, sequences, context.progress, index, of)):
         ids = [entries[p].accession for p in places]
         lengths = torch.tensor([len(sequences[p]) for p in places])
         protein_R = torch.arange(len(ids)).repeat_interleave(lengths)
         residue_R = torch.cat([torch.arange(1, int(length) + 1) for length in lengths])
         columns = _active(latents, sae.maximum_N, options.above, ids, protein_R, residue_R)
         files.append(scope.write_table(AXIS, f"activations/{index}of{of}-{done:05}.parquet", columns))
-        _strongest(latents, sae.maximum_N, options.top, ids, protein_R, residue_R, top)
+        _list(strongest(latents, sae.maximum_N, options.top, lengths), ids, top)
         for p in places:
             whole = entries[p].sequence
             about["id"].append(entries[p].accession)
@@ -77,6 +79,7 @@ def _part(scope: Scope, options: Encode, index: int, of: int, context: Context) 
             about["encoded"].append(len(sequences[p]))
             facts["cut"] += len(sequences[p]) < len(whole)
             facts["in_training"] += known(whole)
+        facts["proteins"] += len(places)
         facts["residues"] += len(protein_R)
         facts["active"] += len(columns["latent"])
     files.append(scope.write_table(AXIS, f"top/{index}of{of}.parquet", top))
@@ -102,32 +105,17 @@ def _active(
     }
 
 
-def _strongest(
-    latents: Latents,
-    maximum_N: Tensor,
-    number: int,
-    ids: list[str],
-    protein_R: Tensor,
-    residue_R: Tensor,
-    top: dict[str, list[Any]],
-) -> None:
-    """Append each protein's latents of the largest activation / maximum, and the first residue where each is largest."""
-    import torch
-
-    scale_N = torch.where(maximum_N > 0, maximum_N, 1.0)
-    share_RK = latents.acts_BK / scale_N[latents.indices_BK]
+def _list(found: Strongest, ids: list[str], top: dict[str, list[Any]]) -> None:
+    """Append each protein's strongest latents, those that are active at all."""
+    shares, latents, acts, residues = (
+        t.tolist() for t in (found.share_PT, found.latent_PT, found.activation_PT, found.residue_PT)
+    )
     for place, name in enumerate(ids):
-        mine = (protein_R == place).to(share_RK.device)
-        share, index, acts = share_RK[mine], latents.indices_BK[mine], latents.acts_BK[mine]
-        best_N = torch.zeros_like(scale_N).scatter_reduce_(0, index.flatten(), share.flatten(), "amax")
-        ordered, which = best_N.sort(descending=True, stable=True)
-        for rank, (value, latent) in enumerate(zip(ordered[:number].tolist(), which[:number].tolist(), strict=True), 1):
-            if value <= 0:
+        columns = zip(latents[place], acts[place], shares[place], residues[place], strict=True)
+        for rank, (latent, activation, share, residue) in enumerate(columns, 1):
+            if share <= 0:
                 break
-            acts_R = torch.where(index == latent, acts, 0.0).amax(1)
-            at = int(acts_R.argmax())
-            row = (name, rank, latent, float(acts_R[at]), value, int(residue_R[mine.cpu()][at]))
-            for column, cell in zip(top.values(), row, strict=True):
+            for column, cell in zip(top.values(), (name, rank, latent, activation, share, residue), strict=True):
                 column.append(cell)
 
 
@@ -139,7 +127,9 @@ def _tables(scope: Scope, names: list[str]) -> list[FileRecord]:
 
     def joined(kind: str) -> Any:
         found = sorted(name for name in names if f"/{kind}/" in name)
-        return pa.concat_tables([read_table(scope.store, join(scope.folder, name)) for name in found])
+        tables = [read_table(scope.store, join(scope.folder, name)) for name in found]
+        # Of a piece without proteins columns have no type.
+        return pa.concat_tables([table for table in tables if len(table)] or tables[:1])
 
     order = [("id", "ascending")]
     return [

@@ -14,9 +14,10 @@ from plmsae_cli.store.fs import FileRecord, join
 AXIS = "families"
 SPECIFIC = 0.7
 """F1 above which a latent is family-specific."""
+LISTED = 100
+"""Latents shown with their families, those that fit best on train."""
 SEED = 0
-"""Of the permutation of labels."""
-TILE_BYTES = 1 << 28
+"""Of the permutation of labels, and of the draws for intervals."""
 
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
@@ -96,39 +97,36 @@ def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
 
 
 def _embed(scope: Scope, options: Families, index: int, of: int, context: Context) -> list[FileRecord]:
-    """The largest activation / maximum of each latent in each protein, [N, P] float16, and counts of patterns."""
+    """Every `of`-th group of proteins: largest activations in files of bounded size, and counts of patterns."""
     import torch
 
+    from plmsae_cli.evaluation.families.largest import Writer, largest
     from plmsae_cli.evaluation.families.patterns import Patterns
     from plmsae_cli.evaluation.rows import Rows
     from plmsae_cli.runtime.saved import load_sae_with_facts
     from plmsae_cli.store.tensorfile import write_tensors
 
-    every = scope.read_table(AXIS, "chosen.parquet")["sequence"].to_pylist()
-    sequences = every[index::of]
+    sequences = scope.read_table(AXIS, "chosen.parquet")["sequence"].to_pylist()
     rows = Rows(scope, options.batch_tokens, context.check_stop)
     sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
     patterns = Patterns(sae.num_latents, rows.device)
-    largest_NP = torch.zeros(sae.num_latents, len(sequences), dtype=torch.float16)
-    scale_N = torch.where(sae.maximum_N > 0, sae.maximum_N, 1.0)
-    for places, latents in rows.encoded(sae, sequences, context.progress):
+    writer = Writer(scope.store, scope.path(AXIS, "activations"), f"{index}of{of}")
+    for places, latents in rows.encoded(sae, sequences, context.progress, index, of):
         lengths = torch.tensor([len(sequences[p]) for p in places])
         patterns.add(latents, sae.maximum_N, lengths)
-        owner_R = torch.arange(len(places)).repeat_interleave(lengths).to(rows.device)
-        best_PN = torch.zeros(len(places) * sae.num_latents, device=rows.device)
-        key_RK = owner_R[:, None] * sae.num_latents + latents.indices_BK
-        best_PN.scatter_reduce_(0, key_RK.flatten(), latents.acts_BK.flatten(), "amax")
-        best_PN = best_PN.view(len(places), -1) / scale_N
-        largest_NP[:, places[0] : places[-1] + 1] = best_PN.T.half().cpu()
-    tensors = {"largest": largest_NP, **{name: value.cpu() for name, value in patterns.state().items()}}
-    return [write_tensors(scope.store, scope.path(AXIS, "activations", f"{index}of{of}.safetensors"), tensors)]
+        writer.add(places, largest(latents, sae.maximum_N, lengths))
+    writer.close()
+    counts = {name: value.cpu() for name, value in patterns.state().items()}
+    file = write_tensors(scope.store, scope.path(AXIS, "patterns", f"{index}of{of}.safetensors"), counts)
+    return [*writer.files, file]
 
 
 def _match(scope: Scope, options: Families, names: Sequence[str], context: Context) -> list[FileRecord]:
     import numpy as np
     import torch
 
-    from plmsae_cli.evaluation.families.matching import Match, match
+    from plmsae_cli.evaluation.families.largest import Reader
+    from plmsae_cli.evaluation.families.matching import Match, intervals, match, tile_latents
     from plmsae_cli.evaluation.families.patterns import PATTERNS, Patterns
     from plmsae_cli.evaluation.protein_labels import classes
     from plmsae_cli.runtime.device import pick_device
@@ -141,27 +139,26 @@ def _match(scope: Scope, options: Families, names: Sequence[str], context: Conte
     found, y_PL = classes([set(one) for one in chosen["labels"].to_pylist()], 1)
     assert found == facts["classes"]
     test_P = torch.from_numpy(chosen["test"].to_numpy(zero_copy_only=False).copy()).to(device)
-    files = [TensorFile(scope.store, join(scope.folder, name)) for name in names]
-    patterns = Patterns(files[0].shape("active_N")[0])
-    for file in files:
+    paths = {kind: [join(scope.folder, n) for n in names if f"/{kind}/" in n] for kind in ("activations", "patterns")}
+    counted = [TensorFile(scope.store, path) for path in paths["patterns"]]
+    num_latents = counted[0].shape("active_N")[0]
+    patterns = Patterns(num_latents)
+    for file in counted:
         for name, value in patterns.state().items():
             value += file.read(name)
     truth_PL = torch.from_numpy(y_PL).to(device)
     generator = torch.Generator().manual_seed(SEED)
-    shuffle_P = torch.randperm(len(truth_PL), generator=generator).to(device)
-    num_latents = len(patterns.active_N)
-    tile = max(1, TILE_BYTES // (8 * max(1, len(truth_PL))))
+    permuted_PL = truth_PL[torch.randperm(len(truth_PL), generator=generator).to(device)]
+    reader = Reader(scope.store, paths["activations"], len(truth_PL))
+    tile = tile_latents(len(truth_PL), truth_PL.shape[1], top or 1)
     matched: list[Match] = []
     permuted: list[Match] = []
     for first in range(0, num_latents, tile):
         context.check_stop()
         last = min(first + tile, num_latents)
-        acts_nP = torch.zeros(last - first, len(truth_PL))
-        for index, file in enumerate(files):
-            acts_nP[:, index :: len(files)] = file.read("largest", first, last).float()
-        acts_nP = acts_nP.to(device)
+        acts_nP = reader.tile(first, last).to(device)
         matched.append(match(acts_nP, truth_PL, test_P, top))
-        permuted.append(match(acts_nP, truth_PL[shuffle_P], test_P, top))
+        permuted.append(match(acts_nP, permuted_PL, test_P, top))
         context.progress(last, num_latents)
     ours, null = (
         {k: torch.cat([vars(m)[k] for m in many]).cpu() for k in vars(many[0])} for many in (matched, permuted)
@@ -176,6 +173,7 @@ def _match(scope: Scope, options: Families, names: Sequence[str], context: Conte
         return torch.where(one["class_N"] >= 0, one["f1_N"], 0.0)
 
     order = sorted((n for n in range(num_latents) if classes_N[n] >= 0), key=lambda n: -float(ours["f1_train_N"][n]))
+    ends = intervals(ours, order[:LISTED], int(test_P.sum()), SEED)
     best = [
         {
             "latent": n,
@@ -183,8 +181,9 @@ def _match(scope: Scope, options: Families, names: Sequence[str], context: Conte
             "proteins": int(y_PL[:, classes_N[n]].sum()),
             "pattern": PATTERNS[int(pattern_N[n])],
             **{key: float(ours[f"{key}_N"][n]) for key in ("threshold", "f1_train", "precision", "recall", "f1")},
+            "interval_f1": ends[place],
         }
-        for n in order[:100]
+        for place, n in enumerate(order[:LISTED])
     ]
     specific_N = scored(ours) > SPECIFIC
     result = {

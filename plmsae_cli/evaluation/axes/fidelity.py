@@ -40,7 +40,9 @@ def _require_heldout(scope: Scope) -> None:
 
 
 def work(task: Task, scope: Scope, context: Context) -> Result:
-    from plmsae_cli.evaluation.fidelity import loss_recovered, reconstruction
+    import torch
+
+    from plmsae_cli.evaluation.fidelity import loss_recovered, reconstruction, reconstruction_intervals
     from plmsae_cli.runtime.embedding import Embedder
     from plmsae_cli.runtime.saved import load_sae_with_facts
     from plmsae_cli.store.activations import ActivationShards, Statistics
@@ -52,9 +54,11 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     mean_D = Statistics.read(store, join(scope.dataset, "stats.safetensors")).mean_D.float()
     shards = ActivationShards(store, scope.dataset, heldout=True)
     rows = manifest["heldout_rows"]
-    seen = reconstruction(saved.model, shards, rows, mean_D)
-    figures = seen.figures.result()
     table = read_proteins(store, join(scope.dataset, "proteins.parquet"), split="heldout")
+    lengths_P = torch.from_numpy(table["rows"].to_numpy().astype("int64"))
+    assert int(lengths_P.sum()) == rows
+    seen = reconstruction(saved.model, shards, lengths_P, mean_D)
+    figures = seen.figures.result()
 
     maximum_N = saved.model.maximum_N.cpu()
     fidelity: dict[str, Any] = {
@@ -63,6 +67,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
         "cosine": figures["cosine"],
         "l0_mean": figures["l0_mean"],
         "l0_deciles": figures["l0_deciles"],
+        **reconstruction_intervals(seen.sums_5P),
         # Dead over the training rows on which the maxima were taken: held-out rows are too few to call a latent dead.
         "dead_share": float((maximum_N == 0).float().mean()),
         "dead_window_tokens": saved.facts["maximum_rows"],

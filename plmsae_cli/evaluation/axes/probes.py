@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 AXIS = "probes"
 TEST_SHARE = 0.2
+BOOTSTRAPS = 1000
+"""Draws of test proteins for the intervals."""
 
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
@@ -45,6 +47,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     import torch
 
     from plmsae_cli.evaluation.clusters import SHOWN, choose_method, cluster, halves
+    from plmsae_cli.evaluation.probes.evidence import permuted, rotated
     from plmsae_cli.evaluation.proteins import choose, read_any
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
@@ -56,20 +59,25 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     kept = [chosen.entries[p] for p in sampled]
     sequences = [entry.sequence for entry in kept]
     method = choose_method(options.clusters)
-    lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
-    test_P = torch.from_numpy(halves(cluster(sequences, method), chosen.hashes_P[sampled], lengths_P, TEST_SHARE))
+    lengths = np.array([len(s) for s in sequences], dtype=np.int64)
+    hashes_P = chosen.hashes_P[sampled]
+    test_P = torch.from_numpy(halves(cluster(sequences, method), hashes_P, lengths, TEST_SHARE))
     sae = load_sae_with_facts(scope.folder, scope.store).model
     residues, pooled = _features(scope, sae, sequences, options, context)
     targets = _targets(scope, options, kept, sequences)
-    lengths = torch.from_numpy(lengths_P)
+    lengths_P = torch.from_numpy(lengths)
+    owners = {"residue": torch.arange(len(kept)).repeat_interleave(lengths_P), "protein": torch.arange(len(kept))}
     found = []
     best_of: dict[int, list[str]] = {}
     for done, target in enumerate(targets):
         context.check_stop()
-        x, side_R = (pooled, test_P) if target.of == "protein" else (residues, test_P.repeat_interleave(lengths))
-        row = _probe(x, target, side_R, options.l2)
+        x, owner_R = pooled if target.of == "protein" else residues, owners[target.of]
+        row = _probe(x, target.y_R, owner_R, test_P, options.l2)
         if row is not None:
-            found.append(row)
+            of_chance = rotated(target.y_R, lengths_P, hashes_P) if target.of == "residue" else permuted(target.y_R)
+            null = _probe(x, of_chance, owner_R, test_P, options.l2, draws=0) or {}
+            nulls = {f"{key}_null": null.get(key) for key in ("auroc_single", "auroc_all")}
+            found.append({"target": target.name, "of": target.of, **row, **nulls})
             best_of.setdefault(row["latent"], []).append(target.name)
         context.progress(done + 1, len(targets))
     if not found:
@@ -78,16 +86,19 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
             "lower eval.probes.min_instances, raise residues, or name more proteins",
         )
 
-    def mean(key: str) -> float:
-        return float(np.mean([row[key] for row in found]))
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in found if row[key] is not None]
+        return float(np.mean(values)) if values else None
 
     result = {
         "split": SHOWN[method],
         "proteins": {**chosen.tally, "sampled": len(kept), "train": int((~test_P).sum()), "test": int(test_P.sum())},
-        "residues": int(lengths_P.sum()),
+        "residues": int(lengths.sum()),
         "l2": options.l2,
         "mean_auroc_single": mean("auroc_single"),
         "mean_auroc_all": mean("auroc_all"),
+        "mean_auroc_single_null": mean("auroc_single_null"),
+        "mean_auroc_all_null": mean("auroc_all_null"),
         "targets": found,
     }
     latents = {
@@ -179,33 +190,37 @@ def _targets(scope: Scope, options: Probes, kept: list[Any], sequences: list[str
     return [target for _, target in counted[: options.targets]]
 
 
-def _probe(x: Sparse, target: Target, test_R: Tensor, l2: float) -> dict[str, Any] | None:
-    """The best single latent by its loss on train, and all latents, both scored on test; None where a side has one kind."""
+def _probe(
+    x: Sparse, y_R: Tensor, owner_R: Tensor, test_P: Tensor, l2: float, draws: int = BOOTSTRAPS
+) -> dict[str, Any] | None:
+    """The best single latent by its loss on train, and all latents, both scored on test; None where a side has one kind.
+
+    `owner_R` is each row's protein; with `draws`, areas have intervals over test proteins.
+    """
+    from plmsae_cli.evaluation.probes.evidence import auroc_interval
     from plmsae_cli.evaluation.probes.logistic import fit_all, fit_each, log_loss, ranking
 
+    test_R = test_P[owner_R]
     train, test = x.some(~test_R), x.some(test_R)
-    y_train, y_test = target.y_R[~test_R], target.y_R[test_R]
+    y_train, y_test = y_R[~test_R], y_R[test_R]
     if not all(bool(y.any()) and not bool(y.all()) for y in (y_train, y_test)):
         return None
     w_N, b_N, loss_N = fit_each(train, y_train, l2)
     latent = int(loss_N.argmin())
-    z_single = w_N[latent] * test.column(latent) + b_N[latent]
     weights_N, intercept = fit_all(train, y_train, l2)
-    z_all = test.csr() @ weights_N + intercept
-    (area_single, average_single), (area_all, average_all) = ranking(z_single, y_test), ranking(z_all, y_test)
-    return {
-        "target": target.name,
-        "of": target.of,
+    row: dict[str, Any] = {
         "rows_train": len(y_train),
         "rows_test": len(y_test),
         "positives_train": int(y_train.sum()),
         "positives_test": int(y_test.sum()),
         "latent": latent,
         "weight": float(w_N[latent]),
-        "auroc_single": area_single,
-        "auprc_single": average_single,
-        "loss_single": log_loss(z_single, y_test),
-        "auroc_all": area_all,
-        "auprc_all": average_all,
-        "loss_all": log_loss(z_all, y_test),
     }
+    number_P = test_P.cumsum(0) - 1
+    of_each = {"single": w_N[latent] * test.column(latent) + b_N[latent], "all": test.csr() @ weights_N + intercept}
+    for kind, z_R in of_each.items():
+        row[f"auroc_{kind}"], row[f"auprc_{kind}"] = ranking(z_R, y_test)
+        row[f"loss_{kind}"] = log_loss(z_R, y_test)
+        if draws:
+            row[f"interval_auroc_{kind}"] = auroc_interval(z_R, y_test, number_P[owner_R[test_R]], draws)
+    return row

@@ -85,12 +85,12 @@ def _half(
     device = sources[0].rows.device
     num_instance = sum(not concept.by_residue for concept in prepared.concepts)
     counted = [Counts(tile.size, len(prepared.concepts), num_instance, device, tile.first) for tile in tiles]
-    mine = prepared.part(half, index, of)
+    mine = prepared.half(half)
 
     def progress(done: float, total: float) -> None:
         context.progress(at[0] + done / total, at[1])
 
-    for _, source, latents, labels in read(prepared.labelled, sources, mine, context.check_stop, progress):
+    for _, source, latents, labels in read(prepared.labelled, sources, mine, index, of, context.check_stop, progress):
         for tile, counts in zip(tiles, counted, strict=True):
             if tile.source is source:
                 counts.add(latents, source.code.maximum_N, labels)

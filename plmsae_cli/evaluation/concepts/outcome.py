@@ -65,6 +65,8 @@ class Outcome:
         self.choice = {name: choice.read(name) for name in choice.names()}
         files = [TensorFile(scope.store, join(scope.folder, name)) for name in sorted(_of_source(names, source))]
         table_P4C = torch.cat([file.read("table") for file in files])
+        # In the order of the proteins, which draws for intervals depend on.
+        table_P4C = table_P4C[torch.cat([file.read("place") for file in files]).argsort()]
         self.positive_CB = torch.stack([file.read("positive") for file in files]).sum(0)
         self.negative_CB = torch.stack([file.read("negative") for file in files]).sum(0)
         self.drawn_QC = bootstrap_f1(table_P4C, draws, SEED)

@@ -35,9 +35,10 @@ class Prepared:
     """Residues."""
     facts: dict[str, Any]
 
-    def part(self, half: int, index: int, of: int) -> list[int]:
-        """Proteins of a half that piece `index` of `of` works on."""
-        return [p for p in np.flatnonzero(self.test_P == bool(half)).tolist() if p % of == index]
+    def half(self, half: int) -> list[int]:
+        """Proteins of validation (0) or test (1)."""
+        found: list[int] = np.flatnonzero(self.test_P == bool(half)).tolist()
+        return found
 
 
 def prepare(scope: Scope, options: Concepts) -> list[FileRecord]:

@@ -14,6 +14,8 @@ from plmsae_cli.evaluation.concepts.prepared import AXIS, Prepared
 from plmsae_cli.evaluation.concepts.scores import BINS, bins
 from plmsae_cli.evaluation.concepts.sources import Source, read
 from plmsae_cli.evaluation.frame import Scope
+from plmsae_cli.evaluation.proteins import piece
+from plmsae_cli.evaluation.rows import group_residues
 from plmsae_cli.runtime.task import Context
 from plmsae_cli.sae.interface import Latents
 from plmsae_cli.store.fs import FileRecord
@@ -92,8 +94,12 @@ class PairScores:
 def score(
     scope: Scope, prepared: Prepared, sources: list[Source], index: int, of: int, context: Context
 ) -> list[FileRecord]:
-    """Score the frozen pairs on piece `index` of the test proteins."""
-    mine = prepared.part(1, index, of)
+    """Score the frozen pairs on piece `index` of the test proteins; `place` has their places among all of these."""
+    test = prepared.half(1)
+    lengths = [len(prepared.labelled.sequences[p]) for p in test]
+    device = sources[0].rows.device
+    mine = [place for group in piece(lengths, group_residues(device), index, of) for place in group]
+    number = {place: n for n, place in enumerate(mine)}
     rank_C = torch.from_numpy(instance_ranks(prepared.concepts))
     paired: dict[str, PairScores] = {}
     for source in sources:
@@ -101,16 +107,17 @@ def score(
         paired[source.name] = PairScores(
             choice.read("latent"), choice.read("threshold"), source.code.maximum_N, rank_C, len(mine)
         )
-    length_P = torch.tensor([len(prepared.labelled.sequences[p]) for p in mine])
-    for places, source, latents, labels in read(prepared.labelled, sources, mine, context.check_stop, context.progress):
-        place_G = torch.tensor(places)
-        protein_R = place_G.repeat_interleave(length_P[place_G]).to(sources[0].rows.device)
+    check_stop, progress = context.check_stop, context.progress
+    for places, source, latents, labels in read(prepared.labelled, sources, test, index, of, check_stop, progress):
+        length_G = torch.tensor([lengths[place] for place in places])
+        protein_R = torch.tensor([number[place] for place in places]).repeat_interleave(length_G).to(device)
         paired[source.name].add(latents, labels, protein_R)
     return [
         write_tensors(
             scope.store,
             scope.path(AXIS, "scores", f"{name}-{index}of{of}.safetensors"),
             {
+                "place": torch.tensor(mine, dtype=torch.int64),
                 "table": pair.table_P4C.int().cpu(),
                 "positive": pair.positive_CB.cpu(),
                 "negative": pair.negative_CB.cpu().contiguous(),

@@ -14,13 +14,12 @@ from plmsae_cli.evaluation.concepts.codes import Code, Directions, principal, re
 from plmsae_cli.evaluation.concepts.counts import BatchLabels
 from plmsae_cli.evaluation.concepts.labelling import Labelled
 from plmsae_cli.evaluation.frame import Scope
-from plmsae_cli.evaluation.proteins import groups
+from plmsae_cli.evaluation.proteins import piece
 from plmsae_cli.evaluation.rows import Rows, encode_rows, group_residues
 from plmsae_cli.runtime.models import build_model, model_config
 from plmsae_cli.runtime.saved import load_sae_with_facts, open_blocks
 from plmsae_cli.sae.interface import Latents
 from plmsae_cli.store.fs import Store, join
-from plmsae_cli.store.proteins import read_proteins
 from plmsae_cli.store.weights import save_model
 
 SAE = "sae"
@@ -43,16 +42,19 @@ def read(
     labelled: Labelled,
     sources: Sequence[Source],
     proteins: Sequence[int],
+    index: int,
+    of: int,
     check_stop: Callable[[], None],
     progress: Callable[[float, float], None],
 ) -> Iterator[tuple[list[int], Source, Latents, BatchLabels]]:
-    """Places in `proteins` of a group, a source, its latents and its labels: every source of a group, group after group.
+    """Places in `proteins` of a group, a source, its latents and its labels: every source of a group, group after group of
+    piece `index` of `of`.
 
     What sources share is computed once a group.
     """
     device = sources[0].rows.device
     sequences = [labelled.sequences[p] for p in proteins]
-    batches = list(groups([len(sequence) for sequence in sequences], group_residues(device)))
+    batches = piece([len(sequence) for sequence in sequences], group_residues(device), index, of)
     rows: dict[int, Tensor] = {}
     latents: dict[int, Latents] = {}
     for done, places in enumerate(batches):
@@ -119,6 +121,8 @@ def _random_weights(scope: Scope) -> Iterator[str]:
 
 def _training_sequences(scope: Scope) -> list[str]:
     """The first training proteins, up to a tenth of the sample's rows: a forward pass a row, not a read."""
+    from plmsae_cli.store.proteins import read_proteins  # pulls pyarrow in, which counting can do without
+
     table = read_proteins(scope.store, join(scope.dataset, "proteins.parquet"), split="train", columns=["sequence"])
     chosen, used = [], 0
     for sequence in table["sequence"].to_pylist():

@@ -5,15 +5,20 @@ Letters: n latents of a tile, P proteins, L classes, M candidate classes of a la
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from plmsae_cli.evaluation.concepts.scores import scores
+from plmsae_cli.evaluation.concepts.scores import f1, scores
 
 CANDIDATES = 5
 """Classes tried for a latent: those most frequent among its top proteins."""
+TILE = 1 << 25
+"""Pairs of a latent and a protein that are matched together: about 80 bytes each, 2.7 GB."""
+BOOTSTRAPS = 1000
 
 
 @dataclass
@@ -26,6 +31,36 @@ class Match:
     precision_N: Tensor
     recall_N: Tensor
     f1_N: Tensor
+    hits_N: Tensor
+    """Test proteins of the class that are found; `fired_N` that are found, `total_N` of the class."""
+    fired_N: Tensor
+    total_N: Tensor
+
+
+def tile_latents(proteins: int, labels: int, top: int) -> int:
+    """How many latents are matched at a time, so that memory does not grow with proteins, latents or classes."""
+    return max(1, TILE // max(1, proteins, top * labels))
+
+
+def intervals(match: Mapping[str, Tensor], latents: Sequence[int], proteins: int, seed: int) -> list[list[float]]:
+    """95 % bootstrap intervals over test proteins of these latents' F1.
+
+    A protein is a hit, a false find, a miss or none of them, so drawing proteins with replacement draws the numbers of the
+    four from a multinomial.
+    """
+    found = []
+    for n in latents:
+        hits, fired, total = (int(match[f"{key}_N"][n]) for key in ("hits", "fired", "total"))
+        share = np.array([hits, fired - hits, total - hits, proteins - fired - total + hits]) / proteins
+        drawn = torch.from_numpy(np.random.default_rng([seed, n]).multinomial(proteins, share, BOOTSTRAPS)).double()
+        hit_Q, false_Q, missed_Q = drawn[:, 0], drawn[:, 1], drawn[:, 2]
+        f1_Q = f1(_share(hit_Q, hit_Q + false_Q), _share(hit_Q, hit_Q + missed_Q))
+        found.append(torch.quantile(f1_Q, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+    return found
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.nan_to_num(part / whole, nan=0.0)
 
 
 @torch.no_grad()
@@ -94,9 +129,10 @@ def _fit(
     threshold_n = ordered_nP.gather(1, place_n[:, None])[:, 0]
     fires_nP = acts_nP[:, test_P] >= threshold_n[:, None]
     truth_nP = y_nP[:, test_P]
-    hits_n = (fires_nP & truth_nP).sum(1)
-    precision_n, recall_n, f1_n = scores(hits_n, fires_nP.sum(1), hits_n, truth_nP.sum(1))
-    return Match(torch.empty_like(place_n), threshold_n, f1_train_n, precision_n, recall_n, f1_n)
+    hits_n, fired_n, total_n = ((fires_nP & truth_nP).sum(1), fires_nP.sum(1), truth_nP.sum(1))
+    precision_n, recall_n, f1_n = scores(hits_n, fired_n, hits_n, total_n)
+    none_n = torch.empty_like(place_n)
+    return Match(none_n, threshold_n, f1_train_n, precision_n, recall_n, f1_n, hits_n, fired_n, total_n)
 
 
 def _better(one: Match, other: Match) -> Match:

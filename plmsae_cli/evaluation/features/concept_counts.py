@@ -117,11 +117,10 @@ def count(job: Job, index: int, of: int) -> list[FileRecord]:
     model = job.saved.model.to(rows.device)
     latent_J, concept_J = (column.to(rows.device) for column in pairs(job, prepared))
     counts = PairCounts(latent_J, concept_J, model.maximum_N, prepared)
-    mine = prepared.part(_TEST, index, of)
+    mine = prepared.half(_TEST)
     source = Source(SAE, model, rows)
-    for _, _, latents, labels in (
-        read(prepared.labelled, [source], mine, job.context.check_stop, job.context.progress) if mine else ()
-    ):
+    check_stop, progress = job.context.check_stop, job.context.progress
+    for _, _, latents, labels in read(prepared.labelled, [source], mine, index, of, check_stop, progress):
         counts.add(latents, labels)
     tensors = {"inside": counts.inside_JL, "found": counts.found_JL, "fired": counts.fired_NL[latent_J]}
     tensors = {name: table.int().cpu() for name, table in tensors.items()}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.families.matching import match
+from plmsae_cli.evaluation.families import largest as module
+from plmsae_cli.evaluation.families.matching import intervals, match, tile_latents
 from plmsae_cli.evaluation.protein_labels import classes, read_labels
+from plmsae_cli.store.fs import Store
 
 
 def test_a_planted_family_is_found_and_scored_on_the_other_half_alone() -> None:
@@ -75,3 +78,37 @@ def test_label_tables(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("P1\n")
     with pytest.raises(UserError, match=r"line 1 has no tab and no comma"):
         read_labels(tmp_path / "c.csv")
+
+
+def test_intervals_are_those_of_proteins_drawn_one_by_one() -> None:
+    """30 found rightly, 10 wrongly, 15 missed, 145 neither."""
+    fires = torch.tensor([1] * 40 + [0] * 160, dtype=torch.bool)
+    true = torch.tensor([1] * 30 + [0] * 10 + [1] * 15 + [0] * 145, dtype=torch.bool)
+    counts = {name: torch.tensor([n]) for name, n in (("hits_N", 30), ("fired_N", 40), ("total_N", 45))}
+    (found,) = intervals(counts, [0], 200, 0)
+    drawn = torch.from_numpy(np.random.default_rng(0).integers(200, size=(4000, 200)))
+    f1 = 2 * (fires & true)[drawn].sum(1) / (fires[drawn].sum(1) + true[drawn].sum(1))
+    ends = torch.quantile(f1, torch.tensor([0.025, 0.975])).tolist()
+    assert found == pytest.approx(ends, abs=0.02)
+    nothing = {name: torch.tensor([0]) for name in counts}
+    assert intervals(nothing, [0], 5, 0) == [[0.0, 0.0]]
+
+
+def test_pieces_and_files_put_every_protein_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", 3 * 5 * 2)  # three proteins of five latents
+    best_PN = torch.rand(23, 5).half()
+    paths = []
+    for piece in range(4):
+        writer = module.Writer(Store(), str(tmp_path), f"{piece}of4")
+        for some in torch.split(torch.arange(piece, 23, 4), 2):
+            writer.add(some.tolist(), best_PN[some])
+        writer.close()
+        assert len(writer.files) > 1
+        paths += [str(tmp_path / Path(file.name).name) for file in writer.files]
+    assert torch.equal(module.Reader(Store(), paths, 23).tile(1, 4), best_PN.T[1:4].float())
+
+
+def test_a_tile_has_a_bounded_number_of_pairs() -> None:
+    for proteins, labels, top in ((50_000, 500, 20), (10, 100_000, 20), (10**9, 1, 1)):
+        tile = tile_latents(proteins, labels, top)
+        assert tile == 1 or tile * max(proteins, labels * top) <= 1 << 25

@@ -184,7 +184,7 @@ def main() -> None:
     def quiet(*arguments: Any, **named: Any) -> None:
         return
 
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         torch.manual_seed(0)
         with torch.device(device):
             model = ESM2(config)

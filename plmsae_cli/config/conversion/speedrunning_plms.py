@@ -47,7 +47,8 @@ WITHOUT = {
 SECRET = re.compile(r"token$|_key$|password")
 TAKEN = {
     *SAME, *WITHOUT, "token_dropout", "add_att_soft_cap", "attention_soft_cap", "num_att_tokens", "mlm", "masked_diffusion",
-    "mask_rate_schedule", "starting_mask_rate", "mask_rate_steps", "batch_size", "grad_accum", "num_steps", "cooldown_steps", "max_length",
+    "mask_rate_schedule", "starting_mask_rate", "mask_rate_steps", "batch_size", "grad_accum", "num_steps", "cooldown_steps",
+    "max_length",
     "scheduler_type", "lr_warmup_steps", "lr", "lr_embed", "lr_head", "lr_scalar", "lr_hidden", "use_muon",
     "muon_momentum_warmup_steps", "grad_clip", "save_every", "seed", "log_name", "hf_model_name", "save_path", "data_name",
     "input_bin", "input_valid_bin", "input_test_bin", "vocab_size", "bfloat16", "patch_unet", "num_unet_layers",

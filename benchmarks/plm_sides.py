@@ -56,7 +56,7 @@ class Ours:
                 self._objective._trained.trunk,
                 self._objective._cross_entropies,
             )
-        unet.attention = _halved if autocast else attention
+        vars(unet)["attention"] = _halved if autocast else attention
         if autocast:
             trained: Any = self._objective._trained
             trained.arithmetic = lambda: torch.autocast(DEVICE.type, torch.bfloat16)

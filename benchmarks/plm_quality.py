@@ -42,15 +42,19 @@ from plmsae_cli.training.packs import Packs
 RATES = {"lr_hidden": 0.05, "lr_embed": 0.06, "lr_head": 0.008, "lr_scalar": 0.04}
 OURS = "plmsae"
 REFERENCE = "SpeedrunningPLMs, bf16 autocast"
+AUTOCAST = "plmsae, float32 stream"
 SHIPPED = "SpeedrunningPLMs as shipped, TF32"
 PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     OURS: ({}, {}),
+    "plmsae, <mask> with an embedding": ({"mask_embedding": True}, {}),
+    AUTOCAST: ({}, {}),
     "plmsae, Adam 1e-3 for Muon": ({"lr_hidden": 1e-3}, {"optimizer": "adam"}),
     "plmsae, Adam 3e-3 for Muon": ({"lr_hidden": 3e-3}, {"optimizer": "adam"}),
     "plmsae, no value embeddings": ({"value_embeddings": False}, {}),
     "plmsae, plain transformer": ({"unet": False}, {}),
 }
-"""Options of `train.plm` and of `train` that differ. A plain transformer has no skips, no x0 and no value embeddings."""
+"""Options of `train.plm` and of `train` that differ. A plain transformer has no skips, no x0 and no value embeddings;
+a float32 stream is ours under bfloat16 autocast, which rounds products alone."""
 SIDES = ("ours", "reference", "parts", "shipped")
 """What can be asked for: `shipped` is the reference without autocast."""
 _LOOK = 20
@@ -81,6 +85,7 @@ def settings(options: argparse.Namespace, seed: int, plm: dict[str, Any], train:
         "architecture": "unet", "fasta": str(options.fasta), "num_layers": options.layers, "hidden_size": options.hidden,
         "num_attention_heads": options.heads, "max_length": options.max_length, "pack_tokens": options.pack_tokens,
         "mask_rate": options.mask_rate, "corruption": "mask", "weight_decay": 0.0, "window": None,
+        "mask_embedding": False,
         "scheduler_type": "cosine", "cooldown_steps": options.steps, "muon_momentum_warmup_steps": MUON_WARMUP, **RATES,
     }  # fmt: skip
     common: dict[str, Any] = {
@@ -95,7 +100,7 @@ def settings(options: argparse.Namespace, seed: int, plm: dict[str, Any], train:
 
 def begin(who: str, train: Train, packs: Packs, options: argparse.Namespace) -> Side:
     if who in PARTS:
-        return Ours(train, packs, options.steps, options.eager)
+        return Ours(train, packs, options.steps, options.eager, autocast=who == AUTOCAST)
     whole = options.reference_compile == "whole"
     return Theirs(train, packs, options.steps, options.reference, half=who == REFERENCE, whole=whole)
 

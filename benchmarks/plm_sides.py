@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.config.training import Train
+from plmsae_cli.plm import unet
 from plmsae_cli.plm.alphabet import MASK
+from plmsae_cli.plm.attention import attention
 from plmsae_cli.runtime.device import training_dtype
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.training.masking import IGNORED, Masked, masked, question
@@ -45,7 +47,7 @@ class Side(Protocol):
 
 
 class Ours:
-    def __init__(self, train: Train, packs: Packs, steps: int, eager: bool) -> None:
+    def __init__(self, train: Train, packs: Packs, steps: int, eager: bool, autocast: bool = False) -> None:
         dtype = training_dtype(train.compute, DEVICE)
         self._objective = PLMObjective(train, packs, {}, steps, Gang(), DEVICE, dtype)
         self.parameters = self._objective.config.num_parameters
@@ -54,6 +56,10 @@ class Ours:
                 self._objective._trained.trunk,
                 self._objective._cross_entropies,
             )
+        vars(unet)["attention"] = _halved if autocast else attention
+        if autocast:
+            trained: Any = self._objective._trained
+            trained.arithmetic = lambda: torch.autocast(DEVICE.type, torch.bfloat16)
 
     def step(self, step: int) -> Tensor:
         return self._objective.step(step)["loss"]
@@ -62,6 +68,11 @@ class Ours:
         trained = self._objective._trained
         with trained.arithmetic():
             return trained.head(self._objective._last_layer(pack, None))
+
+
+def _halved(q: Tensor, k: Tensor, v: Tensor, *documents: Any, **options: Any) -> Tensor:
+    """`attention` in bfloat16: autocast leaves queries and values in float32."""
+    return attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), *documents, **options)
 
 
 @cache

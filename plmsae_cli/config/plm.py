@@ -12,8 +12,8 @@ from plmsae_cli.config.base import ADDED, SCIENCE, Auto, Count, Fraction, Sectio
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 UNET_ONLY = (
-    "expansion_ratio", "soft_logit_cap", "attention_soft_cap", "tie_embeddings", "unet", "value_embeddings", "p_attention",
-    "num_att_tokens", "window",
+    "expansion_ratio", "soft_logit_cap", "attention_soft_cap", "tie_embeddings", "unet", "value_embeddings",
+    "mask_embedding", "p_attention", "num_att_tokens", "window",
 )  # fmt: skip
 """Options that `architecture: esm2` has no use for."""
 
@@ -64,6 +64,8 @@ class PLM(Section):
     """`unet`: skips and the mixing in of the embedding; false leaves a plain transformer."""
     value_embeddings: Annotated[bool, ADDED] = True
     """`unet`: attention's values are mixed with embeddings of the token, one table for blocks i and L - 1 - i."""
+    mask_embedding: Annotated[bool, ADDED] = True
+    """`unet`: `<mask>` has an embedding like any token; false: the stream and x0 begin at 0 there, as in the published runs."""
     p_attention: Annotated[bool, ADDED] = False
     """`unet`: q, k and v come from attention to `num_att_tokens` learned keys and values instead of a matrix."""
     num_att_tokens: Annotated[Count, ADDED] = 512

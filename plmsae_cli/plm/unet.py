@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from plmsae_cli.plm.alphabet import MASK
 from plmsae_cli.plm.attention import Documents, attention
 from plmsae_cli.plm.esm2 import ESM2Output, Splice
 from plmsae_cli.plm.gradients import lookup, rms_norm, scaled
@@ -184,6 +185,11 @@ class UNet(nn.Module):
         again in every kernel that turns by them."""
         return self._run(tokens_T, documents, rope, self.config.num_layers, window, frozenset(), {}, {})
 
+    def embedded(self, tokens_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """Layer 0, [T, D], of int64 tokens."""
+        x_TD = rms_norm(lookup(self.embedding_VD.to(dtype), tokens_T))
+        return x_TD if self.config.mask_embedding else x_TD.masked_fill((tokens_T == MASK)[:, None], 0)
+
     def head(self, x_MD: Tensor) -> Tensor:
         """Logits [M, V], float32, of rows of the last layer."""
         return cast(Tensor, self.lm_head(x_MD, self.embedding_VD))
@@ -204,7 +210,7 @@ class UNet(nn.Module):
         dtype = self.compute or self.embedding_VD.dtype
         tables = [table.to(dtype) for table in self.value_tables]
         half = self.config.num_layers // 2
-        x_TD = x0_TD = rms_norm(lookup(self.embedding_VD.to(dtype), tokens_T))
+        x_TD = x0_TD = self.embedded(tokens_T, dtype)
         skips: list[Tensor] = []
         for k in range(last + 1):
             if k > 0:

@@ -27,6 +27,8 @@ class UNetConfig:
     unet: bool = True
     """Skips from the first half to the second, and the embedding mixed into every block; without, a plain transformer."""
     value_embeddings: bool = True
+    mask_embedding: bool = True
+    """`<mask>` has an embedding like any token; without, the stream and x0 begin at 0 there."""
     num_att_tokens: int | None = None
     """Learned keys and values that make q, k and v (`p_attention`); None: matrices do."""
     vocab: int = VOCAB_SIZE

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.plm.attention import Documents, attention
-from plmsae_cli.plm.gradients import lookup, rms_norm, scaled
+from plmsae_cli.plm.gradients import lookup, scaled
 from plmsae_cli.plm.rotary import Tables
 from plmsae_cli.plm.unet import Block, UNet
 
@@ -94,7 +94,7 @@ class UNetReader:
         documents = documents.tiled(tokens_T.shape[0])
         rope = model.rotary(documents.locate(tokens_T.shape[0])[1])
         tokens_T = tokens_T.long()
-        x_TD = rms_norm(lookup(model.embedding_VD, tokens_T))
+        x_TD = model.embedded(tokens_T, model.embedding_VD.dtype)
         if 0 in wanted:
             yield 0, x_TD
         if last == 0:

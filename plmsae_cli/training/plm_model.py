@@ -47,6 +47,7 @@ def plm_config(plm: PLM) -> Config:
         tie_embeddings=plm.tie_embeddings,
         unet=plm.unet,
         value_embeddings=plm.value_embeddings,
+        mask_embedding=plm.mask_embedding,
         num_att_tokens=plm.num_att_tokens if plm.p_attention else None,
     )
 

@@ -53,6 +53,7 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
     assert (plm.architecture, plm.num_layers, plm.hidden_size, plm.num_attention_heads) == ("unet", 12, 384, 6)
     assert (plm.expansion_ratio, plm.soft_logit_cap, plm.attention_soft_cap) == (2.6667, 16.0, 64.0)
     assert (plm.tie_embeddings, plm.unet, plm.p_attention, plm.num_att_tokens) == (True, True, True, 128)
+    assert not plm.mask_embedding
     assert (plm.objective, plm.mask_rate, plm.starting_mask_rate, plm.mask_rate_steps) == ("mlm", 0.2, 0.1, 250)
     assert (plm.cooldown_steps, plm.scheduler_type, plm.max_length, plm.eval_every) == (500, "cosine", 1022, 500)
     assert (plm.lr_hidden, plm.lr_embed, plm.lr_head, plm.lr_scalar) == (0.05, 0.06, 0.008, 0.04)
@@ -63,7 +64,6 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
         "num_workers",
         "prefetch_factor",
         "clear_cache_every",
-        "token_dropout",
         "lr",
         "hf_model_name",
         "max_length",
@@ -80,6 +80,7 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
             {"objective": "masked_diffusion", "starting_mask_rate": None},
         ),
         ({"masked_diffusion": True}, {"objective": "masked_diffusion", "diffusion_warmup_steps": 250}),
+        ({"token_dropout": False}, {"mask_embedding": True}),
         ({"add_att_soft_cap": False}, {"attention_soft_cap": None}),
         ({"p_attention": False}, {"p_attention": False, "num_att_tokens": 512}),
         ({"cooldown_steps": 0, "scheduler_type": "constant"}, {"cooldown_steps": None, "scheduler_type": "linear"}),

@@ -18,7 +18,7 @@ def train(plm: dict[str, Any], **options: Any) -> Train:
 
 OTHER = {
     "expansion_ratio": 2.0, "soft_logit_cap": 16.0, "attention_soft_cap": 50.0, "tie_embeddings": True, "unet": False,
-    "value_embeddings": False, "p_attention": True, "num_att_tokens": 64, "window": 512,
+    "value_embeddings": False, "mask_embedding": False, "p_attention": True, "num_att_tokens": 64, "window": 512,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plmsae_cli.plm.alphabet import encode, pack
+from plmsae_cli.plm.alphabet import MASK, encode, pack
 from plmsae_cli.plm.attention import Documents, attention
 from plmsae_cli.plm.gradients import lookup, rms_norm, scaled, taken
 from plmsae_cli.plm.rotary import Rotary
@@ -33,6 +33,7 @@ def model(**options: Any) -> UNet:
 
 def stream() -> Any:
     letters = torch.randint(4, 24, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
+    letters[::5] = MASK
     edges = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     return pack([letters[a:b] for a, b in pairwise(edges)])
 
@@ -52,7 +53,10 @@ def written_out(net: UNet, tokens: Tensor, window: int | None) -> tuple[list[Ten
         return torch.cat([z.real, z.imag], dim=1)
 
     apart = (torch.arange(length)[:, None] - torch.arange(length)).abs()
-    x = x0 = norm(w["embedding_VD"][tokens])
+    x0 = norm(w["embedding_VD"][tokens])
+    if not c.mask_embedding:
+        x0[tokens == MASK] = 0
+    x = x0
     layers, skips = [x], []
     for i in range(c.num_layers):
         name = f"layers.{i}."
@@ -98,6 +102,8 @@ def written_out(net: UNet, tokens: Tensor, window: int | None) -> tuple[list[Ten
         ({}, None),
         ({}, 7),
         ({"unet": False}, None),
+        ({"mask_embedding": False}, None),
+        ({"mask_embedding": False, "unet": False, "tie_embeddings": True}, 7),
         ({"value_embeddings": False, "tie_embeddings": True, "soft_logit_cap": 2.0}, None),
         ({"attention_soft_cap": 0.5, "num_att_tokens": 5}, 7),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plmsae_cli.plm.alphabet import Packed, encode, pack
+from plmsae_cli.plm.alphabet import MASK, Packed, encode, pack
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.plm.unet_config import UNetConfig
 from plmsae_cli.plm.unet_reader import UNetReader
@@ -19,6 +19,7 @@ KINDS = {
     "two blocks": UNetConfig(2, 32, 2),
     "plain": UNetConfig(3, 32, 2, unet=False),
     "no value embeddings": UNetConfig(4, 32, 2, value_embeddings=False),
+    "no mask embedding": UNetConfig(4, 32, 2, mask_embedding=False),
     "capped, learned tokens": UNetConfig(4, 32, 2, attention_soft_cap=5.0, num_att_tokens=24),
 }
 PROTEINS = ["MKTAYIAKQRQISFVKSHFSRQ", "MSHHWGYGKHNGPEHWHKDF", "M", "ACDEFGHIKLMNPQRSTVWY" * 3, "MVLSPADKTNVKAAWGKVG"]
@@ -35,7 +36,9 @@ def unet(config: UNetConfig) -> UNet:
 
 
 def packed(turn: int = 0, num_tokens: int = 192) -> Packed:
-    return pack([encode(s) for s in PROTEINS[turn:]], num_tokens=num_tokens, num_documents=12 + turn, max_len=64)
+    made = pack([encode(s) for s in PROTEINS[turn:]], num_tokens=num_tokens, num_documents=12 + turn, max_len=64)
+    made.tokens_T[5:9] = MASK
+    return made
 
 
 @torch.no_grad()

@@ -34,7 +34,6 @@ WITHOUT = {
     "num_workers": "packs are made by a thread beside the training",
     "prefetch_factor": "packs are made four steps ahead",
     "clear_cache_every": "shapes are constant, so the allocator's cache never needs clearing",
-    "token_dropout": "the norm behind the embedding cancelled it",
     "auto_grad_clip": "train.grad_clip is a fixed norm",
     "auto_grad_clip_p": "train.grad_clip is a fixed norm",
     "compile_flex_attention": "what can be compiled is",
@@ -47,8 +46,9 @@ WITHOUT = {
 """Settings that have no counterpart, and why none is needed."""
 SECRET = re.compile(r"token$|_key$|password")
 TAKEN = {
-    *SAME, *WITHOUT, "add_att_soft_cap", "attention_soft_cap", "num_att_tokens", "mlm", "masked_diffusion", "mask_rate_schedule",
-    "starting_mask_rate", "mask_rate_steps", "batch_size", "grad_accum", "num_steps", "cooldown_steps", "max_length",
+    *SAME, *WITHOUT, "token_dropout", "add_att_soft_cap", "attention_soft_cap", "num_att_tokens", "mlm", "masked_diffusion",
+    "mask_rate_schedule", "starting_mask_rate", "mask_rate_steps", "batch_size", "grad_accum", "num_steps", "cooldown_steps",
+    "max_length",
     "scheduler_type", "lr_warmup_steps", "lr", "lr_embed", "lr_head", "lr_scalar", "lr_hidden", "use_muon",
     "muon_momentum_warmup_steps", "grad_clip", "save_every", "seed", "log_name", "hf_model_name", "save_path", "data_name",
     "input_bin", "input_valid_bin", "input_test_bin", "vocab_size", "bfloat16", "patch_unet", "num_unet_layers",
@@ -181,6 +181,8 @@ def _plm(old: Mapping[str, Any], batch: int, muon: bool, notes: list[str]) -> di
     for name in ("tie_embeddings", "unet", "p_attention"):
         if name in old:
             plm[SAME[name]] = bool(old[name])
+    if old.get("token_dropout", True):
+        plm["mask_embedding"] = False
     if old.get("p_attention") and "num_att_tokens" in old:
         plm["num_att_tokens"] = int(old["num_att_tokens"])
     cap = old.get("attention_soft_cap")

@@ -34,7 +34,9 @@ class PlmsaeUNetConfig(PretrainedConfig):
         value_embeddings: bool = True,
         num_att_tokens: int | None = None,
         tied_output: bool = False,
+        mask_embedding: bool = True,
         pad_token_id: int = 1,
+        mask_token_id: int = 32,
         **others: Any,
     ) -> None:
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
@@ -42,6 +44,7 @@ class PlmsaeUNetConfig(PretrainedConfig):
         self.intermediate_size, self.soft_logit_cap = intermediate_size, soft_logit_cap
         self.attention_soft_cap, self.unet, self.value_embeddings = attention_soft_cap, unet, value_embeddings
         self.num_att_tokens, self.tied_output = num_att_tokens, tied_output
+        self.mask_embedding, self.mask_token_id = mask_embedding, mask_token_id
         super().__init__(**{"pad_token_id": pad_token_id, **others})
 
 
@@ -174,7 +177,10 @@ class PlmsaeUNetModel(PlmsaeUNetPreTrainedModel):
         angles_LD = place_L[:, None] * self.rotary.inv_freq.float()
         rope = angles_LD.cos(), angles_LD.sin()
         half = len(self.layers) // 2
-        x = x0 = rms_norm(self.embedding_VD[input_ids])
+        x0 = rms_norm(self.embedding_VD[input_ids])
+        if not self.config.mask_embedding:
+            x0 = x0.masked_fill((input_ids == self.config.mask_token_id)[..., None], 0)
+        x = x0
         hidden: list[Tensor] = [x]
         skips: list[Tensor] = []
         for i, block in enumerate(self.layers):

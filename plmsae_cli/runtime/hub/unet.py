@@ -40,6 +40,7 @@ def unet_config(config: Mapping[str, Any], longest: int) -> dict[str, Any]:
         "unet": shape.unet,
         "value_embeddings": shape.mixes_values,
         "num_att_tokens": shape.num_att_tokens,
+        "mask_embedding": shape.mask_embedding,
         # The tied weight is one tensor in the model's own code, so transformers has nothing to tie.
         "tied_output": shape.tie_embeddings,
         "tie_word_embeddings": False,

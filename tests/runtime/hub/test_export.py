@@ -14,7 +14,7 @@ import torch
 
 import plmsae_cli
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.plm.alphabet import encode, pack
+from plmsae_cli.plm.alphabet import MASK, encode, pack
 from plmsae_cli.plm.esm2 import ESM2Config
 from plmsae_cli.plm.unet_config import UNetConfig
 from plmsae_cli.runtime.hub import export_run, push
@@ -27,11 +27,12 @@ SEQUENCES = [
     "MKTAYIAKQRQISFVKSHFSRQ",
     "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
     "W",
+    "MKT<mask>YIAK<mask>",
 ]
 CONFIGS: dict[str, ESM2Config | UNetConfig] = {
     "esm2": ESM2Config(2, 32, 2),
     "unet": UNetConfig(4, 32, 2),
-    "tied": UNetConfig(4, 32, 2, tie_embeddings=True, attention_soft_cap=20.0),
+    "tied": UNetConfig(4, 32, 2, tie_embeddings=True, attention_soft_cap=20.0, mask_embedding=False),
     "learned": UNetConfig(2, 32, 2, num_att_tokens=16, value_embeddings=False),
     "plain": UNetConfig(3, 32, 2, unet=False, soft_logit_cap=10.0),
 }
@@ -106,8 +107,10 @@ def test_a_clean_process_has_the_same_logits(exported: Path, name: str) -> None:
     model = load_plm(str(exported / "runs" / name / "plm"))
     ids, logits, last, first = (found.read(key) for key in ("ids", "logits", "last", "first"))
     for row, sequence in enumerate(SEQUENCES):
-        packed = pack([encode(sequence)])
-        length = len(sequence) + 2
+        residues = encode(sequence.replace("<mask>", "-"))
+        residues[residues == encode("-")[0]] = MASK
+        packed = pack([residues])
+        length = len(residues) + 2
         assert ids[row, :length].tolist() == packed.tokens_T.tolist()
         layers = model.config.num_layers
         with torch.inference_mode():

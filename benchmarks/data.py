@@ -343,15 +343,22 @@ def shuffle(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield _line(name, label, figures["cpu"] / size, "s", note)
             continue
         yield _line(
-            "data/shuffle-optimize-time-per-GB", f"plmsae {size:g} GB", found["plmsae"]["seconds"] / size, "s", ""
+            f"data/shuffle-optimize-{kind}time-per-GB",
+            f"plmsae {size:g} GB",
+            found["plmsae"]["seconds"] / size,
+            "s",
+            "",
         )
         peak = found["plmsae"]["peak"] / 1e6
-        yield _line(f"data/shuffle-optimize-peak-{size:g}GB", "plmsae", peak, "MB", f"tasks of {options.memory}")
-        yield _line(f"data/shuffle-optimize-peak-{size:g}GB", "limit budget", memory / 1e6, "MB", "")
+        yield _line(f"data/shuffle-optimize-{kind}peak-{size:g}GB", "plmsae", peak, "MB", f"tasks of {options.memory}")
+        yield _line(f"data/shuffle-optimize-{kind}peak-{size:g}GB", "limit budget", memory / 1e6, "MB", "")
 
 
 def in_memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """CPU a GB, with everything in /dev/shm."""
+    from benchmarks.record import busy
+
+    beside = busy()
     for size in options.gigabytes:
         with rows_in(Path("/dev/shm"), size) as folder:
             found = {
@@ -360,9 +367,8 @@ def in_memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
         for name, figures in found.items():
             label = "limit cp, twice" if name == "cp" else name
-            yield _line(
-                "data/shuffle-optimize-core", label, size / figures["cpu"], "GB/s a core", f"{size:g} GB in /dev/shm"
-            )
+            note = f"{size:g} GB in /dev/shm; {beside}".rstrip("; ")
+            yield _line("data/shuffle-optimize-core", label, size / figures["cpu"], "GB/s a core", note)
 
 
 def passes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -6,8 +6,8 @@
 
 Rows are random bits in shards as `embed` writes them. Each contender is a process of its own, in turn, on one core unless it
 says otherwise (`--workers`). `cp` copies the shards and then the copy: it reads and writes the same bytes twice, as shuffle and
-optimize do; both end with the bytes on the disk (fsync). `--peers` needs the packages litdata, ray[data] and pandas; what is absent
-is said, and left out.
+optimize do; both end with the bytes on the disk (fsync). `--peers` needs litdata, ray[data] and pandas; what is absent is
+said, and left out.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 
 Rows are random bits in shards as `embed` writes them. Each contender is a process of its own, in turn, on one core unless it
 says otherwise (`--workers`). `cp` copies the shards and then the copy: it reads and writes the same bytes twice, as shuffle and
-optimize do; both end with the bytes on the disk (fsync).
+optimize do; both end with the bytes on the disk (fsync). `--peers` needs litdata, ray[data] and pandas; what is absent is
+said, and left out.
 """
 
 from __future__ import annotations
@@ -343,15 +344,22 @@ def shuffle(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield _line(name, label, figures["cpu"] / size, "s", note)
             continue
         yield _line(
-            "data/shuffle-optimize-time-per-GB", f"plmsae {size:g} GB", found["plmsae"]["seconds"] / size, "s", ""
+            f"data/shuffle-optimize-{kind}time-per-GB",
+            f"plmsae {size:g} GB",
+            found["plmsae"]["seconds"] / size,
+            "s",
+            "",
         )
         peak = found["plmsae"]["peak"] / 1e6
-        yield _line(f"data/shuffle-optimize-peak-{size:g}GB", "plmsae", peak, "MB", f"tasks of {options.memory}")
-        yield _line(f"data/shuffle-optimize-peak-{size:g}GB", "limit budget", memory / 1e6, "MB", "")
+        yield _line(f"data/shuffle-optimize-{kind}peak-{size:g}GB", "plmsae", peak, "MB", f"tasks of {options.memory}")
+        yield _line(f"data/shuffle-optimize-{kind}peak-{size:g}GB", "limit budget", memory / 1e6, "MB", "")
 
 
 def in_memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """CPU a GB, with everything in /dev/shm."""
+    from benchmarks.record import busy
+
+    beside = busy()
     for size in options.gigabytes:
         with rows_in(Path("/dev/shm"), size) as folder:
             found = {
@@ -360,9 +368,8 @@ def in_memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
         for name, figures in found.items():
             label = "limit cp, twice" if name == "cp" else name
-            yield _line(
-                "data/shuffle-optimize-core", label, size / figures["cpu"], "GB/s a core", f"{size:g} GB in /dev/shm"
-            )
+            note = f"{size:g} GB in /dev/shm; {beside}".rstrip("; ")
+            yield _line("data/shuffle-optimize-core", label, size / figures["cpu"], "GB/s a core", note)
 
 
 def passes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -96,6 +96,15 @@ def test_settings_are_read_without_torch_or_numpy() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
+def test_planning_needs_no_compiler() -> None:
+    """It takes seconds, and more memory than five million proteins."""
+    code = (
+        "import sys; import plmsae_cli.stages.embed, plmsae_cli.stages.optimize, plmsae_cli.stages.train;"
+        "sys.exit(' '.join({'torch._dynamo', 'torch._inductor', 'triton', 'sympy'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_file_runs_strings_unpickles_or_needs_an_extra(name: str) -> None:
     assert not imported(name) & UNPICKLERS

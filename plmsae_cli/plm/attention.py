@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 Backend = Literal["tiles", "varlen", "sdpa"]
-_WINDOWS = "window_size" in inspect.signature(varlen_attn).parameters
-"""Older releases of torch have no windows in the variable-length kernel."""
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def constant(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which brings all of the compiler: seconds, and 170 MB, to whoever imports this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
+def _windows() -> bool:
+    """Whether torch's variable-length kernel has windows, as in older releases it has not."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
 
 
 class Documents(NamedTuple):
@@ -64,13 +76,13 @@ def _varlen_capable(device_index: int | None) -> bool:
     return torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _kernels(device_type: str, device_index: int | None) -> bool:
     """Whether our own kernels run there."""
     return device_type == "cuda" and _varlen_capable(device_index) and find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _backend_name(device_type: str, device_index: int | None, half: bool, head_dim: int) -> str:
     if device_type != "cuda" or not half or head_dim % 8 or head_dim > 256:
         return "sdpa"
@@ -117,17 +129,23 @@ def attention(
         return cast(Tensor, packed_attention(q, k, v, tiles, window or 0, soft_cap or 0.0)[0])
     if soft_cap is not None and q.is_cuda:
         return _flexible(q, k, v, cu_seqlens, window, soft_cap)
-    if backend == "varlen" and soft_cap is None and (window is None or _WINDOWS):
-        # Positional: the keywords changed in torch 2.11, 2.12 and 2.13.
-        sizes = (cu_seqlens, cu_seqlens, max_len, max_len)
-        if window is None:
-            return cast(Tensor, varlen_attn(q, k, v, *sizes))
-        return cast(Tensor, varlen_attn(q, k, v, *sizes, window_size=(window - 1, window - 1)))
     if backend == "varlen" and soft_cap is None:
-        return _flexible(q, k, v, cu_seqlens, window, None)
+        return _varying(q, k, v, cu_seqlens, max_len, window)
     if lengths is None:
         lengths = cast("list[int]", cu_seqlens.diff().tolist())
     return _attention_by_document(q, k, v, lengths, window, soft_cap)
+
+
+def _varying(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # brings all of the compiler
+
+    # Positional: the keywords changed in torch 2.11, 2.12 and 2.13.
+    sizes = (cu_seqlens, cu_seqlens, max_len, max_len)
+    if window is None:
+        return cast(Tensor, varlen_attn(q, k, v, *sizes))
+    if not _windows():
+        return _flexible(q, k, v, cu_seqlens, window, None)
+    return cast(Tensor, varlen_attn(q, k, v, *sizes, window_size=(window - 1, window - 1)))
 
 
 def _attention_by_document(

@@ -7,7 +7,7 @@ once for those of keys and values, so that no sum is atomic and steps repeat bit
 Shape letters: T tokens of the pack, H heads, Dh width of a head, N tiles.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import math
@@ -235,10 +235,11 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, window: int
     num_tokens, heads, width = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(heads, num_tokens, dtype=torch.float32)
     columns, warps, stages = _shape(_FORWARD, q)
-    _forward[len(tiles), heads](
-        q, k, v, out, lse, tiles, *_strides(q, k, v, out), num_tokens, width**-0.5, cap, window,
-        M=TILE, N=columns, num_warps=warps, num_stages=stages, **_options(width, window, cap),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        _forward[len(tiles), heads](
+            q, k, v, out, lse, tiles, *_strides(q, k, v, out), num_tokens, width**-0.5, cap, window,
+            M=TILE, N=columns, num_warps=warps, num_stages=stages, **_options(width, window, cap),
+        )  # fmt: skip
     return out, lse
 
 
@@ -257,16 +258,17 @@ def packed_attention_backward(
     delta = torch.empty_like(lse)
     grads = [q.new_empty(q.shape) for _ in range(3)]
     options = _options(width, window, cap)
-    columns, warps, stages = _shape(_QUERIES, q)
-    _backward_queries[len(tiles), heads](
-        q, k, v, out, grad, lse, delta, grads[0], tiles, *_strides(q, k, v, out, grad, grads[0]),
-        num_tokens, width**-0.5, cap, window, M=TILE, N=columns, num_warps=warps, num_stages=stages, **options,
-    )  # fmt: skip
-    rows, warps, stages = _shape(_KEYS, q)
-    _backward_keys[len(tiles), heads](
-        q, k, v, grad, lse, delta, grads[1], grads[2], tiles, *_strides(q, k, v, grad, grads[1]),
-        num_tokens, width**-0.5, cap, window, M=rows, N=TILE, num_warps=warps, num_stages=stages, **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        columns, warps, stages = _shape(_QUERIES, q)
+        _backward_queries[len(tiles), heads](
+            q, k, v, out, grad, lse, delta, grads[0], tiles, *_strides(q, k, v, out, grad, grads[0]),
+            num_tokens, width**-0.5, cap, window, M=TILE, N=columns, num_warps=warps, num_stages=stages, **options,
+        )  # fmt: skip
+        rows, warps, stages = _shape(_KEYS, q)
+        _backward_keys[len(tiles), heads](
+            q, k, v, grad, lse, delta, grads[1], grads[2], tiles, *_strides(q, k, v, grad, grads[1]),
+            num_tokens, width**-0.5, cap, window, M=rows, N=TILE, num_warps=warps, num_stages=stages, **options,
+        )  # fmt: skip
     return grads[0], grads[1], grads[2]
 
 

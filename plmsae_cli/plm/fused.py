@@ -6,7 +6,7 @@ normalise in one reading, rotate in place, and apply GELU before a product's res
 Shape letters: T tokens of the pack, D residual width, F width of a product's result, H heads, Dh width of a head.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 from functools import cache
@@ -40,14 +40,16 @@ def _multiprocessors(device_index: int) -> int:
 
 def runs_on(device: torch.device) -> bool:
     """Whether a GPU has descriptors of tiles and the shared memory for ours: H100, H200, B200; not those for desks."""
-    shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     return torch.cuda.get_device_capability(device) >= (9, 0) and bool(shared >= _SHARED_BYTES)
 
 
 @triton.jit
 def _gelu(x):
     """x Phi(x), Phi(x) - 1/2 by an odd polynomial of degree 21 that meets 1/2 at 4.75; off by less than 6e-6."""
-    near = tl.minimum(tl.maximum(x, -4.75), 4.75)
+    x = tl.maximum(x, -4.75, propagate_nan=tl.PropagateNan.ALL)  # below, rounding times x would grow without end
+    near = tl.minimum(x, 4.75)
     # In the square moved to [-1, 1]: in x itself the terms would cancel at the ends.
     t = near * near * (2.0 / (4.75 * 4.75)) - 1.0
     p = t * 0.001347468467 - 0.003850091016
@@ -130,10 +132,11 @@ def linear_gelu(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
             (out_TF, [_ROWS, _COLUMNS]),
         )
     )
-    _linear_gelu[(min(programs, tiles),)](
-        x, weight, out, bias_F, num_rows, width, depth, programs,
-        _ROWS, _COLUMNS, _DEPTH, _NEIGHBOURS, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    with torch.cuda.device_of(x_TD):  # Triton launches on the current one
+        _linear_gelu[(min(programs, tiles),)](
+            x, weight, out, bias_F, num_rows, width, depth, programs,
+            _ROWS, _COLUMNS, _DEPTH, _NEIGHBOURS, num_warps=8, num_stages=3,
+        )  # fmt: skip
     return out_TF
 
 
@@ -144,10 +147,11 @@ def add_norm(
     total_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
     width = x_TD.shape[1]
     block = triton.next_power_of_2(width)
-    _add_norm[(len(x_TD),)](
-        x_TD, change_TD, weight_D, bias_D, total_TD, normed_TD, eps, width, block,
-        num_warps=max(1, min(8, block // 512)),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_TD):
+        _add_norm[(len(x_TD),)](
+            x_TD, change_TD, weight_D, bias_D, total_TD, normed_TD, eps, width, block,
+            num_warps=max(1, min(8, block // 512)),
+        )  # fmt: skip
     return total_TD, normed_TD
 
 
@@ -155,10 +159,11 @@ def rotate_(qkv_T3HDh: Tensor, tables: tuple[Tensor, Tensor], position_T: Tensor
     """Rotate q and k of [T, 3, H, Dh] where they are; `tables` are cos and sin, fp32 [L, 1, Dh / 2], of each position."""
     num_tokens, _, heads, width = qkv_T3HDh.shape
     half = width // 2
-    _rotate[(triton.cdiv(num_tokens, _ROTATED),)](
-        qkv_T3HDh, tables[0], tables[1], position_T, num_tokens, 2 * heads, 3 * heads * width, half,
-        triton.next_power_of_2(half), _ROTATED, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv_T3HDh):
+        _rotate[(triton.cdiv(num_tokens, _ROTATED),)](
+            qkv_T3HDh, tables[0], tables[1], position_T, num_tokens, 2 * heads, 3 * heads * width, half,
+            triton.next_power_of_2(half), _ROTATED, num_warps=4,
+        )  # fmt: skip
 
 
 def project(x_TD: Tensor, block: BlockWeights, tables: Tables, position_T: Tensor, num_heads: int) -> QKV:

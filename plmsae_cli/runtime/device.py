@@ -166,12 +166,16 @@ def allow_gpus(chosen: Sequence[int]) -> None:
 
 
 def pick_device(local_rank: int = 0) -> torch.device:
-    """The GPU of this rank among those the launch wants, all that are visible unless it says; the CPU where there is none."""
+    """The GPU of this rank among those the launch wants, all that are visible unless it says; the CPU where there is none.
+
+    It becomes this thread's current one: kernels of Triton's are launched there, wherever their tensors are.
+    """
     import torch
 
     allowed = os.environ.get(ALLOWED)
     chosen = list(range(local_rank + 1)) if allowed is None else [int(gpu) for gpu in allowed.split(",") if gpu]
     if local_rank < len(chosen) and visible_gpus() > chosen[local_rank]:
+        torch.cuda.set_device(chosen[local_rank])
         return torch.device("cuda", chosen[local_rank])
     return torch.device("cpu")
 

@@ -103,8 +103,6 @@ def gang() -> Iterator[Gang]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = pick_device(local_rank)
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=float(os.environ.get(PATIENCE, "600")))
     )

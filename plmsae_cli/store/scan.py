@@ -27,6 +27,10 @@ _SAMPLE_SEED = 1
 """Of the keyed hash that samples training proteins: another order than that of the split."""
 
 
+_PIECE = 1 << 16
+"""Proteins whose numbers are computed at a time: of millions every array counts."""
+
+
 class Policies(Protocol):
     """What to do with proteins that are not plain; the `embed` section is one."""
 
@@ -73,20 +77,26 @@ class Scan:
     @property
     def num_rows(self) -> int:
         """Training rows."""
-        return int(self.lengths_P[~self.heldout_P].sum(dtype=np.int64))
+        return int(self.lengths_P.sum(dtype=np.int64)) - self.num_heldout_rows
 
     @property
     def num_heldout_rows(self) -> int:
         return int(self.lengths_P[self.heldout_P].sum(dtype=np.int64))
 
     def rows_before(self, proteins: Sequence[int]) -> list[tuple[int, int]]:
-        """For each index p: training rows, and held-out rows, of the proteins before p.
+        """For each index p, ascending: training rows, and held-out rows, of the proteins before p.
 
         With the starts of shards these are the shards' row offsets, also where a shard has no such rows.
         """
-        sides = (np.where(side_P, self.lengths_P, 0) for side_P in (~self.heldout_P, self.heldout_P))
-        training, held = (np.concatenate(([0], np.cumsum(rows_P, dtype=np.int64))) for rows_P in sides)
-        return [(int(training[p]), int(held[p])) for p in proteins]
+        found, before, training, held = [], 0, 0, 0
+        for p in proteins:
+            assert p >= before, "in ascending order"
+            lengths = self.lengths_P[before:p]
+            own = int(lengths[self.heldout_P[before:p]].sum(dtype=np.int64))
+            training += int(lengths.sum(dtype=np.int64)) - own
+            held, before = held + own, p
+            found.append((training, held))
+        return found
 
     def shard_ranges(self, rows_per_shard: int) -> list[tuple[int, int]]:
         """Ranges [start, stop) of proteins, one a shard, in order and without gaps.
@@ -98,15 +108,26 @@ class Scan:
         rows are therefore only about `rows_per_shard`: by the lengths of its proteins up to 25 % more at a
         max_length of 1022.
         """
-        lengths_P = self.lengths_P.astype(np.int64)
-        # In units of 1/4096, so that sums are exact and the same on every machine.
-        cost_to_P = np.concatenate(([0], np.cumsum(lengths_P * (4096 + np.minimum(lengths_P, self.max_length)))))
-        num_shards = -(-int(lengths_P.sum()) // rows_per_shard)
-        wanted = np.arange(1, num_shards) * (cost_to_P[-1] / num_shards)
-        after = np.searchsorted(cost_to_P, wanted)
-        nearer_before = wanted - cost_to_P[after - 1] < cost_to_P[after] - wanted
-        cuts = np.unique(np.concatenate(([0], after - nearer_before, [self.num_proteins]))).tolist()
+        num_shards = -(-int(self.lengths_P.sum(dtype=np.int64)) // rows_per_shard)
+        total = sum(int(cost_P.sum()) for _, cost_P in self._costs())
+        wanted = np.arange(1, num_shards) * (total / num_shards)
+        cuts, before = [0, self.num_proteins], 0
+        for start, cost_P in self._costs():
+            cost_to_P = np.cumsum(np.concatenate(([before], cost_P)))
+            here = wanted[(cost_to_P[0] < wanted) & (wanted <= cost_to_P[-1])]
+            after = np.searchsorted(cost_to_P, here)
+            nearer_before = here - cost_to_P[after - 1] < cost_to_P[after] - here
+            cuts += (start + after - nearer_before).tolist()
+            before = int(cost_to_P[-1])
+        cuts = sorted(set(cuts))
         return list(pairwise(cuts))
+
+    def _costs(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Pieces of the proteins: where one starts, and its proteins' costs, in units of 1/4096, so that sums are exact and
+        the same on every machine."""
+        for start in range(0, self.num_proteins, _PIECE):
+            lengths_P = self.lengths_P[start : start + _PIECE].astype(np.int64)
+            yield start, lengths_P * (4096 + np.minimum(lengths_P, self.max_length))
 
 
 @dataclass(frozen=True)
@@ -161,16 +182,22 @@ def scan(path: Path, options: Policies) -> Scan:
 
 
 def _number(index: FastaIndex, kept_R: Mask, dropped: Mapping[str, int], options: Policies) -> Scan:
-    original_P = index.lengths_R[kept_R]
+    whole = bool(kept_R.all())
+    original_P, hashes_P = (
+        (index.lengths_R, index.hashes_R) if whole else (index.lengths_R[kept_R], index.hashes_R[kept_R])
+    )
     most = _most_rows(options)
     lengths_P = original_P if most is None else np.minimum(original_P, np.int32(min(most, 2**31 - 1)))
-    hashes_P = index.hashes_R if kept_R.all() else index.hashes_R[kept_R]
     heldout_P = heldout(hashes_P, options.holdout)
     row_offset_P = np.zeros(len(lengths_P), np.int64)
-    for side_P in (heldout_P, ~heldout_P):
-        offsets = np.cumsum(lengths_P[side_P], dtype=np.int64)
-        offsets -= lengths_P[side_P]
-        row_offset_P[side_P] = offsets
+    for side in (False, True):
+        before = 0
+        for start in range(0, len(lengths_P), _PIECE):
+            piece = slice(start, start + _PIECE)
+            side_P = heldout_P[piece] == side
+            ends = before + np.cumsum(lengths_P[piece][side_P], dtype=np.int64)
+            row_offset_P[piece][side_P] = ends - lengths_P[piece][side_P]
+            before = int(ends[-1]) if len(ends) else before
     truncated_P = original_P > lengths_P
     counts = {
         "proteins": len(kept_R),
@@ -178,7 +205,7 @@ def _number(index: FastaIndex, kept_R: Mask, dropped: Mapping[str, int], options
         "truncated": int(truncated_P.sum()),
         **({"windowed": int((original_P > options.max_length).sum())} if most is None else {}),
         "skipped_long": dropped["long"],
-        "unknown_letters": int(index.unknown_R[kept_R].sum(dtype=np.int64)),
+        "unknown_letters": int(index.unknown_R.sum(dtype=np.int64, where=kept_R)),
         "skipped_unknown": dropped["unknown"],
         "duplicates": dropped["duplicates"],
         "skipped_empty": dropped["empty"],

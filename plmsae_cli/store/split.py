@@ -29,13 +29,16 @@ def heldout(hashes_P: npt.NDArray[np.uint64], holdout: float) -> npt.NDArray[np.
     wins); none if `holdout` is 0. Equal sequences are on the same side, and a larger share only adds.
     """
     wanted = 0
+    chosen_P: npt.NDArray[np.bool_] = np.zeros(len(hashes_P), bool)
     if holdout > 0:
-        limit = np.uint64(min(int(holdout * _HASHES), _HASHES - 1))
-        wanted = min(max(int((hashes_P < limit).sum()), MIN_HELDOUT), len(hashes_P) // 2)
+        chosen_P = hashes_P < np.uint64(min(int(holdout * _HASHES), _HASHES - 1))
+        wanted = min(max(int(chosen_P.sum()), MIN_HELDOUT), len(hashes_P) // 2)
     if wanted == 0:
         return np.zeros(len(hashes_P), bool)
+    if int(chosen_P.sum()) == wanted:
+        return chosen_P  # of millions of proteins the usual case, and the one that needs no copy
     last = np.partition(hashes_P, wanted - 1)[wanted - 1]
-    chosen_P: npt.NDArray[np.bool_] = hashes_P <= last
+    chosen_P = hashes_P <= last
     if 2 * int(chosen_P.sum()) > len(hashes_P):
         chosen_P = hashes_P < last
     return chosen_P

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plmsae_cli.plm.attention import Documents, attention, attention_backend
+from plmsae_cli.plm.attention import Documents, attention, attention_backend, constant
 
 
 def documents(lengths: list[int]) -> Documents:
@@ -92,3 +92,14 @@ def test_the_kernel_follows_device_and_dtype(
     assert attention_backend(torch.device("cuda", 0), dtype, head_dim) == expected
     assert attention_backend(torch.device("cpu"), dtype, head_dim) == "sdpa"
     module._varlen_capable.cache_clear()
+
+
+def test_constants_are_marked_for_the_compiler_as_it_marks_them() -> None:
+    def ours() -> bool:
+        return True
+
+    def theirs() -> bool:
+        return True
+
+    torch.compiler.assume_constant_result(theirs)
+    assert constant(ours).__dict__ == theirs.__dict__ != {}

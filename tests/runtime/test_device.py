@@ -11,10 +11,21 @@ from plmsae_cli.runtime import device
 
 
 @pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Those that were made the current one, in turn."""
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv(device.ALLOWED, raising=False)
+    return current
+
+
+def test_the_device_of_a_rank_is_its_current_one(two_gpus: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else Triton launches on the first GPU what lies on the second."""
+    monkeypatch.setenv(device.ALLOWED, "1")
+    assert device.pick_device() == torch.device("cuda", 1)
+    assert two_gpus == [1]
 
 
 @pytest.mark.usefixtures("two_gpus")

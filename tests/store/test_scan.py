@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import plmsae_cli
 from plmsae_cli.config.data import Embed
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.runtime.embedding import forecast
+from plmsae_cli.store import scan as scans
+from plmsae_cli.store.fasta_index import FastaIndex
 from plmsae_cli.store.proteins import Scan, as_embedded, kept_proteins, scan, split_hash
 
 SHARED = Path(plmsae_cli.__file__).parents[2] / "shared" / "data" / "uniprot_20k.fasta.gz"
@@ -224,6 +229,46 @@ def test_ranges_of_many_proteins_are_exact_integers() -> None:
     ranges = scan_of(lengths).shard_ranges(46_000_000)
     assert len(ranges) == 2000
     assert {stop - start for start, stop in ranges} == {1000}
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=80),
+    rows_per_shard=st.integers(1, 50_000),
+    piece=st.integers(1, 30),
+    seed=st.integers(0, 100),
+)
+def test_pieces_of_any_size_give_the_same_plan(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], rows_per_shard: int, piece: int, seed: int
+) -> None:
+    hashes_R = np.random.default_rng(seed).integers(0, 2**64, len(lengths), np.uint64)
+    unknown_R, repeats_R = np.zeros(len(lengths), np.int32), np.zeros(len(lengths), bool)
+    index = FastaIndex("", np.array(lengths, np.int32), unknown_R, hashes_R, repeats_R)
+
+    def plan(size: int) -> list[Any]:
+        for module in (scans, forecast):
+            monkeypatch.setattr(module, "_PIECE", size)
+        found = scans._number(index, ~repeats_R, {"long": 0, "unknown": 0, "duplicates": 0, "empty": 0}, Options(900))
+        ranges = found.shard_ranges(rows_per_shard)
+        typical = forecast.typical(found.lengths_P, 500, ranges)
+        return [found.row_offset_P.tolist(), ranges, found.rows_before([a for a, _ in ranges]), typical]
+
+    assert plan(piece) == plan(1000)
+
+
+def test_a_plan_holds_few_bytes_a_protein() -> None:
+    count, random_ = 1_000_000, np.random.default_rng(0)
+    lengths_R, nothing_R = random_.integers(1, 2000, count).astype(np.int32), np.zeros(count, np.int32)
+    index = FastaIndex("", lengths_R, nothing_R, random_.integers(0, 2**64, count, np.uint64), nothing_R.astype(bool))
+    kept_R = np.ones(count, bool)
+    tracemalloc.start()
+    found = scans._number(index, kept_R, {"long": 0, "unknown": 0, "duplicates": 0, "empty": 0}, Options())
+    ranges = found.shard_ranges(1_000_000)
+    forecast.typical(found.lengths_P, 1022, ranges)
+    found.rows_before([start for start, _ in ranges])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 * count
 
 
 def test_changed_file_under_an_old_scan(tmp_path: Path) -> None:

@@ -16,22 +16,36 @@ _GPU_SHARE = 0.5
 """Of a GPU's peak that the forward pass is assumed to reach."""
 _CORE_FLOPS = 16e9
 """Assumed of one CPU core in float32."""
+_PIECE = 1 << 16
+"""Proteins whose numbers are computed at a time: of millions every array counts."""
 
 
 def typical(lengths_P: npt.NDArray[np.int32], max_length: int, ranges: Sequence[Sequence[int]]) -> Typical:
     """The largest shard and the whole, in tokens: from these every worker derives the same shapes of passes.
 
-    Longer proteins are counted as windows of `max_length`, as `windows.pieces` makes them.
+    Longer proteins are counted as windows of `max_length`, as `windows.pieces` makes them. `ranges` leave none out.
     """
-    documents_P = _documents(lengths_P, max_length)
-    tokens_P = (np.minimum(lengths_P, max_length).astype(np.int64) + SPECIAL_TOKENS) * documents_P
-    tokens_to, documents_to = (np.concatenate(([0], np.cumsum(each_P))) for each_P in (tokens_P, documents_P))
+    shards = [_tokens(lengths_P[start:stop], max_length) for start, stop in ranges]
+    longest = int(min(lengths_P.max(), max_length)) + SPECIAL_TOKENS
     return Typical(
-        max(int(tokens_to[stop] - tokens_to[start]) for start, stop in ranges),
-        max(int(documents_to[stop] - documents_to[start]) for start, stop in ranges),
-        int(min(lengths_P.max(), max_length)) + SPECIAL_TOKENS,
-        int(tokens_to[-1]),
+        max(tokens for tokens, _, _ in shards),
+        max(documents for _, documents, _ in shards),
+        longest,
+        sum(tokens for tokens, _, _ in shards),
     )
+
+
+def _tokens(lengths_P: npt.NDArray[np.int32], max_length: int) -> tuple[int, int, int]:
+    """Tokens, documents, and the sum of the documents' squared tokens."""
+    tokens = documents = squares = 0
+    for start in range(0, len(lengths_P), _PIECE):
+        part_P = lengths_P[start : start + _PIECE]
+        documents_P = _documents(part_P, max_length)
+        tokens_P = np.minimum(part_P, max_length).astype(np.int64) + SPECIAL_TOKENS
+        tokens += int((tokens_P * documents_P).sum())
+        documents += int(documents_P.sum())
+        squares += int((tokens_P**2 * documents_P).sum())
+    return tokens, documents, squares
 
 
 def _documents(lengths_P: npt.NDArray[np.int32], max_length: int) -> npt.NDArray[np.int64]:
@@ -47,10 +61,8 @@ def forecast(
     Operations (`cost.forward_flops`) over an assumed rate: half of the GPU's peak, or 16 GFLOP/s a CPU core. No hours
     where the GPU's peak is not known.
     """
-    documents_P = _documents(lengths_P, max_length)
-    tokens_P = np.minimum(lengths_P, max_length).astype(np.float64) + SPECIAL_TOKENS
-    tokens = float((tokens_P * documents_P).sum())
-    flops = forward_flops(config, depth, tokens, float((tokens_P**2 * documents_P).sum()))
+    tokens, _, squares = _tokens(lengths_P, max_length)
+    flops = forward_flops(config, depth, float(tokens), float(squares))
     rate, device = _rate(launch, compute)
     work = f"{flops / max(tokens, 1) / 1e9:.3g} GFLOP a token x {tokens:,.0f} tokens"
     if rate is None:

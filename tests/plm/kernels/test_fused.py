@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 from plmsae_cli.plm import fused, reader
 from plmsae_cli.plm.alphabet import encode, pack
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.plm.flash import packed_attention, packed_attention_backward, tile_table
 from plmsae_cli.plm.rotary import Rotary, rotate
 
 CUDA = torch.cuda.is_available()
@@ -43,6 +46,16 @@ def test_gelu_is_within_what_its_docstring_says_and_flat_beyond() -> None:
     error = (found - F.gelu(x[:, 0].double())).abs()
     assert (error <= 6e-6 + ROUNDING[DTYPES[0]] * x[:, 0].double().abs()).all()
     assert (found[x[:, 0] < -4.75].abs() < 1e-5).all()
+
+
+def test_gelu_of_what_is_far_below_and_of_what_is_no_number() -> None:
+    rows = torch.zeros(4, 8, dtype=DTYPES[0], device=DEVICE)
+    rows[:, 0] = torch.tensor([-1e3, -6e4, 6e4, float("nan")])
+    pick = torch.eye(8, device=DEVICE, dtype=DTYPES[0])
+    found = fused.linear_gelu(rows, pick, pick.new_zeros(8))[:, 0]
+    assert (found[:2].abs() < 6e-6).all()
+    assert found[2] == rows[2, 0]
+    assert found[3].isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,3 +102,31 @@ def test_every_layer_is_that_of_the_plain_reader(monkeypatch: pytest.MonkeyPatch
     for layer, x_TD in expected.items():
         error = (found[layer].double() - x_TD.double()).norm() / x_TD.double().norm()
         assert error <= 4 * ROUNDING[DTYPES[0]] + 1e-5, layer
+
+
+def launch_all(device: torch.device) -> list[Tensor]:
+    x = draw(16, 16, seed=0, dtype=DTYPES[0]).to(device)
+    qkv = draw(16, 3, 1, 16, seed=1, dtype=DTYPES[0]).to(device)
+    position = torch.arange(16, device=device)
+    fused.rotate_(qkv, Rotary(16).to(device)(position), position)
+    cu_seqlens = torch.tensor([0, 16], dtype=torch.int32, device=device)
+    q, k, v = qkv.unbind(1)
+    mixed, lse = packed_attention(q, k, v, tile_table(cu_seqlens, 16), 0, 0.0)
+    grads = packed_attention_backward(mixed, q, k, v, mixed, lse, tile_table(cu_seqlens, 16), 0, 0.0)
+    return [fused.linear_gelu(x, x, x[0]), *fused.add_norm(x, x, x[0], x[1]), qkv, mixed, *grads]
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's launch asks for the current device alone."""
+    guarded: list[torch.device] = []
+
+    def device_of(tensor: Tensor, real: type[Any] = torch.cuda.device_of) -> Any:
+        guarded.append(tensor.device)
+        return real(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    first = launch_all(DEVICE)
+    assert len(guarded) == 5
+    if torch.cuda.device_count() > 1:
+        other = launch_all(torch.device("cuda", 1))  # the current one is still 0
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, other, strict=True))

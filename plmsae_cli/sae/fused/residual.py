@@ -229,9 +229,10 @@ def _residual_ragged(
     D: tl.constexpr,
     MORE_K: tl.constexpr,
     MORE_D: tl.constexpr,
-    LAST: tl.constexpr,
+    MANY_K: tl.constexpr,
+    MANY_D: tl.constexpr,
 ):
-    """Tokens of more than `more_than` pairs, up to K or up to MORE_K; with LAST, all that have more as well."""
+    """Tokens of more than `more_than` pairs, up to K or up to MORE_K; with MANY_K, all that have more as well."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets + row).to(tl.int64)
     end = tl.load(offsets + row + 1).to(tl.int64)
@@ -247,10 +248,10 @@ def _residual_ragged(
                 row, begin, end, x, w, acts, indices, prefixes, residual, slope, energy, d, rows, LISTED, G, MORE_K,
                 MORE_D, PLACES,
             )  # fmt: skip
-        elif LAST:
+        elif MANY_K > 0:
             _many(
-                row, begin, end, x, w, acts, indices, prefixes, residual, slope, energy, d, rows, LISTED, G, MORE_K,
-                MORE_D, PLACES,
+                row, begin, end, x, w, acts, indices, prefixes, residual, slope, energy, d, rows, LISTED, G, MANY_K,
+                MANY_D, PLACES,
             )  # fmt: skip
 
 
@@ -296,11 +297,12 @@ def residuals(
     held = [(smallest, D), *((size, max(16, smallest * D // size)) for size in larger(smallest, most_held))]
     more_than = -1
     for first in range(0, len(held), 2):
-        of_two = held[first : first + 2]
-        last = first + 2 >= len(held)
+        of_two, many = held[first : first + 2], (0, 0)
+        if first + 2 >= len(held):
+            many = tiles(min(of_two[-1][0], most_held), groups)[:2]
         _residual_ragged[(rows,)](
             x_BD, w_dec_ND, *active, pairs.offsets_B1, *out, d, rows, more_than, listed, groups, places,
-            *of_two[0], *of_two[-1], last, num_warps=1,
+            *of_two[0], *of_two[-1], *many, num_warps=1,
         )  # fmt: skip
         more_than = of_two[-1][0]
 

@@ -1,9 +1,9 @@
 """The B k largest scores of a batch, exactly: what `batch_selection.keep_largest` keeps, in four short kernels.
 
 All scores are read once, for the maxima of groups of neighbouring latents. Where B k of those maxima reach a value, so do
-B k scores, and where B k maxima of some groups each do: the B k-th largest of these bounds the threshold from below, and
-from then on only groups that reach the bound are read. A histogram of what reaches it (32,768 bins, one for each positive bfloat16) gives the threshold and how
-many equal to it are kept; integer sums, so any order of the additions gives the same.
+B k scores; as well where B k maxima of some groups each do. The B k-th largest of these bounds the threshold from below, and
+from then on only groups that reach the bound are read. A histogram of what reaches it (32,768 bins, one for each positive
+bfloat16) gives the threshold and how many equal to it are kept; integer sums, so any order of the additions gives the same.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"

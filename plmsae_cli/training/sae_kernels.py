@@ -21,6 +21,8 @@ from plmsae_cli.sae.topk import TopK
 
 MOST_ACTIVE = 512
 """Active latents a token for which a block of decoder rows fits every supported GPU's shared memory."""
+MOST_EXPERTS = 256
+"""Switch's experts of which a block of the router fits every supported GPU's shared memory."""
 ALONE = (JumpReLU, Switch)
 """Architectures that have the fused step on one GPU alone."""
 
@@ -45,6 +47,8 @@ def why_no_kernels(model: Dictionary, options: Train, world: int) -> str | None:
         return f"optimizer: {options.optimizer}; it updates by adam"
     if isinstance(model, TopK | Switch) and model.k > MOST_ACTIVE:
         return f"k ({model.k}) is above {MOST_ACTIVE}"
+    if isinstance(model, Switch) and model.num_experts > MOST_EXPERTS:
+        return f"num_experts ({model.num_experts}) is above {MOST_EXPERTS}"
     if model.d % 16:
         return f"the activations' dimension ({model.d}) is not a multiple of 16"
     return None

@@ -1,9 +1,9 @@
 """The B k largest scores of a batch, exactly: what `batch_selection.keep_largest` keeps, in four short kernels.
 
 All scores are read once, for the maxima of groups of neighbouring latents. Where B k of those maxima reach a value, so do
-B k scores: the B k-th largest maximum bounds the threshold from below, and from then on only groups that reach the bound
-are read. A histogram of what reaches it (32,768 bins, one for each positive bfloat16) gives the threshold and how
-many equal to it are kept; integer sums, so any order of the additions gives the same.
+B k scores; as well where B k maxima of some groups each do. The B k-th largest of these bounds the threshold from below, and
+from then on only groups that reach the bound are read. A histogram of what reaches it (32,768 bins, one for each positive
+bfloat16) gives the threshold and how many equal to it are kept; integer sums, so any order of the additions gives the same.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plmsae_cli.sae.fused.listed import GroupLists, load_listed
 from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.top_k import maxima_of_groups, members_of_group
 from plmsae_cli.sae.ranks import Ranks
@@ -40,37 +41,18 @@ def _bound(partial, wanted, found, counters, SHIFT: tl.constexpr, VALUES: tl.con
 
 
 @triton.jit
-def _count_digit(keys, found, partial, size, SHIFT: tl.constexpr, VALUES: tl.constexpr, TILE: tl.constexpr):
-    """How many keys reach each value of the next digit; this program's share."""
+def _count_digit(
+    keys, found, partial, size, SHIFT: tl.constexpr, VALUES: tl.constexpr, FOLD: tl.constexpr, TILE: tl.constexpr
+):
+    """How many of the maxima of FOLD neighbouring keys reach each value of the next digit; this program's share."""
     digit = tl.arange(0, VALUES)
     trial = tl.load(found) | (digit << SHIFT)
     counts = tl.zeros((VALUES,), tl.int32)
-    for start in range(tl.program_id(0) * TILE, size, tl.num_programs(0) * TILE):
-        o = start + tl.arange(0, TILE)
-        key = tl.load(keys + o, mask=o < size, other=-1).to(tl.int32)
+    for start in range(tl.program_id(0) * TILE, tl.cdiv(size, FOLD), tl.num_programs(0) * TILE):
+        o = (start + tl.arange(0, TILE))[:, None] * FOLD + tl.arange(0, FOLD)[None, :]
+        key = tl.max(tl.load(keys + o, mask=o < size, other=-1), 1).to(tl.int32)
         counts += tl.sum((key[:, None] >= trial[None, :]).to(tl.int32), 0)
     tl.store(partial + tl.program_id(0) * VALUES + digit, counts)
-
-
-@triton.jit
-def _list_reaching(maxima, bound, lists, lengths, groups, GROUPS: tl.constexpr):
-    """The groups of a row whose maximum reaches the bound, in order, and how many they are."""
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS)
-    largest = tl.load(maxima + row * groups + group, mask=group < groups, other=-1).to(tl.int32)
-    reaching = (largest >= tl.maximum(tl.load(bound), 1)).to(tl.int32)
-    place = tl.cumsum(reaching, 0) - 1
-    tl.store(lists + row * groups + place, group.to(lists.dtype.element_ty), mask=reaching == 1)
-    tl.store(lengths + row, tl.sum(reaching, 0))
-
-
-@triton.jit
-def _load_listed(scores, lists, row, slot, length, groups, n, MEMBERS: tl.constexpr):
-    """Latents and keys of the listed groups; keys beyond the list are -1."""
-    group = tl.load(lists + row * groups + slot, mask=slot < length, other=0).to(tl.int32)
-    latent = group[:, None] * MEMBERS + tl.arange(0, MEMBERS)[None, :]
-    wanted = (slot < length)[:, None] & (latent < n)
-    return latent, tl.load(scores + row * n + latent, mask=wanted, other=-1).to(tl.int32)
 
 
 @triton.jit
@@ -81,7 +63,8 @@ def _histogram(
     low = tl.maximum(tl.load(bound), 1)
     length = tl.load(lengths + row)
     for first in range(0, length, TILE):
-        _, keys = _load_listed(scores, lists, row, first + tl.arange(0, TILE), length, groups, n, MEMBERS)
+        _, scored, _ = load_listed(scores, lists, row, first + tl.arange(0, TILE), length, groups, n, MEMBERS)
+        keys = scored.to(tl.int32)
         tl.atomic_add(bins + keys * APART, 1, mask=keys >= low, sem="relaxed")
 
 
@@ -93,7 +76,8 @@ def _count(scores, lists, lengths, last, above, tied, n, groups, MEMBERS: tl.con
     more = 0
     equal = 0
     for first in range(0, length, TILE):
-        _, keys = _load_listed(scores, lists, row, first + tl.arange(0, TILE), length, groups, n, MEMBERS)
+        _, scored, _ = load_listed(scores, lists, row, first + tl.arange(0, TILE), length, groups, n, MEMBERS)
+        keys = scored.to(tl.int32)
         more += tl.sum(tl.sum((keys > low).to(tl.int32), 1), 0)
         equal += tl.sum(tl.sum((keys == low).to(tl.int32), 1), 0)
     tl.store(above + row, more)
@@ -126,9 +110,9 @@ def _write(
     length = tl.load(lengths + row)
     for first in range(0, length, TILE):
         slot = first + tl.arange(0, TILE)
-        latent, keys = _load_listed(scores, lists, row, slot, length, groups, n, MEMBERS)
+        latent, scored, _ = load_listed(scores, lists, row, slot, length, groups, n, MEMBERS)
         latent = tl.reshape(latent, (TILE * MEMBERS,))
-        keys = tl.reshape(keys, (TILE * MEMBERS,))
+        keys = tl.reshape(scored, (TILE * MEMBERS,)).to(tl.int32)
         tie = (keys == low).to(tl.int32)
         kept = ((keys > low) | ((tie == 1) & (tl.cumsum(tie, 0) <= spare))).to(tl.int32)
         to = place + tl.cumsum(kept, 0) - 1
@@ -139,6 +123,11 @@ def _write(
         tl.store(tokens + to, tl.zeros_like(latent) + row.to(tl.int32), mask=mask)
         spare -= tl.sum(tie, 0)
         place += tl.sum(kept, 0)
+
+
+def fold_of(groups: int, k: int) -> int:
+    """Groups of which the bound takes one maximum: the fewer it counts the sooner it is found, but the lower it lies."""
+    return next((fold for fold in (4, 2) if groups >= 4 * k * fold), 1)
 
 
 class BatchTopKEncoder:
@@ -160,9 +149,8 @@ class BatchTopKEncoder:
         self._members = members_of_group(num_latents, k)
         self._groups = triton.cdiv(num_latents, self._members)
         self._scores_BN = torch.empty(rows, num_latents, dtype=torch.bfloat16, device=device)
-        self._maxima = torch.empty(rows, self._groups, dtype=torch.int16, device=device)
-        self._lists = torch.empty(rows, self._groups, dtype=torch.int32, device=device)
-        self._lengths_B = torch.empty(rows, dtype=torch.int32, device=device)
+        self._lists = GroupLists(rows, self._groups, device)
+        self._fold = fold_of(self._groups, k)
         self._partial = torch.empty(COUNTERS, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
         self._above_B = torch.empty(rows, dtype=torch.int32, device=device)
         self._tied_B = torch.empty(rows, dtype=torch.int32, device=device)
@@ -178,15 +166,12 @@ class BatchTopKEncoder:
         rows, pairs = self._rows, self.pairs
         assert pairs.offsets_B1 is not None
         keys = scores_BN.view(torch.int16)
-        maxima_of_groups(keys, self._maxima, self._members)
+        lists = self._lists
+        maxima_of_groups(keys, lists.marks_BG, self._members)
         bound = self._bound()
-        GROUPS = triton.next_power_of_2(self._groups)
-        warps = max(1, min(8, GROUPS // 512))
-        _list_reaching[(rows,)](
-            self._maxima, bound, self._lists, self._lengths_B, self._groups, GROUPS, num_warps=warps
-        )
+        lists.fill(bound)
         tile = max(1, SCORES_A_TILE // self._members)
-        listed = (keys, self._lists, self._lengths_B)
+        listed = (keys, lists.lists_BG, lists.lengths_B)
         sizes = (self.num_latents, self._groups, self._members, tile)
 
         bins = torch.zeros(BINS, BINS_APART, dtype=torch.int32, device=keys.device)
@@ -224,13 +209,13 @@ class BatchTopKEncoder:
 
     def _bound(self) -> Tensor:
         """A value that enough scores of all ranks reach, or 0: int32, 0-dim."""
-        found = torch.zeros((), dtype=torch.int32, device=self._maxima.device)
-        keys = self._maxima.view(-1)
-        programs = min(COUNTERS, triton.cdiv(len(keys), KEYS_A_PROGRAM))
+        found = torch.zeros((), dtype=torch.int32, device=self._partial.device)
+        keys = self._lists.marks_BG.view(-1)
+        programs = min(COUNTERS, triton.cdiv(len(keys), KEYS_A_PROGRAM * self._fold))
         for digit in reversed(range(DIGITS)):
             shift = digit * DIGIT_BITS
             _count_digit[(programs,)](
-                keys, found, self._partial, len(keys), shift, 1 << DIGIT_BITS, KEYS_A_PROGRAM, num_warps=4
+                keys, found, self._partial, len(keys), shift, 1 << DIGIT_BITS, self._fold, KEYS_A_PROGRAM, num_warps=4
             )
             _bound[(1,)](
                 self._partial, self._wanted_here, found, programs, shift, 1 << DIGIT_BITS, COUNTERS, num_warps=4

@@ -64,36 +64,27 @@ def reads(act, pair, end, LISTED: tl.constexpr):
 
 
 @triton.jit
-def _residual(
+def _held(
+    row,
+    begin,
+    end,
     x,
     w,
     acts,
     indices,
-    offsets,
     prefixes,
     residual,
     slope,
     energy,
     d: tl.constexpr,
-    k,
     rows,
-    more_than,
-    RAGGED: tl.constexpr,
     LISTED: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    if RAGGED:
-        begin = tl.load(offsets + row).to(tl.int64)
-        end = tl.load(offsets + row + 1).to(tl.int64)
-        if (end - begin > K) | (end - begin <= more_than):
-            return
-    else:
-        begin = row * k
-        end = begin + k
+    """A token of up to K pairs, whose decoder rows are held at once, D columns at a time."""
     pair = begin + tl.arange(0, K)
     act, latent, group = load_pairs(acts, indices, prefixes, pair, end, G)
     active = reads(act, pair, end, LISTED)
@@ -128,31 +119,27 @@ def _residual(
 
 
 @triton.jit
-def _residual_of_many(
+def _many(
+    row,
+    begin,
+    end,
     x,
     w,
     acts,
     indices,
-    offsets,
     prefixes,
     residual,
     slope,
     energy,
     d: tl.constexpr,
     rows,
-    more_than,
     LISTED: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    """What `_residual` computes, for tokens of more pairs: the decoder's rows are read twice, K at a time."""
-    row = tl.program_id(0).to(tl.int64)
-    begin = tl.load(offsets + row).to(tl.int64)
-    end = tl.load(offsets + row + 1).to(tl.int64)
-    if end - begin <= more_than:
-        return
+    """What `_held` computes, for a token of more pairs: the decoder's rows are read twice, K at a time."""
     prefix = tl.arange(0, PLACES)
     later = (prefix[None, :] >= prefix[:, None]).to(tl.float32).to(tl.bfloat16)
     nested = tl.zeros((D,), tl.float32)
@@ -195,6 +182,79 @@ def _residual_of_many(
         tl.store(slope + pair, tl.where(active, own, 0.0), mask=pair < end)
 
 
+@triton.jit
+def _residual(
+    x,
+    w,
+    acts,
+    indices,
+    prefixes,
+    residual,
+    slope,
+    energy,
+    d: tl.constexpr,
+    k,
+    rows,
+    LISTED: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    begin = row * k
+    _held(
+        row, begin, begin + k, x, w, acts, indices, prefixes, residual, slope, energy, d, rows, LISTED, G, K, D, PLACES
+    )
+
+
+@triton.jit
+def _residual_ragged(
+    x,
+    w,
+    acts,
+    indices,
+    offsets,
+    prefixes,
+    residual,
+    slope,
+    energy,
+    d: tl.constexpr,
+    rows,
+    more_than,
+    LISTED: tl.constexpr,
+    G: tl.constexpr,
+    PLACES: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    MORE_K: tl.constexpr,
+    MORE_D: tl.constexpr,
+    MANY_K: tl.constexpr,
+    MANY_D: tl.constexpr,
+):
+    """Tokens of more than `more_than` pairs, up to K or up to MORE_K; with MANY_K, all that have more as well."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.load(offsets + row).to(tl.int64)
+    end = tl.load(offsets + row + 1).to(tl.int64)
+    count = end - begin
+    if count > more_than:
+        if count <= K:
+            _held(
+                row, begin, end, x, w, acts, indices, prefixes, residual, slope, energy, d, rows, LISTED, G, K, D,
+                PLACES,
+            )  # fmt: skip
+        elif count <= MORE_K:
+            _held(
+                row, begin, end, x, w, acts, indices, prefixes, residual, slope, energy, d, rows, LISTED, G, MORE_K,
+                MORE_D, PLACES,
+            )  # fmt: skip
+        elif MANY_K > 0:
+            _many(
+                row, begin, end, x, w, acts, indices, prefixes, residual, slope, energy, d, rows, LISTED, G, MANY_K,
+                MANY_D, PLACES,
+            )  # fmt: skip
+
+
 def centre(raw_BD: Tensor, mean_D: Tensor, scale: float, b_dec_D: Tensor, x_BD: Tensor, square_B: Tensor) -> None:
     """x = (raw - mean) * scale - b_dec in bfloat16, and ||(raw - mean) * scale||^2 of each row."""
     rows, d = raw_BD.shape
@@ -225,18 +285,31 @@ def residuals(
     """
     rows, d = x_BD.shape
     k, groups = len(pairs.acts_P) // rows, residual_BGD.shape[1]
-    ragged = pairs.offsets_B1 is not None
-    data = (x_BD, w_dec_ND, pairs.acts_P, pairs.indices_P, pairs.offsets_B1)
+    active = (pairs.acts_P, pairs.indices_P)
     out = (prefixes_G, residual_BGD, slope_P, energy_2B)
-    # Tokens by how many pairs they have: a launch each, in which the other tokens' programs end at once.
-    smallest, more_than = smallest or pairs_held(k), -1
-    larger = [smallest << i for i in range(1, 4) if smallest << i <= most_held] if ragged else []
-    for K in (smallest, *larger):
-        _residual[(rows,)](*data, *out, d, k, rows, more_than, ragged, listed, groups, *tiles(K, groups), num_warps=1)
-        more_than = K
-    if ragged:
-        sizes = tiles(min(more_than, most_held), groups)
-        _residual_of_many[(rows,)](*data, *out, d, rows, more_than, listed, groups, *sizes, num_warps=1)
+    smallest = smallest or pairs_held(k)
+    K, D, places = tiles(smallest, groups)
+    if pairs.offsets_B1 is None:
+        sizes = (d, k, rows, listed, groups, K, D, places)
+        _residual[(rows,)](x_BD, w_dec_ND, *active, *out, *sizes, num_warps=1)
+        return
+    # Tokens by how many pairs they have, two sizes a launch: for more than two, every program would want many registers.
+    held = [(smallest, D), *((size, max(16, smallest * D // size)) for size in larger(smallest, most_held))]
+    more_than = -1
+    for first in range(0, len(held), 2):
+        of_two, many = held[first : first + 2], (0, 0)
+        if first + 2 >= len(held):
+            many = tiles(min(of_two[-1][0], most_held), groups)[:2]
+        _residual_ragged[(rows,)](
+            x_BD, w_dec_ND, *active, pairs.offsets_B1, *out, d, rows, more_than, listed, groups, places,
+            *of_two[0], *of_two[-1], *many, num_warps=1,
+        )  # fmt: skip
+        more_than = of_two[-1][0]
+
+
+def larger(smallest: int, most_held: int) -> list[int]:
+    """Further sizes of lists that are held at once."""
+    return [smallest << i for i in range(1, 4) if smallest << i <= most_held]
 
 
 def pairs_held(k: int) -> int:

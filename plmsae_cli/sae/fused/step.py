@@ -18,7 +18,7 @@ from plmsae_cli.sae.fused.dead_bound import DeadBound
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.graphs import Graphs, launched
 from plmsae_cli.sae.fused.pairs import ActivePairs
-from plmsae_cli.sae.fused.residual import centre, residuals
+from plmsae_cli.sae.fused.residual import centre, pairs_held, residuals
 from plmsae_cli.sae.fused.top_k import TopKEncoder
 from plmsae_cli.sae.fused.update import AdamOptions, Sums, Update
 from plmsae_cli.sae.ranks import Pending, Ranks, Rows
@@ -200,9 +200,12 @@ class FusedStep:
             self._l0_std.copy_(encode.spread() / self._ranks.world)
 
     def _errors(self, places: int) -> None:
-        update, energy_2B = self._update, self._energy_2B
+        update, energy_2B, model = self._update, self._energy_2B, self._model
         pairs = (self._encode.pairs, self._gradients.prefixes_G)
-        residuals(self._x_BD, update.w_dec_ND, *pairs, self._residual_BGD, self._slope_P, energy_2B)
+        out = (self._residual_BGD, self._slope_P, energy_2B)
+        # Of BatchTopK's pairs there are twice as many places where there are other ranks, but no more pairs.
+        smallest = pairs_held(model.k) if isinstance(model, TopK) else None
+        residuals(self._x_BD, update.w_dec_ND, *pairs, *out, smallest=smallest)
         if self._aux is not None and places:
             dead_N, error_BD = self._ages_N >= self._batch.window, self._residual_BGD[:, -1]
             weights = (update.w_enc_ND, update.b_enc_N, update.w_dec_ND)

@@ -1,6 +1,7 @@
 """The pairs of a JumpReLU: those above their latent's threshold, and those whose gradient the threshold gets.
 
-Scores are read twice: to count a token's pairs, and to write them where the counts say. Where a batch has more pairs than
+Scores are read once, to count a token's pairs in each group of neighbouring latents; from then on only groups that hold
+some are read, and their pairs written where the counts say. Where a batch has more pairs than
 places, as early in training, none are listed and `dense` is set: `fused.dense` then computes from the scores themselves.
 The device decides; nobody waits for its count.
 """
@@ -13,10 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plmsae_cli.sae.fused.listed import GroupLists, load_listed
 from plmsae_cli.sae.fused.pairs import ActivePairs
+from plmsae_cli.sae.fused.top_k import members_of_group
 
 ROWS, SCORES = 4, 512
-"""Tokens of a program, and scores of each that it reads at once."""
+"""Tokens of a program, and scores of each that it counts at once."""
+TYPICAL = 64
+"""Pairs of a token that the size of the groups is chosen for."""
+SCORES_A_TILE = 1024
+"""Scores of listed groups that are read at once."""
 NEAR_TILE = 512
 """Pairs of a latent that are read at once: some latents are active in most tokens."""
 
@@ -28,17 +35,40 @@ def above_and_near(scores, theta, row, latent, rows, n, half):
     places = scores + row.to(tl.int64)[:, None] * n + latent[None, :]
     score = tl.load(places, mask=inside, other=0.0).to(tl.float32)
     limit = tl.load(theta + latent, mask=latent < n, other=0.0)[None, :]
-    return score, inside & (score > limit), inside & (tl.abs(score - limit) < half)
+    above, near = _beside(score, limit, inside, half)
+    return score, above, near
 
 
 @triton.jit
-def _count_listed(scores, theta, listed, active, rows, n, half, R: tl.constexpr, T: tl.constexpr):
+def _beside(score, limit, inside, half):
+    return inside & (score > limit), inside & (tl.abs(score - limit) < half)
+
+
+@triton.jit
+def _count_listed(
+    scores,
+    theta,
+    listed,
+    active,
+    marks,
+    rows,
+    n,
+    groups,
+    half,
+    MEMBERS: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+):
     row = tl.program_id(0) * R + tl.arange(0, R)
-    all_listed = tl.zeros((R, T), tl.int32)
+    all_listed = tl.zeros((R, T // MEMBERS), tl.int32)
     all_active = tl.zeros((R, T), tl.int32)
     for first in range(0, n, T):
         _, above, near = above_and_near(scores, theta, row, first + tl.arange(0, T), rows, n, half)
-        all_listed += (above | near).to(tl.int32)
+        counts = tl.sum(tl.reshape((above | near).to(tl.int32), (R, T // MEMBERS, MEMBERS)), 2)
+        group = first // MEMBERS + tl.arange(0, T // MEMBERS)
+        to = marks + row.to(tl.int64)[:, None] * groups + group[None, :]
+        tl.store(to, counts.to(tl.int16), mask=(row < rows)[:, None] & (group < groups)[None, :])
+        all_listed += counts
         all_active += above.to(tl.int32)
     tl.store(listed + row, tl.sum(all_listed, 1), mask=row < rows)
     tl.store(active + row, tl.sum(all_active, 1), mask=row < rows)
@@ -48,34 +78,40 @@ def _count_listed(scores, theta, listed, active, rows, n, half, R: tl.constexpr,
 def _write_listed(
     scores,
     theta,
+    lists,
+    lengths,
     offsets,
     dense,
     acts,
     indices,
     sort_keys,
     tokens,
-    rows,
     n,
+    groups,
     half,
     shift,
-    R: tl.constexpr,
-    T: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     if tl.load(dense) == 0:
-        row = tl.program_id(0) * R + tl.arange(0, R)
-        place = tl.load(offsets + row, mask=row < rows, other=0)
-        for first in range(0, n, T):
-            latent = first + tl.arange(0, T)
-            score, above, near = above_and_near(scores, theta, row, latent, rows, n, half)
+        row = tl.program_id(0).to(tl.int64)
+        place = tl.load(offsets + row)
+        length = tl.load(lengths + row)
+        for first in range(0, length, TILE):
+            slot = first + tl.arange(0, TILE)
+            latent, scored, wanted = load_listed(scores, lists, row, slot, length, groups, n, MEMBERS)
+            latent = tl.reshape(latent, (TILE * MEMBERS,))
+            wanted = tl.reshape(wanted, (TILE * MEMBERS,))
+            score = tl.reshape(scored, (TILE * MEMBERS,)).to(tl.float32)
+            above, near = _beside(score, tl.load(theta + latent, mask=wanted, other=0.0), wanted, half)
             listed = (above | near).to(tl.int32)
-            to = place[:, None] + tl.cumsum(listed, 1) - 1
+            to = place + tl.cumsum(listed, 0) - 1
             mask = listed == 1
-            latents = latent[None, :] + tl.zeros_like(to)
             tl.store(acts + to, tl.where(above, score, 0.0), mask=mask)
-            tl.store(indices + to, latents, mask=mask)
-            tl.store(sort_keys + to, (latents - shift).to(sort_keys.dtype.element_ty), mask=mask)
-            tl.store(tokens + to, row[:, None] + tl.zeros_like(to), mask=mask)
-            place += tl.sum(listed, 1)
+            tl.store(indices + to, latent, mask=mask)
+            tl.store(sort_keys + to, (latent - shift).to(sort_keys.dtype.element_ty), mask=mask)
+            tl.store(tokens + to, tl.zeros_like(latent) + row.to(tl.int32), mask=mask)
+            place += tl.sum(listed, 0)
 
 
 @triton.jit
@@ -114,6 +150,8 @@ class ThresholdEncoder:
         self.theta_N = torch.empty_like(log_theta_N)
         self.pairs = ActivePairs.places(capacity, num_latents, device, tokens=rows)
         self.scores_BN = torch.empty(rows, num_latents, dtype=torch.bfloat16, device=device)
+        self._members = members_of_group(num_latents, TYPICAL)
+        self._lists = GroupLists(rows, triton.cdiv(num_latents, self._members), device)
         self.active_B, self._listed_B = torch.zeros(2, rows, dtype=torch.int32, device=device)
         self.dense = torch.zeros((), dtype=torch.int32, device=device)
         self.near_2N = torch.zeros(2, num_latents, device=device)
@@ -129,27 +167,35 @@ class ThresholdEncoder:
         pairs, (rows, n) = self.pairs, self.scores_BN.shape
         assert pairs.offsets_B1 is not None
         torch.exp(self._log_theta_N, out=self.theta_N)
-        grid, tile = (triton.cdiv(rows, ROWS),), min(SCORES, triton.next_power_of_2(n))
-        source = (self.scores_BN, self.theta_N)
-        sizes = (rows, n, self.half)
-        _count_listed[grid](*source, self._listed_B, self.active_B, *sizes, ROWS, tile, num_warps=4)
+        lists, members, source = self._lists, self._members, (self.scores_BN, self.theta_N)
+        groups = lists.marks_BG.shape[1]
+        counts = (self._listed_B, self.active_B, lists.marks_BG)
+        tile = max(members, min(SCORES, triton.next_power_of_2(n)))
+        _count_listed[(triton.cdiv(rows, ROWS),)](
+            *source, *counts, rows, n, groups, self.half, members, ROWS, tile, num_warps=4
+        )
+        lists.fill()
         ends_B = self._listed_B.cumsum(0)
         self.dense.copy_(ends_B[-1] > len(pairs.acts_P))
         pairs.offsets_B1[1:].copy_(ends_B * (1 - self.dense))
         pairs.sort_keys_P.fill_(n - pairs.shift)
-        _write_listed[grid](
+        _write_listed[(rows,)](
             *source,
+            lists.lists_BG,
+            lists.lengths_B,
             pairs.offsets_B1,
             self.dense,
             pairs.acts_P,
             pairs.indices_P,
             pairs.sort_keys_P,
             pairs.token_P,
-            *sizes,
+            n,
+            groups,
+            self.half,
             pairs.shift,
-            ROWS,
-            tile,
-            num_warps=4,
+            members,
+            max(1, SCORES_A_TILE // members),
+            num_warps=2,
         )
 
     def sum_near(self, offsets_N1: Tensor, order_P: Tensor, token_P: Tensor, slope_P: Tensor) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.batch_selection import keep_largest
 from plmsae_cli.sae.fused.batch_top_k import BatchTopKEncoder
+from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.residual import residuals
 from plmsae_cli.sae.interface import one_process
 
@@ -67,25 +68,42 @@ def test_wide_dictionaries(num_latents: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_tokens_of_many_pairs_have_the_residuals_of_few(groups: int) -> None:
+def test_residuals_of_tokens_of_any_number_of_pairs_are_the_formulas(groups: int) -> None:
+    """One token for each way to go: none, one of every size that is held at once, full ones, and more than are held."""
     generator = torch.Generator().manual_seed(1)
-    rows, n, d, k = 5, 200, 48, 20
-    scores_BN = torch.randn(rows, n, generator=generator).bfloat16()
-    scores_BN[3] += 2.0  # it takes most of the places
-    x_BD, w_ND = (torch.randn(shape, generator=generator).bfloat16().to(DEVICE) for shape in ((rows, d), (n, d)))
-    prefixes_G = torch.tensor([n // 8, n // 2, n][-groups:], dtype=torch.int32, device=DEVICE)
-    found = []
-    for most_held in (16, 256):
-        encoder = BatchTopKEncoder(rows, n, k, DEVICE, Gang())
-        encoder.select(scores_BN.to(DEVICE))
-        out = (
-            torch.zeros(rows, groups, d, dtype=torch.bfloat16, device=DEVICE),
-            torch.zeros(rows * k, device=DEVICE),
-            torch.zeros(2, rows, device=DEVICE),
-        )
-        residuals(x_BD, w_ND, encoder.pairs, prefixes_G, *out, most_held)
-        found.append(out)
-    assert encoder.pairs.offsets_B1 is not None
-    assert int(encoder.pairs.offsets_B1.diff().max()) > 64, "one token is to have many pairs"
-    for few, many in zip(*found, strict=True):
-        torch.testing.assert_close(few.float(), many.float(), rtol=0.02, atol=0.02 * float(many.float().abs().max()))
+    counts, n, d = [0, 7, 16, 17, 40, 128, 129, 300], 320, 48
+    rows = len(counts)
+    active_BN = torch.zeros(rows, n, dtype=torch.bool)
+    for row, count in enumerate(counts):
+        active_BN[row, torch.randperm(n, generator=generator)[:count]] = True
+    z_BN = torch.where(active_BN, torch.rand(rows, n, generator=generator) + 0.5, 0.0).bfloat16()
+    x_BD, w_ND = (torch.randn(shape, generator=generator).bfloat16() for shape in ((rows, d), (n, d)))
+    prefixes = [n // 8, n // 2, n][-groups:]
+
+    token_P, latent_P = active_BN.nonzero(as_tuple=True)
+    pairs = ActivePairs.places(len(token_P), n, DEVICE, tokens=rows)
+    assert pairs.offsets_B1 is not None
+    pairs.acts_P.copy_(z_BN[active_BN])
+    pairs.indices_P.copy_(latent_P)
+    pairs.offsets_B1[1:].copy_(torch.tensor(counts).cumsum(0))
+    residual_BGD = torch.zeros(rows, groups, d, dtype=torch.bfloat16, device=DEVICE)
+    slope_P, energy_2B = torch.zeros(len(token_P), device=DEVICE), torch.zeros(2, rows, device=DEVICE)
+    prefixes_G = torch.tensor(prefixes, dtype=torch.int32, device=DEVICE)
+    out = (residual_BGD, slope_P, energy_2B)
+    residuals(x_BD.to(DEVICE), w_ND.to(DEVICE), pairs, prefixes_G, *out, most_held=128, smallest=16)
+
+    x, w, z = x_BD.double(), w_ND.double(), z_BN.double()
+    own_BGD = torch.stack([x - z[:, :size] @ w[:size] for size in prefixes], 1)
+    want_BGD = own_BGD.flip(1).cumsum(1).flip(1)
+    group_N = sum((torch.arange(n) >= size).long() for size in prefixes[:-1]) + torch.zeros(n, dtype=torch.long)
+    want_P = (want_BGD[token_P, group_N[latent_P]] * w[latent_P]).sum(1)
+    squares_BG = own_BGD.square().sum(2)
+
+    def check(ours: torch.Tensor, want: torch.Tensor) -> None:
+        torch.testing.assert_close(ours.double().cpu(), want, rtol=0.02, atol=0.01 * float(want.abs().max()))
+
+    for row in range(rows):
+        check(residual_BGD[row], want_BGD[row])
+        if counts[row]:
+            check(slope_P.cpu()[token_P == row], want_P[token_P == row])
+    check(energy_2B, torch.stack([squares_BG.sum(1), squares_BG[:, -1]]))

@@ -16,6 +16,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 capability = int(sys.argv[1])
+# Bytes a block may have; what is compiled for 8.0 is to run on 8.6 and 8.9 as well, which have the least.
+most_shared = {80: 101_376, 90: 232_448}[capability]
 
 
 class Driver:
@@ -31,7 +33,9 @@ run, names = JITFunction.run, set()
 
 def compile_only(self, *args, grid, warmup, **kwargs):
     names.add(self.__name__)
-    return run(self, *args, grid=grid, warmup=True, **kwargs)
+    kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+    assert kernel.metadata.shared <= most_shared, (self.__name__, kernel.metadata.shared)
+    return kernel
 
 
 JITFunction.run = compile_only
@@ -95,7 +99,7 @@ def test_all_kernels_compile(capability: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     expected = (
         "_add_rows _bound _centre _count _count_digit _count_listed _decode _decode_all _errors _expert_scores _histogram "
-        "_keep_top _latent_sums _list_reaching _maxima _near_sums _residual _residual_of_many _route _route_backward _select "
+        "_keep_top _latent_sums _list_reaching _maxima _near_sums _residual _residual_ragged _route _route_backward _select "
         "_slopes _slopes_of_all _weights_of_all _write _write_listed collect columns finish gradients long permute "
         "update_flat update_rows"
     )

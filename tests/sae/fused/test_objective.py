@@ -89,6 +89,8 @@ def test_own_parameters_are_saved_and_continue_bit_for_bit(architecture: str, mo
     [
         ({"architecture": "switch", "k": K}, 1, None),
         ({"architecture": "switch", "k": K}, 2, "on one GPU alone"),
+        ({"architecture": "switch", "k": 1, "num_latents": 512, "num_experts": 256}, 1, None),
+        ({"architecture": "switch", "k": 1, "num_latents": 512, "num_experts": 512}, 1, "num_experts (512) is above"),
         ({"architecture": "jumprelu"}, 1, None),
         ({"architecture": "jumprelu", "penalty": "tanh"}, 1, "penalty: tanh"),
         ({"architecture": "gated"}, 1, "gated has none"),

@@ -1,0 +1,50 @@
+"""The groups of neighbouring latents that hold some of a token's pairs, and the scores of those groups alone."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _list_reaching(marks, bound, lists, lengths, groups, GROUPS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    mark = tl.load(marks + row * groups + group, mask=group < groups, other=-1).to(tl.int32)
+    low = 1
+    if bound is not None:
+        low = tl.maximum(tl.load(bound), 1)
+    reaching = (mark >= low).to(tl.int32)
+    place = tl.cumsum(reaching, 0) - 1
+    tl.store(lists + row * groups + place, group.to(lists.dtype.element_ty), mask=reaching == 1)
+    tl.store(lengths + row, tl.sum(reaching, 0))
+
+
+@triton.jit
+def load_listed(scores, lists, row, slot, length, groups, n, MEMBERS: tl.constexpr):
+    """Latents and scores of the groups in these slots of the row's list, and which of them there are; other scores are -1."""
+    group = tl.load(lists + row * groups + slot, mask=slot < length, other=0).to(tl.int32)
+    latent = group[:, None] * MEMBERS + tl.arange(0, MEMBERS)[None, :]
+    wanted = (slot < length)[:, None] & (latent < n)
+    return latent, tl.load(scores + row * n + latent, mask=wanted, other=-1), wanted
+
+
+class GroupLists:
+    """For each of B tokens its groups whose mark is wanted, in order; in buffers made once."""
+
+    def __init__(self, rows: int, groups: int, device: torch.device) -> None:
+        self.marks_BG = torch.empty(rows, groups, dtype=torch.int16, device=device)
+        self.lists_BG = torch.empty(rows, groups, dtype=torch.int32, device=device)
+        self.lengths_B = torch.empty(rows, dtype=torch.int32, device=device)
+
+    def fill(self, bound: Tensor | None = None) -> None:
+        """List the groups whose mark is at least 1 and, where there is one, `bound` (int32, 0-dim)."""
+        rows, groups = self.marks_BG.shape
+        GROUPS = triton.next_power_of_2(groups)
+        _list_reaching[(rows,)](
+            self.marks_BG, bound, self.lists_BG, self.lengths_B, groups, GROUPS,
+            num_warps=max(1, min(8, GROUPS // 512)),
+        )  # fmt: skip

@@ -58,5 +58,5 @@ def test_rows_are_numbered_anew_and_columns_are_dense() -> None:
     x, dense, _ = example(50, 6)
     keep = torch.arange(50) % 3 == 0
     some = x.some(keep)
-    assert torch.equal(some.csr().to_dense(), dense[keep])
+    assert torch.equal(some.csr.to_dense(), dense[keep])
     assert torch.equal(some.column(2), dense[keep, 2])

@@ -40,13 +40,16 @@ def test_they_plan(
     Path("go_mfo.tsv.gz").write_bytes(gzip.compress(b"P1\tGO:0003677\n"))
     for code in ("1cs4", "1fx2", "4at1"):
         Path(f"{code}.pdb.gz").write_bytes(gzip.compress(code.encode()))
-    Path("narrow-contact-regression.pt").write_bytes(b"looked at when it is used")
     shapes = {"encoder.weight": (32, 8), "encoder.bias": (32,), "decoder.weight": (8, 32), "bias": (8,)}
     torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, "saefold-3b-l36.ckpt")
     sets = ["--set", "model.weights=narrow"]
     if "3b" in name:
         sets += ["--set", "train.imported.weights=narrow"]
+    if name == "contacts-650m-l24":  # the narrow model has no head
+        sets += ["--set", "eval.contacts.methods=[jacobian]"]
     done = plmsae("run", EXAMPLES / f"{name}.yaml", "--dry-run", *sets)
     assert done.code == 0, done.err
     assert f"axes: {axes}" in done.out
+    for axis in {"concepts", "families", "probes"} & set(axes):  # what it will hold, before anything exists
+        assert f"{axis}, memory_bytes: " in done.out
     assert not (tmp_path / "runs").exists()

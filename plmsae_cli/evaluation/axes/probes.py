@@ -20,6 +20,9 @@ AXIS = "probes"
 TEST_SHARE = 0.2
 BOOTSTRAPS = 1000
 """Draws of test proteins for the intervals."""
+ENTRY, ACTIVE = 80, 64
+"""Bytes of an active latent of a residue (row, column and value, once more by half, and as compressed rows both ways), and how
+many are reckoned with, in the plan."""
 
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
@@ -29,7 +32,11 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     scope.require_same_model("remove eval.probes")
     inputs = scope.contents(proteins=options.proteins, labels=options.labels)
     identity = scope.identity(AXIS, options.science(), inputs)
-    shown = {"proteins": options.proteins, "labels": options.labels or "residue annotations"}
+    shown = {
+        "proteins": options.proteins,
+        "labels": options.labels or "residue annotations",
+        "memory_bytes": ENTRY * ACTIVE * options.residues,
+    }
     return [scope.task(AXIS, identity, cost=10.0)], shown
 
 

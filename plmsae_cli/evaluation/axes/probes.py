@@ -87,7 +87,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
             nulls = {f"{key}_null": null.get(key) for key in ("auroc_single", "auroc_all")}
             found.append({"target": target.name, "of": target.of, **row, **nulls})
             best_of.setdefault(row["latent"], []).append(target.name)
-        context.progress(done + 1, len(targets))
+        context.progress(1 + (done + 1) / len(targets), 2)
     if not found:
         raise UserError(
             f"none of {len(targets)} targets has both kinds of rows in train and in test",
@@ -143,7 +143,11 @@ def _features(
     scale_N = torch.where(sae.maximum_N > 0, sae.maximum_N, 1.0)
     parts: dict[str, list[tuple[Tensor, ...]]] = {kind: [] for kind in kinds}
     first = 0
-    for places, latents in rows.encoded(sae, sequences):
+
+    def progress(done: float, total: float) -> None:  # embedding is the first half of the task
+        context.progress(done / total, 2)
+
+    for places, latents in rows.encoded(sae, sequences, progress):
         value_RK = (latents.acts_BK / scale_N[latents.indices_BK]).double().cpu()
         index_RK = latents.indices_BK.cpu()
         row_Q, slot_Q = (value_RK > 0).nonzero(as_tuple=True)

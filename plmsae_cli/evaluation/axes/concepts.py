@@ -31,6 +31,7 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
         "annotations": options.annotations,
         "mode": options.mode,
         "nulls": ", ".join(options.nulls) or "none",
+        "memory_bytes": int(options.memory),
     }
 
 

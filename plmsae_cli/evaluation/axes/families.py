@@ -16,6 +16,8 @@ SPECIFIC = 0.7
 """F1 above which a latent is family-specific."""
 LISTED = 100
 """Latents shown with their families, those that fit best on train."""
+MEMORY = 80 * 2**25
+"""Bytes that matching holds beside two tables of one byte a protein and class: its tile, which bounds it (`matching.TILE`)."""
 SEED = 0
 """Of the permutation of labels, and of the draws for intervals."""
 
@@ -31,7 +33,12 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     steps = [piece.args["step"] for piece in pieces]
     tasks = [scope.task(AXIS, identity, "prepare"), *pieces]
     tasks.append(scope.task(AXIS, identity, "match", ["prepare", *steps], 4.0, steps=steps))
-    return tasks, {"proteins": options.proteins, "labels": options.labels or "Pfam", "mode": options.mode}
+    return tasks, {
+        "proteins": options.proteins,
+        "labels": options.labels or "Pfam",
+        "mode": options.mode,
+        "memory_bytes": MEMORY,
+    }
 
 
 def work(task: Task, scope: Scope, context: Context) -> Result:

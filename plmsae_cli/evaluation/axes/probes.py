@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ AXIS = "probes"
 TEST_SHARE = 0.2
 BOOTSTRAPS = 1000
 """Draws of test proteins for the intervals."""
+ENTRY, ACTIVE = 80, 64
+"""Bytes of an active latent of a residue (row, column and value, once more by half, and as compressed rows both ways), and how
+many are reckoned with, in the plan."""
 
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
@@ -29,7 +32,11 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     scope.require_same_model("remove eval.probes")
     inputs = scope.contents(proteins=options.proteins, labels=options.labels)
     identity = scope.identity(AXIS, options.science(), inputs)
-    shown = {"proteins": options.proteins, "labels": options.labels or "residue annotations"}
+    shown = {
+        "proteins": options.proteins,
+        "labels": options.labels or "residue annotations",
+        "memory_bytes": ENTRY * ACTIVE * options.residues,
+    }
     return [scope.task(AXIS, identity, cost=10.0)], shown
 
 
@@ -63,23 +70,24 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     hashes_P = chosen.hashes_P[sampled]
     test_P = torch.from_numpy(halves(cluster(sequences, method), hashes_P, lengths, TEST_SHARE))
     sae = load_sae_with_facts(scope.folder, scope.store).model
-    residues, pooled = _features(scope, sae, sequences, options, context)
     targets = _targets(scope, options, kept, sequences)
     lengths_P = torch.from_numpy(lengths)
     owners = {"residue": torch.arange(len(kept)).repeat_interleave(lengths_P), "protein": torch.arange(len(kept))}
+    features = _features(scope, sae, sequences, {target.of for target in targets}, options, context)
+    sides = {of: _Sides.cut(x, owners[of], test_P) for of, x in features.items()}
     found = []
     best_of: dict[int, list[str]] = {}
     for done, target in enumerate(targets):
         context.check_stop()
-        x, owner_R = pooled if target.of == "protein" else residues, owners[target.of]
-        row = _probe(x, target.y_R, owner_R, test_P, options.l2)
+        side = sides[target.of]
+        row = _probe(side, target.y_R, options.l2)
         if row is not None:
             of_chance = rotated(target.y_R, lengths_P, hashes_P) if target.of == "residue" else permuted(target.y_R)
-            null = _probe(x, of_chance, owner_R, test_P, options.l2, draws=0) or {}
+            null = _probe(side, of_chance, options.l2, draws=0) or {}
             nulls = {f"{key}_null": null.get(key) for key in ("auroc_single", "auroc_all")}
             found.append({"target": target.name, "of": target.of, **row, **nulls})
             best_of.setdefault(row["latent"], []).append(target.name)
-        context.progress(done + 1, len(targets))
+        context.progress(1 + (done + 1) / len(targets), 2)
     if not found:
         raise UserError(
             f"none of {len(targets)} targets has both kinds of rows in train and in test",
@@ -120,8 +128,11 @@ def _sample(hashes_P: Any, lengths: list[int], residues: int) -> list[int]:
     return taken
 
 
-def _features(scope: Scope, sae: Any, sequences: list[str], options: Probes, context: Context) -> tuple[Sparse, Sparse]:
-    """Activation / maximum of residues [R, N], and its largest in each protein [P, N]."""
+def _features(
+    scope: Scope, sae: Any, sequences: list[str], kinds: Collection[str], options: Probes, context: Context
+) -> dict[str, Sparse]:
+    """Of the kinds asked for: activation / maximum of each residue [R, N] (`residue`), the largest in each protein [P, N]
+    (`protein`)."""
     import torch
 
     from plmsae_cli.evaluation.probes.logistic import Sparse
@@ -130,28 +141,34 @@ def _features(scope: Scope, sae: Any, sequences: list[str], options: Probes, con
     rows = Rows(scope, options.batch_tokens, context.check_stop)
     sae = sae.to(rows.device)
     scale_N = torch.where(sae.maximum_N > 0, sae.maximum_N, 1.0)
-    by_residue: list[tuple[Tensor, ...]] = []
-    by_protein: list[tuple[Tensor, ...]] = []
+    parts: dict[str, list[tuple[Tensor, ...]]] = {kind: [] for kind in kinds}
     first = 0
-    for places, latents in rows.encoded(sae, sequences):
+
+    def progress(done: float, total: float) -> None:  # embedding is the first half of the task
+        context.progress(done / total, 2)
+
+    for places, latents in rows.encoded(sae, sequences, progress):
         value_RK = (latents.acts_BK / scale_N[latents.indices_BK]).double().cpu()
         index_RK = latents.indices_BK.cpu()
         row_Q, slot_Q = (value_RK > 0).nonzero(as_tuple=True)
         entries = (row_Q + first, index_RK[row_Q, slot_Q], value_RK[row_Q, slot_Q])
-        by_residue.append(entries)
+        first += len(value_RK)
+        if "residue" in parts:
+            parts["residue"].append(entries)
+        if "protein" not in parts:
+            continue
         lengths = torch.tensor([len(sequences[p]) for p in places])
         owner_Q = torch.arange(len(places)).repeat_interleave(lengths)[row_Q]
         best = torch.zeros(len(places), sae.num_latents, dtype=torch.float64)
         best.view(-1).scatter_reduce_(0, owner_Q * sae.num_latents + entries[1], entries[2], "amax")
         protein_Q, latent_Q = best.nonzero(as_tuple=True)
-        by_protein.append((protein_Q + places[0], latent_Q, best[protein_Q, latent_Q]))
-        first += len(value_RK)
+        parts["protein"].append((protein_Q + places[0], latent_Q, best[protein_Q, latent_Q]))
 
-    def joined(parts: list[tuple[Tensor, ...]], count: int) -> Sparse:
-        row_Q, column_Q, value_Q = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Sparse(row_Q, column_Q, value_Q, count, sae.num_latents)
-
-    return joined(by_residue, first), joined(by_protein, len(sequences))
+    rows_of = {"residue": first, "protein": len(sequences)}
+    return {
+        kind: Sparse(*(torch.cat(column) for column in zip(*many, strict=True)), rows_of[kind], sae.num_latents)
+        for kind, many in parts.items()
+    }
 
 
 def _targets(scope: Scope, options: Probes, kept: list[Any], sequences: list[str]) -> list[Target]:
@@ -190,19 +207,33 @@ def _targets(scope: Scope, options: Probes, kept: list[Any], sequences: list[str
     return [target for _, target in counted[: options.targets]]
 
 
-def _probe(
-    x: Sparse, y_R: Tensor, owner_R: Tensor, test_P: Tensor, l2: float, draws: int = BOOTSTRAPS
-) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Sides:
+    """Features of train and of test rows, which all targets of a kind share."""
+
+    test_R: Tensor
+    train: Sparse
+    test: Sparse
+    protein_R: Tensor
+    """Of each test row, from 0."""
+
+    @classmethod
+    def cut(cls, x: Sparse, owner_R: Tensor, test_P: Tensor) -> _Sides:
+        """`owner_R` is each row's protein."""
+        test_R = test_P[owner_R]
+        return cls(test_R, x.some(~test_R), x.some(test_R), (test_P.cumsum(0) - 1)[owner_R[test_R]])
+
+
+def _probe(sides: _Sides, y_R: Tensor, l2: float, draws: int = BOOTSTRAPS) -> dict[str, Any] | None:
     """The best single latent by its loss on train, and all latents, both scored on test; None where a side has one kind.
 
-    `owner_R` is each row's protein; with `draws`, areas have intervals over test proteins.
+    With `draws`, areas have intervals over test proteins.
     """
     from plmsae_cli.evaluation.probes.evidence import auroc_interval
     from plmsae_cli.evaluation.probes.logistic import fit_all, fit_each, log_loss, ranking
 
-    test_R = test_P[owner_R]
-    train, test = x.some(~test_R), x.some(test_R)
-    y_train, y_test = y_R[~test_R], y_R[test_R]
+    train, test = sides.train, sides.test
+    y_train, y_test = y_R[~sides.test_R], y_R[sides.test_R]
     if not all(bool(y.any()) and not bool(y.all()) for y in (y_train, y_test)):
         return None
     w_N, b_N, loss_N = fit_each(train, y_train, l2)
@@ -216,11 +247,10 @@ def _probe(
         "latent": latent,
         "weight": float(w_N[latent]),
     }
-    number_P = test_P.cumsum(0) - 1
-    of_each = {"single": w_N[latent] * test.column(latent) + b_N[latent], "all": test.csr() @ weights_N + intercept}
+    of_each = {"single": w_N[latent] * test.column(latent) + b_N[latent], "all": test.csr @ weights_N + intercept}
     for kind, z_R in of_each.items():
         row[f"auroc_{kind}"], row[f"auprc_{kind}"] = ranking(z_R, y_test)
         row[f"loss_{kind}"] = log_loss(z_R, y_test)
         if draws:
-            row[f"interval_auroc_{kind}"] = auroc_interval(z_R, y_test, number_P[owner_R[test_R]], draws)
+            row[f"interval_auroc_{kind}"] = auroc_interval(z_R, y_test, sides.protein_R, draws)
     return row

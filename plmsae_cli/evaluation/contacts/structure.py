@@ -196,9 +196,11 @@ def _deposited(file: Any, chain: str, name: str) -> str:
 def place_in(resolved: str, numbers: list[int], deposited: str) -> npt.NDArray[np.int64]:
     """Where in the deposited sequence each resolved residue stands.
 
-    By residue numbers where one offset explains all letters, else by a global alignment.
+    By residue numbers where one offset explains all letters, else by a global alignment: so also where numbers repeat (52 and
+    52A) or fall.
     """
-    for offset in range(-min(numbers), len(deposited) - max(numbers)):
+    ascending = all(first < second for first, second in pairwise(numbers))
+    for offset in range(-min(numbers), len(deposited) - max(numbers)) if ascending else ():
         if all(deposited[number + offset] == letter for number, letter in zip(numbers, resolved, strict=True)):
             return np.array(numbers) + offset
     from biotite.sequence import Alphabet, GeneralSequence

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _HALVINGS = 20
 _TOLERANCE = 1e-9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sparse:
     """A matrix [R, N] by its entries; `row_Q` ascends."""
 
@@ -40,12 +41,15 @@ class Sparse:
         rows = number_R[self.row_Q[inside_Q]]
         return Sparse(rows, self.column_Q[inside_Q], self.value_Q[inside_Q], int(keep_R.sum()), self.columns)
 
+    @cached_property
     def csr(self) -> Tensor:
-        place = torch.stack([self.row_Q, self.column_Q])
-        with warnings.catch_warnings():  # that compressed rows are a young feature of torch
-            warnings.simplefilter("ignore", UserWarning)
-            shape = (self.rows, self.columns)
-            return torch.sparse_coo_tensor(place, self.value_Q, shape).coalesce().to_sparse_csr()
+        """[R, N] as torch multiplies it."""
+        return _compressed(self.row_Q, self.column_Q, self.value_Q, (self.rows, self.columns))
+
+    @cached_property
+    def transposed(self) -> Tensor:
+        """[N, R] as torch multiplies it."""
+        return _compressed(self.column_Q, self.row_Q, self.value_Q, (self.columns, self.rows))
 
     def column(self, number: int) -> Tensor:
         """One column, dense [R]."""
@@ -55,69 +59,91 @@ class Sparse:
         return out
 
 
+def _compressed(row_Q: Tensor, column_Q: Tensor, value_Q: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():  # that compressed rows are a young feature of torch
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_coo_tensor(torch.stack([row_Q, column_Q]), value_Q, shape).coalesce().to_sparse_csr()
+
+
 def fit_each(x: Sparse, y_R: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, intercept and penalised loss [N] of the regression on each feature alone.
 
-    Newton's method with halved steps, for all features together; rows where a feature is zero enter by their number alone.
+    Newton's method with halved steps, for all features together; rows where a feature is zero enter by their number alone. A
+    feature is done with the step that promises less than the tolerance: beyond it, rounding decides which loss is smaller.
     """
     y_R = y_R.double()
     positives, rows = float(y_R.sum()), float(x.rows)
     assert 0 < positives < rows
-    y_Q = y_R[x.row_Q]
+    column_Q, value_Q, y_Q = x.column_Q, x.value_Q, y_R[x.row_Q]
 
     def per_feature(values_Q: Tensor) -> Tensor:
-        return torch.zeros(x.columns, dtype=torch.float64).index_add_(0, x.column_Q, values_Q)
+        return torch.zeros(x.columns, dtype=torch.float64).index_add_(0, column_Q, values_Q)
 
-    zero_N = rows - per_feature(torch.ones_like(x.value_Q))
+    zero_N = rows - per_feature(torch.ones_like(value_Q))
     zero_y_N = positives - per_feature(y_Q)
 
     def loss(w_N: Tensor, b_N: Tensor) -> Tensor:
-        z_Q = w_N[x.column_Q] * x.value_Q + b_N[x.column_Q]
+        z_Q = w_N[column_Q] * value_Q + b_N[column_Q]
         return per_feature(softplus(z_Q) - y_Q * z_Q) + zero_N * softplus(b_N) - zero_y_N * b_N + l2 / 2 * w_N.square()
 
     w_N = torch.zeros(x.columns, dtype=torch.float64)
     b_N = torch.full_like(w_N, math.log(positives / (rows - positives)))
     value_N = loss(w_N, b_N)
+    open_N = torch.ones_like(w_N, dtype=torch.bool)
     for _ in range(_STEPS):
-        p_Q = torch.sigmoid(w_N[x.column_Q] * x.value_Q + b_N[x.column_Q])
+        p_Q = torch.sigmoid(w_N[column_Q] * value_Q + b_N[column_Q])
         p_N = torch.sigmoid(b_N)
         weight_Q, spread_N = p_Q * (1 - p_Q), p_N * (1 - p_N)
-        gw_N = per_feature((p_Q - y_Q) * x.value_Q) + l2 * w_N
+        gw_N = per_feature((p_Q - y_Q) * value_Q) + l2 * w_N
         gb_N = per_feature(p_Q - y_Q) + zero_N * p_N - zero_y_N
-        hww_N = per_feature(weight_Q * x.value_Q.square()) + l2
-        hwb_N = per_feature(weight_Q * x.value_Q)
+        hww_N = per_feature(weight_Q * value_Q.square()) + l2
+        hwb_N = per_feature(weight_Q * value_Q)
         hbb_N = per_feature(weight_Q) + zero_N * spread_N
         determinant_N = hww_N * hbb_N - hwb_N.square()
         dw_N = (hbb_N * gw_N - hwb_N * gb_N) / determinant_N
         db_N = (hww_N * gb_N - hwb_N * gw_N) / determinant_N
-        step_N = torch.ones_like(w_N)
+        far_N = open_N & (gw_N * dw_N + gb_N * db_N > 2 * _TOLERANCE * rows)
+        step_N = open_N.double()
         for _ in range(_HALVINGS):
             new_N = loss(w_N - step_N * dw_N, b_N - step_N * db_N)
-            worse_N = ~(new_N <= value_N)
+            worse_N = far_N & ~(new_N <= value_N)
             if not bool(worse_N.any()):
                 break
             step_N = torch.where(worse_N, step_N / 2, step_N)
-        step_N = torch.where(new_N <= value_N, step_N, 0.0)
-        w_N, b_N = w_N - step_N * dw_N, b_N - step_N * db_N
-        gain = float((value_N - torch.minimum(new_N, value_N)).max())
-        value_N = torch.minimum(new_N, value_N)
-        if gain <= _TOLERANCE * rows:
+        step_N = torch.where(worse_N, 0.0, step_N)
+        w_N = torch.where(open_N, w_N - step_N * dw_N, w_N)
+        b_N = torch.where(open_N, b_N - step_N * db_N, b_N)
+        value_N = torch.where(open_N & ~worse_N, new_N, value_N)
+        open_N = far_N & ~worse_N
+        if not bool(open_N.any()):
             break
+        keep_Q = open_N[column_Q]
+        column_Q, value_Q, y_Q = column_Q[keep_Q], value_Q[keep_Q], y_Q[keep_Q]
     return w_N, b_N, value_N
 
 
 def fit_all(x: Sparse, y_R: Tensor, l2: float) -> tuple[Tensor, float]:
-    """Weights [N] and intercept of the regression on all features, by L-BFGS (Liu and Nocedal 1989)."""
+    """Weights [N] and intercept of the regression on all features, by L-BFGS (Liu and Nocedal 1989).
+
+    Features are centred, and each weight is in the unit of its curvature at the start: else frequent features, which move all
+    rows alike, take many more steps than rare ones. The minimum is the same.
+    """
     y_R = y_R.double()
-    forward, backward = x.csr(), Sparse(x.column_Q, x.row_Q, x.value_Q, x.columns, x.rows).csr()
-    positives = float(y_R.sum())
+    rate = float(y_R.mean())
+    spread = rate * (1 - rate)
+    mean_N, square_N = (
+        torch.zeros(x.columns, dtype=torch.float64).index_add_(0, x.column_Q, values_Q) / x.rows
+        for values_Q in (x.value_Q, x.value_Q.square())
+    )
+    curvature_N = spread * x.rows * (square_N - mean_N.square()) + l2
+    unit = torch.cat([curvature_N, torch.tensor([spread * x.rows])]).rsqrt()
     theta = torch.zeros(x.columns + 1, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
-        theta[-1] = math.log(positives / (x.rows - positives))
+        theta[-1] = math.log(rate / (1 - rate)) / unit[-1]
     optimizer = torch.optim.LBFGS(
         [theta],
         max_iter=500,
-        tolerance_grad=1e-6,
+        tolerance_grad=1e-5,
         tolerance_change=1e-12,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -125,14 +151,17 @@ def fit_all(x: Sparse, y_R: Tensor, l2: float) -> tuple[Tensor, float]:
 
     @torch.no_grad()
     def closure() -> Tensor:
-        w_N, b = theta[:-1], theta[-1]
-        z_R = forward @ w_N + b
+        scaled = theta * unit
+        w_N, b = scaled[:-1], scaled[-1]
+        z_R = x.csr @ w_N + (b - mean_N @ w_N)
         residual_R = torch.sigmoid(z_R) - y_R
-        theta.grad = torch.cat([backward @ residual_R + l2 * w_N, residual_R.sum()[None]])
+        total = residual_R.sum()
+        theta.grad = torch.cat([x.transposed @ residual_R - total * mean_N + l2 * w_N, total[None]]) * unit
         return (softplus(z_R) - y_R * z_R).sum() + l2 / 2 * w_N.square().sum()
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return theta.detach()[:-1], float(theta.detach()[-1])
+    found = theta.detach() * unit
+    return found[:-1], float(found[-1] - mean_N @ found[:-1])
 
 
 def ranking(score_R: Tensor, y_R: Tensor) -> tuple[float, float]:

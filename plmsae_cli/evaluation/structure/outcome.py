@@ -19,10 +19,11 @@ def summary(rows: Sequence[Mapping[str, Any]], bootstraps: int) -> list[dict[str
     """A row for each way of folding, in the order of first sight: `proteins`, the mean of each figure over the proteins that
     have it, and `interval_<figure>`, 95 % over draws of proteins.
 
-    The same proteins are drawn for all ways, so that intervals can be compared.
+    A protein is its `place`: ids of two files may be the same. The same proteins are drawn for all ways, so that intervals
+    can be compared.
     """
-    order = list(dict.fromkeys(row["id"] for row in rows))
-    place = {name: n for n, name in enumerate(order)}
+    order = list(dict.fromkeys(row["place"] for row in rows))
+    at = {place: n for n, place in enumerate(order)}
     draws_BP = np.random.default_rng(0).integers(len(order), size=(bootstraps, len(order)))
     ways = dict.fromkeys(tuple(row[key] for key in KEYS) for row in rows)
     found = []
@@ -33,7 +34,7 @@ def summary(rows: Sequence[Mapping[str, Any]], bootstraps: int) -> list[dict[str
             value_P = np.full(len(order), np.nan)
             for row in mine:
                 if row[figure] is not None:
-                    value_P[place[row["id"]]] = row[figure]
+                    value_P[at[row["place"]]] = row[figure]
             known_P = np.isfinite(value_P)
             if not known_P.any():
                 continue

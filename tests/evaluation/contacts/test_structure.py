@@ -61,6 +61,7 @@ def test_unresolved_residues_are_in_the_sequence_and_not_scored(tmp_path: Path) 
 def test_without_numbers_that_fit_residues_are_aligned() -> None:
     assert place_in("AGMS", [2, 3, 5, 6], "KAGWMSK").tolist() == [1, 2, 4, 5]  # one offset explains all
     assert place_in("WYAG", [1, 2, 3, 4], "KKWYMMMMAGKK").tolist() == [2, 3, 8, 9]
+    assert place_in("MAAK", [51, 52, 52, 53], "MAKMAAK").tolist() == [3, 4, 5, 6]  # 52 and 52A
     with pytest.raises(UserError, match="no place"):
         place_in("WWWWWWWW", list(range(8)), "WWWW")
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.evaluation.axes import families
 from plmsae_cli.evaluation.families import largest as module
-from plmsae_cli.evaluation.families.matching import intervals, match, tile_latents
+from plmsae_cli.evaluation.families.matching import TILE, intervals, match, tile_latents
 from plmsae_cli.evaluation.protein_labels import classes, read_labels
 from plmsae_cli.store.fs import Store
 
@@ -112,3 +113,8 @@ def test_a_tile_has_a_bounded_number_of_pairs() -> None:
     for proteins, labels, top in ((50_000, 500, 20), (10, 100_000, 20), (10**9, 1, 1)):
         tile = tile_latents(proteins, labels, top)
         assert tile == 1 or tile * max(proteins, labels * top) <= 1 << 25
+
+
+def test_the_plan_says_what_a_tile_holds() -> None:
+    assert families.MEMORY == 80 * TILE
+    assert tile_latents(proteins=50_000, labels=500, top=20) * 50_000 * 80 <= families.MEMORY

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from plmsae_cli.evaluation.probes import logistic
 from plmsae_cli.evaluation.probes.logistic import Sparse, fit_all, fit_each, log_loss, ranking
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -45,6 +46,30 @@ def test_all_latents_together() -> None:
     assert torch.equal(fit_all(x, y, 0.5)[0], w)
 
 
+def test_rounding_and_frequent_features_cost_no_further_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    frequent = torch.rand(600, 200, generator=generator) < torch.rand(200, generator=generator)
+    dense = torch.where(frequent, torch.rand(600, 200, generator=generator, dtype=torch.float64), 0.0)
+    y = torch.rand(600, generator=generator) < torch.sigmoid(3 * dense[:, 7] - 2)
+    row, column = dense.nonzero(as_tuple=True)
+    x = Sparse(row, column, dense[row, column], 600, 200)
+    calls: list[int] = []
+
+    def counted(z: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return torch.nn.functional.softplus(z)
+
+    monkeypatch.setattr(logistic, "softplus", counted)
+    fit_each(x, y, 1.0)
+    assert len(calls) < 30, "two a loss"  # Newton's method takes five steps
+    calls.clear()
+    w, b = fit_all(x, y, 1.0)
+    assert len(calls) < 50
+    wanted = linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(dense, y)
+    assert w.tolist() == pytest.approx(wanted.coef_[0].tolist(), abs=2e-5)
+    assert b == pytest.approx(float(wanted.intercept_[0]), abs=2e-5)
+
+
 def test_ranking_with_ties() -> None:
     rng = np.random.default_rng(0)
     score = torch.from_numpy(rng.integers(0, 20, 500).astype(float))
@@ -58,5 +83,5 @@ def test_rows_are_numbered_anew_and_columns_are_dense() -> None:
     x, dense, _ = example(50, 6)
     keep = torch.arange(50) % 3 == 0
     some = x.some(keep)
-    assert torch.equal(some.csr().to_dense(), dense[keep])
+    assert torch.equal(some.csr.to_dense(), dense[keep])
     assert torch.equal(some.column(2), dense[keep, 2])

@@ -128,7 +128,7 @@ function densityHistogram(run, shown) {
   const titles = total.map((t, b) => `${b ? `10^${(low + (b - 1) / each).toFixed(1)} to 10^${(low + b / each).toFixed(1)}` : "never"}: ${part[b]} of ${t}`);
   const ticks = [{ at: 0, text: "never", anchor: "start" }];
   for (let e = low; e < 0; e++) ticks.push({ at: 0.5 + (e - low) * each, text: `10${superscript(e)}` });
-  const chart = h("div", null, bars(`Histogram of densities: ${count(part.reduce((a, b) => a + b))} of ${count(density.length)} latents shown`, part, { ghost: total, titles, ticks: ticks.filter((t, i) => i === 0 || t.at > 4), height: 62, width: phone.matches ? 340 : 620 }));
+  const chart = h("div", null, bars(`Histogram of densities: ${count(part.reduce((a, b) => a + b))} of ${count(density.length)} latents shown`, part, { ghost: total, titles, ticks: ticks.filter((t, i) => i === 0 || t.at > 4), height: 62, width: phone.matches ? 305 : 587 }));
   // A decade is as wide as in the scatter above, whose margins are 44 and 10 pixels.
   chart.style.padding = `0 10px 0 max(0px, calc(44px - (100% - 54px) / ${total.length - 1}))`;
   return chart;

@@ -113,7 +113,7 @@ def test_slider_says_what_python_computes(page: Any, built: Any) -> None:
             assert shown == pytest.approx(built.scores(row, j), abs=1e-12)
             assert cells.nth(1).inner_text() == f"{shown[0]:.2f}"
             seen.add(tuple(shown))
-    assert len(seen) > 5
+    assert len(seen) >= 5
 
 
 def test_hostile_header_is_text(page: Any, built: Any) -> None:

@@ -235,7 +235,9 @@ def main() -> None:
     asked += " --interplm PATH" * bool(options.interplm)
     line = stamp("features", where, f"python benchmarks/features.py {asked}")
     batch_rows = 65_536 if on_gpu else 8192
-    name = "features/collect" + "-encode" * options.encode + "-cpu" * (not on_gpu)
+    # Figures of a name come from one run: those beside a peer are not replaced by those of a longer run without it.
+    name = "features/collect" + "-encode" * options.encode
+    name += "" if on_gpu else "-cpu" if options.interplm else "-cpu-alone"
     checked = ""
     if on_gpu:  # kernels are loaded before the clock starts, too
         checked = "; " + check(Made(30_000), options.d, device)

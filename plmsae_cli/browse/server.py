@@ -67,6 +67,8 @@ class Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
+    timeout = 60
+    """Seconds that a connection may say nothing, so that silent ones do not gather."""
 
     def do_GET(self) -> None:
         if self._refused():

@@ -1,11 +1,11 @@
-"""Two small dictionaries on real activations of the bundled model, their pages, and a browser to look at them."""
+"""Pages of two small dictionaries on real activations of the bundled model, of two real runs, and a browser to look at them."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,12 +61,12 @@ _NAMES = [
 ]
 
 
-@lru_cache(maxsize=1)
-def planted() -> Any:
-    """The module beside this file: tests are not a package."""
+@lru_cache
+def beside(name: str) -> Any:
+    """A module beside this file: tests are not a package."""
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("planted", Path(__file__).with_name("planted.py"))
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -80,9 +80,14 @@ class Made:
 
     runs: list[Path]
     site: Path
-    proteins: list[tuple[str, str, str]]
-    order: torch.Tensor
-    """Latent i of the second dictionary is latent order[i] of the first."""
+    proteins: Mapping[int, tuple[str, str, str]]
+    """Id, header and sequence of those with an example, by their number in the first run."""
+    hostile: int
+    """The protein with a header that would run a script."""
+    helix: int
+    """The protein with a structure."""
+    order: torch.Tensor | None
+    """Latent i of the second dictionary is latent order[i] of the first; None where they are not the same latents."""
     scores: Callable[[dict[str, Any], int], tuple[float, float, float]]
     """Precision, recall and F1 of a row of concepts.parquet above a threshold."""
 
@@ -138,7 +143,7 @@ def found_table(run: Path, latents: int) -> None:
         j = round(row["threshold"] * 100) if row else 0
         table["latent"].append(n)
         table["concept"].append(row["concept"] if row else None)
-        table["concept_f1"].append(planted().scores(row, j)[2] if row else None)
+        table["concept_f1"].append(beside("planted").scores(row, j)[2] if row else None)
         table["concept_threshold"].append(row["threshold"] if row else None)
         table["family"].append("PF00069" if n % 5 == 0 else None)
         table["family_f1"].append(0.8 if n % 5 == 0 else None)
@@ -167,18 +172,19 @@ def ablated(run: Path, best: dict[int, Any]) -> int:
     return latent
 
 
+def chosen_proteins(number: int, longest: int) -> list[tuple[str, str, str]]:
+    """Proteins of the package; the first has a hostile header, the second the id of the structure."""
+    proteins = [one for one in records(PROTEINS) if 60 <= len(one[2]) <= longest][:number]
+    proteins[0] = (proteins[0][0], HOSTILE, proteins[0][2])
+    letters = "".join(c for c in proteins[1][2] if c in "ACDEFGHIKLMNPQRSTVWY")
+    proteins[1] = ("own|P12345|HELIX", "a made-up helix", letters)
+    return proteins
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("browse")
-    proteins = [(name, header, sequence) for name, header, sequence in records(PROTEINS) if 60 <= len(sequence) <= 300][
-        :30
-    ]
-    proteins[0] = (proteins[0][0], HOSTILE, proteins[0][2])
-    proteins[1] = (
-        "own|P12345|HELIX",
-        "a made-up helix",
-        "".join(c for c in proteins[1][2] if c in "ACDEFGHIKLMNPQRSTVWY"),
-    )
+    proteins = chosen_proteins(30, 300)
     generator = torch.Generator().manual_seed(0)
     first = TopK(D, LATENTS, k=6)
     packed = pack([encode(sequence) for _, _, sequence in proteins])
@@ -192,7 +198,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     runs = [root / "first", root / "second"]
     save_run(runs[0], first)
     raw = Encoder(runs[0]).latents([sequence for _, _, sequence in proteins])
-    acts_RN = planted().dense(raw.acts_BK, raw.indices_BK, LATENTS)
+    acts_RN = beside("planted").dense(raw.acts_BK, raw.indices_BK, LATENTS)
     second = TopK(D, LATENTS, k=6)
     with torch.no_grad():
         first.maximum_N.copy_(torch.from_numpy(acts_RN).amax(0))
@@ -213,18 +219,39 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     by_residue = frozenset({"Modified residue: any"})
     for run, sae, acts in ((runs[0], first, acts_RN), (runs[1], second, acts_RN[:, order.numpy()])):
         save_run(run, sae)
-        planted().write_features(run, sae, proteins, acts, ranges, by_residue, name=run.name)
+        beside("planted").write_features(run, sae, proteins, acts, ranges, by_residue, name=run.name)
         found_table(run, LATENTS)
     (root / "P12345.pdb").write_text(helix(proteins[1][2]))
     site = root / "site"
     build_site(runs, site, [str(root / "P12345.pdb")])
-    return Made(runs, site, proteins, order, planted().scores)
+    return Made(runs, site, dict(enumerate(proteins)), 0, 1, order, beside("planted").scores)
 
 
 @pytest.fixture(scope="session")
-def served(made: Made) -> Iterator[str]:
+def real(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The pages of two runs of every stage, concepts and features."""
+    root = tmp_path_factory.mktemp("real")
+    runs = beside("real").run_both(root, chosen_proteins(beside("real").PROTEINS, 200))
+    rows = pq.read_table(runs[0] / "eval" / "features" / "examples" / "proteins.parquet").to_pylist()
+    proteins = {row["protein"]: (row["id"], row["header"], row["sequence"]) for row in rows}
+    hostile = next(number for number, protein in proteins.items() if "<script>" in protein[1])
+    helical = next(number for number, protein in proteins.items() if protein[0] == "own|P12345|HELIX")
+    (root / "P12345.pdb").write_text(helix(proteins[helical][2]))
+    build_site(runs, root / "site", [str(root / "P12345.pdb")])
+    return Made(runs, root / "site", proteins, hostile, helical, None, beside("planted").scores)
+
+
+@pytest.fixture(scope="session", params=["made", pytest.param("real", marks=pytest.mark.slow)])
+def built(request: pytest.FixtureRequest) -> Made:
+    """Either site."""
+    found: Made = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="session")
+def served(built: Made) -> Iterator[str]:
     """Address of the pages with their server."""
-    with Server(made.site, "127.0.0.1", 0, sequence_reader(made.runs)) as server:
+    with Server(built.site, "127.0.0.1", 0, sequence_reader(built.runs)) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server.address

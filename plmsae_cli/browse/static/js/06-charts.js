@@ -5,7 +5,8 @@ function bars(label, values, { ticks = [], ghost = null, height = 96, titles = n
   const lowest = Math.min(0, ...values, ...(ghost || []));
   const highest = Math.max(...values, ...(ghost || []), lowest === 0 ? 1e-12 : 0);
   const top = 14;
-  const y = (value) => top + ((highest - value) / (highest - lowest)) * (height - top - 2);
+  const bottom = lowest < 0 ? height - 12 : height - 2; // the lowest value is written below the bars
+  const y = (value) => top + ((highest - value) / (highest - lowest)) * (bottom - top);
   const step = width / values.length;
   const wide = Math.max(1, step * 0.78);
   const drawn = values.map((value, i) => {
@@ -19,7 +20,7 @@ function bars(label, values, { ticks = [], ghost = null, height = 96, titles = n
   const texts = ticks.map(({ at, text, anchor }) => s("text", { x: at * step + step / 2, y: height + 14, "text-anchor": anchor || "middle" }, text));
   return s("svg.chart", { viewBox: `0 0 ${width} ${height + 20}`, role: "img", "aria-label": label },
     s("line.axis", { x1: 0, x2: width, y1: y(0), y2: y(0) }), drawn, texts,
-    s("text", { x: 0, y: 9 }, number(highest)), lowest < 0 && s("text", { x: 0, y: height - 3 }, number(lowest).replace("-", "−")));
+    s("text", { x: 0, y: 9 }, number(highest)), lowest < 0 && s("text", { x: 0, y: height - 1 }, number(lowest).replace("-", "−")));
 }
 
 /** A chart under its title, with a button that saves it. */

@@ -18,9 +18,11 @@ function rgbOf(pen, colour) {
   return [1, 3, 5].map((at) => parseInt(pen.fillStyle.slice(at, at + 2), 16));
 }
 
-/** Squares of so many device pixels around the points, over what the picture has. */
-function blendSquares({ data, width, height }, points, px, py, ratio, side, [red, green, blue], opacity) {
-  for (const i of points) {
+/** Squares of so many device pixels around the points, over what the picture has; colour(i): red, green and blue, null for no square. */
+function blendSquares({ data, width, height }, px, py, ratio, side, colour, opacity) {
+  for (let i = 0; i < px.length; i++) {
+    const rgb = colour(i);
+    if (rgb === null || Number.isNaN(px[i]) || Number.isNaN(py[i])) continue;
     const left = Math.max(0, Math.round(px[i] * ratio - side / 2));
     const top = Math.max(0, Math.round(py[i] * ratio - side / 2));
     for (let y = top; y < Math.min(height, top + side); y++) {
@@ -30,9 +32,9 @@ function blendSquares({ data, width, height }, points, px, py, ratio, side, [red
         const over = opacity + (1 - opacity) * under; // opacity of both together
         const keep = ((1 - opacity) * under) / over;
         const share = opacity / over;
-        data[at] = data[at] * keep + red * share;
-        data[at + 1] = data[at + 1] * keep + green * share;
-        data[at + 2] = data[at + 2] * keep + blue * share;
+        data[at] = data[at] * keep + rgb[0] * share;
+        data[at + 1] = data[at + 1] * keep + rgb[1] * share;
+        data[at + 2] = data[at + 2] * keep + rgb[2] * share;
         data[at + 3] = 255 * over;
       }
     }
@@ -41,11 +43,11 @@ function blendSquares({ data, width, height }, points, px, py, ratio, side, [red
 
 /**
  * points: {x, y: Float32Array in axis units, NaN where a latent has none}; axes: {x: {low, high, log, label}, y: ...} or none.
- * colour(latent): name of a colour variable; pick(latent) on a click; select(box) when a rectangle is drawn.
+ * colours: names of colour variables, kind: of each latent the place among them, the first where it is left out; pick(latent) on a click; select(box) when a rectangle is drawn.
  */
 class Scatter {
-  constructor({ label, points, axes, colour, describe, pick, select, margin }) {
-    Object.assign(this, { points, axes, colour, describe, pick, select });
+  constructor({ label, points, axes, colours, kind, describe, pick, select, margin }) {
+    Object.assign(this, { points, axes, colours, kind, describe, pick, select });
     this.margin = margin || { left: 44, right: 10, top: 10, bottom: 40 };
     this.canvas = h("canvas", { role: "img", "aria-label": label });
     this.shown = null;
@@ -81,25 +83,20 @@ class Scatter {
     const total = this.points.x.length;
     const size = total > 10000 ? 2 : total > 2000 ? 3 : 4;
     const [px, py] = [new Float32Array(total), new Float32Array(total)];
-    const groups = new Map(); // by colour: to change it for each point takes longer than to draw it
     const [left, top] = [this.across(0), this.down_to(0)];
     const [right, down] = [this.across(1) - left, this.down_to(1) - top];
     for (let i = 0; i < total; i++) {
       px[i] = left + right * this.points.x[i];
       py[i] = top + down * this.points.y[i];
-      if (Number.isNaN(px[i]) || Number.isNaN(py[i])) continue;
-      const name = this.shown[i] ? this.colour(i) : "--rule";
-      const group = groups.get(name);
-      if (group) group.push(i);
-      else groups.set(name, [i]);
     }
-    const order = [...groups.keys()].sort((a, b) => (b === "--rule") - (a === "--rule"));
     // Pixels are blended here: as many calls of fillRect take half a second where no graphics card helps.
     const picture = pen.getImageData(0, 0, this.canvas.width, this.canvas.height);
-    for (const name of order) {
-      const opacity = name === "--rule" ? 0.9 : total > 4000 ? 0.6 : 0.75;
-      blendSquares(picture, groups.get(name), px, py, ratio, Math.round(size * ratio), rgbOf(pen, cssColour(name)), opacity);
-    }
+    const grey = rgbOf(pen, cssColour("--rule"));
+    const rgb = this.colours.map((name) => rgbOf(pen, cssColour(name)));
+    const { shown, kind } = this;
+    const side = Math.round(size * ratio);
+    blendSquares(picture, px, py, ratio, side, (i) => (shown[i] ? null : grey), 0.9);
+    blendSquares(picture, px, py, ratio, side, (i) => (shown[i] ? rgb[kind ? kind[i] : 0] : null), total > 4000 ? 0.6 : 0.75);
     pen.putImageData(picture, 0, 0);
     Object.assign(this, { px, py, buckets: null, picture: null });
   }
@@ -246,9 +243,10 @@ class Scatter {
       parts.push(s("text", { ...ink, x: left, y: top - 1 }, this.axes.y.label));
       parts.push(s("path", { d: `M${left} ${top}V${top + this.height}H${left + this.width}`, fill: "none", stroke: "#b2b6be" }));
     }
+    const fills = this.colours.map(cssColour);
     for (let i = 0; i < this.shown.length; i++) {
       if (!this.shown[i] || Number.isNaN(this.points.x[i]) || Number.isNaN(this.points.y[i])) continue;
-      parts.push(s("circle", { cx: this.px[i].toFixed(1), cy: this.py[i].toFixed(1), r: 2, fill: cssColour(this.colour(i)), opacity: 0.7 }, s("title", null, `latent ${i}`)));
+      parts.push(s("circle", { cx: this.px[i].toFixed(1), cy: this.py[i].toFixed(1), r: 2, fill: fills[this.kind ? this.kind[i] : 0], opacity: 0.7 }, s("title", null, `latent ${i}`)));
     }
     return s("svg", { viewBox: `0 0 ${Math.round(wide)} ${Math.round(high)}` }, parts);
   }

@@ -93,32 +93,30 @@ function subtitle(run) {
 
 function scatterOf(run, pick, select) {
   const { density, concept_f1: f1 } = run.column;
-  const x = Float32Array.from(density, (d) => (d > 0 ? Math.log10(d) : NaN));
-  const y = Float32Array.from(f1, (v) => v);
+  const x = density.map((d) => (d > 0 ? Math.log10(d) : NaN));
   const low = Math.floor(x.reduce((least, v) => (v < least ? v : least), -1));
   return new Scatter({
-    label: "Density of each latent against its best F1; the table below has the same numbers", points: { x, y },
+    label: "Density of each latent against its best F1; the table below has the same numbers", points: { x, y: f1 },
     axes: { x: { low, high: 0, log: true, label: "density (share of residues)" }, y: { low: 0, high: 1, label: "best F1 on test" } },
-    colour: () => "--blue", describe: (i) => describeLatent(run, i), pick, select,
+    colours: ["--blue"], describe: (i) => describeLatent(run, i), pick, select,
   });
 }
 
 function mapOf(run, pick) {
-  const scale = (column) => Float32Array.from(column, (v) => v / 65535);
-  const names = Array.from({ length: 256 }, (_, k) => `--c${k}`);
+  const axis = { low: -0.02 * 65535, high: 1.02 * 65535 };
   return new Scatter({
-    label: "Map of the decoder: latents that write alike lie together", points: { x: scale(run.column.x), y: scale(run.column.y) },
-    axes: { x: { low: -0.02, high: 1.02 }, y: { low: -0.02, high: 1.02 } }, margin: { left: 2, right: 2, top: 2, bottom: 2 },
-    colour: (i) => names[run.column.cluster[i]], describe: (i) => describeLatent(run, i), pick,
+    label: "Map of the decoder: latents that write alike lie together", points: { x: run.column.x, y: run.column.y },
+    axes: { x: axis, y: axis }, margin: { left: 2, right: 2, top: 2, bottom: 2 },
+    colours: run.clusters.map((_, k) => `--c${k}`), kind: run.column.cluster, describe: (i) => describeLatent(run, i), pick,
   });
 }
 
 /** Histogram of log10 density, a bar of its own for latents that never fire. */
 function densityHistogram(run, shown) {
   const { density } = run.column;
-  let low = -1;
-  for (const d of density) if (d > 0) low = Math.min(low, Math.log10(d));
-  low = Math.floor(low);
+  let least = 0.1;
+  for (let i = 0; i < density.length; i++) if (density[i] > 0 && density[i] < least) least = density[i];
+  const low = Math.floor(Math.log10(least));
   const each = 5;
   const total = new Array(-low * each + 1).fill(0);
   const part = new Array(total.length).fill(0);
@@ -130,7 +128,10 @@ function densityHistogram(run, shown) {
   const titles = total.map((t, b) => `${b ? `10^${(low + (b - 1) / each).toFixed(1)} to 10^${(low + b / each).toFixed(1)}` : "never"}: ${part[b]} of ${t}`);
   const ticks = [{ at: 0, text: "never", anchor: "start" }];
   for (let e = low; e < 0; e++) ticks.push({ at: 0.5 + (e - low) * each, text: `10${superscript(e)}` });
-  return bars(`Histogram of densities: ${count(part.reduce((a, b) => a + b))} of ${count(density.length)} latents shown`, part, { ghost: total, titles, ticks: ticks.filter((t, i) => i === 0 || t.at > 4), height: 62, width: phone.matches ? 340 : 620 });
+  const chart = h("div", null, bars(`Histogram of densities: ${count(part.reduce((a, b) => a + b))} of ${count(density.length)} latents shown`, part, { ghost: total, titles, ticks: ticks.filter((t, i) => i === 0 || t.at > 4), height: 62, width: phone.matches ? 305 : 587 }));
+  // A decade is as wide as in the scatter above, whose margins are 44 and 10 pixels.
+  chart.style.padding = `0 10px 0 max(0px, calc(44px - (100% - 54px) / ${total.length - 1}))`;
+  return chart;
 }
 
 async function latentsView(route, main) {

@@ -36,7 +36,7 @@ async function drawStructure(holder, text, example) {
   const extent = (axis) => atoms.reduce((most, atom) => Math.max(most, atom[axis]), -Infinity) - atoms.reduce((least, atom) => Math.min(least, atom[axis]), Infinity);
   if (extent("z") > Math.max(extent("x"), extent("y"))) viewer.rotate(90, "y"); // its length is not hidden behind itself
   viewer.zoomTo();
-  viewer.zoom(1.15);
+  viewer.zoom(1.05);
   viewer.render();
   return viewer;
 }

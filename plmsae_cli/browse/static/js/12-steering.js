@@ -12,11 +12,12 @@ function steeringSection(run, page) {
   const { effects } = page;
   const [title, how] = EDITS[mode];
   const where = { all: "all residues", active: "residues on which it fires" }[residues] || residues;
-  const signed = (value) => `${value > 0 ? "+" : ""}${number(value)}`;
+  const minus = (value) => number(value).replace(/^-/, "−");
+  const signed = (value) => `${value > 0 ? "+" : ""}${minus(value)}`;
   const effect = (letter, value) => `${letter} ${signed(value)}${effects ? `, random ${signed(effects.direction[run.letters.indexOf(letter)])}` : ""}`;
   const rows = [
     ["KL of predictions", number(page.steering_kl)], ["random direction", number(page.steering_kl_direction)],
-    ["effect size, q", `${number(page.steering_size)}, ${number(page.steering_q, 2)}`],
+    ["effect size, q", `${minus(page.steering_size)}, ${number(page.steering_q, 2)}`],
     page.steering_up && ["most above random", effect(page.steering_up, page.steering_up_effect)],
     page.steering_down && ["most below random", effect(page.steering_down, page.steering_down_effect)],
   ].filter(Boolean);

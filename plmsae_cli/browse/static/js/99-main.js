@@ -17,10 +17,12 @@ async function header(route) {
     if (/^\d+$/.test(text) && Number(text) < run.num_latents) go(address(route.run, "latent", Number(text)));
     else if (text) go(address(route.run, "latents", null, new URLSearchParams({ q: text, ...(run.column.concept_f1 ? { sort: "-concept_f1" } : {}) })));
   };
+  const own = link("own", "Own sequence");
+  own.hidden = !served;
   replace(byId("top"), h("div.bar", null,
     runs.length > 1 ? h("select.home", { "aria-label": "Dictionary", onchange: (event) => go(address(Number(event.target.value), "latents")) }, runs.map((name, i) => h("option", { value: i, selected: i === route.run }, name)))
       : h("a.home", { href: address(route.run, "latents") }, run.run),
-    h("nav", { "aria-label": "Pages" }, link("latents", "Latents"), run.motif_files > 0 && link("motif", "Motif"), served && link("own", "Own sequence"), runs.length > 1 && link("compare", "Compare")),
+    h("nav", { "aria-label": "Pages" }, link("latents", "Latents"), run.motif_files > 0 && link("motif", "Motif"), own, runs.length > 1 && link("compare", "Compare")),
     h("form", { role: "search", onsubmit: find }, jump),
     h("button.icon", { type: "button", "aria-label": "Colours: auto, light or dark", title: "Colours (t)", onclick: nextTheme }, "◐"),
     h("button.icon", { type: "button", "aria-label": "Keys", title: "Keys (?)", onclick: help }, "?")));
@@ -66,13 +68,14 @@ async function isServed() {
 async function start() {
   const { run } = parseRoute(location.hash);
   load(`${run}/index`).catch(() => {}); // on its way beside the others; who needs it hears of an error
-  const [site, ready] = await Promise.all([load("site"), isServed()]);
-  runs = site.runs;
-  served = ready;
+  const ready = isServed();
+  runs = (await load("site")).runs;
   addEventListener("hashchange", show);
   phone.addEventListener("change", show);
   document.addEventListener("themechange", () => { if (redraw) redraw(); });
   await show();
+  served = await ready; // the page does not wait for it
+  if (served) document.querySelectorAll("#top nav [hidden]").forEach((link) => { link.hidden = false; });
 }
 
 start().catch((error) => replace(byId("main"), h("p.lead", null, error.message)));

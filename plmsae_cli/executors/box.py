@@ -125,7 +125,7 @@ class Box:
                 raise
             kill()  # whatever it has left behind, which would hold the pipe open
             lines = process.stdout.read().splitlines()
-        if process.returncode == -signal.SIGTERM:  # asked while it was still importing
+        if not lines and process.returncode == -signal.SIGTERM:  # asked while it was still importing
             return {"interrupted": True}
         if not lines:
             return {"error": f"its process died (exit {process.returncode}); its output is in {log}"}
@@ -210,8 +210,8 @@ def side_by_side(
                     interrupted = True
                     continue
                 except Exception as failure:
-                    error = first_line(failure)
-                ended(waiting[future], error)
+                    why = first_line(failure)
+                ended(waiting[future], why)
                 reporter.update(count, len(left))
         except BaseException:  # what became of a trial cannot be kept: no other is begun
             crew.shutdown(wait=False, cancel_futures=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
@@ -30,14 +29,12 @@ GRID = {"grid": {"train.sae.k": [2, 4, 9999, 8]}}
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _surroundings(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[None]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    STOP.asked, threads = False, torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the trials' processes: sums of another number of threads differ in the last bit
+    STOP.asked = False
     yield
-    torch.set_num_threads(threads)
     STOP.asked = False
 
 
@@ -144,6 +141,24 @@ def test_a_wish_to_stop_while_trials_are_starting_is_no_failure_of_theirs(traine
     table = json.loads((Path(experiment.root) / "early" / "sweep.json").read_text())["trials"]
     assert [row["state"] for row in table] == ["pending"] * 3
     assert not any("failed" in line for line in said)
+
+
+@pytest.mark.parametrize("last_words", ['{"worked": true}', ""])
+def test_a_trial_that_had_ended_when_it_was_asked_to_stop_has_ended(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: str
+) -> None:
+    """A signal may come when it has told its outcome, or before it could say a word."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nread order\nprintf '{last_words}'\nkill -TERM $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(program))
+    experiment = swept(trained, "late", GRID)
+    box = Box([()], tmp_path, PlainReporter())
+    if last_words:
+        assert box.run(trials(experiment)[0], ["train"])
+    else:
+        with pytest.raises(Interrupted):
+            box.run(trials(experiment)[0], ["train"])
 
 
 def test_what_cannot_be_recorded_ends_the_sweep_at_once(

@@ -203,7 +203,7 @@ def side_by_side(
         waiting = {crew.submit(box.run, trial, only or trial.experiment.stages()): trial for trial in left}
         try:
             for count, future in enumerate(as_completed(waiting), 1):
-                error: str | None = None
+                why: str | None = None
                 try:
                     worked |= future.result()
                 except Interrupted:

@@ -34,12 +34,8 @@ def test_dollars_stand_on_the_line_of_progress_where_a_price_is_set(
     prepared: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch, price: float | None, cost: str | None
 ) -> None:
     """One GPU, at a dollar a second."""
-    body = {
-        **prepared(f"priced-{cost is not None}".lower()).dump(),
-        "shuffle": None,
-        "optimize": None,
-        "price": {"gpu_hour": price},
-    }
+    plain = prepared("priced" if cost else "free").dump()
+    body = {**plain, "shuffle": None, "optimize": None, "price": {"gpu_hour": price}}
     clock = Clock()
     monkeypatch.setattr(pipeline, "count_gpus", lambda launch: 1)
     monkeypatch.setattr(pipeline, "time", clock)

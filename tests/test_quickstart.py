@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def changes(s3: Any, tmp_path: Path) -> list[str]:
-    """The quickstart's own YAML, moved to the server; every second protein and fewer tokens, or it would be all this suite does."""
+    """The quickstart's own YAML, moved to the server; every second protein and fewer tokens, or it would take minutes."""
     fasta = s3.url("inputs", "proteins.fasta.gz")
     text = gzip.decompress((ROOT / "plmsae_cli" / "data" / "proteins.fasta.gz").read_bytes())
     s3.store().write(fasta, [gzip.compress(b"".join(b">" + record for record in text.split(b">")[1::2]))])

@@ -23,7 +23,9 @@ def lacks(experiment: Experiment, yes: bool) -> list[str]:
     remote = _refusal(lambda: reach(experiment, write=False))
     if remote is not None:  # what is behind it would be asked for with more patience
         return [*found, remote]
-    return [*found, *dict.fromkeys(_plans(experiment, yes))]
+    plans = dict[str, None]()
+    remaining = _refusal(lambda: plans.update((why, None) for why in _plans(experiment, yes)))
+    return [*found, *plans, *([] if remaining is None else [remaining])]
 
 
 def _plans(experiment: Experiment, yes: bool) -> Iterator[str]:

@@ -206,8 +206,8 @@ def show_status(run: Path, as_json: bool) -> int:
             print(f"  trains with {status['together'] - 1} other SAE(s) on one reading of the dataset")
         if counts := _trial_states(folder):
             print("  trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
-        if best:
-            print(f"  best by {best.metric}: {best.value:.5g}, {_point(best.values)} (trials/{best.hash})")
+        for line in best_line(folder):
+            print(f"  {line}")
         if status.get("error"):
             print(f"  error: {status['error']}")
         if last:
@@ -219,6 +219,14 @@ def show_status(run: Path, as_json: bool) -> int:
         return DONE
 
     return checked(work)
+
+
+def best_line(folder: Path) -> list[str]:
+    """Of a sweep that has one: the trial that is ahead."""
+    from plmsae_cli.runtime.results import best_trial
+
+    best = best_trial(folder)
+    return [f"best by {best.metric}: {best.value:.5g}, {_point(best.values)} (trials/{best.hash})"] if best else []
 
 
 def _point(values: Mapping[str, Any]) -> str:

@@ -220,13 +220,14 @@ def _machine() -> str:
 
 
 def _summary(run: Path) -> str:
-    """The figures of one run, and what was predicted of it beside what came."""
-    from plmsae_cli.cli.listing import foretold_lines
+    """The figures of one run, a sweep's best trial, and what was predicted beside what came."""
+    from plmsae_cli.cli.listing import best_line, foretold_lines
     from plmsae_cli.report.table import summary
 
     rows = summary(run)
     width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join([*(f"  {name.ljust(width)}  {value}" for name, value in rows), *_indented(foretold_lines(run))])
+    figures = [f"{name.ljust(width)}  {value}" for name, value in rows]
+    return "\n".join(_indented([*figures, *best_line(run), *foretold_lines(run)]))
 
 
 def _indented(lines: Sequence[str]) -> list[str]:

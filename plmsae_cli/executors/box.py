@@ -123,8 +123,10 @@ class Box:
                 _ask_to_stop(process)
                 process.wait()
                 raise
+            kill()  # whatever it has left behind, which would hold the pipe open
             lines = process.stdout.read().splitlines()
-            kill()  # whatever it has left behind
+        if not lines and process.returncode == -signal.SIGTERM:  # asked while it was still importing
+            return {"interrupted": True}
         if not lines:
             return {"error": f"its process died (exit {process.returncode}); its output is in {log}"}
         outcome: dict[str, Any] = json.loads(lines[-1])
@@ -199,15 +201,22 @@ def side_by_side(
     reporter.begin(f"{len(left)} trials, {box.size} at a time")
     with ThreadPoolExecutor(box.size) as crew:
         waiting = {crew.submit(box.run, trial, only or trial.experiment.stages()): trial for trial in left}
-        for count, future in enumerate(as_completed(waiting), 1):
-            try:
-                worked |= future.result()
-                ended(waiting[future], None)
-            except Interrupted:
-                interrupted = True
-            except Exception as error:
-                ended(waiting[future], first_line(error))
-            reporter.update(count, len(left))
+        try:
+            for count, future in enumerate(as_completed(waiting), 1):
+                why: str | None = None
+                try:
+                    worked |= future.result()
+                except Interrupted:
+                    interrupted = True
+                    continue
+                except Exception as failure:
+                    why = first_line(failure)
+                ended(waiting[future], why)
+                reporter.update(count, len(left))
+        except BaseException:  # what became of a trial cannot be kept: no other is begun
+            crew.shutdown(wait=False, cancel_futures=True)
+            reporter.end("failed")
+            raise
     if interrupted:
         reporter.end("stopped")
         raise Interrupted

@@ -22,7 +22,7 @@ from plmsae_cli.executors.trials import each_trial
 from plmsae_cli.executors.worker import STAGE_MODULES, LocalContext, run_task
 from plmsae_cli.runtime.device import count_gpus
 from plmsae_cli.runtime.dist import in_gang
-from plmsae_cli.runtime.foretold import foretell
+from plmsae_cli.runtime.foretold import dollars_a_second, foretell
 from plmsae_cli.runtime.progress import LoggedReporter, Reporter, clock, keep
 from plmsae_cli.runtime.run_folder import RunDiffers, RunFolder, beating
 from plmsae_cli.runtime.stop import STOP
@@ -150,8 +150,11 @@ def run_experiment(
                 run.claim_identity(Lineage(experiment, store).run_identity())
             run.begin(experiment, text)
             reporter = LoggedReporter(reporter, run.log)
-            STOP.watch(run.stop_file)
-            with STOP.before_forced_exit(lambda: run.status(state="killed")), beating([run]):
+            with (
+                STOP.watching(run.stop_file),
+                STOP.before_forced_exit(lambda: run.status(state="killed")),
+                beating([run]),
+            ):
                 _run_stages(experiment, stages, store, run, reporter, seconds, later)
         except RunDiffers:
             raise  # the run that is there stays as it is
@@ -237,12 +240,18 @@ def _stage(
         reporter.say(f"{stage}: nothing to do, {_where(plan) or 'a later artifact exists'}{why}")
         return False
     gpus = plan.figures.get("ranks", executor.slots) if any(task.resources.gpus for task in plan.tasks) else 0
-    foretell(run.path, stage, plan.figures, gpus if count_gpus(experiment.launch) else 0, experiment.price.gpu_hour)
-    begun = time.monotonic()
+    gpus = gpus if count_gpus(experiment.launch) else 0
+    foretell(run.path, stage, plan.figures, gpus, experiment.price.gpu_hour)
+    begun, rate = time.monotonic(), dollars_a_second(gpus, experiment.price.gpu_hour)
+
+    def progress(done: float | None, total: float | None, **figures: Any) -> None:
+        spent = {} if rate is None else {"cost": f"${rate * (time.monotonic() - begun):,.2f}"}
+        reporter.update(done, total, **figures, **spent)
+
     reporter.begin(stage)
     for attempt in range(3):
         try:
-            executor.run(plan, reporter.update)
+            executor.run(plan, progress)
             break
         except PlanChanged:
             assert attempt < 2, "plan.json keeps changing"

@@ -43,13 +43,13 @@ def be_rank(run: RunFolder) -> None:
     experiment = Experiment.model_validate(order["experiment"])
     if experiment.launch.gpus == 0:
         allow_gpus([])
-    STOP.watch(run.stop_file)
     try:
-        if order["task"] is None:
-            _train_whole(experiment, order["text"], _Teller(logs, rank))
-        else:
-            context = LocalContext(experiment, _Teller(logs, rank).update)
-            run_task(Task.from_json(order["task"]), context, commit=rank == 0)
+        with STOP.watching(run.stop_file):
+            if order["task"] is None:
+                _train_whole(experiment, order["text"], _Teller(logs, rank))
+            else:
+                context = LocalContext(experiment, _Teller(logs, rank).update)
+                run_task(Task.from_json(order["task"]), context, commit=rank == 0)
     except Interrupted:
         sign.unlink(missing_ok=True)
         if rank == 0:

@@ -28,6 +28,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.space import Axis, axes
 from plmsae_cli.executors import executor as executors
 from plmsae_cli.executors.box import Box, make_data, places
+from plmsae_cli.executors.trials import spread
 from plmsae_cli.executors.watching import Pruned, Watched, final
 from plmsae_cli.runtime.progress import NoReporter, Reporter
 from plmsae_cli.runtime.results import headline
@@ -67,9 +68,18 @@ def search(
     """
     study = open_study(experiment, run.path)
     if only is not None:
-        worked = [bool(_run(trial, only, reporter)) for trial in trials(experiment)]
-        write_json(run.path / "sweep.json", summary(experiment, study))
-        return any(worked)
+        failed = list[str]()
+
+        def ended(trial: Trial, error: str | None) -> None:
+            if error is not None:
+                failed.append(trial.hash)
+                reporter.say(f"trial {trial.hash} failed: {error}")
+            write_json(run.path / "sweep.json", summary(experiment, study))
+
+        worked = spread(experiment, trials(experiment), only, run, executor, reporter, ended)
+        if failed:
+            raise UserError(f"{len(failed)} trials failed", f"see {run.path}/trials/*/status.json")
+        return worked
 
     assert experiment.sweep is not None
     options = experiment.sweep.optuna

@@ -139,7 +139,6 @@ def train_shared(
             folder = RunFolder(trial.run)
             folder.begin(trial.experiment, None)
             folder.status(state="running", stage="train", error=None, together=together)
-        STOP.watch(run.stop_file)
         with beating([RunFolder(trial.run) for trial, _ in members]):
             return True, _run(plan, {str(t.run): t for t, _ in members}, store, executor, reporter)
 

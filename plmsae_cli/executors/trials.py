@@ -26,7 +26,6 @@ def each_trial(
 
     On a shared stream the trials train first, together; what is left of each is its evaluation.
     """
-    from plmsae_cli.executors.box import Box, places, side_by_side
     from plmsae_cli.executors.pipeline import report_run
 
     if experiment.sweep is not None and experiment.sweep.optuna is not None:
@@ -57,14 +56,29 @@ def each_trial(
 
         assert isinstance(executor, RayExecutor)
         worked |= run_trials(left, only, executor, reporter, ended)
-    elif len(left) > 1 and len(found := places(experiment)) > 1:
-        worked |= side_by_side(left, only, Box(found, run.path / "logs", reporter), executor, reporter, ended)
     else:
-        worked |= _in_turn(left, only, reporter, ended)
+        worked |= spread(experiment, left, only, run, executor, reporter, ended)
     if lost := sum(state == "failed" for state in states.values()):
         report_run(experiment, ["sweep"], run, True, reporter)
         raise UserError(f"{lost} of {len(points)} trials failed", f"see {run.path}/trials/*/status.json")
     return worked
+
+
+def spread(
+    experiment: Experiment,
+    points: Sequence[Trial],
+    only: Sequence[str] | None,
+    run: RunFolder,
+    executor: Executor,
+    reporter: Reporter,
+    ended: Ended,
+) -> bool:
+    """The trials on this machine: as many at once as it has places for, else one after the other; whether any did anything."""
+    from plmsae_cli.executors.box import Box, places, side_by_side
+
+    if len(points) > 1 and len(found := places(experiment)) > 1:
+        return side_by_side(points, only, Box(found, run.path / "logs", reporter), executor, reporter, ended)
+    return _in_turn(points, only, reporter, ended)
 
 
 def _in_turn(points: Sequence[Trial], only: Sequence[str] | None, reporter: Reporter, ended: Ended) -> bool:

@@ -34,14 +34,15 @@ def keep_peak(run: Path, rank: int) -> None:
         write_json(run / f"logs/memory-rank-{rank}.json", {"bytes": torch.cuda.max_memory_allocated()})
 
 
-def _dollars_a_second(body: Mapping[str, Any]) -> float | None:
-    return body["gpus"] * body["gpu_hour"] / 3600 if body["gpus"] and body["gpu_hour"] is not None else None
+def dollars_a_second(gpus: int, gpu_hour: float | None) -> float | None:
+    """What so many GPUs cost; None where there are none, or no price was set."""
+    return gpus * gpu_hour / 3600 if gpus and gpu_hour is not None else None
 
 
 def cost(run: Path, stage_seconds: Mapping[str, float]) -> float | None:
     """Dollars that the GPUs of a run have come to, over all its stages and starts; None where no price was set."""
     found = read_json(run / FILE) or {}
-    rates = {stage: _dollars_a_second(body) for stage, body in found.items() if stage in stage_seconds}
+    rates = {s: dollars_a_second(body["gpus"], body["gpu_hour"]) for s, body in found.items() if s in stage_seconds}
     spent = [stage_seconds[stage] * rate for stage, rate in rates.items() if rate is not None]
     return sum(spent) if spent else None
 
@@ -57,7 +58,7 @@ def compared(run: Path, stage_seconds: Mapping[str, float]) -> dict[str, dict[st
         if "memory" in body and (peak := read_json(run / PEAK)) is not None:
             measured["memory"] = peak["bytes"]
         for each in (predicted, measured):
-            if (rate := _dollars_a_second(body)) is not None and "seconds" in each:
+            if (rate := dollars_a_second(body["gpus"], body["gpu_hour"])) is not None and "seconds" in each:
                 each["usd"] = each["seconds"] * rate
         found[stage] = {"predicted": predicted, "measured": measured}
     return found

@@ -23,21 +23,26 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self._file: Path | None = None
+        self._files: list[Path] = []
         self._looked = 0.0
         self._last_acts: list[Callable[[], None]] = []
 
-    def watch(self, file: Path) -> None:
-        """Also stop when this file appears; it works under any launcher."""
-        self._file = file
+    @contextmanager
+    def watching(self, file: Path) -> Iterator[None]:
+        """Within, also stop when this file appears, which works under any launcher; files that are watched already stay so."""
+        self._files.append(file)
+        try:
+            yield
+        finally:
+            self._files.remove(file)
 
     def request(self) -> None:
         self.asked = True
 
     def requested(self) -> bool:
-        if not self.asked and self._file is not None and time.monotonic() - self._looked > 1.0:
+        if not self.asked and self._files and time.monotonic() - self._looked > 1.0:
             self._looked = time.monotonic()
-            self.asked = self._file.exists()
+            self.asked = any(file.exists() for file in list(self._files))
         return self.asked
 
     def listen(self, *numbers: signal.Signals) -> None:

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -67,10 +67,11 @@ def test_stages_come_first_in_pipeline_order_then_run_then_tools_then_exit_codes
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     seconds = []
     for _ in range(5):
-        begun = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         shown = subprocess.run([sys.executable, "-c", ASK_HELP], capture_output=True, text=True, check=True, timeout=60)
-        seconds.append(time.perf_counter() - begun)
-    assert min(seconds) < 0.3
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.3, "of the processor: on a machine at work the clock tells of others"
     assert "Stages, in pipeline order" in shown.stdout
     assert not HEAVY & set(shown.stderr.split())
 

@@ -101,6 +101,18 @@ def test_an_experiment_whose_inputs_are_missing_fails_before_its_first_stage(
     assert not (tmp_path / "runs" / "a").exists()
 
 
+def test_a_search_without_optuna_is_told_ahead_and_spoils_no_other_experiment(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plmsae_cli.stages.sweep.find_spec", lambda name: None)
+    search = "sweep: {optuna: {trials: 2, space: {train.sae.k: [2, 4]}}}\n"
+    write("queue/a.yaml", more=search, evaluation="")
+    write("queue/b.yaml", evaluation="")
+    ended = plmsae("run", tmp_path / "queue", "--json")
+    assert states(ended) == {"a.yaml": "failed", "b.yaml": "done"}
+    assert "a.yaml: sweep.optuna needs the package optuna" in ended.err[: ended.err.index("== ")]
+
+
 def test_files_dropped_in_while_it_runs_are_picked_up(
     plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from plmsae_cli import load_sae
-from plmsae_cli.cli.listing import foretold_lines
+from plmsae_cli.cli.listing import best_line, foretold_lines
 from plmsae_cli.config.schema import FILE, text
 from plmsae_cli.runtime.foretold import foretell
 from plmsae_cli.runtime.processes import SILENT_S, live_state, me, state_words
@@ -227,6 +227,7 @@ def test_the_best_trial_of_a_sweep(plmsae: Plmsae, tmp_path: Path) -> None:
     assert best_trial(run) == ("b", {"train.sae.k": 2}, "fvu", 0.2)
     assert "best by fvu: 0.2, k=2 (trials/b)" in plmsae("status", run).out
     assert json.loads(plmsae("status", run, "--json").out)["best"]["hash"] == "b"
+    assert best_line(run) == ["best by fvu: 0.2, k=2 (trials/b)"]
     searched = [row("a", 1, objective=0.9), row("b", 2, objective=0.8), row("c", 3, "pruned", objective=None)]
     search = {"metric": "recovered_zero", "direction": "maximize"}
     write_json(run / "sweep.json", {"trials": searched, "search": search})

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import plmsae_cli
 from plmsae_cli.config.experiment import Experiment
@@ -23,6 +24,15 @@ from plmsae_cli.store.weights import save_model
 
 STAGES = ("embed", "shuffle", "optimize")
 Prepared = Callable[..., Experiment]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums as in a trial's process, which has one thread: with another number of them the last bit may differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors import box as module
-from plmsae_cli.executors.box import places
+from plmsae_cli.executors.box import Box, places, side_by_side
+from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import run_experiment
 from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.runtime.stop import STOP
@@ -29,14 +29,12 @@ GRID = {"grid": {"train.sae.k": [2, 4, 9999, 8]}}
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _surroundings(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[None]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    STOP.asked, threads = False, torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the trials' processes: sums of another number of threads differ in the last bit
+    STOP.asked = False
     yield
-    torch.set_num_threads(threads)
     STOP.asked = False
 
 
@@ -81,7 +79,9 @@ def test_each_trial_has_a_gpu_of_its_own_and_gives_what_it_gives_alone(
     assert (good[0].run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_a_search_has_several_trials_at_work_and_goes_on_after_a_stop(trained: Trained, gpus: None) -> None:
+def test_a_search_has_several_trials_at_work_and_goes_on_after_a_stop(
+    trained: Trained, gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("optuna")
     # Three points for four trials: one is chosen again, perhaps while it is at work.
     space = {"train.sae.k": [2, 4, 8]}
@@ -112,6 +112,75 @@ def test_a_search_has_several_trials_at_work_and_goes_on_after_a_stop(trained: T
     study = (run / "optuna.journal").read_text().splitlines()
     assert sum(json.loads(line)["op_code"] == 4 for line in study) == 4, "four trials were begun, none twice"
     assert all(row["objective"] > 0 for row in rows)
+
+    # Evaluation alone is side by side too.
+    scored = Experiment.model_validate({**experiment.dump(), "eval": {"fidelity": {"proteins": 4}}})
+    orders: list[tuple[str, list[str]]] = []
+
+    def work(self: Box, trial: Trial, stages: Sequence[str], *_: Any) -> dict[str, Any]:
+        orders.append((trial.hash, list(stages)))
+        return {"worked": True}
+
+    monkeypatch.setattr(Box, "_work", work)
+    assert "eval" in run_experiment(scored, ["eval"], PlainReporter()).stages
+    assert sorted(orders) == sorted((row["hash"], ["eval"]) for row in rows)
+
+
+def test_a_wish_to_stop_while_trials_are_starting_is_no_failure_of_theirs(trained: Trained, gpus: None) -> None:
+    """Their processes are still importing: nothing in them can take a signal for a wish."""
+    experiment = swept(trained, "early", {"grid": {"train.sae.k": [2, 4, 8]}})
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "begins on GPU" in text:
+            STOP.request()
+
+    with pytest.raises(Interrupted):
+        run_experiment(experiment, ["sweep"], PlainReporter(say))
+    table = json.loads((Path(experiment.root) / "early" / "sweep.json").read_text())["trials"]
+    assert [row["state"] for row in table] == ["pending"] * 3
+    assert not any("failed" in line for line in said)
+
+
+@pytest.mark.parametrize("last_words", ['{"worked": true}', ""])
+def test_a_trial_that_had_ended_when_it_was_asked_to_stop_has_ended(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: str
+) -> None:
+    """A signal may come when it has told its outcome, or before it could say a word."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nread order\nprintf '{last_words}'\nkill -TERM $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(program))
+    experiment = swept(trained, "late", GRID)
+    box = Box([()], tmp_path, PlainReporter())
+    if last_words:
+        assert box.run(trials(experiment)[0], ["train"])
+    else:
+        with pytest.raises(Interrupted):
+            box.run(trials(experiment)[0], ["train"])
+
+
+def test_what_cannot_be_recorded_ends_the_sweep_at_once(
+    trained: Trained, gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk is full, a hundred trials to come would only fill it again."""
+    experiment = swept(trained, "full", {"grid": {"train.sae.k": [2, 4, 8, 16, 32]}})
+    begun: list[str] = []
+
+    def outcome(self: Any, trial: Trial, *_: Any) -> dict[str, Any]:
+        begun.append(trial.hash)
+        time.sleep(0.1)
+        return {"worked": True}
+
+    def full(trial: Trial, error: str | None) -> None:
+        raise OSError(28, "No space left on device", "sweep.json")
+
+    monkeypatch.setattr(Box, "_work", outcome)
+    box = Box([[0], [1]], Path(experiment.root) / "logs", PlainReporter())
+    with pytest.raises(OSError, match="No space left"):
+        side_by_side(trials(experiment), None, box, LocalExecutor(experiment), PlainReporter(), full)
+    assert len(begun) < 5
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def test_no_cluster_at_the_address(prepared: Prepared, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_ranks_train_in_a_placement_group_and_trials_side_by_side(
-    cluster: Any, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
+    cluster: Any, one_thread: None, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
 ) -> None:
     """A gang of two, and two trials, on two nodes with a core each; losses are those of lone runs."""
     if sum(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]) < 2:

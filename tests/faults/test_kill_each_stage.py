@@ -41,7 +41,6 @@ eval: {{fidelity: {{proteins: 4}}}}
 
 FAULTS = [
     "kill:embed.shard-00001.begin",  # before a shard
-    "kill:embed.shard-00001.begin",  # before a shard
     "kill:embed.shard-00001.written",  # its files are there, its record is not
     "kill:embed.manifest",
     "kill:shuffle.map-00002.written",

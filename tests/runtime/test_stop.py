@@ -43,12 +43,26 @@ def test_a_stop_file_asks_within_a_second_and_is_looked_for_no_oftener(
     clock = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     stop = Stop()
-    stop.watch(tmp_path / "STOP")
-    assert not stop.requested()
-    (tmp_path / "STOP").touch()
-    clock[0] += 0.5
-    assert not stop.requested()
-    clock[0] += 0.6
-    assert stop.requested()
-    (tmp_path / "STOP").unlink()
-    assert stop.requested()
+    with stop.watching(tmp_path / "STOP"):
+        assert not stop.requested()
+        (tmp_path / "STOP").touch()
+        clock[0] += 0.5
+        assert not stop.requested()
+        clock[0] += 0.6
+        assert stop.requested()
+        (tmp_path / "STOP").unlink()
+        assert stop.requested()
+
+
+def test_the_file_of_what_is_around_is_watched_too_and_that_of_what_is_over_no_more(tmp_path: Path) -> None:
+    """A sweep's, while one of its trials is at work."""
+    for name, heard in (("outer", True), ("inner", True), ("over", False)):
+        stop = Stop()
+        with stop.watching(tmp_path / "outer"):
+            with stop.watching(tmp_path / "over"):
+                pass
+            with stop.watching(tmp_path / "inner"):
+                (tmp_path / name).touch()
+                stop._looked = -10.0
+                assert stop.requested() == heard, name
+        (tmp_path / name).unlink()

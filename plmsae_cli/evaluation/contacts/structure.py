@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import platform
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -71,7 +72,7 @@ def read_chain(path: Path, name: str, chain: str | None, sequence: str) -> Chain
         import biotite.structure as biotite
         from biotite.structure.info import one_letter_code
     except ImportError as error:
-        raise UserError("structures are read by biotite", "pip install 'plmsae[fold]'") from error
+        raise _without_biotite() from error
     file, atoms = _open(path, name)
     atoms = atoms[biotite.filter_amino_acids(atoms)]
     chains = list(dict.fromkeys(atoms.chain_id.tolist()))
@@ -122,6 +123,15 @@ def _spread(places: Coordinates, where: npt.NDArray[np.int64], length: int) -> C
     return found
 
 
+def _without_biotite() -> UserError:
+    """What to install: the extra leaves it out where there is no build of it."""
+    if platform.machine() == "aarch64":
+        hint = "there is no build of it for aarch64: `pip install biotite` compiles it, which needs a C compiler"
+    else:
+        hint = "pip install 'plmsae[fold]'"
+    return UserError("structures are read by biotite, which is not installed", hint)
+
+
 def read_residues(path: Path, name: str, chain: str | None = None) -> list[tuple[str, list[Any]]]:
     """Letters and residues (arrays of atoms) of each chain of amino acids of the first model, or of the one asked for.
 
@@ -132,7 +142,7 @@ def read_residues(path: Path, name: str, chain: str | None = None) -> list[tuple
         import biotite.structure as biotite
         from biotite.structure.info import one_letter_code
     except ImportError as error:
-        raise UserError("structures are read by biotite", "pip install 'plmsae[fold]'") from error
+        raise _without_biotite() from error
     _, atoms = _open(path, name)
     atoms = atoms[biotite.filter_amino_acids(atoms)]
     found = []

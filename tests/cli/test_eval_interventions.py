@@ -113,6 +113,7 @@ def sequences(number: int, length: int) -> list[str]:
     return ["".join(chosen.choices("ACDEFGHIKLMNPQRSTVWY", k=length)) for _ in range(number)]
 
 
+@pytest.mark.slow
 def test_contacts_of_a_dictionary_that_loses_nothing(
     plmsae: Plmsae, trained: Callable[..., Path], shared: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -242,6 +243,7 @@ def test_killed_between_pieces_it_ends_the_same(
     assert {name: (folder / name).read_bytes() for name in killed} == killed
 
 
+@pytest.mark.slow
 def test_evaluations_side_by_side(plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path) -> None:
     one, two = trained("", "one.yaml"), trained("  steering: {top: 2, proteins: 3}\n", "two.yaml")
     assert plmsae("eval", two, "--no-progress").code == 0

@@ -79,6 +79,7 @@ def test_each_trial_has_a_gpu_of_its_own_and_gives_what_it_gives_alone(
     assert (good[0].run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_search_has_several_trials_at_work_and_goes_on_after_a_stop(
     trained: Trained, gpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,6 +134,7 @@ def test_an_absent_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.hint == 'pip install "plmsae[slurm]"'
 
 
+@pytest.mark.slow
 def test_a_gang_told_to_leave_saves_and_is_submitted_again(
     prepared: Prepared, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
 ) -> None:

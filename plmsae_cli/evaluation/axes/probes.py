@@ -165,10 +165,11 @@ def _features(
         parts["protein"].append((protein_Q + places[0], latent_Q, best[protein_Q, latent_Q]))
 
     rows_of = {"residue": first, "protein": len(sequences)}
-    return {
-        kind: Sparse(*(torch.cat(column) for column in zip(*many, strict=True)), rows_of[kind], sae.num_latents)
-        for kind, many in parts.items()
-    }
+    joined = {}
+    for kind, many in parts.items():
+        row_Q, latent_Q, value_Q = (torch.cat(column) for column in zip(*many, strict=True))
+        joined[kind] = Sparse(row_Q, latent_Q, value_Q, rows_of[kind], sae.num_latents)
+    return joined
 
 
 def _targets(scope: Scope, options: Probes, kept: list[Any], sequences: list[str]) -> list[Target]:

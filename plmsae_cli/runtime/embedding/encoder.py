@@ -194,6 +194,10 @@ def _most_tokens(model: nn.Module) -> int | None:
 class EncoderEmbedder(Embedder):
     """An `Embedder` of an `hf:` model: padded batches, longest first, not compiled."""
 
+    @property
+    def fused(self) -> bool:
+        return False
+
     def _open(self, weights: str, store: Store) -> None:
         info = resolve_weights(weights, store, download=False)
         self.encoder = Encoder(info, self.device, self.dtype)

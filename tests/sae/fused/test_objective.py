@@ -65,7 +65,7 @@ def test_what_is_saved_continues_bit_for_bit(architecture: str, monkeypatch: pyt
         assert torch.equal(tensor, resumed.tensors()[name]), name
 
 
-@pytest.mark.parametrize("architecture", ["jumprelu", "switch"])
+@pytest.mark.parametrize("architecture", ["jumprelu", pytest.param("switch", marks=pytest.mark.slow)])
 def test_own_parameters_are_saved_and_continue_bit_for_bit(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sae_kernels, "why_plain", lambda *_: None)
     sae = {"jumprelu": {"target_l0": K, "theta_start": 0.5, "bandwidth": 0.5}, "switch": {"k": K, "num_experts": 4}}

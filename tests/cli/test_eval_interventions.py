@@ -165,7 +165,7 @@ def test_a_steering_direction_of_known_effect_is_first(
     (tmp_path / "p.fasta").write_text("".join(f">p{n}\n{text}\n" for n, text in enumerate(texts)))
     section = (
         f"  steering: {{fasta: {tmp_path / 'p.fasta'}, latents: [3, {PLANTED}, 40, 90], strengths: [{STRENGTH}],"
-        " batch_tokens: 70, tasks: 3}\n"
+        " batch_tokens: 70, tasks: 5}\n"
     )
     path = trained(section)
     row_D = plant(tmp_path / "runs" / "one", shared["weights"])
@@ -209,7 +209,7 @@ def test_a_steering_direction_of_known_effect_is_first(
     assert latents[PLANTED]["steering_up_effect"] == pytest.approx(best["effect"])
     assert latents[0]["steering_kl"] is None
     first = (folder / "steering" / "effects.parquet").read_bytes()
-    path.write_text(path.read_text().replace("tasks: 3", "tasks: 1"))
+    path.write_text(path.read_text().replace("tasks: 5", "tasks: 1"))
     assert plmsae("eval", path, "--no-progress").code == 0
     assert (folder / "steering" / "effects.parquet").read_bytes() == first
     assert "## Steering (add)" in (folder / "model_card.md").read_text()

@@ -172,7 +172,8 @@ def _part(scope: Scope, options: Steering, index: int, of: int, context: Context
     done = 0
     budget = embedder.budget(options.batch_tokens)
     with torch.inference_mode():
-        for batch in _batches(sequences, options, embedder.model, layer, budget, embedder.device):
+        # There may be more tasks than steers.
+        for batch in _batches(sequences if mine else [], options, embedder.model, layer, budget, embedder.device):
             context.check_stop()
             where_T1 = steerable(batch, positions)
             only_active = options.residues == "active"

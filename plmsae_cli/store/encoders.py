@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -24,8 +25,26 @@ def is_encoder(weights: str) -> bool:
     return weights.startswith(PREFIX)
 
 
+def hide_broken_torchvision() -> None:
+    """Have transformers do without torchvision, which it takes for images, where that is broken.
+
+    One that was built for another torch (that of PyPI beside torch's CPU wheel) breaks off with `operator torchvision::nms
+    does not exist`, and would take transformers along.
+    """
+    try:
+        import_module("torchvision")
+        return
+    except ImportError:
+        pass  # absent, or hidden: transformers may have looked before it was
+    except (RuntimeError, OSError):
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+    if (asked := sys.modules.get("transformers.utils.import_utils")) is not None:
+        asked.is_torchvision_available.cache_clear()
+
+
 def transformers_module() -> Any:
     """The package. Raises UserError with the line that installs it."""
+    hide_broken_torchvision()
     try:
         module: Any = import_module("transformers")
         module.AutoModel  # noqa: B018 loads what may be broken here
@@ -37,7 +56,7 @@ def transformers_module() -> Any:
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"model.weights: hf: the package transformers does not work here: {first_line(error)}",
-            "is there a torchvision of another version than torch? remove it, or install the one that belongs to torch",
+            'pip install --force-reinstall "plmsae[hf]"',
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.embedding import Embedder
 from plmsae_cli.runtime.embedding.encoder import EncoderEmbedder
+from plmsae_cli.store.encoders import hide_broken_torchvision
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.weights import load_state, resolve_weights
@@ -23,18 +25,10 @@ LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
 SEQUENCES = ["MKVLAWQX", "A", "ACDEFGHIKLMNPQRSTVWYBUZOX.-" * 2, "GG", "WWWWWYYYY", "MSTNPKPQRKTKRNTNRRPQDVKFPGG"]
 
 
-def hidden_torchvision() -> Any:
-    """A torchvision of another build than torch breaks transformers, which text encoders do not need it for."""
-    try:
-        import torchvision  # noqa: F401
-    except Exception:
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
-    return pytest.importorskip("transformers")
-
-
 @pytest.fixture(scope="module")
 def transformers() -> Any:
-    found = hidden_torchvision()
+    hide_broken_torchvision()
+    found = pytest.importorskip("transformers")
     found.logging.set_verbosity_error()
     found.logging.disable_progress_bar()
     return found
@@ -266,3 +260,23 @@ def test_limits_of_encoders_are_named(experiment: Callable[..., Experiment], tra
         experiment(f"hf:{folder}", compile=True)
     with pytest.raises(UserError, match="has layers 0 to 4, 5 is not"):
         Lineage(experiment(f"hf:{folder}", layers=[5]), Store()).embed(5)
+
+
+def test_a_broken_torchvision_is_hidden_also_late(tmp_path: Path) -> None:
+    """Also where transformers has found it before, and where someone else has hidden it since."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    for between in ("", "sys.modules['torchvision'] = None"):
+        program = f"""if True:
+            import sys
+            sys.path.insert(0, {str(tmp_path)!r})
+            from transformers.utils import is_torchvision_available
+            assert is_torchvision_available()
+            {between}
+            from plmsae_cli.store.encoders import transformers_module
+            transformers_module().EsmConfig
+        """
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr

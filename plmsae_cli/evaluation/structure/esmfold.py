@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +18,7 @@ from plmsae_cli.runtime.device import pick_device
 from plmsae_cli.runtime.hub.esm import esm_config, esm_state
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.store.digests import remembered_sha256
-from plmsae_cli.store.encoders import quietly
+from plmsae_cli.store.encoders import hide_broken_torchvision, quietly
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.weights import cache_folder, load_state, resolve_weights
 
@@ -86,20 +85,8 @@ class ESMFold:
 
 
 def folding_class() -> Any:
-    """transformers' `EsmForProteinFolding`.
-
-    transformers imports torchvision where it finds one, for images. One that was built for another torch (that of PyPI beside
-    torch's CPU wheel) breaks off there with `operator torchvision::nms does not exist`; such a one is hidden from it. The
-    extra `fold` installs none.
-    """
-    try:
-        import_module("torchvision")
-    except ImportError:
-        pass
-    except (RuntimeError, OSError):
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
-        if (asked := sys.modules.get("transformers.utils.import_utils")) is not None:
-            asked.is_torchvision_available.cache_clear()  # transformers remembers what it found
+    """transformers' `EsmForProteinFolding`. Raises UserError with the line that installs what is missing."""
+    hide_broken_torchvision()
     try:
         import_module("tmtools")
         from transformers.models.esm.modeling_esmfold import EsmForProteinFolding

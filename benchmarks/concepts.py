@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import resource
 import sys
 import time
 import types
@@ -38,6 +37,7 @@ from plmsae_cli.evaluation.concepts.scoring import PairScores
 from plmsae_cli.evaluation.concepts.vocabulary import Concept, Labels
 from plmsae_cli.evaluation.proteins import groups
 from plmsae_cli.evaluation.rows import group_residues
+from plmsae_cli.runtime.peak import peak_memory
 from plmsae_cli.sae.interface import Latents
 
 LATENTS, K, GROUP = 20_480, 64, 512
@@ -288,11 +288,7 @@ def main() -> None:
         ours(synthetic(200_000, options.latents), device, group_residues(device))
         torch.cuda.reset_peak_memory_stats()
     run = ours(data, device, group_residues(device))
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     size = 2 * Counts.bytes(options.latents, len(data.concepts), run.counted[0].instances_CNT.shape[0])
     shape = f"{sum(data.lengths):,} residues, {options.latents:,} latents, {K} active, {len(data.concepts)} concepts"
     note = (

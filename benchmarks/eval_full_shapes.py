@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from plmsae_cli.evaluation.strongest import strongest
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
 from plmsae_cli.plm.esm2 import ESM2, PUBLISHED, ESM2Config
 from plmsae_cli.runtime.embedding import Embedder
+from plmsae_cli.runtime.peak import peak_memory
 from plmsae_cli.sae.fidelity import Fidelity
 from plmsae_cli.sae.interface import Latents
 from plmsae_cli.sae.topk import TopK
@@ -69,7 +69,7 @@ class Timed:
         if cuda:
             torch.cuda.synchronize()
         spent = time.perf_counter() - begun
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
         line = {
             "name": "eval/full-shapes",
             "who": f"plmsae {axis}",

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from plmsae_cli.evaluation.features.merge import sampled
 from plmsae_cli.evaluation.features.ranking import Entries
 from plmsae_cli.evaluation.features.reading import Active, Reader, Side, active_pairs
 from plmsae_cli.evaluation.features.select import Selection
+from plmsae_cli.runtime.peak import peak_memory
 from plmsae_cli.sae.topk import TopK
 
 LATENTS, K, TOP, RANDOM = 20_480, 64, 20, 50
@@ -252,7 +252,7 @@ def main() -> None:
         batches = encoded(side, options.d, device, device) if options.encode else drawn(side, device, batch_rows)
         clocks, selection = ours(side, device, batches, to_host)
         collected.append((side, selection))
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        host = peak_memory()
         gpu = f", GPU {torch.cuda.max_memory_allocated() / 1e9:.2f} GB" if on_gpu else ""
         spent = clocks.first.spent + clocks.second.spent + clocks.batches.spent * options.encode
         encoding = f"encoding twice {clocks.batches.spent:.1f} s, " * options.encode

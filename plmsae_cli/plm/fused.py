@@ -27,8 +27,6 @@ _NEIGHBOURS = 8
 """Rows of tiles that run together, so that they find each other's operands in the cache."""
 _ROTATED = 32
 """Tokens that a program rotates."""
-
-
 _SHARED_BYTES = 216 << 10
 """What a product with these tiles takes of a multiprocessor."""
 

@@ -98,7 +98,19 @@ class _Steps(NamedTuple):
 _EAGER = _Steps(project, between, feed)
 
 
-def _let_vary(*tensors: Tensor) -> None:
+def compile_each(steps: Sequence[Callable[..., Any]], mode: str | None) -> list[Any]:
+    """The steps, each compiled whole; `mode` is torch.compile's."""
+    return [torch.compile(step, dynamic=False, fullgraph=True, mode=mode) for step in steps]
+
+
+def deepest(wanted: Sequence[int], num_layers: int) -> int:
+    """The last layer wanted. Raises ValueError for layers that the model has not, and where none is wanted."""
+    if not wanted or min(wanted) < 0 or max(wanted) > num_layers:
+        raise ValueError(f"layers {list(wanted)} asked of a model that has layers 0 to {num_layers}")
+    return max(wanted)
+
+
+def let_vary(*tensors: Tensor) -> None:
     """Have the number of tokens, alone of all dimensions, be an argument of what is compiled for these."""
     for tensor in tensors:
         torch._dynamo.mark_dynamic(tensor, 0)
@@ -148,9 +160,8 @@ class Reader:
         all three say nothing where our kernels run. Documents are as for `ESM2.forward`; layers that the model has not are a
         ValueError.
         """
-        num_layers, last = self.config.num_layers, max(wanted, default=-1)
-        if not wanted or min(wanted) < 0 or last > num_layers:
-            raise ValueError(f"layers {list(wanted)} asked of a model that has layers 0 to {num_layers}")
+        num_layers = self.config.num_layers
+        last = deepest(wanted, num_layers)
         steps = self._fused or (self._steps(mode) if compiled else _EAGER)
         flexible = compiled and any_length and not self.fused
         documents = documents.tiled(tokens_T.shape[0])
@@ -161,7 +172,7 @@ class Reader:
         if last == 0:
             return
         if flexible:
-            _let_vary(x_TD, position_T)
+            let_vary(x_TD, position_T)
         rope = (self._rope(documents.max_len), position_T, self.config.num_heads)
         qkv = list(steps.project(x_TD, self._blocks[0], *rope))
         for layer in range(1, last + 1):
@@ -169,7 +180,7 @@ class Reader:
             mixed_THD = attention(qkv[0], qkv[1], qkv[2], *documents)
             qkv.clear()  # their memory is the next region's
             if flexible:
-                _let_vary(x_TD, mixed_THD)
+                let_vary(x_TD, mixed_THD)
             if layer < last:
                 x_TD, *qkv = steps.between(x_TD, mixed_THD, block, self._blocks[layer], *rope)
             else:
@@ -187,8 +198,5 @@ class Reader:
 
     def _steps(self, mode: str | None) -> _Steps:
         if mode not in self._compiled:
-            options: dict[str, Any] = {"dynamic": False, "fullgraph": True, "mode": mode}
-            self._compiled[mode] = _Steps(
-                torch.compile(project, **options), torch.compile(between, **options), torch.compile(feed, **options)
-            )
+            self._compiled[mode] = _Steps(*compile_each(_EAGER, mode))
         return self._compiled[mode]

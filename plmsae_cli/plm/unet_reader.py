@@ -8,17 +8,16 @@ Shape letters: T tokens of the pack, D residual width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from plmsae_cli.plm.attention import Documents, attention
 from plmsae_cli.plm.gradients import lookup, scaled
+from plmsae_cli.plm.reader import compile_each, deepest, let_vary
 from plmsae_cli.plm.rotary import Tables
 from plmsae_cli.plm.unet import Block, UNet
-
-QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class _Pack(NamedTuple):
@@ -87,9 +86,8 @@ class UNetReader:
     ) -> Iterator[tuple[int, Tensor]]:
         """Layer k and its activations [T, D] for each k wanted, ascending; arguments and errors as of `Reader.layers`."""
         model, half = self._model, self.config.num_layers // 2
-        num_layers, last = self.config.num_layers, max(wanted, default=-1)
-        if not wanted or min(wanted) < 0 or last > num_layers:
-            raise ValueError(f"layers {list(wanted)} asked of a model that has layers 0 to {num_layers}")
+        num_layers = self.config.num_layers
+        last = deepest(wanted, num_layers)
         steps = self._steps(mode) if compiled else _EAGER
         documents = documents.tiled(tokens_T.shape[0])
         rope = model.rotary(documents.locate(tokens_T.shape[0])[1])
@@ -109,8 +107,7 @@ class UNetReader:
 
         def vary(*tensors: Tensor) -> None:
             if compiled and any_length:
-                for tensor in tensors:
-                    torch._dynamo.mark_dynamic(tensor, 0)
+                let_vary(*tensors)
 
         vary(tokens_T, x_TD, *rope)
         x_TD, *qkv = steps.enter(x_TD, above(0), pack)
@@ -138,8 +135,5 @@ class UNetReader:
 
     def _steps(self, mode: str | None) -> _Steps:
         if mode not in self._compiled:
-            options: dict[str, Any] = {"dynamic": False, "fullgraph": True, "mode": mode}
-            self._compiled[mode] = _Steps(
-                torch.compile(enter, **options), torch.compile(between, **options), torch.compile(leave, **options)
-            )
+            self._compiled[mode] = _Steps(*compile_each(_EAGER, mode))
         return self._compiled[mode]

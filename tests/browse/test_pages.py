@@ -8,6 +8,7 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -404,16 +405,22 @@ def test_nothing_moves_while_a_page_loads(page: Any, made: Any) -> None:
         assert page.evaluate("window.shifted") < 0.02, hash_
 
 
-def test_names_contrast_and_order(page: Any, made: Any) -> None:
-    """What Lighthouse looks at, by rules of WCAG 2.1: names of controls, contrast of text, landmarks, headings, tab order."""
-    rules = Path(__file__).with_name("accessible.js").read_text(encoding="utf-8")
+def every_view(page: Any, made: Any, settle: int) -> Iterator[str]:
+    """Each kind of page open, in light and in dark, after so many milliseconds; its name."""
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         for hash_ in views(made):
             page.goto("about:blank")
             open_site(page, (made.site / "index.html").as_uri(), hash_)
-            page.wait_for_timeout(50)
-            assert page.evaluate(rules) == [], f"{scheme} {hash_}"
+            page.wait_for_timeout(settle)
+            yield f"{scheme} {hash_}"
+
+
+def test_names_contrast_and_order(page: Any, made: Any) -> None:
+    """What Lighthouse looks at, by rules of WCAG 2.1: names of controls, contrast of text, landmarks, headings, tab order."""
+    rules = Path(__file__).with_name("accessible.js").read_text(encoding="utf-8")
+    for view in every_view(page, made, 50):
+        assert page.evaluate(rules) == [], view
     reached = []
     page.evaluate("document.activeElement.blur()")
     for _ in range(6):
@@ -429,13 +436,8 @@ def test_accessible(page: Any, made: Any) -> None:
     axe = os.environ.get("PLMSAE_AXE", "")
     if not Path(axe).is_file():
         pytest.skip("axe-core is not here: npm install axe-core, and PLMSAE_AXE=node_modules/axe-core/axe.min.js")
-    for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)
-        for hash_ in views(made):
-            page.goto("about:blank")
-            open_site(page, (made.site / "index.html").as_uri(), hash_)
-            page.wait_for_timeout(100)
-            page.evaluate(Path(axe).read_text(encoding="utf-8"))
-            found = page.evaluate("axe.run({preload: false, runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})")
-            bad = [(one["id"], [node["html"][:150] for node in one["nodes"]][:3]) for one in found["violations"]]
-            assert bad == [], f"{scheme} {hash_}"
+    for view in every_view(page, made, 100):
+        page.evaluate(Path(axe).read_text(encoding="utf-8"))
+        found = page.evaluate("axe.run({preload: false, runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})")
+        bad = [(one["id"], [node["html"][:150] for node in one["nodes"]][:3]) for one in found["violations"]]
+        assert bad == [], f"{view}"

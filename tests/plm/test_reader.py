@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -33,15 +30,6 @@ def copy_of(model: ESM2, dtype: torch.dtype = torch.float32) -> ESM2:
 def forward(model: ESM2, packed: Packed) -> dict[int, Tensor]:
     layers = range(model.config.num_layers + 1)
     return model(packed.tokens_T, packed.documents, layers=layers).hidden  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Traced and cut into graphs as on a GPU, but not handed to a compiler, which takes half a minute on a CPU."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dtype", GATES)

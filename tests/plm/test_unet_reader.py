@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -44,15 +41,6 @@ def packed(turn: int = 0, num_tokens: int = 192) -> Packed:
 @torch.no_grad()
 def forward(model: UNet, batch: Packed) -> dict[int, Tensor]:
     return model(batch.tokens_T, batch.documents, layers=range(model.config.num_layers + 1)).hidden  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Traced and cut into graphs as on a GPU, but not handed to a compiler."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,7 +60,11 @@ def closed_form(
 
 @pytest.mark.parametrize(("places", "target"), [(N, None), (2, 3.0)], ids=["pairs", "all-latents"])
 def test_a_step_is_the_closed_form_and_the_plain_update(
-    places: int, target: float | None, monkeypatch: pytest.MonkeyPatch
+    places: int,
+    target: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+    steps_as_plain: Callable[..., None],
+    infinity_changes_nothing: Callable[..., None],
 ) -> None:
     monkeypatch.setattr(jump, "capacity", lambda _: places)
     if DEVICE.type == "cpu":  # several tiles; on a GPU those of training
@@ -91,35 +97,11 @@ def test_a_step_is_the_closed_form_and_the_plain_update(
     assert float(figures["loss"]) == pytest.approx(float(total), rel=0.01)
     assert float(figures["l0"]) == float(l0)
     assert float(figures["l0_std"]) > 0
-    g = step._gradients
-    silent_N1 = (g.touched_N == 0).unsqueeze(1)
-    ours = {
-        "w_enc_ND": g.grad_enc_ND.float().masked_fill(silent_N1, 0),
-        "w_dec_ND": g.grad_dec_ND.float().masked_fill(silent_N1, 0),
-        "b_enc_N": g.grad_b_N,
-        "b_dec_D": g.grad_b_SD.sum(0),
-        **step._update.own_gradients,
-    }
-    for name, gradient in ours.items():
-        assert float((gradient.double().cpu() - want[name]).norm() / want[name].norm()) < 0.02, name
-        plain.get_parameter(name).grad = gradient.clone()
-
-    plain.project_gradients()
-    norm = optimizer.step(1e-2, 0.01)
-    plain.normalize_decoder()
-    assert float(figures["grad_norm"]) == pytest.approx(D * float(norm), rel=0.02)
-    assert float(norm) > 0.01, "clipped"
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(masters[name], parameter.detach(), rtol=1e-3, atol=1e-3, msg=name)
-    for name, tensor in optimizer.state_tensors().items():
-        torch.testing.assert_close(state[name.removeprefix("sae.")], tensor, rtol=0.02, atol=1e-7, msg=name)
+    steps_as_plain(step, figures, want, plain, optimizer, (masters, state))
     fired_N = (scores[0].float() > step._encode.theta_N).any(0)
     assert torch.equal(ages_N == 0, fired_N)
 
-    before = {name: tensor.clone() for name, tensor in {**state, **masters}.items()}
-    raw_BD[3, 3] = torch.inf
-    assert not step(raw_BD, 1, 1e-2)["loss"].isfinite()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in {**state, **masters}.items()), "nothing changes"
+    infinity_changes_nothing(step, raw_BD, (masters, state))
 
 
 @pytest.mark.parametrize("spare", [0, -1], ids=["just-fits", "one-too-many"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,7 +53,11 @@ def formulas(step: FusedSwitchStep, before: dict[str, Tensor], inputs_BD: Tensor
     return total.detach(), balance.detach(), error_BD.detach()
 
 
-def test_a_step_is_the_formulas_and_the_plain_update(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_the_formulas_and_the_plain_update(
+    monkeypatch: pytest.MonkeyPatch,
+    steps_as_plain: Callable[..., None],
+    infinity_changes_nothing: Callable[..., None],
+) -> None:
     monkeypatch.setattr(experts, "ROUTED", 16)  # two blocks
     monkeypatch.setattr(experts, "TILE", 16)
     generator = torch.Generator().manual_seed(1)
@@ -72,38 +78,12 @@ def test_a_step_is_the_formulas_and_the_plain_update(monkeypatch: pytest.MonkeyP
     assert float(figures["loss"]) == pytest.approx(float(total), rel=0.01)
     assert float(figures["aux"]) == pytest.approx(float(balance), rel=1e-3)
     assert float(figures["fvu"]) == pytest.approx(float(error_BD.square().sum() / inputs_BD.square().sum()), rel=0.01)
-    g = step._gradients
-    silent_N1 = (g.touched_N == 0).unsqueeze(1)
-    ours = {
-        "w_enc_ND": g.grad_enc_ND.float().masked_fill(silent_N1, 0),
-        "w_dec_ND": g.grad_dec_ND.float().masked_fill(silent_N1, 0),
-        "b_enc_N": g.grad_b_N,
-        "b_dec_D": g.grad_b_SD.sum(0),
-        **step._update.own_gradients,
-    }
-    for name, gradient in ours.items():
-        want = seen[name].grad
-        assert want is not None
-        assert float((gradient.double().cpu() - want).norm() / want.norm()) < 0.02, name
-        plain.get_parameter(name).grad = gradient.clone()
-
-    plain.project_gradients()
-    norm = optimizer.step(1e-2, 0.01)
-    plain.normalize_decoder()
-    assert float(figures["grad_norm"]) == pytest.approx(D * float(norm), rel=0.02)
-    assert float(norm) > 0.01, "clipped"
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(masters[name], parameter.detach(), rtol=1e-3, atol=1e-3, msg=name)
+    steps_as_plain(step, figures, {name: p.grad for name, p in seen.items()}, plain, optimizer, (masters, state))
     for name, tensor in optimizer.state_tensors().items():
-        ours_now = state[name.removeprefix("sae.")]
-        torch.testing.assert_close(ours_now, tensor, rtol=0.02, atol=1e-7, msg=name)
         if "router" in name:  # rounded by the same hash
-            assert float((ours_now == tensor).float().mean()) > 0.95, name
+            assert float((state[name.removeprefix("sae.")] == tensor).float().mean()) > 0.95, name
 
-    before = {name: tensor.clone() for name, tensor in {**state, **masters}.items()}
-    raw_BD[3, 3] = torch.inf
-    assert not step(raw_BD, 1, 1e-2)["loss"].isfinite()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in {**state, **masters}.items()), "nothing changes"
+    infinity_changes_nothing(step, raw_BD, (masters, state))
 
 
 def test_experts_score_what_one_product_would(monkeypatch: pytest.MonkeyPatch) -> None:

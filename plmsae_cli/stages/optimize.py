@@ -30,7 +30,7 @@ from plmsae_cli.stages.common import (
 from plmsae_cli.store.blocks import chunk_name, chunk_rows
 from plmsae_cli.store.fs import FileRecord, Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.passes import held_rows, optimize_effort, window_rows
+from plmsae_cli.store.passes import chunks_per_task, held_rows, optimize_effort, window_rows
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -50,8 +50,8 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
         ref, source = lineage.optimize(layer), lineage.shuffle(layer).folder
         per_chunk = chunk_rows(int(optimize.chunk), optimize.block_rows, lineage.width, getattr(torch, embed.dtype))
         num_chunks = math.ceil(rows / per_chunk)
-        fitting = max(1, held_rows(memory, row_bytes) // per_chunk)
-        chosen = read_plan(store, ref.folder) or {"rows": rows, "chunk_rows": per_chunk, "chunks_per_task": fitting}
+        step = chunks_per_task(rows, row_bytes, per_chunk, memory)
+        chosen = read_plan(store, ref.folder) or {"rows": rows, "chunk_rows": per_chunk, "chunks_per_task": step}
         step = chosen["chunks_per_task"]
         reduces = reduce_tasks(ref.folder, source, rows, per_chunk, step, memory)
         facts = {

@@ -53,7 +53,8 @@ def embedded(folder: Path | str, rows_RD: torch.Tensor, cuts: Sequence[int] = ()
     if rows_RD.dtype == torch.int8:
         d -= 2
         Quantiser(torch.zeros(d), torch.ones(d)).write(store, join(root, CALIBRATION))
-    Statistics(d).write(store, join(root, "stats.safetensors"))
+    record = Statistics(d).write(store, join(root, "stats.safetensors"))
+    files.append({"name": "stats.safetensors", "size": record.size, "xxh3": record.xxh3})
     total = hexed(row_sum(bytes_of(rows_RD)))
     names = {"num_layers": 1, "weights": {}, "fasta": {}, "heldout_rows": 0, "counts": {}, "layer": 0}
     dtype = str(rows_RD.dtype).removeprefix("torch.")
@@ -281,6 +282,21 @@ def test_a_bit_that_flips_between_two_stages_is_noticed_and_the_file_named(tmp_p
     with pytest.raises(StoreError, match=r"map-00002\.safetensors: content differs"):
         line.optimize(100)
     assert read_manifest(Store(), line.blocks) is None
+
+
+def test_what_the_dataset_takes_along_is_what_was_recorded(tmp_path: Path) -> None:
+    rows = rows_of(300, 4, torch.float32)
+    line = Line(tmp_path, embedded(tmp_path, rows), 4, divide(300, 16, 4_000, False), 4_000)
+    line.shuffle()
+    statistics = Path(line.source) / "stats.safetensors"
+    _flip(statistics)
+    with pytest.raises(StoreError, match=r"embed/stats\.safetensors is damaged: its xxh3 is \w+") as caught:
+        line.optimize(100)
+    assert "plmsae verify" in str(caught.value.hint)
+    assert not (Path(line.blocks) / statistics.name).exists()
+    _flip(statistics)  # back again
+    line.optimize(100)
+    assert (Path(line.blocks) / statistics.name).read_bytes() == statistics.read_bytes()
 
 
 def _flip(path: Path) -> None:

@@ -92,7 +92,7 @@ def ours(folder: Path, memory: int, workers: int = 1, middle: int | None = None)
     facts = {**passes_json(passes), "d": D, "layer": 0, "source": source}
     first = finish_task("shuffle", [Ref("shuffle", "s", shuffled)], levels[-1], facts)
     per_chunk = chunk_rows(512_000_000, BLOCK_ROWS, D, torch.bfloat16)
-    step = chunks_per_task(rows, ROW_BYTES, per_chunk, memory)
+    step = chunks_per_task(rows, ROW_BYTES, per_chunk, memory, remote=False)
     reduces = reduce_tasks(blocks, shuffled, rows, per_chunk, step, memory)
     more = {
         "layer": 0,

@@ -49,7 +49,7 @@ def bucketed(data: int, memory: int) -> Effort | None:
 
 def _reduce(passes: Passes, memory: int) -> Effort:
     chunk_rows = CHUNK // (BLOCK_ROWS * ROW_BYTES) * BLOCK_ROWS
-    per_task = chunks_per_task(passes.rows, ROW_BYTES, chunk_rows, memory)
+    per_task = chunks_per_task(passes.rows, ROW_BYTES, chunk_rows, memory, remote=True)
     return optimize_effort(passes, ROW_BYTES, chunk_rows, per_task, memory)
 
 

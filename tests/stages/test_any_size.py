@@ -176,7 +176,7 @@ def test_tiny_budgets_bring_middle_passes_by_themselves() -> None:
     width=st.integers(3, 19),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.int8]),
     memory=st.one_of(st.integers(2_000, 100_000), st.just(10**9)),
-    task_bytes=st.sampled_from([2_000, 5_000, planner.TASK_BYTES]),
+    task_bytes=st.sampled_from([2_000, 5_000, planner.LOCAL_TASK]),
     chunk_rows=st.integers(7, 300),
 )
 def test_every_row_once_for_any_count_width_type_and_budget(
@@ -191,9 +191,9 @@ def test_every_row_once_for_any_count_width_type_and_budget(
     folder = tmp_path_factory.mktemp("any")
     rows = rows_of(count, width, dtype, seed=count)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(planner, "TASK_BYTES", task_bytes)
+        patched.setattr(planner, "LOCAL_TASK", task_bytes)
         passes = divide(count, width * dtype.itemsize, memory, remote=False)
-        per_task = chunks_per_task(count, width * dtype.itemsize, chunk_rows, memory)
+        per_task = chunks_per_task(count, width * dtype.itemsize, chunk_rows, memory, remote=False)
     line = Line(folder, embedded(folder, rows, cuts=[count // 3]), width, passes, memory)
     line.shuffle()
     line.optimize(chunk_rows, per_task)
@@ -206,7 +206,7 @@ def test_every_row_once_for_any_count_width_type_and_budget(
 def divided(rows: int, row_bytes: int) -> Passes:
     """As data of some gigabytes are: in tasks far below what the memory holds."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(planner, "TASK_BYTES", rows * row_bytes // 6)
+        patched.setattr(planner, "LOCAL_TASK", rows * row_bytes // 6)
         return divide(rows, row_bytes, 10**9, remote=False)
 
 

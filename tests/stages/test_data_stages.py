@@ -120,7 +120,7 @@ def test_small_data_are_divided_alike_for_any_number_of_workers(
 ) -> None:
     whole = build(root=str(tmp_path / "whole"), shuffle__memory="64MB")
     go(whole, DATA)
-    monkeypatch.setattr(passes, "TASK_BYTES", 40_000)
+    monkeypatch.setattr(passes, "LOCAL_TASK", 40_000)
     split = [build(root=str(tmp_path / "split"), shuffle__memory="64MB", launch__workers=n) for n in (1, 5)]
     for stage in ("shuffle", "optimize"):
         one, five = ([t.id for t in plan_stage(stage, e, Store()).tasks] for e in split)

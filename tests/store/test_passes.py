@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from plmsae_cli.store.passes import (
     LOCAL_READ,
+    LOCAL_TASK,
     REMOTE_READ,
+    REMOTE_TASK,
     RESERVE,
     ROW_OVERHEAD,
-    TASK_BYTES,
     TASKS,
     Effort,
     Passes,
@@ -92,20 +93,22 @@ def test_any_division_covers_every_place_once_and_fits_the_memory(
     row_bytes=st.integers(1, 40_000),
     memory=st.integers(1, 10**12),
     chunk_rows=st.integers(1, 10**6),
+    remote=st.booleans(),
 )
 def test_tasks_are_as_many_as_workers_may_be_and_never_tiny(
-    rows: int, row_bytes: int, memory: int, chunk_rows: int
+    rows: int, row_bytes: int, memory: int, chunk_rows: int, remote: bool
 ) -> None:
-    step, held = task_rows(rows, row_bytes, memory), held_rows(memory, row_bytes)
+    step, held = task_rows(rows, row_bytes, memory, remote), held_rows(memory, row_bytes)
+    least = REMOTE_TASK if remote else LOCAL_TASK
     assert 1 <= step <= held
     tasks = math.ceil(rows / step)
-    assert tasks >= min(TASKS, rows * row_bytes // TASK_BYTES)
-    assert step * row_bytes >= TASK_BYTES or step in (held, max(1, rows))
-    if rows * row_bytes < 2 * TASK_BYTES and rows <= held:
+    assert tasks >= min(TASKS, rows * row_bytes // least)
+    assert step * row_bytes >= least or step in (held, max(1, rows))
+    if rows * row_bytes < 2 * least and rows <= held:
         assert tasks <= 1
     if rows > TASKS * held:
         assert step == held, "beyond that, as the memory says"
-    chunks = chunks_per_task(rows, row_bytes, chunk_rows, memory)
+    chunks = chunks_per_task(rows, row_bytes, chunk_rows, memory, remote)
     assert chunks == 1 or chunks * chunk_rows <= step < (chunks + 1) * chunk_rows
 
 

@@ -78,7 +78,7 @@ def ours(folder: Path, memory: int, workers: int = 1, middle: int | None = None)
     from plmsae_cli.store.fs import Store
     from plmsae_cli.store.lineage import Ref
     from plmsae_cli.store.manifest import read_manifest
-    from plmsae_cli.store.passes import ceil_root, divide, held_rows
+    from plmsae_cli.store.passes import ceil_root, chunks_per_task, divide
 
     source, shuffled, blocks = (str(folder / name) for name in ("embed", "shuffle", "optimize"))
     manifest = read_manifest(Store(), source)
@@ -92,7 +92,8 @@ def ours(folder: Path, memory: int, workers: int = 1, middle: int | None = None)
     facts = {**passes_json(passes), "d": D, "layer": 0, "source": source}
     first = finish_task("shuffle", [Ref("shuffle", "s", shuffled)], levels[-1], facts)
     per_chunk = chunk_rows(512_000_000, BLOCK_ROWS, D, torch.bfloat16)
-    reduces = reduce_tasks(blocks, shuffled, rows, per_chunk, max(1, held_rows(memory, ROW_BYTES) // per_chunk), memory)
+    step = chunks_per_task(rows, ROW_BYTES, per_chunk, memory, remote=False)
+    reduces = reduce_tasks(blocks, shuffled, rows, per_chunk, step, memory)
     more = {
         "layer": 0,
         "rows": rows,

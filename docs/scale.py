@@ -7,6 +7,7 @@ from pathlib import Path
 from plmsae_cli.store.passes import (
     Effort,
     Passes,
+    chunks_per_task,
     divide,
     held_rows,
     most_sorted,
@@ -48,7 +49,7 @@ def bucketed(data: int, memory: int) -> Effort | None:
 
 def _reduce(passes: Passes, memory: int) -> Effort:
     chunk_rows = CHUNK // (BLOCK_ROWS * ROW_BYTES) * BLOCK_ROWS
-    per_task = max(1, held_rows(memory, ROW_BYTES) // chunk_rows)
+    per_task = chunks_per_task(passes.rows, ROW_BYTES, chunk_rows, memory, remote=True)
     return optimize_effort(passes, ROW_BYTES, chunk_rows, per_task, memory)
 
 

@@ -28,9 +28,12 @@ from plmsae_cli.stages.common import (
     shuffle_passes,
 )
 from plmsae_cli.store.blocks import chunk_name, chunk_rows
-from plmsae_cli.store.fs import FileRecord, Store, is_remote, join
+from plmsae_cli.store.fs import DamagedError, FileRecord, Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.passes import held_rows, optimize_effort, window_rows
+from plmsae_cli.store.passes import chunks_per_task, held_rows, optimize_effort, window_rows
+
+_COPIED = 32 << 20
+"""Bytes of a file that are copied at a time."""
 
 
 def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = None) -> Plan:
@@ -50,8 +53,8 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
         ref, source = lineage.optimize(layer), lineage.shuffle(layer).folder
         per_chunk = chunk_rows(int(optimize.chunk), optimize.block_rows, lineage.width, getattr(torch, embed.dtype))
         num_chunks = math.ceil(rows / per_chunk)
-        fitting = max(1, held_rows(memory, row_bytes) // per_chunk)
-        chosen = read_plan(store, ref.folder) or {"rows": rows, "chunk_rows": per_chunk, "chunks_per_task": fitting}
+        step = chunks_per_task(rows, row_bytes, per_chunk, memory, is_remote(ref.folder))
+        chosen = read_plan(store, ref.folder) or {"rows": rows, "chunk_rows": per_chunk, "chunks_per_task": step}
         step = chosen["chunks_per_task"]
         reduces = reduce_tasks(ref.folder, source, rows, per_chunk, step, memory)
         facts = {
@@ -137,11 +140,30 @@ def _reduce(task: Task, context: Context) -> Mapping[str, Result]:
     return {folder: Result(files, {**facts, "seconds": time.monotonic() - begun, "peak_memory": peak_memory()})}
 
 
+def _copied(store: Store, source: str, folder: str, wanted: FileRecord) -> FileRecord:
+    """A file of the activations as a file of the dataset.
+
+    Raises:
+        DamagedError: it is not what was recorded of it, which a copy with a hash of its own would hide for good.
+    """
+    from plmsae_cli.store.buckets import redo
+
+    path, size = join(source, wanted.name), wanted.size
+    pieces = (store.read(path, start, min(_COPIED, size - start)) for start in range(0, size, _COPIED))
+    record = store.write(join(folder, wanted.name), pieces, size=size)
+    if record.xxh3 != wanted.xxh3:
+        store.delete(record.name)
+        raise DamagedError(
+            f"{path} is damaged: its xxh3 is {record.xxh3}, its manifest says {wanted.xxh3}", redo(source)
+        )
+    return record
+
+
 def _finish(task: Task, context: Context) -> Mapping[str, Result]:
     import torch
 
     from plmsae_cli.store.blocks import index_json
-    from plmsae_cli.store.manifest import read_parts
+    from plmsae_cli.store.manifest import file_records, read_parts
     from plmsae_cli.store.quantise import CALIBRATION
 
     store = context.store
@@ -151,11 +173,9 @@ def _finish(task: Task, context: Context) -> Mapping[str, Result]:
     parts = [part for part in read_parts(store, folder).values() if part.task.startswith("reduce-")]
     before = require_manifest(store, task.args["source"]).get("row_sum")
     facts = require_same_rows(store, task.args["source"], before, parts)
-    copies: list[FileRecord] = []
-    for file in activations["files"]:
-        name = file["name"]
-        if name in ("proteins.parquet", "stats.safetensors", CALIBRATION) or name.startswith("heldout/"):
-            copies.append(store.write(join(folder, name), [store.read(join(source, name))]))
+    beside = ("proteins.parquet", "stats.safetensors", CALIBRATION)
+    files = [f for f in file_records(source, activations) if f.name in beside or f.name.startswith("heldout/")]
+    copies = [_copied(store, source, folder, file) for file in files]
     rows, per_chunk = task.args["rows"], task.args["chunk_rows"]
     chunks = [(chunk_name(i), min(per_chunk, rows - i * per_chunk)) for i in range(math.ceil(rows / per_chunk))]
     quantised = activations["dtype"] == "int8"

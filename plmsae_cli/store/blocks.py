@@ -89,7 +89,7 @@ def index_json(chunks: Sequence[tuple[str, int]], d: int, dtype: torch.dtype, qu
         for name, rows in chunks
     ]
     config = {
-        "chunk_bytes": max(chunk["chunk_bytes"] for chunk in listed),
+        "chunk_bytes": max((chunk["chunk_bytes"] for chunk in listed), default=HEADER_BYTES),
         "chunk_size": None,
         "compression": None,
         "data_format": [f"no_header_tensor:{_DTYPE_INDEX[dtype]}"],

@@ -35,7 +35,8 @@ def canonical_json(body: Mapping[str, Any]) -> bytes:
 def write_part(store: Store, folder: str, task_id: str, files: Sequence[FileRecord], facts: Mapping[str, Any]) -> None:
     """Declare the task done. `files` are as `Store.write` returned them, with paths below `folder`.
 
-    If another attempt of the task was declared first and its files are all there, that one stands.
+    If another attempt of the task was declared first and its files are all there, that one stands. Files of its that we
+    wrote over with other bytes (a model rounds differently on another machine) are read again to find that out.
     """
     prefix = join(folder, "x")[:-1]
     assert all(file.name.startswith(prefix) for file in files), f"files outside {folder}"
@@ -46,7 +47,14 @@ def write_part(store: Store, folder: str, task_id: str, files: Sequence[FileReco
         return
     try:
         earlier = _parse_part(path, store.read(path))
-        complete = all(store.size(join(folder, file.name)) == file.size for file in earlier.files)
+        ours = set(relative)
+        over = {file.name for file in relative}
+        complete = all(
+            differs(store, folder, file) is None
+            if file.name in over and file not in ours
+            else store.size(join(folder, file.name)) == file.size
+            for file in earlier.files
+        )
     except (DamagedError, MissingError):
         complete = False
     if not complete:

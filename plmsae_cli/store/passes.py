@@ -19,6 +19,12 @@ RESERVE = 512_000_000
 """Of a task's memory: the interpreter, its libraries, pieces on their way to a file."""
 LOCAL_READ, REMOTE_READ = 1_000_000, 4_000_000
 """Bytes of the smallest read that is still efficient, from a disk and from S3."""
+TASKS = 64
+"""Into as many tasks a pass is divided at least, so that as many workers find work. The same however many there are: nothing
+that lies on the disk depends on them."""
+LOCAL_TASK, REMOTE_TASK = TASKS * LOCAL_READ, TASKS * REMOTE_READ
+"""Bytes of rows below which a task is not divided for that, on a disk and on S3: as many files of this size still hold an
+efficient read for each of as many tasks, and what commits a task does not show."""
 _WINDOW = 128_000_000
 """Bytes of the smallest window of a reduce, where the memory holds so much."""
 MIN_BUCKET_ROWS = 1024
@@ -38,6 +44,17 @@ def usable(memory: int) -> int:
 def held_rows(memory: int, row_bytes: int) -> int:
     """Rows a task holds at a time: at least one."""
     return max(1, usable(memory) // (row_bytes + ROW_OVERHEAD))
+
+
+def task_rows(rows: int, row_bytes: int, memory: int, remote: bool) -> int:
+    """Rows of a task of a pass over `rows`: what its memory holds, or fewer where that makes up to `TASKS` tasks."""
+    tasks = max(1, min(TASKS, rows * row_bytes // (REMOTE_TASK if remote else LOCAL_TASK)))
+    return max(1, min(held_rows(memory, row_bytes), -(-rows // tasks)))
+
+
+def chunks_per_task(rows: int, row_bytes: int, chunk_rows: int, memory: int, remote: bool) -> int:
+    """Whole chunks that a task of `optimize` writes: at least one."""
+    return max(1, task_rows(rows, row_bytes, memory, remote) // chunk_rows)
 
 
 def efficient_read(held_bytes: int, remote: bool) -> int:
@@ -151,9 +168,9 @@ def divide(rows: int, row_bytes: int, memory: int, remote: bool) -> Passes:
         middle = max(
             0, num_passes(rows * row_bytes, held_bytes, min(efficient_read(held_bytes, remote), held_bytes // 2)) - 2
         )
-    maps = -(-rows // held)
-    fan = max(2, ceil_root(maps, middle + 1)) if middle else 0
-    return Passes(rows, held, fan, middle, bucket_rows(rows))
+    map_rows = task_rows(rows, row_bytes, memory, remote)
+    fan = max(2, ceil_root(-(-rows // map_rows), middle + 1)) if middle else 0
+    return Passes(rows, map_rows, fan, middle, bucket_rows(rows))
 
 
 def sorted_shards(shard_rows: Sequence[int]) -> Passes:

@@ -84,9 +84,10 @@ class S3Objects:
                 size = answer.meta["size"]
                 if size <= _RANGE:
                     return bytes(checked(answer.bytes(), path, 0, size))
-        if length is None:
-            length = max(self.size(path) - start, 0)
-        return b"".join(self._pieces(path, start, start + length))
+        if length is not None:
+            return b"".join(self._pieces(path, start, start + length))
+        head = self._head(path)
+        return b"".join(self._pieces(path, start, max(head["size"], start), head["e_tag"]))
 
     def etag(self, path: str) -> str:
         """What the server calls this content of the object."""

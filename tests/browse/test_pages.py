@@ -82,6 +82,57 @@ def test_opens_from_disk_finds_and_comes_back(page: Any, built: Any) -> None:
     page.wait_for_selector("h1:text-is('Latent 7')")
 
 
+def wide_gap(values: np.ndarray, share: float) -> float:
+    """The middle of the widest gap near a quantile: an edge that no point is close to."""
+    sorted_ = np.unique(values)
+    middle = round(share * (len(sorted_) - 1))
+    near = sorted_[max(0, middle - 3) : middle + 4]
+    at = int(np.diff(near).argmax())
+    return float(near[at] + near[at + 1]) / 2
+
+
+def test_a_rectangle_on_the_scatter_filters_until_cleared(page: Any, built: Any) -> None:
+    open_site(page, (built.site / "index.html").as_uri())
+    density = np.array(pq.read_table(built.runs[0] / "eval" / "features" / "latents.parquet")["density"].to_pylist())
+    f1 = np.array(found_in(built.runs[0])["concept_f1"], dtype=float)
+    with np.errstate(divide="ignore"):
+        x = np.log10(density)
+    points = np.isfinite(x) & np.isfinite(f1)
+    left, right = wide_gap(x[points], 0.2), wide_gap(x[points], 0.8)
+    low, high = wide_gap(f1[points], 0.2), wide_gap(f1[points], 0.8)
+    wanted = np.flatnonzero(points & (left < x) & (x < right) & (low < f1) & (f1 < high)).tolist()
+    assert 2 < len(wanted) < points.sum() - 2
+
+    canvas = page.locator(".plot canvas").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    least = np.floor(min(-1.0, x[density > 0].min()))
+
+    def place(log_density: float, score: float) -> tuple[float, float]:
+        """On the screen: the axes lie within margins of 44, 10, 10 and 40 pixels."""
+        across = (log_density - least) / -least
+        return (
+            box["x"] + 44 + across * (box["width"] - 54),
+            box["y"] + 10 + (1 - score) * (box["height"] - 50),
+        )
+
+    page.mouse.move(*place(right, low))  # from the corner below on the right
+    page.mouse.down()
+    page.mouse.move(*place((left + right) / 2, (low + high) / 2))
+    page.mouse.move(*place(left, high))
+    page.mouse.up()
+    page.wait_for_selector(f"text={len(wanted)} of {len(f1)} latents")
+    assert [int(text) for text in page.locator(".table tbody a").all_inner_texts()[:30]] == wanted[:30]
+    shown = [float(field.input_value()) for field in page.locator(".filters input[type=number]").all()]
+    assert shown == pytest.approx([10**left, 10**right, low, high], rel=0.1, abs=0.01)
+    page.reload()
+    page.wait_for_selector(f"text={len(wanted)} of {len(f1)} latents")  # the address says it
+    page.get_by_role("button", name="Clear").click()
+    page.wait_for_selector(f"p[role=status]:text-is('{len(f1)} latents')")
+    assert [int(text) for text in page.locator(".table tbody a").all_inner_texts()[:30]] == list(range(len(f1)))[:30]
+    assert "f0" not in page.url
+
+
 @pytest.mark.parametrize("wrong", ["#/latent/%", "#/latent/9999", "#/latent/-1", "#/9/latent/1", "#/nothing"])
 def test_a_wrong_address_says_so(browser: Any, made: Any, wrong: str) -> None:
     page = browser.new_page()

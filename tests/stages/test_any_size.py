@@ -11,21 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.faults import InjectedFault
 from plmsae_cli.executors.worker import LocalContext, run_task
 from plmsae_cli.runtime.task import Task
 from plmsae_cli.stages import optimize, shuffle
 from plmsae_cli.stages.common import finish_task
+from plmsae_cli.store import passes as planner
 from plmsae_cli.store.activations import Statistics
 from plmsae_cli.store.blocks import Blocks
 from plmsae_cli.store.buckets import bytes_of
 from plmsae_cli.store.fs import Store, StoreError, join
 from plmsae_cli.store.lineage import Ref
-from plmsae_cli.store.manifest import done_tasks, read_manifest, write_manifest
-from plmsae_cli.store.passes import Passes, bucket_rows, divide, held_rows
+from plmsae_cli.store.manifest import done_tasks, read_manifest, verify, write_manifest
+from plmsae_cli.store.passes import Passes, bucket_rows, chunks_per_task, divide, held_rows
 from plmsae_cli.store.permutation import Permutation
 from plmsae_cli.store.quantise import CALIBRATION, Quantiser
 from plmsae_cli.store.rowsum import hexed, row_sum
@@ -51,7 +53,8 @@ def embedded(folder: Path | str, rows_RD: torch.Tensor, cuts: Sequence[int] = ()
     if rows_RD.dtype == torch.int8:
         d -= 2
         Quantiser(torch.zeros(d), torch.ones(d)).write(store, join(root, CALIBRATION))
-    Statistics(d).write(store, join(root, "stats.safetensors"))
+    record = Statistics(d).write(store, join(root, "stats.safetensors"))
+    files.append({"name": "stats.safetensors", "size": record.size, "xxh3": record.xxh3})
     total = hexed(row_sum(bytes_of(rows_RD)))
     names = {"num_layers": 1, "weights": {}, "fasta": {}, "heldout_rows": 0, "counts": {}, "layer": 0}
     dtype = str(rows_RD.dtype).removeprefix("torch.")
@@ -166,13 +169,15 @@ def test_tiny_budgets_bring_middle_passes_by_themselves() -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(count=1021, width=5, dtype=torch.bfloat16, memory=10**9, task_bytes=2_000, chunk_rows=7)
+@example(count=0, width=5, dtype=torch.bfloat16, memory=10**9, task_bytes=2_000, chunk_rows=7)
 @given(
-    count=st.sampled_from([1, 2, 3, 63, 64, 65, 127, 541, 1021]),
+    count=st.sampled_from([0, 1, 2, 3, 63, 64, 65, 127, 541, 1021]),
     width=st.integers(3, 19),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.int8]),
-    memory=st.integers(2_000, 100_000),
+    memory=st.one_of(st.integers(2_000, 100_000), st.just(10**9)),
+    task_bytes=st.sampled_from([2_000, 5_000, planner.LOCAL_TASK]),
     chunk_rows=st.integers(7, 300),
-    per_task=st.integers(1, 3),
 )
 def test_every_row_once_for_any_count_width_type_and_budget(
     tmp_path_factory: pytest.TempPathFactory,
@@ -180,12 +185,15 @@ def test_every_row_once_for_any_count_width_type_and_budget(
     width: int,
     dtype: torch.dtype,
     memory: int,
+    task_bytes: int,
     chunk_rows: int,
-    per_task: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     rows = rows_of(count, width, dtype, seed=count)
-    passes = divide(count, width * dtype.itemsize, memory, remote=False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(planner, "LOCAL_TASK", task_bytes)
+        passes = divide(count, width * dtype.itemsize, memory, remote=False)
+        per_task = chunks_per_task(count, width * dtype.itemsize, chunk_rows, memory, remote=False)
     line = Line(folder, embedded(folder, rows, cuts=[count // 3]), width, passes, memory)
     line.shuffle()
     line.optimize(chunk_rows, per_task)
@@ -195,10 +203,19 @@ def test_every_row_once_for_any_count_width_type_and_budget(
     assert manifest["row_sum"] == hexed(row_sum(bytes_of(rows)))
 
 
-def test_killed_after_any_task_and_continued(tmp_path: Path) -> None:
+def divided(rows: int, row_bytes: int) -> Passes:
+    """As data of some gigabytes are: in tasks far below what the memory holds."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(planner, "LOCAL_TASK", rows * row_bytes // 6)
+        return divide(rows, row_bytes, 10**9, remote=False)
+
+
+@pytest.mark.parametrize(
+    "passes", [Passes(600, 100, 3, 1, 1024), divided(600, 8)], ids=["with a middle pass", "small data, divided"]
+)
+def test_killed_after_any_task_and_continued(tmp_path: Path, passes: Passes) -> None:
     rows = rows_of(600, 2, torch.float32)
     source = embedded(tmp_path, rows)
-    passes = Passes(600, 100, 3, 1, 1024)
     whole = Line(tmp_path / "whole", source, 2, passes, 4000)
     whole.shuffle()
     num_tasks = len(Line(tmp_path / "count", source, 2, passes, 4000).shuffle_tasks())
@@ -211,8 +228,42 @@ def test_killed_after_any_task_and_continued(tmp_path: Path) -> None:
         assert [p.name for p in ours] == [p.name for p in theirs]
         assert [p.read_bytes() for p in ours] == [p.read_bytes() for p in theirs]
         # Freed a second time, as after a kill between the files and their records: nothing to do and no error.
-        free = next(t for t in shuffle.level_tasks(passes, line.shuffled, source, SEED, 4000)[1] if t.id == "free-0")
-        run_task(replace(free), line.context)
+        for level in shuffle.level_tasks(passes, line.shuffled, source, SEED, 4000)[1:]:
+            run_task(replace(level[-1]), line.context)
+
+
+COMMITS = [
+    "store.write.before-rename", "store.write.after-rename", "shuffle.map-00003.begin", "shuffle.map-00003.written",
+    "shuffle.finish.begin", "shuffle.manifest", "optimize.reduce-00002.begin", "optimize.reduce-00002.written",
+    "optimize.manifest",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("point", COMMITS)
+def test_small_data_in_many_tasks_stopped_at_a_commit_and_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """The bytes are those of one task that does all; nothing that was stopped half-way stands."""
+    rows = rows_of(600, 2, torch.float32)
+    source = embedded(tmp_path, rows)
+    whole = Line(tmp_path / "whole", source, 2, Passes(600, 600, 0, 0, 1024), 10**9)
+    line = Line(tmp_path / "divided", source, 2, divided(600, 8), 10**9)
+    whole.shuffle()
+    whole.optimize(64, 10)
+    monkeypatch.setenv("PLMSAE_FAULT", f"raise:{point}:{3 if point.startswith('store') else 1}")
+
+    def both() -> None:
+        line.shuffle()
+        line.optimize(64, 2)
+
+    with pytest.raises(InjectedFault):
+        both()
+    monkeypatch.delenv("PLMSAE_FAULT")
+    both()
+    assert len(list(Path(line.shuffled).glob("map-*"))) == 6
+    assert content(line.blocks) == content(whole.blocks)
+    assert verify(Store(), line.blocks) == verify(Store(), line.shuffled) == []
+    assert not list(Path(line.blocks).parent.rglob("*.tmp"))
 
 
 def test_a_bit_that_flips_between_two_stages_is_noticed_and_the_file_named(tmp_path: Path) -> None:
@@ -231,6 +282,21 @@ def test_a_bit_that_flips_between_two_stages_is_noticed_and_the_file_named(tmp_p
     with pytest.raises(StoreError, match=r"map-00002\.safetensors: content differs"):
         line.optimize(100)
     assert read_manifest(Store(), line.blocks) is None
+
+
+def test_what_the_dataset_takes_along_is_what_was_recorded(tmp_path: Path) -> None:
+    rows = rows_of(300, 4, torch.float32)
+    line = Line(tmp_path, embedded(tmp_path, rows), 4, divide(300, 16, 4_000, False), 4_000)
+    line.shuffle()
+    statistics = Path(line.source) / "stats.safetensors"
+    _flip(statistics)
+    with pytest.raises(StoreError, match=r"embed/stats\.safetensors is damaged: its xxh3 is \w+") as caught:
+        line.optimize(100)
+    assert "plmsae verify" in str(caught.value.hint)
+    assert not (Path(line.blocks) / statistics.name).exists()
+    _flip(statistics)  # back again
+    line.optimize(100)
+    assert (Path(line.blocks) / statistics.name).read_bytes() == statistics.read_bytes()
 
 
 def _flip(path: Path) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.plm.alphabet import encode, pack
 from plmsae_cli.runtime.models import load_plm
+from plmsae_cli.store import passes
 from plmsae_cli.store.activations import Statistics
 from plmsae_cli.store.blocks import Blocks
 from plmsae_cli.store.fs import Store, join
@@ -111,6 +113,28 @@ def test_memory_decides_the_tasks_and_not_the_blocks(build: Build, go: Go, tmp_p
         go(experiment, DATA)
     folders = [Lineage(e, Store()).optimize(2).folder for e in (small, large)]
     assert content(folders[0]) == content(folders[1])
+
+
+def test_small_data_are_divided_alike_for_any_number_of_workers(
+    build: Build, go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build(root=str(tmp_path / "whole"), shuffle__memory="64MB")
+    go(whole, DATA)
+    monkeypatch.setattr(passes, "LOCAL_TASK", 40_000)
+    split = [build(root=str(tmp_path / "split"), shuffle__memory="64MB", launch__workers=n) for n in (1, 5)]
+    for stage in ("shuffle", "optimize"):
+        one, five = ([t.id for t in plan_stage(stage, e, Store()).tasks] for e in split)
+        assert one == five
+        assert len(one) > 4
+    go(split[0], DATA)
+    before, after = (Lineage(e, Store()) for e in (whole, split[0]))
+    maps = [len(list(Path(lineage.shuffle(2).folder).glob("map-*"))) for lineage in (before, after)]
+    assert maps[0] == 1 < maps[1]
+    assert before.optimize(2).key == after.optimize(2).key
+    assert content(before.optimize(2).folder) == content(after.optimize(2).folder)
+    done = plan_stage("shuffle", whole, Store())
+    assert done.done, "what was made undivided is not made again"
+    assert done.figures["layer-2"]["maps"] == 1
 
 
 def test_a_middle_pass_runs_on_workers_and_gives_the_same_blocks(build: Build, go: Go, tmp_path: Path) -> None:

@@ -93,6 +93,20 @@ def test_the_first_complete_attempt_stands(place: Place) -> None:
     assert [f.name for f in read_parts(place.store, place.folder)["embed-0"].files] == ["shards/third"]
 
 
+def test_a_record_says_what_lies_there_after_an_attempt_that_rounds_differently(place: Place) -> None:
+    """Another machine, taken for dead, ends after the task was done again: same names and sizes, other bytes."""
+    place.part("embed-0", a=b"aa", b=b"bb")
+    records = place.part("embed-0", a=b"aa", b=b"BB")
+    place.manifest(records)
+    assert [f.xxh3 for f in read_parts(place.store, place.folder)["embed-0"].files] == [r.xxh3 for r in records]
+    assert verify(place.store, place.folder) == []
+    # Of two that end at once the last to write counts, whoever declares it first.
+    late = [place.write("shards/a", b"AA"), records[1]]
+    place.part("embed-0", a=b"aa", b=b"BB")
+    write_part(place.store, place.folder, "embed-0", late, {})
+    assert [f.xxh3 for f in read_parts(place.store, place.folder)["embed-0"].files] == [r.xxh3 for r in records]
+
+
 def test_done_tasks_lists_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(5):
         place.part(f"t-{i}", **{f"f{i}": b"x"})

@@ -10,18 +10,23 @@ from hypothesis import strategies as st
 
 from plmsae_cli.store.passes import (
     LOCAL_READ,
+    LOCAL_TASK,
     REMOTE_READ,
+    REMOTE_TASK,
     RESERVE,
     ROW_OVERHEAD,
+    TASKS,
     Effort,
     Passes,
     bucket_rows,
     ceil_root,
+    chunks_per_task,
     divide,
     held_rows,
     num_passes,
     optimize_effort,
     shuffle_effort,
+    task_rows,
     usable,
     window_rows,
 )
@@ -76,10 +81,44 @@ def test_any_division_covers_every_place_once_and_fits_the_memory(
             assert expected <= max(passes.map_rows, 1) * 2 or expected <= 8
         before = level
     # What the last pass reads from one file is a read worth making.
-    if passes.map_rows > 128 and rows > passes.map_rows:
-        held = passes.map_rows * row_bytes
+    held_whole = held_rows(memory, row_bytes)
+    if held_whole > 128 and rows > held_whole:
+        held = held_whole * row_bytes
         wanted = min(REMOTE_READ if remote else LOCAL_READ, held // 64)
         assert held / passes.levels()[-1].groups >= wanted * 0.49
+
+
+@given(
+    rows=st.integers(0, 10**12),
+    row_bytes=st.integers(1, 40_000),
+    memory=st.integers(1, 10**12),
+    chunk_rows=st.integers(1, 10**6),
+    remote=st.booleans(),
+)
+def test_tasks_are_as_many_as_workers_may_be_and_never_tiny(
+    rows: int, row_bytes: int, memory: int, chunk_rows: int, remote: bool
+) -> None:
+    step, held = task_rows(rows, row_bytes, memory, remote), held_rows(memory, row_bytes)
+    least = REMOTE_TASK if remote else LOCAL_TASK
+    assert 1 <= step <= held
+    tasks = math.ceil(rows / step)
+    assert tasks >= min(TASKS, rows * row_bytes // least)
+    assert step * row_bytes >= least or step in (held, max(1, rows))
+    if rows * row_bytes < 2 * least and rows <= held:
+        assert tasks <= 1
+    if rows > TASKS * held:
+        assert step == held, "beyond that, as the memory says"
+    chunks = chunks_per_task(rows, row_bytes, chunk_rows, memory, remote)
+    assert chunks == 1 or chunks * chunk_rows <= step < (chunks + 1) * chunk_rows
+
+
+@pytest.mark.parametrize("data", [1, 4, 8, 16, 64, 1000])
+def test_eight_workers_are_kept_busy_whatever_the_size(data: int) -> None:
+    """Rounds of a pass on 8 workers, against data that divide without end: a round more is at most an eighth of them."""
+    passes = divide(data * GB // 2560, 2560, 2 * GB, remote=False)
+    maps = passes.levels()[0].groups
+    assert maps >= 15
+    assert math.ceil(maps / 8) * 8 / maps <= 1.15
 
 
 def test_ten_terabytes_at_sixteen_gigabytes() -> None:

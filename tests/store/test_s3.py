@@ -301,8 +301,9 @@ def test_an_object_replaced_during_a_download_is_not_mixed(s3: Any, monkeypatch:
     old_head = files._head(s3.url("x"))
     store.write(s3.url("x"), [b"1" * 100])
     monkeypatch.setattr(files, "_head", lambda path: old_head)
-    with pytest.raises(StoreError, match="replaced while it was read"):
-        store.local(s3.url("x"))
+    for read in (store.local, lambda path: store.read(path, 1)):
+        with pytest.raises(StoreError, match="replaced while it was read"):
+            read(s3.url("x"))
 
 
 def test_missing_and_short_objects(unruly: Unruly) -> None:

@@ -48,9 +48,7 @@ class Formulas:
         self.config = config
         self.weights = {name: w.double().clone().requires_grad_() for name, w in weights.items()}
         self.muons = {n: torch.zeros_like(w) for n, w in self.weights.items() if n.startswith("layers") and w.ndim > 1}
-        adams = [
-            {"params": [w], "peak": rate_of(n, w)} for n, w in self.weights.items() if n not in self.muons
-        ]
+        adams = [{"params": [w], "peak": rate_of(n, w)} for n, w in self.weights.items() if n not in self.muons]
         self.adam = torch.optim.Adam(adams, lr=0.0, betas=BETAS, eps=1e-8)
 
     def step(self, number: int, documents: list[tuple[Tensor, Tensor]]) -> float:

@@ -46,17 +46,23 @@ AUTOCAST = "plmsae, float32 stream"
 SHIPPED = "SpeedrunningPLMs as shipped, TF32"
 PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     OURS: ({}, {}),
-    "plmsae, <mask> with an embedding": ({"mask_embedding": True}, {}),
     AUTOCAST: ({}, {}),
+    "plmsae, gradients clipped at 1": ({}, {"grad_clip": 1.0}),
+    "plmsae, Muon at .02": ({"lr_hidden": 0.02}, {}),
+    "plmsae, <mask> with an embedding": ({"mask_embedding": True}, {}),
+    "plmsae, <mask> with an embedding, Muon at .02": ({"mask_embedding": True, "lr_hidden": 0.02}, {}),
     "plmsae, Adam 1e-3 for Muon": ({"lr_hidden": 1e-3}, {"optimizer": "adam"}),
     "plmsae, Adam 3e-3 for Muon": ({"lr_hidden": 3e-3}, {"optimizer": "adam"}),
     "plmsae, no value embeddings": ({"value_embeddings": False}, {}),
     "plmsae, plain transformer": ({"unet": False}, {}),
 }
 """Options of `train.plm` and of `train` that differ. A plain transformer has no skips, no x0 and no value embeddings;
-a float32 stream is ours under bfloat16 autocast, which rounds products alone."""
-SIDES = ("ours", "reference", "parts", "shipped")
-"""What can be asked for: `shipped` is the reference without autocast."""
+a float32 stream is ours under bfloat16 autocast, which rounds products alone. Clipping takes away the first steps' gradients
+at <mask>, which are larger than all others by orders of magnitude where the stream begins at 0 there."""
+STARTS = tuple(PARTS)[1:6]
+SIDES = ("ours", "reference", "starts", "parts", "shipped")
+"""What can be asked for: `starts` are `STARTS`, parts that differ in how the run begins, `parts` all others, `shipped` is the
+reference without autocast."""
 _LOOK = 20
 """Steps between looks at the loss, which wait for the device, and at the clock."""
 
@@ -154,7 +160,7 @@ def show(row: dict[str, Any]) -> None:
     losses = ", ".join(f"{each} {row[each]['loss']:.4f}" for each in ("random", "clusters", "trained"))
     pace = row["tokens"] / max(row["seconds"], 1e-9)
     print(
-        f"{row['who']:34} seed {row['seed']}, {row['tokens'] / 1e6:.3g} M tokens: {losses}; {row['parameters']:,} "
+        f"{row['who']:46} seed {row['seed']}, {row['tokens'] / 1e6:.3g} M tokens: {losses}; {row['parameters']:,} "
         f"parameters, {row['start']:.0f} s to start, {pace:,.0f} tok/s",
         flush=True,
     )
@@ -164,7 +170,7 @@ def table(rows: list[dict[str, Any]]) -> None:
     """Means over seeds, and of held-out sets how much above the proteins trained on."""
     for tokens in sorted({row["tokens"] for row in rows}):
         print(f"\n{tokens / 1e6:.3g} M tokens: loss in nats, mean (deviation) over seeds")
-        print(f"{'':36} seeds  {'random':>15} {'clusters':>15} {'trained':>9}  held out - trained")
+        print(f"{'':46} seeds  {'random':>15} {'clusters':>15} {'trained':>9}  held out - trained")
         for who in dict.fromkeys(row["who"] for row in rows):
             own = [row for row in rows if row["who"] == who and row["tokens"] == tokens]
             if not own:
@@ -175,7 +181,7 @@ def table(rows: list[dict[str, Any]]) -> None:
             spread = {n: statistics.stdev([r[n]["loss"] for r in own]) if len(own) > 1 else 0.0 for n in mean}
             cells = " ".join(f"{mean[n]:8.4f} ({spread[n]:.4f})" for n in ("random", "clusters"))
             gaps = ", ".join(f"{mean[n] - mean['trained']:+.4f}" for n in ("random", "clusters"))
-            print(f"{who:36} {len(own):5}  {cells} {mean['trained']:9.4f}  {gaps}")
+            print(f"{who:46} {len(own):5}  {cells} {mean['trained']:9.4f}  {gaps}")
 
 
 def lines(rows: list[dict[str, Any]], common: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -233,7 +239,7 @@ def order(options: argparse.Namespace) -> list[tuple[str, int]]:
     """Names and seeds, what matters most first."""
     seeds, sides = range(options.seeds), set(options.sides)
     first = [who for side, who in (("ours", OURS), ("reference", REFERENCE)) if side in sides]
-    parts = [who for who in PARTS if who != OURS and "parts" in sides]
+    parts = [who for who in PARTS if who != OURS and ("starts" if who in STARTS else "parts") in sides]
     last = [SHIPPED] if "shipped" in sides else []
     found = [(who, seed) for names in (first, parts, last) for seed in seeds for who in names]
     return [(who, seed) for who, seed in found if options.reference or who in PARTS]

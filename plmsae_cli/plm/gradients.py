@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EPSILON = 2.0**-23
+"""Of `rms_norm`."""
 _COLUMNS = 64
 """One-hot columns: tensor cores want a multiple of 8."""
 
@@ -82,5 +84,8 @@ def taken(x_TD: Tensor, places_M: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x over the root mean square of its last dimension (Zhang & Sennrich 2019), without weights."""
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+    """x / sqrt(mean of x^2 + eps) over the last dimension (Zhang & Sennrich 2019), without weights.
+
+    eps is 2^-23 in every dtype, torch's own for all but float64: a stream that is 0 at `<mask>` has gradients of its inverse.
+    """
+    return F.rms_norm(x, (x.shape[-1],), eps=EPSILON)

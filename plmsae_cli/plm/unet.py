@@ -118,7 +118,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Dense, GELU, the vocabulary with a bias, cap tanh(z / cap)."""
+    """Norm, norm, dense, GELU, the vocabulary with a bias, cap tanh(z / cap)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -130,7 +130,10 @@ class Head(nn.Module):
     def forward(self, x_MD: Tensor, embedding_VD: Tensor) -> Tensor:
         """Logits [M, V] in float32 of the last layer's rows."""
         decoder_VD = embedding_VD if self.decoder_VD is None else self.decoder_VD
-        z_MV = _linear(F.gelu(_linear(rms_norm(x_MD), self.dense_DD)), decoder_VD).float() + self.bias_V.float()
+        # The second norm changes nothing but the gradient of a stream near 0, which is what the first steps have at <mask>
+        # without an embedding: 1 / eps for 1 / sqrt(eps), as in the published runs.
+        x_MD = rms_norm(rms_norm(x_MD))
+        z_MV = _linear(F.gelu(_linear(x_MD, self.dense_DD)), decoder_VD).float() + self.bias_V.float()
         return self.cap * torch.tanh(z_MV / self.cap)
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from plmsae_cli.plm.alphabet import MASK, encode, pack
 from plmsae_cli.plm.attention import Documents, attention
-from plmsae_cli.plm.gradients import lookup, rms_norm, scaled, taken
+from plmsae_cli.plm.gradients import EPSILON, lookup, rms_norm, scaled, taken
 from plmsae_cli.plm.rotary import Rotary
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.plm.unet_config import UNetConfig
+from tests.plm.unet_formulas import written_out
 
 LENGTHS = (30, 9, 9, 17)
 
@@ -38,64 +38,6 @@ def stream() -> Any:
     return pack([letters[a:b] for a, b in pairwise(edges)])
 
 
-def written_out(net: UNet, tokens: Tensor, window: int | None) -> tuple[list[Tensor], Tensor]:
-    """Layers and logits of one document, with loops over heads and pairs of places as the formulas have them."""
-    c, w = net.config, {name: p.detach() for name, p in net.named_parameters()}
-    length, dh, half = len(tokens), c.head_dim, c.num_layers // 2
-
-    def norm(x: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-
-    angles = torch.outer(torch.arange(length).double(), 1e4 ** (-torch.arange(0, dh, 2).double() / dh))
-
-    def turned(x: Tensor) -> Tensor:
-        z = torch.complex(x[:, : dh // 2], x[:, dh // 2 :]) * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat([z.real, z.imag], dim=1)
-
-    apart = (torch.arange(length)[:, None] - torch.arange(length)).abs()
-    x0 = norm(w["embedding_VD"][tokens])
-    if not c.mask_embedding:
-        x0[tokens == MASK] = 0
-    x = x0
-    layers, skips = [x], []
-    for i in range(c.num_layers):
-        name = f"layers.{i}."
-        if c.unet:
-            if i >= half:
-                x = x + w["skip_weights"][i - half] * skips.pop()
-            x = w[name + "residual_mix_2"][0] * x + w[name + "residual_mix_2"][1] * x0
-        y = norm(x)
-        if c.num_att_tokens is None:
-            qkv = [y @ each.T for each in w[name + "attention.project.qkv_3DD"]]
-        else:
-            p = name + "attention.project."
-            scores = [
-                y @ a.T @ k.T / math.sqrt(c.d) for a, k in zip(w[p + "query_3DD"], w[p + "keys_3ND"], strict=True)
-            ]
-            qkv = [s.softmax(-1) @ v for s, v in zip(scores, w[p + "values_3ND"], strict=True)]
-        q, k, v = qkv
-        if c.mixes_values:
-            l0, l1 = w[name + "attention.value_mix_2"]
-            v = l0 * v + l1 * w[f"value_tables.{min(i, c.num_layers - 1 - i)}"][tokens]
-        heads = []
-        for h in range(c.num_heads):
-            part = slice(h * dh, (h + 1) * dh)
-            s = turned(norm(q[:, part])) @ turned(norm(k[:, part])).T / math.sqrt(dh)
-            if c.attention_soft_cap is not None:
-                s = c.attention_soft_cap * torch.tanh(s / c.attention_soft_cap)
-            if window is not None:
-                s = s.masked_fill(apart >= window, -math.inf)
-            heads.append(s.softmax(-1) @ v[:, part])
-        x = x + torch.cat(heads, 1) @ w[name + "attention.out_DD"].T
-        x = x + (norm(x) @ w[name + "up_FD"].T).relu().square() @ w[name + "down_DF"].T
-        layers.append(x)
-        if i < half:
-            skips.append(x)
-    decoder = w["embedding_VD"] if c.tie_embeddings else w["lm_head.decoder_VD"]
-    z = torch.nn.functional.gelu(norm(x) @ w["lm_head.dense_DD"].T) @ decoder.T + w["lm_head.bias_V"]
-    return layers, c.soft_logit_cap * torch.tanh(z / c.soft_logit_cap)
-
-
 @pytest.mark.parametrize(
     ("options", "window"),
     [
@@ -115,8 +57,9 @@ def test_layers_and_logits_are_the_formulas(options: dict[str, Any], window: int
     # The rotation is in float32 by design, which float64 elsewhere shows as 1e-7.
     found = net(packed.tokens_T, packed.documents, layers=everything, logits=True, window=window)
     edges = packed.cu_seqlens.tolist()
+    weights = {name: p.detach() for name, p in net.named_parameters()}
     for start, end in pairwise(edges):
-        layers, logits = written_out(net, packed.tokens_T[start:end].long(), window)
+        layers, logits = written_out(net.config, weights, packed.tokens_T[start:end].long(), window)
         for k in everything:
             torch.testing.assert_close(found.hidden[k][start:end], layers[k], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.logits[start:end].double(), logits, rtol=1e-5, atol=1e-5)
@@ -215,6 +158,16 @@ def test_gradients_of_lookups_scales_and_places_are_autograds() -> None:
     torch.testing.assert_close(mine, plain, rtol=1e-6, atol=1e-6)
     assert torch.autograd.gradcheck(lambda t: taken(t, torch.tensor([3, 0, 4])), x)
     torch.testing.assert_close(rms_norm(x).square().mean(-1), torch.ones(5, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_a_head_on_a_stream_of_zeros_has_the_gradient_of_two_norms() -> None:
+    """At 0 a norm is x / sqrt(eps), two are x / eps, and GELU is x / 2: what the first step sends into the blocks at <mask>."""
+    net = model(mask_embedding=False)
+    x = torch.zeros(1, 32, dtype=torch.float64, requires_grad=True)
+    net.head(x)[0, 7].backward()
+    head = net.lm_head
+    slope = 1 - torch.tanh(head.bias_V[7] / head.cap) ** 2
+    torch.testing.assert_close(x.grad[0], slope / EPSILON / 2 * head.decoder_VD[7] @ head.dense_DD, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

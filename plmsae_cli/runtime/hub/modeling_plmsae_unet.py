@@ -49,7 +49,7 @@ class PlmsaeUNetConfig(PretrainedConfig):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+    return F.rms_norm(x, (x.shape[-1],), eps=2.0**-23)
 
 
 def rotate(x_BHLDh: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
@@ -206,7 +206,8 @@ class Head(nn.Module):
 
     def forward(self, x_BLD: Tensor, embedding_VD: Tensor) -> Tensor:
         decoder_VD = embedding_VD if self.decoder_VD is None else self.decoder_VD
-        z_BLV = F.linear(F.gelu(F.linear(rms_norm(x_BLD), self.dense_DD)), decoder_VD).float() + self.bias_V.float()
+        x_BLD = rms_norm(rms_norm(x_BLD))
+        z_BLV = F.linear(F.gelu(F.linear(x_BLD, self.dense_DD)), decoder_VD).float() + self.bias_V.float()
         return self.cap * torch.tanh(z_BLV / self.cap)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from plmsae_cli.sae.fused import pair_sums
 from plmsae_cli.sae.fused.pairs import ActivePairs
-from plmsae_cli.sae.fused.residual import tile_of
 
 CHUNK = 256
 """Tokens that one program adds up; longer lists are cut."""
@@ -140,3 +139,9 @@ class WeightGradients:
             tile,
             num_warps=2,
         )
+
+
+def tile_of(d: int, largest: int) -> int:
+    """Columns a pass: the power of two up to `largest` that wastes least of `d`, the larger where two do."""
+    sizes = [largest >> i for i in range(4) if largest >> i >= 16]
+    return min(sizes, key=lambda size: (-(-d // size) * size, -size))

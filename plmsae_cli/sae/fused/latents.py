@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.sae.fused.aux import AuxK, keep_top_, products
+from plmsae_cli.sae.fused.centre import centre
 from plmsae_cli.sae.fused.collect import FIGURES
 from plmsae_cli.sae.fused.dead_bound import DeadBound
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.graphs import Graphs, launched
 from plmsae_cli.sae.fused.partial import decode, errors, slopes
-from plmsae_cli.sae.fused.residual import centre
 from plmsae_cli.sae.fused.step import Batch
 from plmsae_cli.sae.fused.top_k import TopKEncoder
 from plmsae_cli.sae.fused.update import AdamOptions, Sums, Update

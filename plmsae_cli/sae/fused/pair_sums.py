@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plmsae_cli.sae.fused.residual import group_of
+from plmsae_cli.sae.fused.nested import group_of
 
 
 @triton.jit

@@ -13,12 +13,14 @@ from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.fused.aux import AuxK
 from plmsae_cli.sae.fused.batch_top_k import BatchTopKEncoder
+from plmsae_cli.sae.fused.centre import centre
 from plmsae_cli.sae.fused.collect import FIGURES
 from plmsae_cli.sae.fused.dead_bound import DeadBound
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.graphs import Graphs, launched
+from plmsae_cli.sae.fused.nested import pairs_held
 from plmsae_cli.sae.fused.pairs import ActivePairs
-from plmsae_cli.sae.fused.residual import centre, pairs_held, residuals
+from plmsae_cli.sae.fused.residual import residuals
 from plmsae_cli.sae.fused.top_k import TopKEncoder
 from plmsae_cli.sae.fused.update import AdamOptions, Sums, Update
 from plmsae_cli.sae.ranks import Pending, Ranks, Rows

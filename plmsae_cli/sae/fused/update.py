@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,20 +11,12 @@ from torch import Tensor
 
 from plmsae_cli.sae.fused.adam import update_flat, update_rows
 from plmsae_cli.sae.fused.collect import FIGURES, PROGRAMS, collect, finish
+from plmsae_cli.sae.fused.given import AdamOptions, Masters
 from plmsae_cli.sae.ranks import Rows
 
 PARAMETERS = ("w_enc_ND", "b_enc_N", "w_dec_ND", "b_dec_D")
 """In the order that numbers the salts of their moments' rounding; an architecture's own parameters follow."""
 FLAT_TILE = 1024
-
-
-@dataclass(frozen=True)
-class AdamOptions:
-    """Adam's settings; `max_norm` clips the gradient of the mean over tokens and dimensions, None does not."""
-
-    betas: tuple[float, float]
-    eps: float
-    max_norm: float | None
 
 
 class Sums(NamedTuple):
@@ -51,24 +41,15 @@ class Update:
     Nothing but the ages changes where the gradient is not finite. `collect`, `finish`, then `apply`.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        state: Mapping[str, Tensor],
-        options: AdamOptions,
-        rows: Rows,
-        others: bool = True,
-    ) -> None:
+    def __init__(self, masters: Masters, options: AdamOptions, rows: Rows, others: bool = True) -> None:
         """`others`: whether there are copies, ages and gradients of the other ranks' latents too.
 
         Parameters beyond the four of every dictionary are updated by their gradients in `own_gradients`.
 
-        Of the matrices and b_enc, `parameters` and `state` hold the latents in `rows`.
-
-        `state`: `<parameter>.<step | exp_avg | exp_avg_sq>`; moments float32, or bfloat16 as in `RoundedAdam`.
+        Of the matrices and b_enc, `masters` hold the latents in `rows`.
         """
-        self._parameters, self._options, self._rows = parameters, options, rows
-        self._state = state
+        parameters = self._parameters = masters.parameters
+        self._moments, self._options, self._rows = masters.moments, options, rows
         d, device = len(parameters["b_dec_D"]), parameters["b_dec_D"].device
         self.rate = torch.zeros((), device=device)
         """The learning rate; fill it before a step."""
@@ -143,7 +124,7 @@ class Update:
         finish[(1,)](
             self.partial,
             self.rate,
-            *(self._state[f"{name}.step"] for name in PARAMETERS),
+            *(self._moments[f"{name}.step"] for name in PARAMETERS),
             self._scalars,
             self.figures,
             max_norm or 0.0,
@@ -200,7 +181,7 @@ class Update:
             num_warps=max(1, min(16, tile // 2048)),
         )
         for place, (name, gradient) in enumerate(self.own_gradients.items(), start=len(PARAMETERS)):
-            self._state[f"{name}.step"].copy_(self._state["b_dec_D.step"])
+            self._moments[f"{name}.step"].copy_(self._moments["b_dec_D.step"])
             update_flat[(triton.cdiv(gradient.numel(), FLAT_TILE),)](
                 *self._of(name),
                 gradient,
@@ -216,4 +197,4 @@ class Update:
             )
 
     def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        return self._parameters[name], self._state[f"{name}.exp_avg"], self._state[f"{name}.exp_avg_sq"]
+        return self._parameters[name], self._moments[f"{name}.exp_avg"], self._moments[f"{name}.exp_avg_sq"]

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from plmsae_cli.sae.fused.aux import AuxK, keep_top_, products
 from plmsae_cli.sae.fused.centre import centre
-from plmsae_cli.sae.fused.collect import FIGURES
+from plmsae_cli.sae.fused.collect import FIGURES, Sums
 from plmsae_cli.sae.fused.dead_bound import DeadBound
 from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.graphs import Graphs, launched
 from plmsae_cli.sae.fused.partial import decode, errors, slopes
 from plmsae_cli.sae.fused.top_k import TopKEncoder
-from plmsae_cli.sae.fused.update import Sums, Update
+from plmsae_cli.sae.fused.update import Update
 from plmsae_cli.sae.ranks import Ranks, Rows
 from plmsae_cli.sae.topk import TopK
 

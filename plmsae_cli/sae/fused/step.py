@@ -13,7 +13,7 @@ from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.fused.aux import AuxK
 from plmsae_cli.sae.fused.batch_top_k import BatchTopKEncoder
 from plmsae_cli.sae.fused.centre import centre
-from plmsae_cli.sae.fused.collect import FIGURES
+from plmsae_cli.sae.fused.collect import FIGURES, Sums
 from plmsae_cli.sae.fused.dead_bound import DeadBound
 from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
 from plmsae_cli.sae.fused.gradients import WeightGradients
@@ -22,7 +22,7 @@ from plmsae_cli.sae.fused.nested import pairs_held
 from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.residual import residuals
 from plmsae_cli.sae.fused.top_k import TopKEncoder
-from plmsae_cli.sae.fused.update import Sums, Update
+from plmsae_cli.sae.fused.update import Update
 from plmsae_cli.sae.ranks import Pending, Ranks, Rows
 from plmsae_cli.sae.topk import TopK
 

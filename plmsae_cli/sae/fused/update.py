@@ -154,5 +154,5 @@ class Update:
             )
 
     def _stored(self, name: str, gradient: Tensor) -> Stored:
-        averages = (self._moments[f"{name}.{what}"] for what in ("exp_avg", "exp_avg_sq"))
-        return Stored(self._parameters[name], *averages, gradient, self.own.get(name))
+        average, square = (self._moments[f"{name}.{what}"] for what in ("exp_avg", "exp_avg_sq"))
+        return Stored(self._parameters[name], average, square, gradient, self.own.get(name))

@@ -18,7 +18,7 @@ from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-N, D, K, ROWS = 48, 32, 4, 12
+N, D, K, ROWS = 32, 32, 4, 10
 NEVER = 10**9
 
 

@@ -108,8 +108,11 @@ class BatchTopK(TopK):
 
     @torch.no_grad()
     def follow(self, smallest: Tensor) -> None:
-        """Move theta towards the smallest activation kept in a step (0-dim; 0 where none was), in place."""
-        fired = smallest > 0
+        """Move theta towards the smallest activation kept in a step (0-dim; 0 where none was), in place.
+
+        Not towards one that is no finite number, from which theta would never come back: such a step is skipped.
+        """
+        fired = (smallest > 0) & smallest.isfinite()
         self.theta_steps.add_(fired)
         rate = (1 - self.theta_decay) / (1 - self.theta_decay ** self.theta_steps.double())
         self.theta.copy_(torch.where(fired, self.theta + rate.float() * (smallest - self.theta), self.theta))

@@ -93,18 +93,18 @@ def fused_step(
     latents: bool,
 ) -> FusedStep | FusedLatentStep:
     """The fused step on these tensors, where `goes_fused`; `latents`: they are spread over ranks."""
+    from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
     from plmsae_cli.sae.fused.jump import FusedJumpStep
     from plmsae_cli.sae.fused.latents import FusedLatentStep
-    from plmsae_cli.sae.fused.step import Batch, FusedStep
+    from plmsae_cli.sae.fused.step import FusedStep
     from plmsae_cli.sae.fused.switch import FusedSwitchStep
-    from plmsae_cli.sae.fused.update import AdamOptions
 
     batch = Batch(options.batch_tokens // ranks.world, mean_D, scale, window)
     adam = AdamOptions((options.betas[0], options.betas[1]), options.eps, max_norm)
-    tensors = (parameters, state, ages_N, batch, adam, ranks)
+    given = (Masters(parameters, state, ages_N), batch, adam, ranks)
     if isinstance(model, JumpReLU):
-        return FusedJumpStep(model, *tensors)
+        return FusedJumpStep(model, *given)
     if isinstance(model, Switch):
-        return FusedSwitchStep(model, *tensors)
+        return FusedSwitchStep(model, *given)
     assert isinstance(model, TopK)
-    return FusedLatentStep(model, *tensors) if latents else FusedStep(model, *tensors)
+    return FusedLatentStep(model, *given) if latents else FusedStep(model, *given)

@@ -90,6 +90,8 @@ def test_theta_is_the_corrected_average_of_the_smallest_kept() -> None:
         pre_BN = (rows_BD - model.b_dec_D) @ model.w_enc_ND.T + model.b_enc_N
         smallest.append(float(pre_BN.detach().relu().flatten().sort(descending=True).values[3 * B - 1]))
         model.loss(rows_BD, dead_N, B)
+    for broken in (torch.inf, torch.nan):  # of a step that no optimiser takes
+        model.follow(torch.tensor(broken))
     weights = [0.999**age for age in (2, 1, 0)]
     want = sum(w * s for w, s in zip(weights, smallest, strict=True)) / sum(weights)
     assert float(model.theta) == pytest.approx(want, rel=1e-5)

@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -25,78 +27,59 @@ def _store_moment(pointer, at, index, value, mask, step, SALT: tl.constexpr):
     tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=mask)
 
 
+class Stored(NamedTuple):
+    """A parameter in memory: pointers inside kernels."""
+
+    value: Any
+    average: Any
+    square: Any
+    grad: Any
+    copy: Any = None
+    """In bfloat16; None where products do not read it."""
+
+
+class Constants(NamedTuple):
+    """Adam's, with rest = 1 - beta, exactly."""
+
+    beta1: Any
+    beta2: Any
+    rest1: Any
+    rest2: Any
+    eps: Any
+
+
 @triton.jit
-def _adam(
-    value,
-    average,
-    square,
-    at,
-    index,
-    mask,
-    gradient,
-    rate,
-    correction,
-    beta1,
-    beta2,
-    rest1,
-    rest2,
-    eps,
-    step,
-    FIRST: tl.constexpr,
-):
-    """The new values (the caller stores them); stores the moments. rest = 1 - beta, exactly.
+def _load_now(scalars):
+    """Of this step, as `collect.finish` leaves them: rate, correction, clip, number of updates."""
+    return tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 4).to(tl.int32)
+
+
+@triton.jit
+def _adam(value, stored, at, index, mask, gradient, now, constants, FIRST: tl.constexpr):
+    """The new values (the caller stores them); stores the moments.
 
     `index`: the place in the whole tensor, of which there may be a part here; FIRST: salt of the first moment.
     """
-    m = beta1 * tl.load(average + at, mask=mask, other=0.0).to(tl.float32) + rest1 * gradient
-    v = beta2 * tl.load(square + at, mask=mask, other=0.0).to(tl.float32) + rest2 * gradient * gradient
-    _store_moment(average, at, index, m, mask, step, FIRST)
-    _store_moment(square, at, index, v, mask, step, FIRST + 1)
-    return value - rate * m / (tl.sqrt(v) * correction + eps)
+    rate, correction, clip, step = now
+    gradient *= clip
+    m = tl.load(stored.average + at, mask=mask, other=0.0).to(tl.float32)
+    m = constants.beta1 * m + constants.rest1 * gradient
+    v = tl.load(stored.square + at, mask=mask, other=0.0).to(tl.float32)
+    v = constants.beta2 * v + constants.rest2 * gradient * gradient
+    _store_moment(stored.average, at, index, m, mask, step, FIRST)
+    _store_moment(stored.square, at, index, v, mask, step, FIRST + 1)
+    return value - rate * m / (tl.sqrt(v) * correction + constants.eps)
 
 
 @triton.jit
 def update_rows(
-    touched,
-    enc,
-    enc_avg,
-    enc_sq,
-    enc_copy,
-    enc_grad,
-    dec,
-    dec_avg,
-    dec_sq,
-    dec_copy,
-    dec_grad,
-    bias,
-    bias_avg,
-    bias_sq,
-    bias_copy,
-    bias_grad,
-    centre,
-    centre_avg,
-    centre_sq,
-    centre_grad,
-    scalars,
-    first,
-    n,
-    d: tl.constexpr,
-    beta1,
-    beta2,
-    rest1,
-    rest2,
-    eps,
-    DEC: tl.constexpr,
-    ENC: tl.constexpr,
-    D: tl.constexpr,
-):
+    touched, enc, dec, bias, centre, scalars, constants, first, n, d: tl.constexpr, DEC: tl.constexpr,
+    ENC: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """Latents `first` to `first` + n, which are all that is here: the encoder's rows and biases, or the decoder's and b_dec."""
     latent = tl.program_id(0)
     if tl.load(scalars + 3) > 0:
-        rate = tl.load(scalars)
-        correction = tl.load(scalars + 1)
-        clip = tl.load(scalars + 2)
-        step = tl.load(scalars + 4).to(tl.int32)
+        now = _load_now(scalars)
         o = tl.arange(0, D)
         mask = o < d
         if latent < n:
@@ -104,68 +87,40 @@ def update_rows(
             at = latent.to(tl.int64) * d + o
             index = (first + latent).to(tl.int64) * d + o
             if DEC:
-                row = tl.load(dec + at, mask=mask, other=0.0)
-                slope = tl.load(dec_grad + at, mask=fired, other=0.0).to(tl.float32)
-                slope = (slope - tl.sum(slope * row, 0) / tl.sum(row * row, 0) * row) * clip
-                row = _adam(
-                    row, dec_avg, dec_sq, at, index, mask, slope, rate, correction, beta1, beta2, rest1, rest2, eps,
-                    step, 4,
-                )  # fmt: skip
+                row = tl.load(dec.value + at, mask=mask, other=0.0)
+                slope = tl.load(dec.grad + at, mask=fired, other=0.0).to(tl.float32)
+                slope = slope - tl.sum(slope * row, 0) / tl.sum(row * row, 0) * row
+                row = _adam(row, dec, at, index, mask, slope, now, constants, 4)
                 row = row / tl.sqrt(tl.sum(tl.where(mask, row * row, 0.0), 0))
-                tl.store(dec + at, row, mask=mask)
-                tl.store(dec_copy + at, row.to(tl.bfloat16), mask=mask)
+                tl.store(dec.value + at, row, mask=mask)
+                tl.store(dec.copy + at, row.to(tl.bfloat16), mask=mask)
             if ENC:
-                row = tl.load(enc + at, mask=mask, other=0.0)
-                slope = tl.load(enc_grad + at, mask=fired, other=0.0).to(tl.float32) * clip
-                row = _adam(
-                    row, enc_avg, enc_sq, at, index, mask, slope, rate, correction, beta1, beta2, rest1, rest2, eps,
-                    step, 0,
-                )  # fmt: skip
-                tl.store(enc + at, row, mask=mask)
-                tl.store(enc_copy + at, row.to(tl.bfloat16), mask=mask)
+                row = tl.load(enc.value + at, mask=mask, other=0.0)
+                slope = tl.load(enc.grad + at, mask=fired, other=0.0).to(tl.float32)
+                row = _adam(row, enc, at, index, mask, slope, now, constants, 0)
+                tl.store(enc.value + at, row, mask=mask)
+                tl.store(enc.copy + at, row.to(tl.bfloat16), mask=mask)
 
                 one = latent + tl.arange(0, 1)
-                b = tl.load(bias + one)
-                g = tl.load(bias_grad + one) * clip
-                b = _adam(
-                    b, bias_avg, bias_sq, one, first + one, one < n, g, rate, correction, beta1, beta2, rest1, rest2,
-                    eps, step, 2,
-                )  # fmt: skip
-                tl.store(bias + one, b)
-                tl.store(bias_copy + one, b.to(tl.bfloat16))
+                b = tl.load(bias.value + one)
+                b = _adam(b, bias, one, first + one, one < n, tl.load(bias.grad + one), now, constants, 2)
+                tl.store(bias.value + one, b)
+                tl.store(bias.copy + one, b.to(tl.bfloat16))
         elif DEC:
-            c = tl.load(centre + o, mask=mask, other=0.0)
-            gc = tl.load(centre_grad + o, mask=mask, other=0.0) * clip
-            c = _adam(
-                c, centre_avg, centre_sq, o, o, mask, gc, rate, correction, beta1, beta2, rest1, rest2, eps, step, 6
-            )
-            tl.store(centre + o, c, mask=mask)
+            c = tl.load(centre.value + o, mask=mask, other=0.0)
+            slope = tl.load(centre.grad + o, mask=mask, other=0.0)
+            c = _adam(c, centre, o, o, mask, slope, now, constants, 6)
+            tl.store(centre.value + o, c, mask=mask)
 
 
 @triton.jit
-def update_flat(
-    value,
-    average,
-    square,
-    grad,
-    scalars,
-    size,
-    beta1,
-    beta2,
-    rest1,
-    rest2,
-    eps,
-    FIRST: tl.constexpr,
-    T: tl.constexpr,
-):
+def update_flat(stored, scalars, constants, size, FIRST: tl.constexpr, T: tl.constexpr):
     """A parameter without bfloat16 copy and without norm."""
     if tl.load(scalars + 3) > 0:
+        now = _load_now(scalars)
         o = tl.program_id(0) * T + tl.arange(0, T)
         mask = o < size
-        w = tl.load(value + o, mask=mask, other=0.0)
-        slope = tl.load(grad + o, mask=mask, other=0.0) * tl.load(scalars + 2)
-        w = _adam(
-            w, average, square, o, o, mask, slope, tl.load(scalars), tl.load(scalars + 1), beta1, beta2, rest1, rest2,
-            eps, tl.load(scalars + 4).to(tl.int32), FIRST,
-        )  # fmt: skip
-        tl.store(value + o, w, mask=mask)
+        w = tl.load(stored.value + o, mask=mask, other=0.0)
+        slope = tl.load(stored.grad + o, mask=mask, other=0.0)
+        w = _adam(w, stored, o, o, mask, slope, now, constants, FIRST)
+        tl.store(stored.value + o, w, mask=mask)

@@ -44,24 +44,9 @@ def _keep_top(values, n, k, TILE: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def _add_rows(
-    dead,
-    dec,
-    enc,
-    bias,
-    w_dec,
-    grad_dec,
-    grad_enc,
-    grad_b,
-    along,
-    square,
-    touched,
-    n,
-    d: tl.constexpr,
-    S: tl.constexpr,
-    DEC: tl.constexpr,
-    ENC: tl.constexpr,
+    dead, dec, enc, bias, w_dec, out, n, d: tl.constexpr, S: tl.constexpr, DEC: tl.constexpr, ENC: tl.constexpr,
     D: tl.constexpr,
-):
+):  # fmt: skip
     place = tl.program_id(0)
     latent = tl.load(dead + place)
     if latent < n:
@@ -72,28 +57,28 @@ def _add_rows(
         # Apart, untouched rows hold zeros: other ranks add theirs.
         before = mask
         if DEC and ENC:
-            before = mask & (tl.load(touched + latent) > 0)
+            before = mask & (tl.load(out.touched_N + latent) > 0)
         squares = 0.0
         if DEC:
             extra = tl.load(dec + source, mask=mask, other=0.0).to(tl.float32)
             row = tl.load(w_dec + to, mask=mask, other=0.0).to(tl.float32)
-            total_dec = (tl.load(grad_dec + to, mask=before, other=0.0).to(tl.float32) + extra).to(tl.bfloat16)
-            tl.store(grad_dec + to, total_dec, mask=mask)
+            total_dec = (tl.load(out.grad_dec_ND + to, mask=before, other=0.0).to(tl.float32) + extra).to(tl.bfloat16)
+            tl.store(out.grad_dec_ND + to, total_dec, mask=mask)
             a = total_dec.to(tl.float32)
             squares += tl.sum(a * a, 0)
-            tl.store(along + latent, tl.load(along + latent) + tl.sum(extra * row, 0))
-            tl.store(grad_b + latent, tl.load(grad_b + latent) + tl.load(bias + place))
+            tl.store(out.along_N + latent, tl.load(out.along_N + latent) + tl.sum(extra * row, 0))
+            tl.store(out.grad_b_N + latent, tl.load(out.grad_b_N + latent) + tl.load(bias + place))
         if ENC:
-            total_enc = tl.load(grad_enc + to, mask=before, other=0.0).to(tl.float32)
+            total_enc = tl.load(out.grad_enc_ND + to, mask=before, other=0.0).to(tl.float32)
             total_enc = (total_enc + tl.load(enc + source, mask=mask, other=0.0).to(tl.float32)).to(tl.bfloat16)
-            tl.store(grad_enc + to, total_enc, mask=mask)
+            tl.store(out.grad_enc_ND + to, total_enc, mask=mask)
             b = total_enc.to(tl.float32)
             squares += tl.sum(b * b, 0)
         if DEC and ENC:
-            tl.store(square + latent, squares)
+            tl.store(out.square_SN + latent, squares)
             for part in tl.static_range(1, S):
-                tl.store(square + part * n + latent, 0.0)
-            tl.store(touched + latent, 1)
+                tl.store(out.square_SN + part * n + latent, 0.0)
+            tl.store(out.touched_N + latent, 1)
 
 
 def keep_top_(acts_BC: Tensor, k: int) -> None:
@@ -217,12 +202,7 @@ class AuxK:
             self._enc_CD,
             self._bias_C,
             w_dec_ND,
-            gradients.grad_dec_ND,
-            gradients.grad_enc_ND,
-            gradients.grad_b_N,
-            gradients.along_N,
-            gradients.square_SN,
-            gradients.touched_N,
+            gradients.of_latents,
             n,
             d,
             len(gradients.square_SN),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plmsae_cli.sae.fused.listed import GroupLists, load_listed
+from plmsae_cli.sae.fused.listed import GroupLists, load_listed, store_pairs
 from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.top_k import maxima_of_groups, members_of_group
 from plmsae_cli.sae.ranks import Ranks
@@ -86,23 +86,9 @@ def _count(scores, lists, lengths, last, above, tied, n, groups, MEMBERS: tl.con
 
 @triton.jit
 def _write(
-    scores,
-    lists,
-    lengths,
-    last,
-    quota,
-    offsets,
-    acts,
-    indices,
-    sort_keys,
-    tokens,
-    n,
-    groups,
-    shift,
-    capacity,
-    MEMBERS: tl.constexpr,
+    scores, lists, lengths, last, quota, offsets, written, n, groups, capacity, MEMBERS: tl.constexpr,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     low = tl.load(last)
     spare = tl.load(quota + row)
@@ -117,10 +103,7 @@ def _write(
         kept = ((keys > low) | ((tie == 1) & (tl.cumsum(tie, 0) <= spare))).to(tl.int32)
         to = place + tl.cumsum(kept, 0) - 1
         mask = (kept == 1) & (to < capacity)
-        tl.store(acts + to, (keys << 16).to(tl.float32, bitcast=True), mask=mask)
-        tl.store(indices + to, latent, mask=mask)
-        tl.store(sort_keys + to, (latent - shift).to(sort_keys.dtype.element_ty), mask=mask)
-        tl.store(tokens + to, tl.zeros_like(latent) + row.to(tl.int32), mask=mask)
+        store_pairs(written, to, (keys << 16).to(tl.float32, bitcast=True), latent, row, mask)
         spare -= tl.sum(tie, 0)
         place += tl.sum(kept, 0)
 
@@ -190,19 +173,7 @@ class BatchTopKEncoder:
         pairs.offsets_B1[1:].copy_(ends_B.clamp(max=capacity))
         pairs.sort_keys_P.fill_(self.num_latents - pairs.shift)
         _write[(rows,)](
-            *listed,
-            last,
-            quota_B,
-            pairs.offsets_B1,
-            pairs.acts_P,
-            pairs.indices_P,
-            pairs.sort_keys_P,
-            pairs.token_P,
-            *sizes[:2],
-            pairs.shift,
-            capacity,
-            *sizes[2:],
-            num_warps=2,
+            *listed, last, quota_B, pairs.offsets_B1, pairs.written, *sizes[:2], capacity, *sizes[2:], num_warps=2
         )
         if self._ranks.world > 2:
             pairs.acts_P.add_(torch.where(ends_B[-1] > capacity, torch.nan, 0.0))

@@ -3,8 +3,11 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 FIGURES = ("loss", "reconstruction", "aux", "fvu", "l0", "dead", "grad_norm")
 PROGRAMS = 128
@@ -18,35 +21,30 @@ def _one_minus_power(t, decay):
     return tl.where(y < 0.1, series, 1 - tl.exp(-y))
 
 
+class Sums(NamedTuple):
+    """What `collect` adds up, of this rank's tokens and of the latents whose state it holds: pointers inside it."""
+
+    square_SP: Tensor
+    """Parts of the squared gradients' norms of its latents' rows."""
+    along_N: Tensor
+    grad_b_N: Tensor
+    counts_N: Tensor
+    """Of all latents whose ages are here, over all tokens; as in `WeightGradients`."""
+    grad_b_SD: Tensor
+    energy_2B: Tensor
+    """Nested and full error by row, and ||x||^2:"""
+    square_B: Tensor
+    aux: Tensor
+
+
 @triton.jit
 def collect(
-    square,
-    along,
-    grad_b,
-    counts,
-    ages,
-    energy,
-    input_square,
-    grad_b_parts,
-    grad_b_dec,
-    aux,
-    more_squares,
-    partial,
-    n,
-    own_first,
-    own,
-    rows,
-    d,
-    window,
-    global_rows,
-    with_centre,
-    S: tl.constexpr,
-    SPLITS: tl.constexpr,
-    T: tl.constexpr,
-):
+    sums, ages, grad_b_dec, more_squares, partial, n, own_first, own, rows, d, window, global_rows, with_centre,
+    S: tl.constexpr, SPLITS: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     """This program's share of: squared gradient, nested error, error, ||x||^2, active pairs, dead, aux; ages move on.
 
-    Sums over latents are over the `own` from `own_first` on; `square` holds theirs alone. `with_centre`: b_dec's count.
+    Sums over latents are over the `own` from `own_first` on; `square_SP` holds theirs alone. `with_centre`: b_dec's count.
     """
     first = tl.program_id(0) * T
     stride = tl.num_programs(0) * T
@@ -60,12 +58,12 @@ def collect(
         place = latent - own_first
         mine = mask & (place >= 0) & (place < own)
         for part in tl.static_range(S):
-            squares += tl.load(square + part * own + place, mask=mine, other=0.0)
+            squares += tl.load(sums.square_SP + part * own + place, mask=mine, other=0.0)
         # Without its part along the decoder row, a gradient is that much shorter.
-        parallel = tl.load(along + latent, mask=mine, other=0.0)
-        bias = tl.load(grad_b + latent, mask=mine, other=0.0)
+        parallel = tl.load(sums.along_N + latent, mask=mine, other=0.0)
+        bias = tl.load(sums.grad_b_N + latent, mask=mine, other=0.0)
         squares += bias * bias - parallel * parallel
-        count = tl.load(counts + latent, mask=mask, other=0)
+        count = tl.load(sums.counts_N + latent, mask=mask, other=0)
         active += tl.where(mine, count, 0).to(tl.float32)
         age = tl.load(ages + latent, mask=mask, other=0)
         dead += (mine & (age >= window)).to(tl.float32)
@@ -75,7 +73,7 @@ def collect(
         mask = column < d
         total = tl.zeros((T,), tl.float32)
         for split in range(SPLITS):
-            total += tl.load(grad_b_parts + split * d + column, mask=mask, other=0.0)
+            total += tl.load(sums.grad_b_SD + split * d + column, mask=mask, other=0.0)
         tl.store(grad_b_dec + column, total, mask=mask)
         squares += total * total * with_centre
     nested = tl.zeros((T,), tl.float32)
@@ -84,9 +82,9 @@ def collect(
     for start in range(first, rows, stride):
         row = start + o
         mask = row < rows
-        nested += tl.load(energy + row, mask=mask, other=0.0)
-        full += tl.load(energy + rows + row, mask=mask, other=0.0)
-        inputs += tl.load(input_square + row, mask=mask, other=0.0)
+        nested += tl.load(sums.energy_2B + row, mask=mask, other=0.0)
+        full += tl.load(sums.energy_2B + rows + row, mask=mask, other=0.0)
+        inputs += tl.load(sums.square_B + row, mask=mask, other=0.0)
     out = partial + tl.program_id(0) * 8
     more = tl.where(tl.program_id(0) == 0, tl.load(more_squares), 0.0)
     tl.store(out, tl.sum(squares, 0) + more)
@@ -95,7 +93,7 @@ def collect(
     tl.store(out + 3, tl.sum(inputs, 0))
     tl.store(out + 4, tl.sum(active, 0))
     tl.store(out + 5, tl.sum(dead, 0))
-    tl.store(out + 6, tl.where(tl.program_id(0) == 0, tl.load(aux), 0.0))
+    tl.store(out + 6, tl.where(tl.program_id(0) == 0, tl.load(sums.aux), 0.0))
 
 
 @triton.jit

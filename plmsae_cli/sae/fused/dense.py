@@ -128,24 +128,8 @@ def _weights_of_all(
 
 @triton.jit
 def _latent_sums(
-    dense,
-    sums,
-    grad_dec,
-    grad_enc,
-    grad_b,
-    along,
-    square,
-    counts,
-    touched,
-    near,
-    blocks,
-    n,
-    factor,
-    d: tl.constexpr,
-    S: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-):
+    dense, sums, out, near, blocks, n, factor, d: tl.constexpr, S: tl.constexpr, L: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
     if tl.load(dense) > 0:
         latent = tl.program_id(0) * L + tl.arange(0, L)
         known = latent < n
@@ -161,23 +145,23 @@ def _latent_sums(
             near_slope += tl.load(part + 2 * n, mask=known, other=0.0)
             near_count += tl.load(part + 3 * n, mask=known, other=0.0)
             fired += tl.load(part + 4 * n, mask=known, other=0.0)
-        tl.store(grad_b + latent, bias * factor, mask=known)
-        tl.store(along + latent, parallel * factor, mask=known)
+        tl.store(out.grad_b_N + latent, bias * factor, mask=known)
+        tl.store(out.along_N + latent, parallel * factor, mask=known)
         tl.store(near + latent, near_slope, mask=known)
         tl.store(near + n + latent, near_count, mask=known)
-        tl.store(counts + latent, fired.to(tl.int32), mask=known)
-        tl.store(touched + latent, tl.full((L,), 1, tl.int32), mask=known)
+        tl.store(out.counts_N + latent, fired.to(tl.int32), mask=known)
+        tl.store(out.touched_N + latent, tl.full((L,), 1, tl.int32), mask=known)
         squares = tl.zeros((L, D), tl.float32)
         for start in range(0, d, D):
             o = start + tl.arange(0, D)
             both = known[:, None] & (o < d)[None, :]
             at = latent.to(tl.int64)[:, None] * d + o[None, :]
-            dec = tl.load(grad_dec + at, mask=both, other=0.0).to(tl.float32)
-            enc = tl.load(grad_enc + at, mask=both, other=0.0).to(tl.float32)
+            dec = tl.load(out.grad_dec_ND + at, mask=both, other=0.0).to(tl.float32)
+            enc = tl.load(out.grad_enc_ND + at, mask=both, other=0.0).to(tl.float32)
             squares += dec * dec + enc * enc
-        tl.store(square + latent, tl.sum(squares, 1), mask=known)
+        tl.store(out.square_SN + latent, tl.sum(squares, 1), mask=known)
         for part in tl.static_range(1, S):
-            tl.store(square + part * n + latent, tl.zeros((L,), tl.float32), mask=known)
+            tl.store(out.square_SN + part * n + latent, tl.zeros((L,), tl.float32), mask=known)
 
 
 class DenseStep:
@@ -225,22 +209,6 @@ class DenseStep:
                 num_warps=8, num_stages=3,
             )  # fmt: skip
         _latent_sums[(triton.cdiv(n, LATENTS),)](
-            encode.dense,
-            self._sums,
-            out.grad_dec_ND,
-            out.grad_enc_ND,
-            out.grad_b_N,
-            out.along_N,
-            out.square_SN,
-            out.counts_N,
-            out.touched_N,
-            encode.near_2N,
-            self._blocks,
-            n,
-            factor,
-            d,
-            len(out.square_SN),
-            LATENTS,
-            128,
-            num_warps=4,
-        )
+            encode.dense, self._sums, out.of_latents, encode.near_2N, self._blocks, n, factor, d, len(out.square_SN),
+            LATENTS, 128, num_warps=4,
+        )  # fmt: skip

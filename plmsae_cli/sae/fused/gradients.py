@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from plmsae_cli.sae.fused import pair_sums
+from plmsae_cli.sae.fused.pair_sums import OfLatents, SortedPairs
 from plmsae_cli.sae.fused.pairs import ActivePairs
-from plmsae_cli.sae.fused.residual import tile_of
 
 CHUNK = 256
 """Tokens that one program adds up; longer lists are cut."""
@@ -53,11 +53,18 @@ class WeightGradients:
         self.square_SN = torch.zeros(triton.cdiv(d, self._tile), num_latents, device=device)
         self.counts_N = torch.zeros(num_latents, dtype=torch.int32, device=device)
         self.touched_N = torch.zeros(num_latents, dtype=torch.int32, device=device)
+        self.of_latents = OfLatents(
+            self.grad_dec_ND,
+            self.grad_enc_ND,
+            self.grad_b_N,
+            self.along_N,
+            self.square_SN,
+            self.counts_N,
+            self.touched_N,
+        )
         self.grad_b_SD = torch.zeros(SPLITS, d, device=device)
         self.token_P = torch.empty(pairs, dtype=torch.int32, device=device)
-        self._act_P = torch.empty(pairs, device=device)
-        self._slope_P = torch.empty(pairs, device=device)
-        self._along_P = torch.empty(pairs, device=device)
+        self._pairs = SortedPairs(self.token_P, *(torch.empty(pairs, device=device) for _ in range(3)))
         self._latents_N1 = torch.arange(num_latents + 1, dtype=torch.int32, device=device)
         self.offsets_N1 = torch.empty_like(self._latents_N1)
         self._partial = torch.empty(triton.cdiv(pairs, CHUNK), 2, d, device=device)
@@ -77,9 +84,8 @@ class WeightGradients:
     def permute(self, active: ActivePairs, slope_P: Tensor, weight_B: Tensor | None = None) -> None:
         """Bring the pairs into that order; with `weight_B`, activations are the encoder's times their token's weight."""
         pairs, ragged = len(self.order_P), active.token_P is not None
-        sorted_ = (self.token_P, self._act_P, self._slope_P, self._along_P)
         pair_sums.permute[(triton.cdiv(pairs, PAIRS_A_PROGRAM),)](
-            self.order_P, active.acts_P, slope_P, active.token_P, weight_B, *sorted_,
+            self.order_P, active.acts_P, slope_P, active.token_P, weight_B, self._pairs,
             pairs, pairs // self._shape[0], ragged, weight_B is not None, PAIRS_A_PROGRAM,
         )  # fmt: skip
 
@@ -91,33 +97,17 @@ class WeightGradients:
         Of one matrix or of both; what belongs to neither comes with the decoder's. Apart, there are no squares.
         """
         _, n, d = self._shape
-        of_pairs = (self.token_P, self._act_P, self._slope_P)
         of_tokens = (x_BD, residual_BGD, self.prefixes_G, self._partial)
         tiles = len(self.square_SN)
         sizes = (CHUNK, residual_BGD.shape[1], decoder, encoder, UNROLL, self._tile)
         warps = max(1, self._tile // 256)  # a warp then holds whole rows: no sum crosses warps
         pair_sums.long[(len(self._partial), tiles)](
-            self.offsets_N1, self._sorted_P, *of_pairs, *of_tokens, self._shift, n, d, *sizes, num_warps=warps
+            self.offsets_N1, self._sorted_P, self._pairs, *of_tokens, self._shift, n, d, *sizes, num_warps=warps
         )
         pair_sums.gradients[(n, tiles)](
-            self.offsets_N1,
-            *of_pairs,
-            self._along_P,
-            *of_tokens,
-            self.grad_dec_ND,
-            self.grad_enc_ND,
-            self.grad_b_N,
-            self.along_N,
-            self.square_SN,
-            self.counts_N,
-            self.touched_N,
-            n,
-            d,
-            factor,
-            self._write_zeros,
-            *sizes,
+            self.offsets_N1, self._pairs, *of_tokens, self.of_latents, n, d, factor, self._write_zeros, *sizes,
             num_warps=warps,
-        )
+        )  # fmt: skip
 
     def of_decoder_bias(self, residual_BGD: Tensor, w_enc_ND: Tensor, factor: float) -> None:
         """grad_b_SD, from the residuals and, through x - b_dec, from the encoder's bias."""
@@ -140,3 +130,9 @@ class WeightGradients:
             tile,
             num_warps=2,
         )
+
+
+def tile_of(d: int, largest: int) -> int:
+    """Columns a pass: the power of two up to `largest` that wastes least of `d`, the larger where two do."""
+    sizes = [largest >> i for i in range(4) if largest >> i >= 16]
+    return min(sizes, key=lambda size: (-(-d // size) * size, -size))

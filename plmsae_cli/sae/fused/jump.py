@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from plmsae_cli.sae.fused.dense import DenseStep
+from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
 from plmsae_cli.sae.fused.residual import residuals
-from plmsae_cli.sae.fused.step import Batch, FusedStep
+from plmsae_cli.sae.fused.step import FusedStep
 from plmsae_cli.sae.fused.threshold import ThresholdEncoder
-from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.sae.jumprelu import JumpReLU
 from plmsae_cli.sae.ranks import Ranks
 
@@ -36,23 +34,14 @@ class FusedJumpStep(FusedStep):
 
     _encode: ThresholdEncoder
 
-    def __init__(
-        self,
-        model: JumpReLU,
-        parameters: Mapping[str, Tensor],
-        state: Mapping[str, Tensor],
-        ages_N: Tensor,
-        batch: Batch,
-        adam: AdamOptions,
-        ranks: Ranks,
-    ) -> None:
+    def __init__(self, model: JumpReLU, masters: Masters, batch: Batch, adam: AdamOptions, ranks: Ranks) -> None:
         assert ranks.world == 1
         assert model.penalty == "l0"
-        self._jump, self._log_theta_N = model, parameters["log_theta_N"]
-        super().__init__(model, parameters, state, ages_N, batch, adam, ranks)
+        self._jump, self._log_theta_N = model, masters.parameters["log_theta_N"]
+        super().__init__(model, masters, batch, adam, ranks)
         self._update.aux_weight = model.sparsity  # the step's: its schedule fills it
-        self._dense = DenseStep(batch.rows, model.num_latents, model.d, ages_N.device)
-        self._per_active = torch.zeros((), device=ages_N.device)
+        self._dense = DenseStep(batch.rows, model.num_latents, model.d, masters.ages_N.device)
+        self._per_active = torch.zeros((), device=masters.ages_N.device)
 
     def _encoder(self) -> ThresholdEncoder:
         model, rows = self._jump, self._batch.rows

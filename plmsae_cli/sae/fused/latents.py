@@ -6,41 +6,33 @@ what every rank holds whole is counted once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from plmsae_cli.sae.fused.aux import AuxK, keep_top_, products
-from plmsae_cli.sae.fused.collect import FIGURES
+from plmsae_cli.sae.fused.centre import centre
+from plmsae_cli.sae.fused.collect import FIGURES, Sums
 from plmsae_cli.sae.fused.dead_bound import DeadBound
+from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.graphs import Graphs, launched
 from plmsae_cli.sae.fused.partial import decode, errors, slopes
-from plmsae_cli.sae.fused.residual import centre
-from plmsae_cli.sae.fused.step import Batch
 from plmsae_cli.sae.fused.top_k import TopKEncoder
-from plmsae_cli.sae.fused.update import AdamOptions, Sums, Update
+from plmsae_cli.sae.fused.update import Update
 from plmsae_cli.sae.ranks import Ranks, Rows
 from plmsae_cli.sae.topk import TopK
 
 
 class FusedLatentStep:
-    """As `step.FusedStep`, but of `parameters`, `state` and `ages_N` there are only this rank's latents (`Rows`).
+    """As `step.FusedStep`, but of all `masters` there are only this rank's latents (`Rows`).
 
     All ranks have as many.
     """
 
-    def __init__(
-        self,
-        model: TopK,
-        parameters: Mapping[str, Tensor],
-        state: Mapping[str, Tensor],
-        ages_N: Tensor,
-        batch: Batch,
-        adam: AdamOptions,
-        ranks: Ranks,
-    ) -> None:
+    def __init__(self, model: TopK, masters: Masters, batch: Batch, adam: AdamOptions, ranks: Ranks) -> None:
+        parameters, ages_N = masters.parameters, masters.ages_N
         device, d, rows, world = ages_N.device, model.d, batch.rows, ranks.world
         own = Rows(model.num_latents, ranks.rank, world)
         n, whole = own.num, rows * world
@@ -51,7 +43,7 @@ class FusedLatentStep:
         self._prefixes_G = (prefixes_G - own.first).clamp(0, n)
         groups = self._groups = len(prefixes_G)
         self._factor = -2.0 / (groups * whole * d)
-        self._update = Update(parameters, state, adam, own, others=False)
+        self._update = Update(masters, adam, own, others=False)
         self._update.aux_weight.fill_(model.aux_coefficient)
         self._k = min(model.k, n)
         self._encode = TopKEncoder(whole, n, self._k, device)

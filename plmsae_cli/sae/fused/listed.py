@@ -32,6 +32,15 @@ def load_listed(scores, lists, row, slot, length, groups, n, MEMBERS: tl.constex
     return latent, tl.load(scores + row * n + latent, mask=wanted, other=-1), wanted
 
 
+@triton.jit
+def store_pairs(written, to, act, latent, row, mask):
+    """Pairs of the token `row`, at these places."""
+    tl.store(written.acts_P + to, act, mask=mask)
+    tl.store(written.indices_P + to, latent, mask=mask)
+    tl.store(written.sort_keys_P + to, (latent - written.shift).to(written.sort_keys_P.dtype.element_ty), mask=mask)
+    tl.store(written.token_P + to, tl.zeros_like(latent) + row.to(tl.int32), mask=mask)
+
+
 class GroupLists:
     """For each of B tokens its groups whose mark is wanted, in order; in buffers made once."""
 

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Written(NamedTuple):
+    """Where kernels write pairs, as in `ActivePairs`: pointers, and the shift."""
+
+    acts_P: Tensor
+    indices_P: Tensor
+    sort_keys_P: Tensor
+    shift: int
+    token_P: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,10 @@ class ActivePairs:
     """int32."""
     token_P: Tensor | None = None
     """int32; with `offsets_B1`."""
+
+    @property
+    def written(self) -> Written:
+        return Written(self.acts_P, self.indices_P, self.sort_keys_P, self.shift, self.token_P)
 
     @classmethod
     def places(cls, pairs: int, num_latents: int, device: torch.device, tokens: int | None = None) -> ActivePairs:

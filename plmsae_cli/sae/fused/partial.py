@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plmsae_cli.sae.fused.residual import held_by, load_pairs, of_own_group, pairs_held, tiles
+from plmsae_cli.sae.fused.nested import held_by, load_pairs, of_own_group, pairs_held, tile_of_pairs
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def decode(w_dec_ND: Tensor, acts_BK: Tensor, indices_BK: Tensor, prefixes_G: Te
     """`out_BGD`[b, g] = sum over the latents below m_g: z W_dec, float32."""
     (rows, k), d = acts_BK.shape, w_dec_ND.shape[1]
     groups = out_BGD.shape[1]
-    sizes = (groups, *tiles(pairs_held(k), groups))
+    sizes = (groups, *tile_of_pairs(pairs_held(k), groups))
     _decode[(rows,)](w_dec_ND, acts_BK, indices_BK, prefixes_G, out_BGD, d, k, *sizes, num_warps=1)
 
 
@@ -116,5 +116,5 @@ def slopes(
     """`slope_BK` as in `residual.residuals`."""
     (rows, k), d = acts_BK.shape, w_dec_ND.shape[1]
     groups = residual_BGD.shape[1]
-    sizes = (groups, *tiles(pairs_held(k), groups))
+    sizes = (groups, *tile_of_pairs(pairs_held(k), groups))
     _slopes[(rows,)](w_dec_ND, acts_BK, indices_BK, prefixes_G, residual_BGD, slope_BK, d, k, *sizes, num_warps=1)

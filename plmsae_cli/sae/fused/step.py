@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -13,29 +12,19 @@ from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.fused.aux import AuxK
 from plmsae_cli.sae.fused.batch_top_k import BatchTopKEncoder
-from plmsae_cli.sae.fused.collect import FIGURES
+from plmsae_cli.sae.fused.centre import centre
+from plmsae_cli.sae.fused.collect import FIGURES, Sums
 from plmsae_cli.sae.fused.dead_bound import DeadBound
+from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
 from plmsae_cli.sae.fused.gradients import WeightGradients
 from plmsae_cli.sae.fused.graphs import Graphs, launched
+from plmsae_cli.sae.fused.nested import pairs_held
 from plmsae_cli.sae.fused.pairs import ActivePairs
-from plmsae_cli.sae.fused.residual import centre, pairs_held, residuals
+from plmsae_cli.sae.fused.residual import residuals
 from plmsae_cli.sae.fused.top_k import TopKEncoder
-from plmsae_cli.sae.fused.update import AdamOptions, Sums, Update
+from plmsae_cli.sae.fused.update import Update
 from plmsae_cli.sae.ranks import Pending, Ranks, Rows
 from plmsae_cli.sae.topk import TopK
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The constants of every batch."""
-
-    rows: int
-    """Tokens of a step on this rank."""
-    mean_D: Tensor
-    scale: float
-    """The input is (raw - mean) * scale."""
-    window: int
-    """Global tokens without firing after which a latent is dead."""
 
 
 class Encoder(Protocol):
@@ -59,22 +48,12 @@ class FusedStep:
 
     Args:
         model: its settings; of its tensors theta alone, which follows the training where there is one.
-        parameters: float32 masters by name, updated in place; of all but b_dec, the latents in `Rows` alone.
-        state: Adam's state, `<parameter>.<step | exp_avg | exp_avg_sq>`, updated in place; see `Update`.
-        ages_N: global tokens since each latent fired, int64, updated in place; all of them on every rank.
+        masters: what it updates.
         batch, adam: constants.
     """
 
-    def __init__(
-        self,
-        model: Dictionary,
-        parameters: Mapping[str, Tensor],
-        state: Mapping[str, Tensor],
-        ages_N: Tensor,
-        batch: Batch,
-        adam: AdamOptions,
-        ranks: Ranks,
-    ) -> None:
+    def __init__(self, model: Dictionary, masters: Masters, batch: Batch, adam: AdamOptions, ranks: Ranks) -> None:
+        parameters, ages_N = masters.parameters, masters.ages_N
         device, n, d, rows = ages_N.device, model.num_latents, model.d, batch.rows
         self._model, self._batch, self._ranks, self._ages_N = model, batch, ranks, ages_N
         self._b_dec_D = parameters["b_dec_D"]
@@ -84,7 +63,7 @@ class FusedStep:
         self._groups = len(prefixes_G)
         self._factor = -2.0 / (self._groups * self._global_rows * d)
         self._rows = Rows(n, ranks.rank, ranks.world)
-        self._update = Update(parameters, state, adam, self._rows)
+        self._update = Update(masters, adam, self._rows)
         self._encode = self._encoder()
         pairs = len(self._encode.pairs.acts_P)
         padded = self._rows.padded * ranks.world if ranks.world > 1 else None

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from plmsae_cli.sae.fused.experts import ExpertEncoder
-from plmsae_cli.sae.fused.step import Batch, FusedStep
-from plmsae_cli.sae.fused.update import AdamOptions
+from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
+from plmsae_cli.sae.fused.step import FusedStep
 from plmsae_cli.sae.ranks import Ranks
 from plmsae_cli.sae.switch import Switch
 
@@ -19,20 +16,11 @@ class FusedSwitchStep(FusedStep):
 
     _encode: ExpertEncoder
 
-    def __init__(
-        self,
-        model: Switch,
-        parameters: Mapping[str, Tensor],
-        state: Mapping[str, Tensor],
-        ages_N: Tensor,
-        batch: Batch,
-        adam: AdamOptions,
-        ranks: Ranks,
-    ) -> None:
+    def __init__(self, model: Switch, masters: Masters, batch: Batch, adam: AdamOptions, ranks: Ranks) -> None:
         assert ranks.world == 1
         self._switch = model
-        self._w_router_ED, self._b_router_D = parameters["w_router_ED"], parameters["b_router_D"]
-        super().__init__(model, parameters, state, ages_N, batch, adam, ranks)
+        self._w_router_ED, self._b_router_D = (masters.parameters[name] for name in ("w_router_ED", "b_router_D"))
+        super().__init__(model, masters, batch, adam, ranks)
         self._update.aux_weight.fill_(model.balance_coefficient)
         self._weight_B = self._encode.probability_B
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plmsae_cli.sae.fused.listed import GroupLists, load_listed
+from plmsae_cli.sae.fused.listed import GroupLists, load_listed, store_pairs
 from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.top_k import members_of_group
 
@@ -76,23 +76,8 @@ def _count_listed(
 
 @triton.jit
 def _write_listed(
-    scores,
-    theta,
-    lists,
-    lengths,
-    offsets,
-    dense,
-    acts,
-    indices,
-    sort_keys,
-    tokens,
-    n,
-    groups,
-    half,
-    shift,
-    MEMBERS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    scores, theta, lists, lengths, offsets, dense, written, n, groups, half, MEMBERS: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     if tl.load(dense) == 0:
         row = tl.program_id(0).to(tl.int64)
         place = tl.load(offsets + row)
@@ -106,11 +91,7 @@ def _write_listed(
             above, near = _beside(score, tl.load(theta + latent, mask=wanted, other=0.0), wanted, half)
             listed = (above | near).to(tl.int32)
             to = place + tl.cumsum(listed, 0) - 1
-            mask = listed == 1
-            tl.store(acts + to, tl.where(above, score, 0.0), mask=mask)
-            tl.store(indices + to, latent, mask=mask)
-            tl.store(sort_keys + to, (latent - shift).to(sort_keys.dtype.element_ty), mask=mask)
-            tl.store(tokens + to, tl.zeros_like(latent) + row.to(tl.int32), mask=mask)
+            store_pairs(written, to, tl.where(above, score, 0.0), latent, row, listed == 1)
             place += tl.sum(listed, 0)
 
 
@@ -180,23 +161,9 @@ class ThresholdEncoder:
         pairs.offsets_B1[1:].copy_(ends_B * (1 - self.dense))
         pairs.sort_keys_P.fill_(n - pairs.shift)
         _write_listed[(rows,)](
-            *source,
-            lists.lists_BG,
-            lists.lengths_B,
-            pairs.offsets_B1,
-            self.dense,
-            pairs.acts_P,
-            pairs.indices_P,
-            pairs.sort_keys_P,
-            pairs.token_P,
-            n,
-            groups,
-            self.half,
-            pairs.shift,
-            members,
-            max(1, SCORES_A_TILE // members),
-            num_warps=2,
-        )
+            *source, lists.lists_BG, lists.lengths_B, pairs.offsets_B1, self.dense, pairs.written, n, groups, self.half,
+            members, max(1, SCORES_A_TILE // members), num_warps=2,
+        )  # fmt: skip
 
     def sum_near(self, offsets_N1: Tensor, order_P: Tensor, token_P: Tensor, slope_P: Tensor) -> None:
         """Set `near_2N`, of the pairs in order of latent; `slope_P` in order of token."""

@@ -53,25 +53,9 @@ def _maxima(scores, maxima, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr
 
 @triton.jit
 def _select(
-    scores,
-    maxima,
-    scratch,
-    acts,
-    indices,
-    sort_keys,
-    bases,
-    weights,
-    first,
-    n,
-    groups,
-    k,
-    nothing,
-    shift,
-    PART: tl.constexpr,
-    GROUPS: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    K: tl.constexpr,
-):
+    scores, maxima, scratch, written, bases, weights, first, n, groups, k, nothing, PART: tl.constexpr,
+    GROUPS: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     keys = tl.load(maxima + row * groups + group, mask=group < groups, other=-1).to(tl.int32)
@@ -94,9 +78,10 @@ def _select(
     if PART:
         latent += tl.load(bases + first + row)
         act = (act * tl.load(weights + first + row)).to(tl.bfloat16).to(tl.float32)
-    tl.store(acts + out, act, mask=chosen)
-    tl.store(indices + out, latent, mask=chosen)
-    tl.store(sort_keys + out, (tl.where(keys > 0, latent, nothing) - shift).to(sort_keys.dtype.element_ty), mask=chosen)
+    tl.store(written.acts_P + out, act, mask=chosen)
+    tl.store(written.indices_P + out, latent, mask=chosen)
+    keys = tl.where(keys > 0, latent, nothing) - written.shift
+    tl.store(written.sort_keys_P + out, keys.to(written.sort_keys_P.dtype.element_ty), mask=chosen)
 
 
 def members_of_group(num_latents: int, k: int) -> int:
@@ -155,9 +140,7 @@ class TopKEncoder:
             keys,
             self._maxima,
             self._scratch,
-            self.pairs.acts_P,
-            self.pairs.indices_P,
-            self.pairs.sort_keys_P,
+            self.pairs.written,
             bases_B,
             weights_B,
             first,
@@ -165,7 +148,6 @@ class TopKEncoder:
             self.groups,
             self.k,
             self._whole,
-            self.pairs.shift,
             bases_B is not None,
             GROUPS,
             self.members,

@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from plmsae_cli.sae.fused.adam import update_flat, update_rows
-from plmsae_cli.sae.fused.collect import FIGURES, PROGRAMS, collect, finish
+from plmsae_cli.sae.fused.adam import Constants, Stored, update_flat, update_rows
+from plmsae_cli.sae.fused.collect import FIGURES, PROGRAMS, Sums, collect, finish
+from plmsae_cli.sae.fused.given import AdamOptions, Masters
 from plmsae_cli.sae.ranks import Rows
 
 PARAMETERS = ("w_enc_ND", "b_enc_N", "w_dec_ND", "b_dec_D")
 """In the order that numbers the salts of their moments' rounding; an architecture's own parameters follow."""
 FLAT_TILE = 1024
-
-
-@dataclass(frozen=True)
-class AdamOptions:
-    """Adam's settings; `max_norm` clips the gradient of the mean over tokens and dimensions, None does not."""
-
-    betas: tuple[float, float]
-    eps: float
-    max_norm: float | None
-
-
-class Sums(NamedTuple):
-    """What `Update.collect` adds up, of this rank's tokens and of the latents whose state it holds."""
-
-    square_SP: Tensor
-    """Parts of the squared gradients' norms of its latents' rows."""
-    along_N: Tensor
-    grad_b_N: Tensor
-    counts_N: Tensor
-    """Of all latents whose ages are here, over all tokens; as in `WeightGradients`."""
-    grad_b_SD: Tensor
-    energy_2B: Tensor
-    """Nested and full error by row, and ||x||^2:"""
-    square_B: Tensor
-    aux: Tensor
 
 
 class Update:
@@ -51,24 +24,17 @@ class Update:
     Nothing but the ages changes where the gradient is not finite. `collect`, `finish`, then `apply`.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        state: Mapping[str, Tensor],
-        options: AdamOptions,
-        rows: Rows,
-        others: bool = True,
-    ) -> None:
+    def __init__(self, masters: Masters, options: AdamOptions, rows: Rows, others: bool = True) -> None:
         """`others`: whether there are copies, ages and gradients of the other ranks' latents too.
 
         Parameters beyond the four of every dictionary are updated by their gradients in `own_gradients`.
 
-        Of the matrices and b_enc, `parameters` and `state` hold the latents in `rows`.
-
-        `state`: `<parameter>.<step | exp_avg | exp_avg_sq>`; moments float32, or bfloat16 as in `RoundedAdam`.
+        Of the matrices and b_enc, `masters` hold the latents in `rows`.
         """
-        self._parameters, self._options, self._rows = parameters, options, rows
-        self._state = state
+        parameters = self._parameters = masters.parameters
+        self._moments, self._options, self._rows = masters.moments, options, rows
+        beta1, beta2 = options.betas
+        self._constants = Constants(beta1, beta2, 1 - beta1, 1 - beta2, options.eps)
         d, device = len(parameters["b_dec_D"]), parameters["b_dec_D"].device
         self.rate = torch.zeros((), device=device)
         """The learning rate; fill it before a step."""
@@ -110,16 +76,9 @@ class Update:
             squares = [gradient.square().sum() for gradient in self.own_gradients.values()]
             torch.sum(torch.stack(squares), 0, out=self._own_square)
         collect[(PROGRAMS,)](
-            sums.square_SP,
-            sums.along_N,
-            sums.grad_b_N,
-            sums.counts_N,
+            sums,
             ages_N,
-            sums.energy_2B,
-            sums.square_B,
-            sums.grad_b_SD,
             self._grad_b_D,
-            sums.aux,
             self._own_square,
             self.partial,
             self._num,
@@ -143,7 +102,7 @@ class Update:
         finish[(1,)](
             self.partial,
             self.rate,
-            *(self._state[f"{name}.step"] for name in PARAMETERS),
+            *(self._moments[f"{name}.step"] for name in PARAMETERS),
             self._scalars,
             self.figures,
             max_norm or 0.0,
@@ -169,51 +128,31 @@ class Update:
         encoder: bool = True,
     ) -> None:
         """Update this rank's latents of one matrix or of both, b_enc with the encoder, b_dec with the decoder."""
-        beta1, beta2 = self._options.betas
         n, d = self._rows.num, len(self._grad_b_D)
         tile = triton.next_power_of_2(d)
         update_rows[(n + 1,)](
             touched_P,
-            *self._of("w_enc_ND"),
-            self.own["w_enc_ND"],
-            grad_enc_PD,
-            *self._of("w_dec_ND"),
-            self.own["w_dec_ND"],
-            grad_dec_PD,
-            *self._of("b_enc_N"),
-            self.own["b_enc_N"],
-            grad_b_P,
-            *self._of("b_dec_D"),
-            self._grad_b_D,
+            self._stored("w_enc_ND", grad_enc_PD),
+            self._stored("w_dec_ND", grad_dec_PD),
+            self._stored("b_enc_N", grad_b_P),
+            self._stored("b_dec_D", self._grad_b_D),
             self._scalars,
+            self._constants,
             self._rows.first,
             n,
             d,
-            beta1,
-            beta2,
-            1 - beta1,
-            1 - beta2,
-            self._options.eps,
             decoder,
             encoder,
             tile,
             num_warps=max(1, min(16, tile // 2048)),
         )
         for place, (name, gradient) in enumerate(self.own_gradients.items(), start=len(PARAMETERS)):
-            self._state[f"{name}.step"].copy_(self._state["b_dec_D.step"])
-            update_flat[(triton.cdiv(gradient.numel(), FLAT_TILE),)](
-                *self._of(name),
-                gradient,
-                self._scalars,
-                gradient.numel(),
-                beta1,
-                beta2,
-                1 - beta1,
-                1 - beta2,
-                self._options.eps,
-                2 * place,
-                FLAT_TILE,
+            self._moments[f"{name}.step"].copy_(self._moments["b_dec_D.step"])
+            size = gradient.numel()
+            update_flat[(triton.cdiv(size, FLAT_TILE),)](
+                self._stored(name, gradient), self._scalars, self._constants, size, 2 * place, FLAT_TILE
             )
 
-    def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        return self._parameters[name], self._state[f"{name}.exp_avg"], self._state[f"{name}.exp_avg_sq"]
+    def _stored(self, name: str, gradient: Tensor) -> Stored:
+        average, square = (self._moments[f"{name}.{what}"] for what in ("exp_avg", "exp_avg_sq"))
+        return Stored(self._parameters[name], average, square, gradient, self.own.get(name))

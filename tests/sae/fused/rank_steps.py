@@ -19,9 +19,9 @@ from plmsae_cli.config.training import Train  # noqa: E402
 from plmsae_cli.runtime.dist import Gang  # noqa: E402
 from plmsae_cli.sae.batch_topk import BatchTopK  # noqa: E402
 from plmsae_cli.sae.fused import gradients, update  # noqa: E402
+from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters  # noqa: E402
 from plmsae_cli.sae.fused.latents import FusedLatentStep  # noqa: E402
-from plmsae_cli.sae.fused.step import Batch, FusedStep  # noqa: E402
-from plmsae_cli.sae.fused.update import AdamOptions  # noqa: E402
+from plmsae_cli.sae.fused.step import FusedStep  # noqa: E402
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK  # noqa: E402
 from plmsae_cli.sae.topk import TopK  # noqa: E402
 from plmsae_cli.store import checkpoint  # noqa: E402
@@ -63,7 +63,7 @@ def steps(kind: type[TopK], n: int, latents: bool, gang: Gang) -> dict[str, torc
         ages_N = ages_N[shard.rows.latents].clone()
     masters = {name: p.detach() for name, p in shard.parameters.items()}
     adam = AdamOptions((0.9, 0.999), 1e-3, 0.05)
-    step = (FusedLatentStep if latents else FusedStep)(model, masters, state, ages_N, batch, adam, gang)
+    step = (FusedLatentStep if latents else FusedStep)(model, Masters(masters, state, ages_N), batch, adam, gang)
     out = {}
     for index in range(2):
         rows_BD = torch.randn(ROWS, D, generator=generator).chunk(gang.world)[gang.rank]

@@ -41,11 +41,11 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 JITFunction.run = compile_only
 
 from plmsae_cli.sae.fused.aux import keep_top_
+from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
 from plmsae_cli.sae.fused.jump import FusedJumpStep
 from plmsae_cli.sae.fused.latents import FusedLatentStep
-from plmsae_cli.sae.fused.step import Batch, FusedStep
+from plmsae_cli.sae.fused.step import FusedStep
 from plmsae_cli.sae.fused.switch import FusedSwitchStep
-from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.jumprelu import JumpReLU
@@ -83,7 +83,8 @@ for kind, d, n, k, moments, ranks, step_kind in (
         state[f"{name}.step"] = torch.zeros(())
     ages = torch.full((n // 2 if step_kind is FusedLatentStep else n,), 10**6)
     masters = {name: p.detach() for name, p in masters.items()}
-    step = step_kind(model, masters, state, ages, Batch(64, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0), ranks)
+    constants = (Batch(64, torch.zeros(d), 1.0, 1), AdamOptions((0.9, 0.999), 1e-8, 1.0))
+    step = step_kind(model, Masters(masters, state, ages), *constants, ranks)
     step(torch.zeros(64, d, dtype=torch.bfloat16), 0, 1e-3)
     keep_top_(torch.zeros(64, 6000, dtype=torch.bfloat16), 40)
 print(*sorted(names))

@@ -9,11 +9,11 @@ import torch
 
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.batch_topk import BatchTopK
+from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
 from plmsae_cli.sae.fused.graphs import Graphs, launched
 from plmsae_cli.sae.fused.jump import FusedJumpStep
-from plmsae_cli.sae.fused.step import Batch, FusedStep
+from plmsae_cli.sae.fused.step import FusedStep
 from plmsae_cli.sae.fused.switch import FusedSwitchStep
-from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.sae.jumprelu import JumpReLU
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.switch import Switch
@@ -56,7 +56,7 @@ class Run:
         self.ages_N = torch.zeros(N, dtype=torch.int64, device="cuda")
         batch = Batch(ROWS, torch.zeros(D, device="cuda"), 1.0, window)
         adam = AdamOptions((0.9, 0.999), 6.25e-10, 1.0 / D)
-        self.step = make_step(self.model, masters, state, self.ages_N, batch, adam, Gang())
+        self.step = make_step(self.model, Masters(masters, state, self.ages_N), batch, adam, Gang())
         if not graphs:
             self.step._replay = launched
         self.batches = [torch.randn(ROWS, D, generator=generator).cuda() for _ in range(3)]

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.fused import dense, jump, threshold
+from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
 from plmsae_cli.sae.fused.jump import FusedJumpStep
-from plmsae_cli.sae.fused.step import Batch
 from plmsae_cli.sae.fused.threshold import ThresholdEncoder
-from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.sae.jumprelu import JumpReLU
 from plmsae_cli.training.optimizers import Adam, Group
 
@@ -81,7 +80,9 @@ def test_a_step_is_the_closed_form_and_the_plain_update(
     seen = {name: (p.bfloat16() if name in half else p).double().cpu() for name, p in masters.items()}
     ages_N = torch.zeros(N, dtype=torch.int64, device=DEVICE)
     batch = Batch(ROWS, torch.zeros(D, device=DEVICE), 1.0, 10**9)
-    step = FusedJumpStep(model, masters, state, ages_N, batch, AdamOptions((0.0, 0.999), 6.25e-10, 0.01), Gang())
+    step = FusedJumpStep(
+        model, Masters(masters, state, ages_N), batch, AdamOptions((0.0, 0.999), 6.25e-10, 0.01), Gang()
+    )
     scores: list[Tensor] = []
     select = step._encode.select
 

@@ -16,7 +16,7 @@ from plmsae_cli.training.sae_objective import DEAD_BOUND, SAEObjective, build
 from plmsae_cli.training.stream import BlockStream
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-D, N, K, ROWS, STEPS, SAVED = 32, 32, 3, 8, 8, 5
+D, N, K, ROWS, STEPS, SAVED = 32, 24, 3, 6, 5, 3
 
 
 class Rows:
@@ -28,12 +28,12 @@ class Rows:
 
 
 def objective(architecture: str = "topk", **train: object) -> SAEObjective:
-    # Dead after 6 steps: counted every step, some are by the time the state is saved.
+    # Dead after 3 steps: counted every step, some are by the time the state is saved.
     options = Train.model_validate(
         {
             "sae": {"architecture": architecture, "num_latents": N, "k": K, "k_aux": 4},
             "batch_tokens": ROWS,
-            "dead_tokens": 6 * ROWS,
+            "dead_tokens": 3 * ROWS,
             "lr": 1e-2,
             **train,
         }

@@ -12,13 +12,13 @@ from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.batch_topk import BatchTopK
 from plmsae_cli.sae.dead import DeadLatents
 from plmsae_cli.sae.fused import gradients
-from plmsae_cli.sae.fused.step import Batch, FusedStep
-from plmsae_cli.sae.fused.update import AdamOptions
+from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
+from plmsae_cli.sae.fused.step import FusedStep
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK, MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-N, D, K, ROWS = 48, 32, 4, 12
+N, D, K, ROWS = 32, 32, 4, 10
 NEVER = 10**9
 
 
@@ -32,8 +32,9 @@ class Setup:
     adam: AdamOptions
 
     def step(self) -> FusedStep:
-        masters = {name: p.detach() for name, p in self.model.named_parameters()}
-        return FusedStep(self.model, masters, self.state, self.ages_N, self.batch, self.adam, Gang())
+        parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+        masters = Masters(parameters, self.state, self.ages_N)
+        return FusedStep(self.model, masters, self.batch, self.adam, Gang())
 
 
 def setup(kind: type[TopK] = TopK, window: int = NEVER, moments: torch.dtype = torch.float32, k_aux: int = 5) -> Setup:

@@ -11,9 +11,8 @@ from torch import Tensor
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.fused import experts
 from plmsae_cli.sae.fused.experts import ExpertEncoder
-from plmsae_cli.sae.fused.step import Batch
+from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
 from plmsae_cli.sae.fused.switch import FusedSwitchStep
-from plmsae_cli.sae.fused.update import AdamOptions
 from plmsae_cli.sae.selection import top_k
 from plmsae_cli.sae.switch import Switch
 from plmsae_cli.training.optimizers import Group
@@ -71,7 +70,9 @@ def test_a_step_is_the_formulas_and_the_plain_update(
     half = {"w_enc_ND", "w_dec_ND", "b_enc_N"}
     seen = {name: (p.bfloat16() if name in half else p).double().cpu().requires_grad_() for name, p in masters.items()}
     ages_N = torch.zeros(N, dtype=torch.int64, device=DEVICE)
-    step = FusedSwitchStep(model, masters, state, ages_N, batch, AdamOptions((0.9, 0.999), 6.25e-10, 0.01), Gang())
+    step = FusedSwitchStep(
+        model, Masters(masters, state, ages_N), batch, AdamOptions((0.9, 0.999), 6.25e-10, 0.01), Gang()
+    )
     figures = step(raw_BD, 0, 1e-2)
     inputs_BD = (raw_BD * 0.5).double().cpu()
     total, balance, error_BD = formulas(step, seen, inputs_BD)

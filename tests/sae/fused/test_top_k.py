@@ -37,9 +37,9 @@ def test_encoding_by_tiles_is_the_product_and_the_bias(monkeypatch: pytest.Monke
     monkeypatch.setattr("plmsae_cli.sae.fused.top_k.TILE_SCORES", 128 * 64)
     generator = torch.Generator().manual_seed(0)
     x_BD, w_ND, b_N = (
-        torch.randn(shape, generator=generator).bfloat16().to(DEVICE) for shape in ((300, 16), (64, 16), (64,))
+        torch.randn(shape, generator=generator).bfloat16().to(DEVICE) for shape in ((130, 16), (64, 16), (64,))
     )
-    encoder = TopKEncoder(300, 64, 4, DEVICE)
+    encoder = TopKEncoder(130, 64, 4, DEVICE)
     assert encoder.tile == 128
     encoder(x_BD, w_ND, b_N)
     want = torch.addmm(b_N, x_BD, w_ND.t()).float().relu().topk(4, dim=1).values.sort(dim=1).values

@@ -96,6 +96,8 @@ def main() -> None:
         "plmsae Switch, 8 experts": ({"architecture": "switch", "num_experts": 8}, {}),
         WIDE_SWITCH: ({"architecture": "switch", "num_experts": 8, "num_latents": 8 * shape.latents}, {}),
     }
+    if not ON_GPU:  # no kernels to compare
+        del fused["plmsae (plain twin)"], fused["plmsae bf16 moments"]
     peers: dict[str, Callable[..., Step]] = {
         "sparsify": sparsify,
         "dictionary_learning": lambda *a: dictionary_learning(*a, ON_GPU),

@@ -291,6 +291,7 @@ def _import(project: str | None, package: str, *names: str) -> list[ModuleType]:
     if not any(isinstance(finder, _Absent) for finder in sys.meta_path):
         sys.meta_path.append(_Absent())
     if project is not None and package not in sys.modules:
+        sys.modules.setdefault("transformers", MagicMock())  # tooling too, and installed it may not load
         for bare_name in (package, *(f"{package}.{name.rpartition('.')[0]}" for name in names if "." in name)):
             bare = sys.modules[bare_name] = ModuleType(bare_name)
             bare.__path__ = [str(distribution(project).locate_file(bare_name.replace(".", "/")))]

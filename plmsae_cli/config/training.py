@@ -54,7 +54,7 @@ class Train(Section):
     of its blocks; `signum`: the sign of a momentum (Bernstein et al. 2018), which keeps half of Adam's state."""
     lr: Annotated[Auto | Positive, SCIENCE] = "auto"
     """Peak learning rate. `auto` for an SAE: 2e-4 / sqrt(num_latents / 2^14) (Gao et al. 2024), with `adam` at least
-    min(20 / steps, .03) / sqrt(d), which short runs need; with `muon` 2e-3; for a pLM: 1e-3, with `signum` 1e-4, with `muon`
+    min(10 / steps, .02) / sqrt(d), which short runs need; with `muon` 2e-3; for a pLM: 1e-3, with `signum` 1e-4, with `muon`
     see `plm.lr_hidden` and its like."""
     lr_warmup_steps: Annotated[Auto | Annotated[int, Field(ge=0)], SCIENCE] = "auto"
     """Steps of linear warm-up; `auto` is the smaller of 1,000 and a twentieth of the run."""

@@ -29,7 +29,7 @@ def learning_rate(
     return min(warm, final + (peak - final) * left)
 
 
-TURN_OF_A_RUN, TURN_OF_A_STEP = 20.0, 0.03
+TURN_OF_A_RUN, TURN_OF_A_STEP = 10.0, 0.02
 """How far a row may turn, in radians: what a run must allow it, and what a step must not exceed (docs/design.md)."""
 
 
@@ -39,7 +39,7 @@ def topk_learning_rate(num_latents: int) -> float:
 
 
 def turning_rate(d: int, total_steps: int) -> float:
-    """Least peak rate with Adam at which a run of T steps turns rows far enough: min(20 / T, .03) / sqrt(d).
+    """Least peak rate with Adam at which a run of T steps turns rows far enough: min(10 / T, .02) / sqrt(d).
 
     Adam moves a weight by up to the rate in a step, and the weights of a unit row are 1 / sqrt(d) in size: the row turns
     by up to rate * sqrt(d) radians. Gao et al.'s rate is for runs in which that adds up to dozens.

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--residues", type=int, help="different training rows; by default no row is seen twice")
     parser.add_argument("--heldout", type=int, default=262_144)
     parser.add_argument("--lr", type=float, help="peak; default that of train.lr: auto")
-    parser.add_argument("--sides", nargs="+", help="only these, by the start of their names")
+    parser.add_argument("--sides", nargs="+", help="only these, by their names")
     parser.add_argument("--results", type=Path, help="file to add the figures to")
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -109,7 +109,7 @@ def main() -> None:
     command = " ".join(["python benchmarks/sae_quality.py", *sys.argv[1:]])
     common = stamp("sae-quality", torch.cuda.get_device_name() if ON_GPU else cpu(torch.get_num_threads()), command)
     for who, rate in rates.items():
-        if options.sides and not any(who.startswith(side) for side in options.sides):
+        if options.sides and who not in options.sides:
             continue
         found = []
         for seed in range(options.seeds):

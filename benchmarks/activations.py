@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,18 +16,25 @@ PASS_TOKENS, LONGEST = 32_768, 1022
 
 
 @torch.inference_mode()
-def activations(model: str, fasta: str, layer: int, rows: int, heldout: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """`rows` training and `heldout` held-out residue rows, bfloat16 on the GPU, of different proteins; training rows shuffled."""
-    plm = load_plm(model, device="cuda", dtype=torch.bfloat16)
-    out = torch.empty(rows + heldout, plm.config.d, dtype=torch.bfloat16, device="cuda")
+def activations(
+    model: str, fasta: str, layers: Sequence[int], rows: int, heldout: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`rows` training and `heldout` held-out residue rows, bfloat16 on the GPU, of different proteins; training rows shuffled.
+
+    Those of several layers stand side by side. Without a GPU the model runs in float32.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plm = load_plm(model, device=device.type, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    out = torch.empty(rows + heldout, len(layers) * plm.config.d, dtype=torch.bfloat16, device=device)
     filled, waiting, size = 0, [], 0
     for _, _, sequence in records(Path(fasta)):
         waiting.append(encode(sequence[:LONGEST]))
         size += len(waiting[-1])
         if size < PASS_TOKENS:
             continue
-        packed = pack(waiting).to("cuda")
-        found = plm(packed.tokens_T, packed.documents, layers=[layer]).hidden[layer][packed.residue_mask_T]
+        packed = pack(waiting).to(device)
+        hidden = plm(packed.tokens_T, packed.documents, layers=list(layers)).hidden
+        found = torch.cat([hidden[layer][packed.residue_mask_T] for layer in layers], 1)
         waiting, size = [], 0
         found = found[: len(out) - filled].bfloat16()
         out[filled : filled + len(found)] = found
@@ -34,5 +42,5 @@ def activations(model: str, fasta: str, layer: int, rows: int, heldout: int, see
         if filled == len(out):
             break
     assert filled == len(out), f"{fasta} has too few residues: {filled:,} of {len(out):,}"
-    order_R = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to("cuda")
+    order_R = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to(device)
     return out[:rows][order_R], out[rows:]

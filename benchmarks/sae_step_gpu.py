@@ -38,7 +38,9 @@ from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.jumprelu import JumpReLU
 from plmsae_cli.training.sae_objective import SAEObjective
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device(
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # without a GPU, for what sae_quality takes from here
 Weights = Callable[[], list[Tensor]]
 Step = tuple[Callable[[int, float], Any], Weights]
 """Trains on a numbered batch at a learning rate; w_enc [N, D], b_enc [N], w_dec [N, D], b_dec [D]."""
@@ -184,9 +186,7 @@ def sparsify(shape: Shape, data: Batches, dead: Dead) -> Step:
 
 def dictionary_learning(shape: Shape, data: Batches, dead: Dead, autocast: bool) -> Step:
     (top_k,) = _import("dictionary-learning", "dictionary_learning", "trainers.top_k")
-    trainer = top_k.TopKTrainer(
-        10**6, shape.d, shape.latents, shape.k, 0, "", lr=RATE, warmup_steps=0, device=DEVICE, seed=0
-    )
+    trainer = top_k.TopKTrainer(10**6, shape.d, shape.latents, shape.k, 0, "", lr=RATE, warmup_steps=0, device=DEVICE)
 
     def step(index: int, rate: float) -> Any:
         trainer.optimizer.param_groups[0]["lr"] = rate
@@ -291,6 +291,7 @@ def _import(project: str | None, package: str, *names: str) -> list[ModuleType]:
     if not any(isinstance(finder, _Absent) for finder in sys.meta_path):
         sys.meta_path.append(_Absent())
     if project is not None and package not in sys.modules:
+        sys.modules.setdefault("transformers", MagicMock())  # tooling too, and installed it may not load
         for bare_name in (package, *(f"{package}.{name.rpartition('.')[0]}" for name in names if "." in name)):
             bare = sys.modules[bare_name] = ModuleType(bare_name)
             bare.__path__ = [str(distribution(project).locate_file(bare_name.replace(".", "/")))]
@@ -345,7 +346,7 @@ def main() -> None:
     common = stamp("sae-step-gpu", torch.cuda.get_device_name(), command)
     for shape in shapes:
         if options.model:
-            rows_RD, _ = activations(options.model, options.fasta, options.layer, 100 * shape.rows, 0)
+            rows_RD, _ = activations(options.model, options.fasta, [options.layer], 100 * shape.rows, 0)
             assert rows_RD.shape[1] == shape.d, f"{shape.name} is for d = {shape.d}"
         else:
             rows_RD = synthetic(shape)

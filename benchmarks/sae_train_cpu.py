@@ -8,8 +8,8 @@ Peers go into an environment that shares this one's torch, without what their la
 
 All see the dataset's blocks in one order, standardised alike, and take turns of some steps, so that other load on the
 machine disturbs all alike; tokens a second are those of the median turn. Held-out rows are scored by `Fidelity` on our
-TopK with the side's weights, which must reconstruct as the side itself does. `shared`: one learning rate (all three's
-default with Adam), schedule and clipping at 1, each in the unit of its own loss (sparsify's is a share of the variance, whose
+TopK with the side's weights, which must reconstruct as the side itself does. `shared`: one learning rate (that of our
+`train.lr: auto`), schedule and clipping at 1, each in the unit of its own loss (sparsify's is a share of the variance, whose
 gradient never gets there; its own trainer does not clip). `own`: each side's own optimiser and schedule, for fidelity alone.
 """
 
@@ -45,12 +45,12 @@ from plmsae_cli.store.activations import ActivationShards, Statistics
 from plmsae_cli.store.blocks import Blocks
 from plmsae_cli.store.fs import Store
 from plmsae_cli.training.sae_objective import MEDIAN_ROWS, SAEObjective
-from plmsae_cli.training.schedules import learning_rate, topk_learning_rate
+from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
 from plmsae_cli.training.stream import BlockStream
 
 NUM_LATENTS, K, BATCH, SEED, THREADS, STEPS_A_TURN = 1536, 32, 2048, 0, 2, 8
 STEPS = 1_000_000 // BATCH
-PEAK, WARMUP, DECAY = topk_learning_rate(NUM_LATENTS), min(1000, STEPS // 20), 0.2  # our defaults
+WARMUP, DECAY = min(1000, STEPS // 20), 0.2  # our defaults
 HERE = Path(__file__).parent
 Do = Callable[..., Any]
 
@@ -63,6 +63,7 @@ class Data:
         self.blocks, heldout = Blocks(store, folder), ActivationShards(store, folder, heldout=True)
         self.mean_D, self.scale = Statistics.read(store, f"{folder}/stats.safetensors").normalisation()
         self.d = self.blocks.d
+        self.peak = sae_learning_rate("adam", NUM_LATENTS, self.d, STEPS)
         self.layer = require_manifest(store, folder)["layer"]
         self.heldout_RD = torch.empty(heldout.stop, self.d)
         heldout.read_into(0, self.heldout_RD)
@@ -108,7 +109,7 @@ def dense(data: Data) -> Side:
         return (x_BD - z_BN @ model.w_dec_ND - model.b_dec_D).square().sum() / len(x_BD)
 
     adam = torch.optim.Adam(model.parameters(), eps=6.25e-10 * data.d, fused=True)
-    step = _stepper(adam, loss, model.project_gradients, model.normalize_decoder)
+    step = _stepper(adam, loss, model.project_gradients, model.normalize_decoder, data.peak)
     note = "our formulas in dense PyTorch, from our start; no AuxK; batches in memory"
     return Side("plmsae (dense twin)", note, step, lambda: list(model.parameters()), model)
 
@@ -132,7 +133,7 @@ def sparsify(data: Data, own: bool) -> Side:
         return [sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec]
 
     project, normalize = sae.remove_gradient_parallel_to_decoder_directions, sae.set_decoder_norm_to_unit_norm
-    step = _stepper(optimizer, lambda x_BD: sae(x_BD).fvu, project, normalize, shared=not own)
+    step = _stepper(optimizer, lambda x_BD: sae(x_BD).fvu, project, normalize, None if own else data.peak)
     how = "its schedule-free signum, no clipping" if own else "fused Adam, clipping"
     note = f"{how}; AuxK off, as by its default; its plain PyTorch decoder; batches in memory"
     return Side(f"sparsify {version('eai-sparsify')}", note, step, weights, lambda x_BD: sae(x_BD).sae_out)
@@ -141,7 +142,8 @@ def sparsify(data: Data, own: bool) -> Side:
 def dictionary_learning(data: Data, own: bool) -> Side:
     """Its TopKTrainer."""
     (top_k,) = _import("dictionary-learning", "dictionary_learning", "trainers.top_k")
-    schedule = {"warmup_steps": WARMUP, "decay_start": None if own else round((1 - DECAY) * STEPS)}
+    schedule: dict[str, Any] = {"warmup_steps": WARMUP, "lr": None if own else data.peak}
+    schedule["decay_start"] = None if own else round((1 - DECAY) * STEPS)
     trainer = top_k.TopKTrainer(STEPS, data.d, NUM_LATENTS, K, 0, "", **schedule, seed=SEED, device="cpu")
     ae = trainer.ae
     weights = lambda: [ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.T, ae.b_dec]  # noqa: E731
@@ -160,16 +162,16 @@ def limit(data: Data) -> Side:
     return Side("limit (encoder GEMM + Adam)", "float32, into a buffer made once", step)
 
 
-def _stepper(optimizer: Any, loss: Do, project: Do, normalize: Do, shared: bool = True) -> Do:
-    """The order of a step, with the shared learning rate and clipping, or as the optimiser has it."""
+def _stepper(optimizer: Any, loss: Do, project: Do, normalize: Do, peak: float | None) -> Do:
+    """The order of a step, with clipping and our schedule of this peak rate, or as the optimiser has it."""
     (group,) = optimizer.param_groups
 
     def step(index: int, x_BD: Tensor) -> None:
         torch.autograd.backward(loss(x_BD))
         project()
-        if shared:
+        if peak is not None:
             nn.utils.clip_grad_norm_(group["params"], 1.0)
-            group["lr"] = learning_rate(index, STEPS, PEAK, WARMUP, DECAY)
+            group["lr"] = learning_rate(index, STEPS, peak, WARMUP, DECAY)
         optimizer.step()
         optimizer.zero_grad()
         normalize()

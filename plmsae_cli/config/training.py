@@ -53,8 +53,9 @@ class Train(Section):
     """`adam`; `muon`: matrices by their orthogonalised momentum (Jordan et al. 2024), the rest by Adam; of a pLM the matrices
     of its blocks; `signum`: the sign of a momentum (Bernstein et al. 2018), which keeps half of Adam's state."""
     lr: Annotated[Auto | Positive, SCIENCE] = "auto"
-    """Peak learning rate. `auto` for an SAE: 2e-4 / sqrt(num_latents / 2^14) (Gao et al. 2024; low for short runs), with
-    `muon` 2e-3; for a pLM: 1e-3, with `signum` 1e-4, with `muon` see `plm.lr_hidden` and its like."""
+    """Peak learning rate. `auto` for an SAE: 2e-4 / sqrt(num_latents / 2^14) (Gao et al. 2024), with `adam` at least
+    min(10 / steps, .02) / sqrt(d), which short runs need; with `muon` 2e-3; for a pLM: 1e-3, with `signum` 1e-4, with `muon`
+    see `plm.lr_hidden` and its like."""
     lr_warmup_steps: Annotated[Auto | Annotated[int, Field(ge=0)], SCIENCE] = "auto"
     """Steps of linear warm-up; `auto` is the smaller of 1,000 and a twentieth of the run."""
     lr_decay: Annotated[Annotated[float, Field(ge=0.0, le=1.0)], SCIENCE] = 0.2

@@ -86,7 +86,7 @@ class SAEObjective:
         self._dead = DeadLatents(own, device)
         tokens = total_steps * options.batch_tokens
         self._window = dead_window(tokens) if options.dead_tokens == "auto" else options.dead_tokens
-        auto = sae_learning_rate(options.optimizer, self.model.num_latents)
+        auto = sae_learning_rate(options.optimizer, self.model.num_latents, self.model.d, total_steps)
         self._peak = auto if options.lr == "auto" else options.lr
         # The loss is a mean over d; the clip is meant for the gradient of the sum.
         self._max_norm = None if options.grad_clip is None else options.grad_clip / self.model.d

@@ -29,18 +29,35 @@ def learning_rate(
     return min(warm, final + (peak - final) * left)
 
 
+TURN_OF_A_RUN, TURN_OF_A_STEP = 10.0, 0.02
+"""How far a row may turn, in radians: what a run must allow it, and what a step must not exceed (docs/design.md)."""
+
+
 def topk_learning_rate(num_latents: int) -> float:
-    """Peak rate of a TopK dictionary, 2e-4 / sqrt(N / 2^14) (Gao et al. 2024, appendix A.3 and its code)."""
+    """Peak rate of a long run of a TopK dictionary, 2e-4 / sqrt(N / 2^14) (Gao et al. 2024, appendix A.3 and its code)."""
     return 2e-4 / math.sqrt(num_latents / 2**14)
 
 
-def sae_learning_rate(optimizer: str, num_latents: int) -> float:
-    """Peak rate of a dictionary with this optimiser.
+def turning_rate(d: int, total_steps: int) -> float:
+    """Least peak rate with Adam at which a run of T steps turns rows far enough: min(10 / T, .02) / sqrt(d).
 
-    Muon: 2e-3 at any width, sparsify's, whose updates have the size of ours. Signum: Adam's; sparsify's 5e-3 / sqrt(N / 2^14)
+    Adam moves a weight by up to the rate in a step, and the weights of a unit row are 1 / sqrt(d) in size: the row turns
+    by up to rate * sqrt(d) radians. Gao et al.'s rate is for runs in which that adds up to dozens.
+    """
+    return min(TURN_OF_A_RUN / total_steps, TURN_OF_A_STEP) / math.sqrt(d)
+
+
+def sae_learning_rate(optimizer: str, num_latents: int, d: int, total_steps: int) -> float:
+    """Peak rate of a dictionary of `num_latents` latents for activations of dimension d, with this optimiser.
+
+    Adam: Gao et al.'s, in short runs `turning_rate`. Muon: 2e-3 at any width, sparsify's, whose updates have the size of ours.
+    Signum: Gao et al.'s; every weight moves by all of it, whatever its gradient's noise. sparsify's 5e-3 / sqrt(N / 2^14)
     relies on its averaging of weights: under a warm-up and a fall it left nine latents in ten dead.
     """
-    return 2e-3 if optimizer == "muon" else topk_learning_rate(num_latents)
+    if optimizer == "muon":
+        return 2e-3
+    long = topk_learning_rate(num_latents)
+    return max(long, turning_rate(d, total_steps)) if optimizer == "adam" else long
 
 
 def window(step: int, total_steps: int, start: int | None, longest: int) -> int | None:

@@ -11,6 +11,7 @@ from plmsae_cli.config.sae import SAE
 from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.training.sae_objective import SAEObjective
+from plmsae_cli.training.schedules import topk_learning_rate
 from plmsae_cli.training.stream import BlockStream
 
 D, BATCH, STEPS = 8, 64, 100
@@ -65,6 +66,16 @@ def test_a_clip_at_the_norm_changes_nothing_and_one_below_does() -> None:
     free = moment(None)
     torch.testing.assert_close(moment(1.01 * norm), free, rtol=0, atol=0)
     torch.testing.assert_close(moment(0.5 * norm), 0.5 * free)
+
+
+def test_the_automatic_rate_of_a_short_run_turns_rows_by_two_hundredths_a_step() -> None:
+    def peak(**train: Any) -> float:
+        one = objective(**train)
+        return max(one.rates(step)["lr"] for step in range(STEPS))
+
+    assert peak() == pytest.approx(0.02 / D**0.5)
+    assert peak(lr=1e-3) == 1e-3
+    assert peak(optimizer="signum") == topk_learning_rate(24)
 
 
 def test_flops_are_those_of_the_products() -> None:

@@ -3,10 +3,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plmsae_cli.training.schedules import learning_rate, sae_learning_rate, topk_learning_rate
+from plmsae_cli.training.schedules import learning_rate, sae_learning_rate, topk_learning_rate, turning_rate
 
 
 def test_linear_closed_form() -> None:
@@ -47,7 +48,27 @@ def test_rate_by_width() -> None:
 
 
 def test_rate_by_optimizer() -> None:
-    """Muon's update grows with the matrix by itself."""
+    """Muon's update grows with the matrix by itself; only Adam's may be raised in short runs."""
     for width in (2**10, 2**16):
-        assert sae_learning_rate("adam", width) == sae_learning_rate("signum", width) == topk_learning_rate(width)
-        assert sae_learning_rate("muon", width) == 2e-3
+        assert sae_learning_rate("signum", width, 192, 100) == topk_learning_rate(width)
+        assert sae_learning_rate("muon", width, 192, 100) == 2e-3
+        assert sae_learning_rate("adam", width, 192, 100_000) == topk_learning_rate(width)
+
+
+def test_short_runs_may_turn_their_rows() -> None:
+    """By 10 radians a run, by .02 a step at most; where Gao et al.'s rate allows more, it holds."""
+    assert sae_learning_rate("adam", 12_288, 768, 1_000) * math.sqrt(768) == pytest.approx(0.01)
+    assert sae_learning_rate("adam", 12_288, 768, 100) * math.sqrt(768) == pytest.approx(0.02)
+    assert sae_learning_rate("adam", 12_288, 768, 4_000) == topk_learning_rate(12_288)
+    assert sae_learning_rate("adam", 16, 768, 1_000) == topk_learning_rate(16)
+
+
+def test_adam_turns_a_unit_row_by_its_rate_times_the_root_of_d() -> None:
+    rate, d = turning_rate(64, 100), 64
+    row_D = torch.full((d,), d**-0.5, requires_grad=True)
+    row_D.grad = torch.tensor([1.0, -1.0]).repeat(d // 2)  # at right angles to the row
+    adam = torch.optim.Adam([row_D], lr=rate)
+    for _ in range(10):
+        adam.step()
+    moved_D = row_D.detach() - d**-0.5
+    assert float(torch.linalg.vector_norm(moved_D)) == pytest.approx(10 * 0.02, rel=1e-4)

@@ -96,7 +96,8 @@ class Families(Section):
 
 
 class Probes(Section):
-    """What can be read off the latents linearly: logistic regression on one latent and on all."""
+    """What can be read off the latents linearly: logistic regression on one latent, on all, and on the activations behind
+    them."""
 
     proteins: str
     """Proteins: FASTA, UniProtKB table or flat file. Known by content."""
@@ -114,6 +115,8 @@ class Probes(Section):
     """Longer proteins are left out."""
     clusters: Annotated[Auto | Literal["mmseqs", "kmer"], SCIENCE] = "auto"
     """As in `concepts`; four fifths of the clusters train, one tests."""
+    tasks: Count = 1
+    """Pieces the proteins, then the targets, are cut into, for several workers; results are the same for any number."""
     batch_tokens: Auto | Count = "auto"
     """Tokens of one forward pass."""
 

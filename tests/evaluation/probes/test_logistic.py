@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plmsae_cli.evaluation.probes import logistic
-from plmsae_cli.evaluation.probes.logistic import Sparse, fit_all, fit_each, log_loss, ranking
+from plmsae_cli.evaluation.probes.logistic import Dense, Sparse, fit_all, fit_each, log_loss, ranking
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 metrics = pytest.importorskip("sklearn.metrics")
@@ -44,6 +44,9 @@ def test_all_latents_together() -> None:
     assert w.tolist() == pytest.approx(wanted.coef_[0].tolist(), abs=1e-4)
     assert b == pytest.approx(float(wanted.intercept_[0]), abs=1e-4)
     assert torch.equal(fit_all(x, y, 0.5)[0], w)
+    same, intercept = fit_all(Dense(dense), y, 0.5)
+    assert same.tolist() == pytest.approx(w.tolist(), abs=1e-6)
+    assert intercept == pytest.approx(b, abs=1e-6)
 
 
 def test_rounding_and_frequent_features_cost_no_further_steps(monkeypatch: pytest.MonkeyPatch) -> None:

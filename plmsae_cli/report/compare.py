@@ -84,6 +84,7 @@ FIGURES = [
     Figure("families", "the same, labels permuted", ("families", "specific_permuted"), count),
     Figure("probes", "AUROC, best single latent", ("probes", "mean_auroc_single"), number),
     Figure("probes", "AUROC, all latents", ("probes", "mean_auroc_all"), number),
+    Figure("probes", "AUROC, activations", ("probes", "mean_auroc_raw"), number),
     *_contact_figures(),
     *_structure_figures(),
     Figure("steering", "effects found, latents", ("steering", "found"), count),

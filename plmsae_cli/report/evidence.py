@@ -134,24 +134,28 @@ def _probes(body: Mapping[str, Any]) -> Section:
         f"Logistic regression on one latent (the best on train) and on all, trained on {count(tally['train'])} proteins"
         f" and scored on {count(tally['test'])} of other clusters. Mean AUROC:"
         f" {number(body['mean_auroc_single'])} with one latent,"
-        f" {number(body['mean_auroc_all'])} with all; on labels that say nothing"
+        f" {number(body['mean_auroc_all'])} with all, {_maybe(body.get('mean_auroc_raw'))} with the activations that they"
+        " came from; on labels that say nothing"
         f" {_maybe(body.get('mean_auroc_single_null'))} and {_maybe(body.get('mean_auroc_all_null'))}."
     )
     columns = [("Target", False), ("of", False), ("Latent", True), ("AUROC, one", True), ("95 %", False), ("null", True),
-               ("AUROC, all", True), ("95 %", False), ("null", True), ("AUPRC, one", True), ("AUPRC, all", True),
+               ("AUROC, all", True), ("95 %", False), ("null", True), ("AUROC, raw", True), ("95 %", False),
+               ("AUPRC, one", True), ("AUPRC, all", True), ("AUPRC, raw", True),
                ("Positives", True), ("Share", True)]  # fmt: skip
     rows = [
         [
             text(row["target"]), Cell(row["of"]), latent(row["latent"]), decimal(row["auroc_single"]),
             _ends(row.get("interval_auroc_single")), decimal(row.get("auroc_single_null")), decimal(row["auroc_all"]),
-            _ends(row.get("interval_auroc_all")), decimal(row.get("auroc_all_null")),
-            decimal(row["auprc_single"]), decimal(row["auprc_all"]), whole(row["positives_test"]),
+            _ends(row.get("interval_auroc_all")), decimal(row.get("auroc_all_null")), decimal(row.get("auroc_raw")),
+            _ends(row.get("interval_auroc_raw")), decimal(row["auprc_single"]), decimal(row["auprc_all"]),
+            decimal(row.get("auprc_raw")), whole(row["positives_test"]),
             Cell(percent(row["positives_test"] / row["rows_test"]), repr(row["positives_test"] / row["rows_test"])),
         ]
         for row in body["targets"][:ROWS]
     ]  # fmt: skip
     remark = (
         "null: the same regressions on annotations rotated along each protein, and on proteins' labels dealt out anew."
+        " raw: the activations of a residue, or their mean over a protein."
     )
     return Section("probes", "What can be read off the latents", lead, [], [("Targets", Table(columns, rows, remark))])
 

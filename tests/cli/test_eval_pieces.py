@@ -36,11 +36,11 @@ eval:
 """
 
 
-def write_proteins(folder: Path) -> None:
-    """40 proteins of 20 to 90 residues; W is an active site in two of three, C the middle of a domain."""
+def write_proteins(folder: Path, count: int = 40) -> None:
+    """So many proteins of 20 to 90 residues; W is an active site in two of three, C the middle of a domain."""
     draw = random.Random(0)
     lines, labels = ["Entry\tSequence\tActive site\tDomain [FT]"], []
-    for number in range(40):
+    for number in range(count):
         text = "".join(draw.choices("ACDEFGHIKLMNPQRSTVWY", k=draw.randint(20, 90)))
         sites = "; ".join(
             f'ACT_SITE {i}; /note="Nucleophile"' for i, a in enumerate(text, 1) if a == "W" and draw.random() < 0.7

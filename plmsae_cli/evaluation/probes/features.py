@@ -125,4 +125,3 @@ def read_sides(store: Store, paths: Sequence[str], owner_R: Tensor, test_P: Tens
         for keep_R, side_P in ((~test_R, ~test_P), (test_R, test_P))
     )
     return Sides(test_R, *sides)
-

@@ -86,6 +86,7 @@ def _families(body: Mapping[str, Any]) -> Iterator[str]:
     tally = body["proteins"]
     yield f"{tally['used']:,} proteins, {body['classes']:,} classes; {tally['in_training']:,} of those read were in training."
     yield f"{body['specific']:,} family-specific latents (F1 > 0.7); with labels permuted {body['specific_permuted']:,}."
+    yield f"{body['found']:,} classes found with F1 > 0.5 by their best latent of train; permuted {body['found_permuted']:,}."
     yield from ("", "| pattern | latents |", "|---|---|")
     for name in ("dead", "point", "periodic", "short", "medium", "long", "whole"):
         yield f"| {name} | {body['patterns'][name]:,} |"

@@ -104,28 +104,43 @@ def _families(body: Mapping[str, Any]) -> Section:
         f" {count(body['specific'])} latents mark a family with F1 above 0.7; with labels permuted"
         f" {count(body['specific_permuted'])} do."
     )
+    if "found" in body:
+        lead += (
+            f" {count(body['found'])} classes are found with F1 above 0.5 by the latent that fits them best on train;"
+            f" with labels permuted {count(body['found_permuted'])}."
+        )
     histograms = {"dictionary": body["histogram"], "labels permuted": body["histogram_permuted"]}
     figures = [
-        Figure(_histograms(histograms), "F1 of latents for their families", "Latents with a candidate class, on test.")
+        Figure(
+            _histograms(histograms),
+            "F1 of latents for their families",
+            "Latents with a candidate class, on test; what marking all proteins scores is in the tables (chance).",
+        )
     ]
     patterns = Table(
         [("Pattern", False), ("Latents", True)], [[Cell(name), whole(body["patterns"][name])] for name in PATTERNS]
     )
-    columns = [("Family", False), ("Latent", True), ("F1", True), ("95 %", False), ("Precision", True), ("Recall", True),
-               ("F1, train", True), ("Proteins", True), ("Pattern", False)]  # fmt: skip
+    tables = [("Latents", _marks(body["best"], "The hundred latents that fit best on train."))]
+    if "by_class" in body:
+        remark = "Of each class the latent that fits it best on train. Chance: the F1 of marking every protein."
+        tables.insert(0, ("Families", _marks(body["by_class"], remark)))
+    return Section(
+        "families", "Families that latents mark", lead, figures, [*tables, ("Activation patterns", patterns)]
+    )
+
+
+def _marks(found: Sequence[Mapping[str, Any]], remark: str) -> Table:
+    columns = [("Family", False), ("Latent", True), ("F1", True), ("95 %", False), ("Chance", True), ("Precision", True),
+               ("Recall", True), ("F1, train", True), ("Proteins", True), ("Pattern", False)]  # fmt: skip
     rows = [
         [
             text(row["family"]), latent(row["latent"]), decimal(row["f1"]), _ends(row.get("interval_f1")),
-            decimal(row["precision"]), decimal(row["recall"]), decimal(row["f1_train"]), whole(row["proteins"]),
-            Cell(row["pattern"]),
+            decimal(row.get("chance")), decimal(row["precision"]), decimal(row["recall"]), decimal(row["f1_train"]),
+            whole(row["proteins"]), Cell(row["pattern"]),
         ]
-        for row in sorted(body["best"], key=lambda row: -row["f1"])[:ROWS]
+        for row in sorted(found, key=lambda row: -row["f1"])[:ROWS]
     ]  # fmt: skip
-    tables = [
-        ("Families", Table(columns, rows, "The hundred latents that fit best on train.")),
-        ("Activation patterns", patterns),
-    ]
-    return Section("families", "Families that latents mark", lead, figures, tables)
+    return Table(columns, rows, remark)
 
 
 def _probes(body: Mapping[str, Any]) -> Section:

@@ -238,6 +238,11 @@ def test_a_planted_family_is_found_first_with_the_scores_of_counting(
     assert row["family_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
     result = json.loads((folder / "metrics.json").read_text())["families"]
     assert result["classes"] == 3
+    by_class = {one["family"]: one for one in result["by_class"]}
+    assert by_class["SH2"]["latent"] == latent_of("W")
+    share = sum(one[2] for one in test) / len(test)
+    assert by_class["SH2"]["chance"] == pytest.approx(2 * share / (1 + share))
+    assert result["found"] == sum(one["f1"] > 0.5 for one in by_class.values())
     best = [one for one in result["best"] if one["family"] == "SH2"]
     assert best[0]["latent"] == latent_of("W")
     assert best[0]["interval_f1"][0] < best[0]["f1"] < best[0]["interval_f1"][1]

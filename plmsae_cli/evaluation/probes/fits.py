@@ -11,7 +11,10 @@ from torch import Tensor
 
 from plmsae_cli.evaluation.probes.evidence import auroc_interval
 from plmsae_cli.evaluation.probes.features import Sides
-from plmsae_cli.evaluation.probes.logistic import fit_all, fit_each, log_loss, ranking
+from plmsae_cli.evaluation.probes.logistic import fit_all, fit_each, log_loss, promising, ranking
+
+CANDIDATES = 64
+"""Latents fitted alone, those of the largest score statistic: fits of thousands, of which one is chosen, would take minutes."""
 
 
 def probe(sides: Sides, y_R: Tensor, l2: float, draws: int) -> dict[str, Any]:
@@ -49,12 +52,14 @@ def null(sides: Sides, y_R: Tensor, l2: float) -> dict[str, float | None]:
 def _of_latents(sides: Sides, y_train: Tensor, l2: float) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The chosen latent and its weight; logits of test rows of it (`single`) and of all."""
     x, test = sides.train.latents, sides.test.latents
-    w_N, b_N, loss_N = fit_each(x, y_train, l2)
-    latent = int(loss_N.argmin())
+    candidates = promising(x, y_train, l2, CANDIDATES)
+    w_M, b_M, loss_M = fit_each(x.only(candidates), y_train, l2)
+    best = int(loss_M.argmin())
+    latent, w, b = int(candidates[best]), float(w_M[best]), float(b_M[best])
     weights_N, intercept = fit_all(x, y_train, l2)
-    chosen = {"latent": latent, "weight": float(w_N[latent])}
+    chosen = {"latent": latent, "weight": w}
     return chosen, {
-        "single": w_N[latent] * test.column(latent) + b_N[latent],
+        "single": w * test.column(latent) + b,
         "all": test.times(weights_N) + intercept,
     }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plmsae_cli.evaluation.probes import logistic
-from plmsae_cli.evaluation.probes.logistic import Dense, Sparse, fit_all, fit_each, log_loss, ranking
+from plmsae_cli.evaluation.probes.logistic import Dense, Sparse, fit_all, fit_each, log_loss, promising, ranking
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 metrics = pytest.importorskip("sklearn.metrics")
@@ -35,6 +35,24 @@ def test_each_latent_alone(l2: float) -> None:
         z = w[n] * dense[:, n] + b[n]
         assert float(loss[n]) == pytest.approx(400 * log_loss(z, y) + l2 / 2 * float(w[n]) ** 2, rel=1e-9)
     assert (float(w[1]), int(loss.argmin())) == (0.0, 3)
+
+
+def test_a_few_promising_features_hold_the_best_one() -> None:
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        dense = torch.rand(300, 60, generator=generator, dtype=torch.float64)
+        dense = torch.where(
+            torch.rand(300, 60, generator=generator) < 0.1 + torch.rand(60, generator=generator), dense, 0.0
+        )
+        y = torch.rand(300, generator=generator) < torch.sigmoid(3 * dense[:, seed] - 3)
+        row, column = dense.nonzero(as_tuple=True)
+        x = Sparse(row, column, dense[row, column], 300, 60)
+        chosen = promising(x, y, 1.0, 6)
+        assert chosen.tolist() == sorted(set(chosen.tolist()))
+        some = x.only(chosen)
+        assert torch.equal(some.csr.to_dense(), dense[:, chosen])
+        wanted = fit_each(x, y, 1.0)
+        assert int(chosen[fit_each(some, y, 1.0)[2].argmin()]) == int(wanted[2].argmin())
 
 
 def test_all_latents_together() -> None:

@@ -75,6 +75,13 @@ def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
     cluster_P = cluster(sequences, method)
     lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
     test_P = halves(cluster_P, chosen.hashes_P, np.ones_like(lengths_P))
+    if not any(labels):
+        raise UserError(
+            f"none of the {len(sequences):,} proteins of {options.proteins} has a label",
+            "check that ids in eval.families.labels are those of the proteins"
+            if options.labels
+            else "a FASTA has no Pfam families: set eval.families.labels to a table of ids and labels",
+        )
     names, y_PL = classes(labels, options.min_proteins)
     if options.mode == "strict":
         enough_L = np.minimum(y_PL[test_P].sum(0), y_PL[~test_P].sum(0)) >= EACH_HALF * options.min_proteins
@@ -83,7 +90,7 @@ def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
         raise UserError(
             f"no label has {options.min_proteins} of the {len(sequences):,} proteins, and a fourth of that in either half;"
             f" {sum(bool(one) for one in labels):,} of them have a label",
-            "lower eval.families.min_proteins, or check that the ids of labels and proteins are the same",
+            "lower eval.families.min_proteins, or name more proteins",
         )
     kept = set(names)
     facts = {

@@ -81,6 +81,11 @@ def _prepare(scope: Scope, options: Probes) -> list[FileRecord]:
     lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
     test_P = halves(cluster(sequences, method), chosen.hashes_P[sampled], lengths_P, TEST_SHARE)
     targets = find_targets(kept, labels, torch.from_numpy(test_P), options.min_instances)[: options.targets]
+    if labels is None and not any(entry.features for entry in kept):
+        raise UserError(
+            f"nothing is known of the {len(kept):,} proteins of {options.proteins}: a FASTA has no annotations",
+            "set eval.probes.labels to a table of ids and labels, or name a UniProt file",
+        )
     if not targets:
         raise UserError(
             f"no annotation and no label occurs {options.min_instances} times in {len(kept):,} sampled proteins,"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.evaluation import Probes
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.store.fs import FileRecord, join
+
+if TYPE_CHECKING:
+    from plmsae_cli.evaluation.probes.features import Sides
 
 AXIS = "probes"
 TEST_SHARE = 0.2
@@ -50,6 +53,8 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     options = scope.options.probes
     assert options is not None
     step = task.args["step"].partition("-")[0]
+    if step != "fit":
+        _held.clear()
     if step == "prepare":
         return Result(_prepare(scope, options))
     if step == "report":
@@ -57,7 +62,7 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     index, of = task.args["index"], task.args["of"]
     if step == "embed":
         return Result(_embed(scope, options, index, of, context))
-    return Result(_fit(scope, options, index, of, scope.files_of(task, task.args["steps"]), context))
+    return Result(_fit(scope, options, task, context))
 
 
 def _prepare(scope: Scope, options: Probes) -> list[FileRecord]:
@@ -140,14 +145,16 @@ def _embed(scope: Scope, options: Probes, index: int, of: int, context: Context)
     return [file for writer in writers.values() for file in writer.files]
 
 
-def _fit(
-    scope: Scope, options: Probes, index: int, of: int, names: Sequence[str], context: Context
-) -> list[FileRecord]:
+_held: dict[tuple[str, str, str], Sides] = {}
+"""Features that this process read last, for the task that follows: of run, task and kind."""
+
+
+def _fit(scope: Scope, options: Probes, task: Task, context: Context) -> list[FileRecord]:
     """Every `of`-th target."""
     import torch
 
     from plmsae_cli.evaluation.probes.evidence import permuted, rotated
-    from plmsae_cli.evaluation.probes.features import Sides, read_sides
+    from plmsae_cli.evaluation.probes.features import read_sides
     from plmsae_cli.evaluation.probes.fits import null, one_thread, probe
     from plmsae_cli.runtime.saved import load_sae_with_facts
     from plmsae_cli.store.tensorfile import TensorFile
@@ -159,18 +166,20 @@ def _fit(
     owners = {"residue": torch.arange(len(test_P)).repeat_interleave(lengths_P), "protein": torch.arange(len(test_P))}
     num_latents = load_sae_with_facts(scope.folder, scope.store).model.num_latents
     truth = TensorFile(scope.store, scope.path(AXIS, "targets.safetensors"))
+    index, of = task.args["index"], task.args["of"]
     targets = list(enumerate(scope.read_json(AXIS, "prepared.json")["targets"]))[index::of]
     targets.sort(key=lambda one: one[1][1])  # so that features of one kind alone are held
+    names = scope.files_of(task, task.args["steps"])
     found: dict[str, Any] = {}
-    sides: Sides | None = None
     with one_thread():
         for done, (number, (name, kind)) in enumerate(targets):
             context.check_stop()
-            if done == 0 or targets[done - 1][1][1] != kind:
-                sides = None
+            key = (scope.folder, task.args["stem"], kind)
+            if key not in _held:
+                _held.clear()
                 paths = [join(scope.folder, file) for file in names if f"/features/{kind}-" in file]
-                sides = read_sides(scope.store, paths, owners[kind], test_P, num_latents)
-            assert sides is not None
+                _held[key] = read_sides(scope.store, paths, owners[kind], test_P, num_latents)
+            sides = _held[key]
             y_R = truth.read(str(number))
             of_chance = rotated(y_R, lengths_P, hashes_P) if kind == "residue" else permuted(y_R)
             found[str(number)] = {

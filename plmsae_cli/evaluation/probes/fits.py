@@ -56,11 +56,11 @@ def _of_latents(sides: Sides, y_train: Tensor, l2: float) -> tuple[dict[str, Any
     w_M, b_M, loss_M = fit_each(x.only(candidates), y_train, l2)
     best = int(loss_M.argmin())
     latent, w, b = int(candidates[best]), float(w_M[best]), float(b_M[best])
-    weights_N, intercept = fit_all(x, y_train, l2)
+    weights_N, intercept = fit_all(sides.train.together, y_train, l2)
     chosen = {"latent": latent, "weight": w}
     return chosen, {
         "single": w * test.column(latent) + b,
-        "all": test.times(weights_N) + intercept,
+        "all": sides.test.together.times(weights_N) + intercept,
     }
 
 

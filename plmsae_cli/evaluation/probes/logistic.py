@@ -50,6 +50,12 @@ class Sparse:
         entries = (self.row_Q[inside_Q], column_Q[inside_Q], self.value_Q[inside_Q])
         return Sparse(*entries, self.rows, len(columns))
 
+    def dense(self) -> Tensor:
+        """[R, N] with its zeros."""
+        x_RN = torch.zeros(self.rows, self.columns, dtype=torch.float64)
+        x_RN[self.row_Q, self.column_Q] = self.value_Q
+        return x_RN
+
     @cached_property
     def csr(self) -> Tensor:
         """[R, N] as torch multiplies it."""
@@ -125,7 +131,7 @@ def promising(x: Sparse, y_R: Tensor, l2: float, number: int) -> Tensor:
     y_R = y_R.double()
     rate = y_R.mean()
     mean_N, square_N = x.moments
-    slope_N = x.back(y_R - rate)
+    slope_N = torch.zeros_like(mean_N).index_add_(0, x.column_Q, x.value_Q * (y_R - rate)[x.row_Q])
     curvature_N = rate * (1 - rate) * x.rows * (square_N - mean_N.square()) + l2
     order_N = (slope_N.square() / curvature_N).argsort(descending=True, stable=True)
     return order_N[:number].sort().values

@@ -12,6 +12,7 @@ import torch
 from plmsae_cli.evaluation.probes import features
 from plmsae_cli.evaluation.probes.features import Writer, by_protein, by_residue, read_sides
 from plmsae_cli.evaluation.probes.fits import one_thread, probe
+from plmsae_cli.evaluation.probes.logistic import Dense
 from plmsae_cli.sae.interface import Latents
 from plmsae_cli.store.fs import Store
 
@@ -72,6 +73,7 @@ def test_pieces_in_any_order_are_the_rows_of_a_slow_reading(tmp_path: Path, monk
         assert torch.equal(sides.test_R, test_R)
         for side, keep_R in ((sides.train, ~test_R), (sides.test, test_R)):
             assert torch.equal(side.latents.csr.to_dense(), acts_RN[keep_R])
+            assert torch.equal(side.latents.dense(), acts_RN[keep_R])
             numbers = np.unique(owner[keep_R].numpy(), return_inverse=True)[1]
             assert side.protein_R.tolist() == numbers.tolist()
             # Axes keep distances between standardised rows; the dimension that never varies is left out.
@@ -89,4 +91,8 @@ def test_pieces_in_any_order_are_the_rows_of_a_slow_reading(tmp_path: Path, monk
         model = linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=1000).fit(scaled[~test_R], y_R[~test_R])
         area = metrics.roc_auc_score(y_R[test_R], model.decision_function(scaled[test_R]))
         assert row["auroc_raw"] == pytest.approx(area, abs=1e-9)
+        assert isinstance(sides.train.together, Dense)
+        model.fit(acts_RN[~test_R], y_R[~test_R])
+        area_of_latents = metrics.roc_auc_score(y_R[test_R], model.decision_function(acts_RN[test_R]))
+        assert row["auroc_all"] == pytest.approx(area_of_latents, abs=1e-9)
         assert row["interval_auroc_raw"][0] <= area <= row["interval_auroc_raw"][1]

@@ -84,7 +84,7 @@ class Families(Section):
     """In `strict`, the strongest train proteins that name candidate classes and are left out; less for small sets: a
     family with fewer train proteins cannot be found."""
     min_proteins: Annotated[Count, SCIENCE] = 10
-    """Proteins a class needs."""
+    """Proteins a class needs; in `strict` a fourth of them in either half."""
     max_length: Annotated[Count, SCIENCE] = 1022
     """Longer proteins are left out."""
     clusters: Annotated[Auto | Literal["mmseqs", "kmer"], SCIENCE] = "auto"

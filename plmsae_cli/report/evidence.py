@@ -114,7 +114,8 @@ def _families(body: Mapping[str, Any]) -> Section:
         Figure(
             _histograms(histograms),
             "F1 of latents for their families",
-            "Latents with a candidate class, on test; what marking all proteins scores is in the tables (chance).",
+            "Latents with a candidate class, on test. Where labels say nothing, all that is left is to mark every protein"
+            " of a frequent class: its chance.",
         )
     ]
     patterns = Table(

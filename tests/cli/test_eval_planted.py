@@ -277,6 +277,10 @@ def test_planted_probes_are_the_best_single_latents(
     wins = 3 * (45 - 3) + (3 * 3 + 12 * 42) / 2
     assert found["Domain [FT]"]["auroc_single"] == pytest.approx(wins / (positives * (rows - positives)))
     assert 40 < result["proteins"]["train"] < 56
+    halves = pq.read_table(tmp_path / "runs" / "one" / "eval" / "proteins.parquet")["probes_half"].to_pylist()
+    assert [halves.count(half) for half in ("train", "test")] == [
+        result["proteins"][half] for half in ("train", "test")
+    ]
     for row in found.values():
         low, high = row["interval_auroc_single"]
         assert low <= row["auroc_single"] <= high

@@ -224,7 +224,18 @@ def _report(scope: Scope, options: Probes, names: Sequence[str]) -> list[FileRec
         "latent": list(range(num_latents)),
         "probe_targets": ["; ".join(best_of[n]) if n in best_of else None for n in range(num_latents)],
     }
-    return [scope.write_json(AXIS, "result.json", result), scope.write_table(AXIS, "latents.parquet", latents)]
+    chosen = scope.read_table(AXIS, "chosen.parquet")
+    proteins = {
+        "id": chosen["id"],
+        "length": [len(sequence) for sequence in chosen["sequence"].to_pylist()],
+        "in_training": [False] * len(chosen),  # those were left out
+        "probes_half": ["test" if t else "train" for t in chosen["test"].to_pylist()],
+    }
+    return [
+        scope.write_json(AXIS, "result.json", result),
+        scope.write_table(AXIS, "latents.parquet", latents),
+        scope.write_table(AXIS, "proteins.parquet", proteins),
+    ]
 
 
 def _sample(hashes_P: Any, lengths: list[int], residues: int) -> list[int]:

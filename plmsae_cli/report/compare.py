@@ -83,7 +83,7 @@ FIGURES = [
     Figure("families", "family-specific latents", ("families", "specific"), count),
     Figure("families", "the same, labels permuted", ("families", "specific_permuted"), count),
     Figure("families", "classes found", ("families", "found"), count),
-    Figure("families", "the same, labels permuted", ("families", "found_permuted"), count),
+    Figure("families", "classes found, labels permuted", ("families", "found_permuted"), count),
     Figure("probes", "AUROC, best single latent", ("probes", "mean_auroc_single"), number),
     Figure("probes", "AUROC, all latents", ("probes", "mean_auroc_all"), number),
     Figure("probes", "AUROC, activations", ("probes", "mean_auroc_raw"), number),

@@ -11,7 +11,7 @@ from plmsae_cli.report.cells import ROWS, Cell, Figure, Section, Table, decimal,
 from plmsae_cli.report.interventions import contacts, steering, structure
 from plmsae_cli.report.models import language_models, representations
 from plmsae_cli.report.svg import SERIES, draw
-from plmsae_cli.report.words import clean, count, number, percent
+from plmsae_cli.report.words import clean, count, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -156,16 +156,13 @@ def _probes(body: Mapping[str, Any]) -> Section:
     )
     columns = [("Target", False), ("of", False), ("Latent", True), ("AUROC, one", True), ("95 %", False), ("null", True),
                ("AUROC, all", True), ("95 %", False), ("null", True), ("AUROC, raw", True), ("95 %", False),
-               ("AUPRC, one", True), ("AUPRC, all", True), ("AUPRC, raw", True),
-               ("Positives", True), ("Share", True)]  # fmt: skip
+               ("AUPRC, all", True), ("Positives", True)]  # fmt: skip
     rows = [
         [
             text(row["target"]), Cell(row["of"]), latent(row["latent"]), decimal(row["auroc_single"]),
             _ends(row.get("interval_auroc_single")), decimal(row.get("auroc_single_null")), decimal(row["auroc_all"]),
             _ends(row.get("interval_auroc_all")), decimal(row.get("auroc_all_null")), decimal(row.get("auroc_raw")),
-            _ends(row.get("interval_auroc_raw")), decimal(row["auprc_single"]), decimal(row["auprc_all"]),
-            decimal(row.get("auprc_raw")), whole(row["positives_test"]),
-            Cell(percent(row["positives_test"] / row["rows_test"]), repr(row["positives_test"] / row["rows_test"])),
+            _ends(row.get("interval_auroc_raw")), decimal(row["auprc_all"]), whole(row["positives_test"]),
         ]
         for row in body["targets"][:ROWS]
     ]  # fmt: skip

@@ -34,7 +34,8 @@ from plmsae_cli.evaluation.families.largest import largest
 from plmsae_cli.evaluation.families.matching import match, tile_latents
 from plmsae_cli.evaluation.families.patterns import Patterns
 from plmsae_cli.evaluation.fidelity import loss_recovered
-from plmsae_cli.evaluation.probes.logistic import Sparse, fit_all, fit_each
+from plmsae_cli.evaluation.probes.fits import CANDIDATES
+from plmsae_cli.evaluation.probes.logistic import Sparse, fit_all, fit_each, promising
 from plmsae_cli.evaluation.proteins import groups
 from plmsae_cli.evaluation.rows import encode_rows, group_residues
 from plmsae_cli.evaluation.strongest import strongest
@@ -162,7 +163,7 @@ def probe_test(made: list[tuple[list[int], Latents]], sae: TopK, rows: int) -> N
     row_Q, column_Q, value_Q = (torch.cat(column) for column in zip(*parts, strict=True))
     x = Sparse(row_Q, column_Q, value_Q, first, sae.num_latents)
     y_R = torch.rand(first, generator=torch.Generator().manual_seed(0)) < 0.1
-    fit_each(x, y_R, 1.0)
+    fit_each(x.only(promising(x, y_R, 1.0, CANDIDATES)), y_R, 1.0)
     fit_all(x, y_R, 1.0)
 
 
@@ -229,7 +230,10 @@ def main() -> None:
         with timed("families", f"matching of {many:,} proteins with {CLASSES} classes, {num_latents:,} latents"):
             family_test(made, sae, sequences, many)
         rows = 2_000 if options.small else 10_000
-        with timed("probes", f"one target, {rows:,} residues, {num_latents:,} single fits and one joint, on the CPU"):
+        with timed(
+            "probes",
+            f"one target, {rows:,} residues, {CANDIDATES} of {num_latents:,} single fits and one joint, on the CPU",
+        ):
             probe_test(made, sae, rows)
         with timed("encode", f"the 10 strongest latents of each of {len(sequences):,} proteins"):
             for mine, latents in made:

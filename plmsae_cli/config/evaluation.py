@@ -84,7 +84,7 @@ class Families(Section):
     """In `strict`, the strongest train proteins that name candidate classes and are left out; less for small sets: a
     family with fewer train proteins cannot be found."""
     min_proteins: Annotated[Count, SCIENCE] = 10
-    """Proteins a class needs."""
+    """Proteins a class needs; in `strict` a fourth of them in either half."""
     max_length: Annotated[Count, SCIENCE] = 1022
     """Longer proteins are left out."""
     clusters: Annotated[Auto | Literal["mmseqs", "kmer"], SCIENCE] = "auto"
@@ -96,7 +96,8 @@ class Families(Section):
 
 
 class Probes(Section):
-    """What can be read off the latents linearly: logistic regression on one latent and on all."""
+    """What can be read off the latents linearly: logistic regression on one latent, on all, and on the activations behind
+    them."""
 
     proteins: str
     """Proteins: FASTA, UniProtKB table or flat file. Known by content."""
@@ -114,6 +115,8 @@ class Probes(Section):
     """Longer proteins are left out."""
     clusters: Annotated[Auto | Literal["mmseqs", "kmer"], SCIENCE] = "auto"
     """As in `concepts`; four fifths of the clusters train, one tests."""
+    tasks: Count = 1
+    """Pieces the proteins, then the targets, are cut into, for several workers; results are the same for any number."""
     batch_tokens: Auto | Count = "auto"
     """Tokens of one forward pass."""
 

@@ -86,6 +86,7 @@ def _families(body: Mapping[str, Any]) -> Iterator[str]:
     tally = body["proteins"]
     yield f"{tally['used']:,} proteins, {body['classes']:,} classes; {tally['in_training']:,} of those read were in training."
     yield f"{body['specific']:,} family-specific latents (F1 > 0.7); with labels permuted {body['specific_permuted']:,}."
+    yield f"{body['found']:,} classes found with F1 > 0.5 by their best latent of train; permuted {body['found_permuted']:,}."
     yield from ("", "| pattern | latents |", "|---|---|")
     for name in ("dead", "point", "periodic", "short", "medium", "long", "whole"):
         yield f"| {name} | {body['patterns'][name]:,} |"
@@ -94,7 +95,7 @@ def _families(body: Mapping[str, Any]) -> Iterator[str]:
 def _probes(body: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## Probes", "")
     yield f"{len(body['targets']):,} targets; test AUROC, mean over targets: best single latent {body['mean_auroc_single']:.3f},"
-    yield f"all latents {body['mean_auroc_all']:.3f}."
+    yield f"all latents {body['mean_auroc_all']:.3f}, the activations behind them {body['mean_auroc_raw']:.3f}."
     nulls = [body[f"mean_auroc_{kind}_null"] for kind in ("single", "all")]
     if None not in nulls:
         yield "On labels that say nothing (rotated along proteins, or dealt out anew) {:.3f} and {:.3f}.".format(*nulls)

@@ -136,11 +136,11 @@ class Scope:
         )
 
     def pieces(
-        self, axis: str, identity: str, name: str, of: int, cost: float, needs: Sequence[str] = ()
+        self, axis: str, identity: str, name: str, of: int, cost: float, needs: Sequence[str] = (), **args: Any
     ) -> list[Task]:
         """`of` tasks of a step, `<name>-<index>of<of>`, which share its cost."""
         return [
-            self.task(axis, identity, f"{name}-{index}of{of}", needs, cost / of, index=index, of=of)
+            self.task(axis, identity, f"{name}-{index}of{of}", needs, cost / of, index=index, of=of, **args)
             for index in range(of)
         ]
 

@@ -34,6 +34,8 @@ def read_any(path: Path) -> Iterator[Entry]:
         head = file.read(1)
     if head == b">":
         return (Entry(_accession(name), sequence, ()) for name, _, sequence in records(path))
+    if not head:
+        raise UserError(f"{path} is empty", "name a FASTA, a UniProtKB table or a flat file")
     return read_entries(path)
 
 

@@ -63,6 +63,20 @@ class Rows:
         rows_RD = kept[self.layer][0].to(self.device)
         return rows_RD.float() if self._quantiser is None else self._quantiser.decode(self._quantiser.encode(rows_RD))
 
+    def activations(
+        self,
+        sequences: Sequence[str],
+        progress: Callable[[float, float], None] = lambda *_: None,
+        index: int = 0,
+        of: int = 1,
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Places of consecutive proteins and the rows of their residues, a group of piece `index` of `of` after the other."""
+        batches = piece([len(sequence) for sequence in sequences], group_residues(self.device), index, of)
+        for done, places in enumerate(batches):
+            self._check_stop()
+            yield places, self.of([sequences[p] for p in places])
+            progress(done + 1, len(batches))
+
     def encoded(
         self,
         code: Any,
@@ -71,12 +85,9 @@ class Rows:
         index: int = 0,
         of: int = 1,
     ) -> Iterator[tuple[list[int], Latents]]:
-        """Places of consecutive proteins and the latents of their residues, a group of piece `index` of `of` after the other."""
-        batches = piece([len(sequence) for sequence in sequences], group_residues(self.device), index, of)
-        for done, places in enumerate(batches):
-            self._check_stop()
-            yield places, encode_rows(code, self.of([sequences[p] for p in places]))
-            progress(done + 1, len(batches))
+        """The same with the latents of the residues."""
+        for places, x_RD in self.activations(sequences, progress, index, of):
+            yield places, encode_rows(code, x_RD)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from plmsae_cli.report.cells import ROWS, Cell, Figure, Section, Table, decimal,
 from plmsae_cli.report.interventions import contacts, steering, structure
 from plmsae_cli.report.models import language_models, representations
 from plmsae_cli.report.svg import SERIES, draw
-from plmsae_cli.report.words import clean, count, number, percent
+from plmsae_cli.report.words import clean, count, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,28 +104,44 @@ def _families(body: Mapping[str, Any]) -> Section:
         f" {count(body['specific'])} latents mark a family with F1 above 0.7; with labels permuted"
         f" {count(body['specific_permuted'])} do."
     )
+    if "found" in body:
+        lead += (
+            f" {count(body['found'])} classes are found with F1 above 0.5 by the latent that fits them best on train;"
+            f" with labels permuted {count(body['found_permuted'])}."
+        )
     histograms = {"dictionary": body["histogram"], "labels permuted": body["histogram_permuted"]}
     figures = [
-        Figure(_histograms(histograms), "F1 of latents for their families", "Latents with a candidate class, on test.")
+        Figure(
+            _histograms(histograms),
+            "F1 of latents for their families",
+            "Latents with a candidate class, on test. Where labels say nothing, all that is left is to mark every protein"
+            " of a frequent class: its chance.",
+        )
     ]
     patterns = Table(
         [("Pattern", False), ("Latents", True)], [[Cell(name), whole(body["patterns"][name])] for name in PATTERNS]
     )
-    columns = [("Family", False), ("Latent", True), ("F1", True), ("95 %", False), ("Precision", True), ("Recall", True),
-               ("F1, train", True), ("Proteins", True), ("Pattern", False)]  # fmt: skip
+    tables = [("Latents", _marks(body["best"], "The hundred latents that fit best on train."))]
+    if "by_class" in body:
+        remark = "Of each class the latent that fits it best on train. Chance: the F1 of marking every protein."
+        tables.insert(0, ("Families", _marks(body["by_class"], remark)))
+    return Section(
+        "families", "Families that latents mark", lead, figures, [*tables, ("Activation patterns", patterns)]
+    )
+
+
+def _marks(found: Sequence[Mapping[str, Any]], remark: str) -> Table:
+    columns = [("Family", False), ("Latent", True), ("F1", True), ("95 %", False), ("Chance", True), ("Precision", True),
+               ("Recall", True), ("F1, train", True), ("Proteins", True), ("Pattern", False)]  # fmt: skip
     rows = [
         [
             text(row["family"]), latent(row["latent"]), decimal(row["f1"]), _ends(row.get("interval_f1")),
-            decimal(row["precision"]), decimal(row["recall"]), decimal(row["f1_train"]), whole(row["proteins"]),
-            Cell(row["pattern"]),
+            decimal(row.get("chance")), decimal(row["precision"]), decimal(row["recall"]), decimal(row["f1_train"]),
+            whole(row["proteins"]), Cell(row["pattern"]),
         ]
-        for row in sorted(body["best"], key=lambda row: -row["f1"])[:ROWS]
+        for row in sorted(found, key=lambda row: -row["f1"])[:ROWS]
     ]  # fmt: skip
-    tables = [
-        ("Families", Table(columns, rows, "The hundred latents that fit best on train.")),
-        ("Activation patterns", patterns),
-    ]
-    return Section("families", "Families that latents mark", lead, figures, tables)
+    return Table(columns, rows, remark)
 
 
 def _probes(body: Mapping[str, Any]) -> Section:
@@ -134,24 +150,25 @@ def _probes(body: Mapping[str, Any]) -> Section:
         f"Logistic regression on one latent (the best on train) and on all, trained on {count(tally['train'])} proteins"
         f" and scored on {count(tally['test'])} of other clusters. Mean AUROC:"
         f" {number(body['mean_auroc_single'])} with one latent,"
-        f" {number(body['mean_auroc_all'])} with all; on labels that say nothing"
+        f" {number(body['mean_auroc_all'])} with all, {_maybe(body.get('mean_auroc_raw'))} with the activations that they"
+        " came from; on labels that say nothing"
         f" {_maybe(body.get('mean_auroc_single_null'))} and {_maybe(body.get('mean_auroc_all_null'))}."
     )
     columns = [("Target", False), ("of", False), ("Latent", True), ("AUROC, one", True), ("95 %", False), ("null", True),
-               ("AUROC, all", True), ("95 %", False), ("null", True), ("AUPRC, one", True), ("AUPRC, all", True),
-               ("Positives", True), ("Share", True)]  # fmt: skip
+               ("AUROC, all", True), ("95 %", False), ("null", True), ("AUROC, raw", True), ("95 %", False),
+               ("AUPRC, all", True), ("Positives", True)]  # fmt: skip
     rows = [
         [
             text(row["target"]), Cell(row["of"]), latent(row["latent"]), decimal(row["auroc_single"]),
             _ends(row.get("interval_auroc_single")), decimal(row.get("auroc_single_null")), decimal(row["auroc_all"]),
-            _ends(row.get("interval_auroc_all")), decimal(row.get("auroc_all_null")),
-            decimal(row["auprc_single"]), decimal(row["auprc_all"]), whole(row["positives_test"]),
-            Cell(percent(row["positives_test"] / row["rows_test"]), repr(row["positives_test"] / row["rows_test"])),
+            _ends(row.get("interval_auroc_all")), decimal(row.get("auroc_all_null")), decimal(row.get("auroc_raw")),
+            _ends(row.get("interval_auroc_raw")), decimal(row["auprc_all"]), whole(row["positives_test"]),
         ]
         for row in body["targets"][:ROWS]
     ]  # fmt: skip
     remark = (
         "null: the same regressions on annotations rotated along each protein, and on proteins' labels dealt out anew."
+        " raw: the activations of a residue, or their mean over a protein."
     )
     return Section("probes", "What can be read off the latents", lead, [], [("Targets", Table(columns, rows, remark))])
 

@@ -64,12 +64,16 @@ def write_part(store: Store, folder: str, task_id: str, files: Sequence[FileReco
 def read_parts(store: Store, folder: str, most: int | None = None) -> dict[str, Part]:
     """Every task's part by the task's id, or of the first `most` of them. A damaged record is a DamagedError."""
 
-    def load(name: str) -> Part:
+    def load(name: str) -> Part | None:
         path = join(folder, _PARTS, name)
-        return _parse_part(path, store.read(path))
+        try:
+            return _parse_part(path, store.read(path))
+        except MissingError:  # withdrawn since it was listed, by a worker that does its task again
+            return None
 
     names = [name for name in store.list(join(folder, _PARTS)) if name.endswith(".json")]
-    return {part.task: part for part in each(folder, load, sorted(names)[:most])}
+    found = [part for part in each(folder, load, sorted(names)[:most]) if part is not None]
+    return {part.task: part for part in found}
 
 
 def done_tasks(store: Store, folder: str) -> set[str]:

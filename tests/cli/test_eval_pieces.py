@@ -15,6 +15,7 @@ from plmsae_cli.config.yaml import load
 from plmsae_cli.evaluation import rows
 from plmsae_cli.evaluation.concepts import scoring, sources
 from plmsae_cli.evaluation.families import largest
+from plmsae_cli.evaluation.probes import features
 from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.worker import LocalContext, run_task, work_on
 from plmsae_cli.store.fs import Store
@@ -30,16 +31,16 @@ eval:
   concepts: {{annotations: {folder}/t.tsv, min_instances: 5, keep_instances: 5, clusters: kmer, bootstraps: 50, tasks: {tasks},
     nulls: [residual, shuffled], memory: {memory}}}
   families: {{proteins: {folder}/t.tsv, labels: {folder}/labels.tsv, clusters: kmer, top: 4, tasks: {tasks}}}
-  probes: {{proteins: {folder}/t.tsv, labels: {folder}/labels.tsv, clusters: kmer, min_instances: 5}}
+  probes: {{proteins: {folder}/t.tsv, labels: {folder}/labels.tsv, clusters: kmer, min_instances: 5, tasks: {tasks}}}
   encode: {{fasta: {folder}/t.tsv, tasks: {tasks}}}
 """
 
 
-def write_proteins(folder: Path) -> None:
-    """40 proteins of 20 to 90 residues; W is an active site in two of three, C the middle of a domain."""
+def write_proteins(folder: Path, count: int = 40) -> None:
+    """So many proteins of 20 to 90 residues; W is an active site in two of three, C the middle of a domain."""
     draw = random.Random(0)
     lines, labels = ["Entry\tSequence\tActive site\tDomain [FT]"], []
-    for number in range(40):
+    for number in range(count):
         text = "".join(draw.choices("ACDEFGHIKLMNPQRSTVWY", k=draw.randint(20, 90)))
         sites = "; ".join(
             f'ACT_SITE {i}; /note="Nucleophile"' for i, a in enumerate(text, 1) if a == "W" and draw.random() < 0.7
@@ -72,7 +73,8 @@ def test_neither_the_number_of_pieces_nor_their_order_nor_kills_change_a_byte(
         shutil.rmtree(run / "eval", ignore_errors=True)
         experiment = load(write(evaluation=EVAL.format(folder=tmp_path, tasks=tasks, memory=memory))).experiment
         if tasks == 4:
-            monkeypatch.setattr(largest, "BLOCK_BYTES", 500)
+            for module in (largest, features):
+                monkeypatch.setattr(module, "BLOCK_BYTES", 500)
         context = LocalContext(experiment, lambda *_, **__: None)
         left = list(plan_stage("eval", experiment, Store()).tasks)
         axes = {task.args["axis"] for task in left}
@@ -87,6 +89,7 @@ def test_neither_the_number_of_pieces_nor_their_order_nor_kills_change_a_byte(
             done.add(task.id)
         results.append(found(run))
         assert plan_stage("eval", experiment, Store()).tasks == []
-    assert len(list((run / "eval" / "families" / "activations").iterdir())) > 4
+    for kept in ("families/activations", "probes/features"):
+        assert len(list((run / "eval" / kept).iterdir())) > 4
     for other in results[1:]:
         assert [name for name in other if other[name] != results[0][name]] == []

@@ -238,6 +238,11 @@ def test_a_planted_family_is_found_first_with_the_scores_of_counting(
     assert row["family_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
     result = json.loads((folder / "metrics.json").read_text())["families"]
     assert result["classes"] == 3
+    by_class = {one["family"]: one for one in result["by_class"]}
+    assert by_class["SH2"]["latent"] == latent_of("W")
+    share = sum(one[2] for one in test) / len(test)
+    assert by_class["SH2"]["chance"] == pytest.approx(2 * share / (1 + share))
+    assert result["found"] == sum(one["f1"] > 0.5 for one in by_class.values())
     best = [one for one in result["best"] if one["family"] == "SH2"]
     assert best[0]["latent"] == latent_of("W")
     assert best[0]["interval_f1"][0] < best[0]["f1"] < best[0]["interval_f1"][1]
@@ -272,6 +277,10 @@ def test_planted_probes_are_the_best_single_latents(
     wins = 3 * (45 - 3) + (3 * 3 + 12 * 42) / 2
     assert found["Domain [FT]"]["auroc_single"] == pytest.approx(wins / (positives * (rows - positives)))
     assert 40 < result["proteins"]["train"] < 56
+    halves = pq.read_table(tmp_path / "runs" / "one" / "eval" / "proteins.parquet")["probes_half"].to_pylist()
+    assert [halves.count(half) for half in ("train", "test")] == [
+        result["proteins"][half] for half in ("train", "test")
+    ]
     for row in found.values():
         low, high = row["interval_auroc_single"]
         assert low <= row["auroc_single"] <= high

@@ -59,3 +59,9 @@ def test_training_proteins_are_counted_and_left_out_in_strict(dataset: str, tmp_
 def test_groups_hold_whole_proteins_in_order() -> None:
     assert list(groups([3, 3, 9, 1, 1], 6)) == [[0, 1], [2], [3, 4]]
     assert list(groups([], 6)) == []
+
+
+def test_an_empty_file_is_named_so(tmp_path: Path) -> None:
+    (tmp_path / "x.fasta").touch()
+    with pytest.raises(UserError, match=r"x\.fasta is empty"):
+        read_any(tmp_path / "x.fasta")

@@ -65,6 +65,20 @@ def test_parts_round_trip(place: Place) -> None:
     assert done_tasks(place.store, place.folder) == {"embed-0", "embed-1"}
 
 
+def test_a_record_withdrawn_after_the_listing_is_absent(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        place.part(f"t-{number}")
+    original = Store.list
+
+    def then_withdrawn(self: Store, folder: str) -> dict[str, int]:
+        found = original(self, folder)
+        self.delete(join(folder, "t-0.json"))
+        return found
+
+    monkeypatch.setattr(Store, "list", then_withdrawn)
+    assert list(read_parts(place.store, place.folder)) == ["t-1"]
+
+
 def test_a_task_is_done_only_with_all_its_files(place: Place) -> None:
     place.part("embed-0", a=b"aa", b=b"b")
     place.part("embed-1", c=b"cc")

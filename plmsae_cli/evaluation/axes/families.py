@@ -14,6 +14,10 @@ from plmsae_cli.store.fs import FileRecord, join
 AXIS = "families"
 SPECIFIC = 0.7
 """F1 above which a latent is family-specific."""
+FOUND = 0.5
+"""F1 above which a class counts as found by its latent."""
+EACH_HALF = 0.25
+"""Of `min_proteins`, how many a class needs in either half: a class of one cluster has nothing to find, or to score."""
 LISTED = 100
 """Latents shown with their families, those that fit best on train."""
 MEMORY = 80 * 2**25
@@ -28,7 +32,7 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     assert options is not None
     scope.require_same_model("remove eval.families")
     inputs = scope.contents(proteins=options.proteins, labels=options.labels)
-    identity = scope.identity(AXIS, options.science(), inputs)
+    identity = scope.identity(AXIS, {"format": 2, **options.science()}, inputs)
     pieces = scope.pieces(AXIS, identity, "embed", options.tasks, 20.0, ["prepare"])
     steps = [piece.args["step"] for piece in pieces]
     tasks = [scope.task(AXIS, identity, "prepare"), *pieces]
@@ -67,17 +71,27 @@ def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
     else:
         table = read_labels(scope.store.local(options.labels))
         labels = labels_of([entry.accession for entry in chosen.entries], table)
-    names, _ = classes(labels, options.min_proteins)
-    if not names:
-        raise UserError(
-            f"no label has {options.min_proteins} of the {len(sequences):,} proteins;"
-            f" {sum(bool(one) for one in labels):,} of them have a label",
-            "lower eval.families.min_proteins, or check that the ids of labels and proteins are the same",
-        )
     method = choose_method(options.clusters)
     cluster_P = cluster(sequences, method)
     lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
     test_P = halves(cluster_P, chosen.hashes_P, np.ones_like(lengths_P))
+    if not any(labels):
+        raise UserError(
+            f"none of the {len(sequences):,} proteins of {options.proteins} has a label",
+            "check that ids in eval.families.labels are those of the proteins"
+            if options.labels
+            else "a FASTA has no Pfam families: set eval.families.labels to a table of ids and labels",
+        )
+    names, y_PL = classes(labels, options.min_proteins)
+    if options.mode == "strict":
+        enough_L = np.minimum(y_PL[test_P].sum(0), y_PL[~test_P].sum(0)) >= EACH_HALF * options.min_proteins
+        names = [name for name, enough in zip(names, enough_L, strict=True) if enough]
+    if not names:
+        raise UserError(
+            f"no label has {options.min_proteins} of the {len(sequences):,} proteins, and a fourth of that in either half;"
+            f" {sum(bool(one) for one in labels):,} of them have a label",
+            "lower eval.families.min_proteins, or name more proteins",
+        )
     kept = set(names)
     facts = {
         "mode": options.mode,
@@ -179,30 +193,40 @@ def _match(scope: Scope, options: Families, names: Sequence[str], context: Conte
     def scored(one: Mapping[str, Any]) -> Any:
         return torch.where(one["class_N"] >= 0, one["f1_N"], 0.0)
 
+    share_L = truth_PL[test_P].double().mean(0)
+    chance_L = (2 * share_L / (1 + share_L)).tolist()
+
+    def rows(latents: Sequence[int]) -> list[dict[str, Any]]:
+        ends = intervals(ours, latents, int(test_P.sum()), SEED)
+        return [
+            {
+                "latent": n,
+                "family": found[classes_N[n]],
+                "proteins": int(y_PL[:, classes_N[n]].sum()),
+                "pattern": PATTERNS[int(pattern_N[n])],
+                **{key: float(ours[f"{key}_N"][n]) for key in ("threshold", "f1_train", "precision", "recall", "f1")},
+                "interval_f1": ends[place],
+                "chance": chance_L[classes_N[n]],
+            }
+            for place, n in enumerate(latents)
+        ]
+
+    of_class, of_class_null = (_best_of_classes(one) for one in (ours, null))
     order = sorted((n for n in range(num_latents) if classes_N[n] >= 0), key=lambda n: -float(ours["f1_train_N"][n]))
-    ends = intervals(ours, order[:LISTED], int(test_P.sum()), SEED)
-    best = [
-        {
-            "latent": n,
-            "family": found[classes_N[n]],
-            "proteins": int(y_PL[:, classes_N[n]].sum()),
-            "pattern": PATTERNS[int(pattern_N[n])],
-            **{key: float(ours[f"{key}_N"][n]) for key in ("threshold", "f1_train", "precision", "recall", "f1")},
-            "interval_f1": ends[place],
-        }
-        for place, n in enumerate(order[:LISTED])
-    ]
     specific_N = scored(ours) > SPECIFIC
     result = {
         **{key: facts[key] for key in ("mode", "split", "clusters", "proteins", "labelled")},
         "classes": len(found),
+        "found": sum(float(ours["f1_N"][n]) > FOUND for n in of_class),
+        "found_permuted": sum(float(null["f1_N"][n]) > FOUND for n in of_class_null),
         "specific": int(specific_N.sum()),
         "specific_families": len({classes_N[n] for n in np.flatnonzero(specific_N.numpy())}),
         "specific_permuted": int((scored(null) > SPECIFIC).sum()),
         "patterns": {name: int((pattern_N == i).sum()) for i, name in enumerate(PATTERNS)},
         "histogram": _histogram(scored(ours)[ours["class_N"] >= 0]),
         "histogram_permuted": _histogram(scored(null)[null["class_N"] >= 0]),
-        "best": best,
+        "best": rows(order[:LISTED]),
+        "by_class": sorted(rows(of_class), key=lambda row: -row["f1"]),
     }
     latents = {
         "latent": list(range(num_latents)),
@@ -226,6 +250,16 @@ def _match(scope: Scope, options: Families, names: Sequence[str], context: Conte
         scope.write_table(AXIS, "latents.parquet", latents),
         scope.write_table(AXIS, "proteins.parquet", proteins),
     ]
+
+
+def _best_of_classes(match: Mapping[str, Any]) -> list[int]:
+    """Of each class that is some latent's, the latent that fits it best on train; the first of equals."""
+    best: dict[int, int] = {}
+    f1_N = match["f1_train_N"].tolist()
+    for n, c in enumerate(match["class_N"].tolist()):
+        if c >= 0 and (c not in best or f1_N[n] > f1_N[best[c]]):
+            best[c] = n
+    return list(best.values())
 
 
 def _histogram(values: Any) -> list[int]:

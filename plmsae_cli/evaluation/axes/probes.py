@@ -1,119 +1,241 @@
-"""The axis `probes`: one task, which embeds a sample of the proteins and fits regressions on their latents."""
+"""The axis `probes`: prepare, features by piece, regressions by piece of the targets, report."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.evaluation import Probes
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.runtime.task import Context, Result, Task
+from plmsae_cli.store.fs import FileRecord, join
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from plmsae_cli.evaluation.probes.logistic import Sparse
+    from plmsae_cli.evaluation.probes.features import Sides
 
 AXIS = "probes"
 TEST_SHARE = 0.2
 BOOTSTRAPS = 1000
 """Draws of test proteins for the intervals."""
-ENTRY, ACTIVE = 80, 64
-"""Bytes of an active latent of a residue (row, column and value, once more by half, and as compressed rows both ways), and how
-many are reckoned with, in the plan."""
+ENTRY, ACTIVE, RAW = 80, 64, 16
+"""Bytes of an active latent of a residue (row, column and value, once more by half, and as compressed rows both ways), how
+many are reckoned with, in the plan, and bytes of an activation."""
 
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
-    """The task, and figures for people."""
+    """The tasks, and figures for people."""
     options = scope.options.probes
     assert options is not None
     scope.require_same_model("remove eval.probes")
     inputs = scope.contents(proteins=options.proteins, labels=options.labels)
-    identity = scope.identity(AXIS, options.science(), inputs)
-    shown = {
+    identity = scope.identity(AXIS, {"format": 2, **options.science()}, inputs)
+    embedding = scope.pieces(AXIS, identity, "embed", options.tasks, 20.0, ["prepare"])
+    embedded = [task.args["step"] for task in embedding]
+    of = min(options.tasks, options.targets)
+    fitting = scope.pieces(AXIS, identity, "fit", of, 20.0, ["prepare", *embedded], steps=embedded)
+    fitted = [task.args["step"] for task in fitting]
+    tasks = [
+        scope.task(AXIS, identity, "prepare"),
+        *embedding,
+        *fitting,
+        scope.task(AXIS, identity, "report", ["prepare", *fitted], 0.1, steps=fitted),
+    ]
+    dimensions = scope.manifest["d"] if scope.manifest else scope.lineage.d
+    return tasks, {
         "proteins": options.proteins,
         "labels": options.labels or "residue annotations",
-        "memory_bytes": ENTRY * ACTIVE * options.residues,
+        "memory_bytes": (ENTRY * ACTIVE + RAW * dimensions) * options.residues,
     }
-    return [scope.task(AXIS, identity, cost=10.0)], shown
-
-
-@dataclass(frozen=True)
-class Target:
-    """A yes or no about rows: residues, or proteins."""
-
-    name: str
-    of: str
-    y_R: Tensor
 
 
 def work(task: Task, scope: Scope, context: Context) -> Result:
+    options = scope.options.probes
+    assert options is not None
+    step = task.args["step"].partition("-")[0]
+    if step != "fit":
+        _held.clear()
+    if step == "prepare":
+        return Result(_prepare(scope, options))
+    if step == "report":
+        return Result(_report(scope, options, scope.files_of(task, task.args["steps"])))
+    index, of = task.args["index"], task.args["of"]
+    if step == "embed":
+        return Result(_embed(scope, options, index, of, context))
+    return Result(_fit(scope, options, task, context))
+
+
+def _prepare(scope: Scope, options: Probes) -> list[FileRecord]:
+    """The sample of proteins, who tests, and the targets."""
     import numpy as np
     import torch
 
     from plmsae_cli.evaluation.clusters import SHOWN, choose_method, cluster, halves
-    from plmsae_cli.evaluation.probes.evidence import permuted, rotated
+    from plmsae_cli.evaluation.probes.targets import find_targets
+    from plmsae_cli.evaluation.protein_labels import read_labels
     from plmsae_cli.evaluation.proteins import choose, read_any
-    from plmsae_cli.runtime.saved import load_sae_with_facts
+    from plmsae_cli.store.tensorfile import write_tensors
 
-    options = scope.options.probes
-    assert options is not None
+    method = choose_method(options.clusters)
+    labels = read_labels(scope.store.local(options.labels)) if options.labels is not None else None
     entries = read_any(scope.store.local(options.proteins))
     chosen = choose(entries, scope.store, scope.dataset, options.max_length, leave_out=True)
     sampled = _sample(chosen.hashes_P, [len(entry.sequence) for entry in chosen.entries], options.residues)
     kept = [chosen.entries[p] for p in sampled]
     sequences = [entry.sequence for entry in kept]
-    method = choose_method(options.clusters)
-    lengths = np.array([len(s) for s in sequences], dtype=np.int64)
-    hashes_P = chosen.hashes_P[sampled]
-    test_P = torch.from_numpy(halves(cluster(sequences, method), hashes_P, lengths, TEST_SHARE))
-    sae = load_sae_with_facts(scope.folder, scope.store).model
-    targets = _targets(scope, options, kept, sequences)
-    lengths_P = torch.from_numpy(lengths)
-    owners = {"residue": torch.arange(len(kept)).repeat_interleave(lengths_P), "protein": torch.arange(len(kept))}
-    features = _features(scope, sae, sequences, {target.of for target in targets}, options, context)
-    sides = {of: _Sides.cut(x, owners[of], test_P) for of, x in features.items()}
-    found = []
-    best_of: dict[int, list[str]] = {}
-    for done, target in enumerate(targets):
-        context.check_stop()
-        side = sides[target.of]
-        row = _probe(side, target.y_R, options.l2)
-        if row is not None:
-            of_chance = rotated(target.y_R, lengths_P, hashes_P) if target.of == "residue" else permuted(target.y_R)
-            null = _probe(side, of_chance, options.l2, draws=0) or {}
-            nulls = {f"{key}_null": null.get(key) for key in ("auroc_single", "auroc_all")}
-            found.append({"target": target.name, "of": target.of, **row, **nulls})
-            best_of.setdefault(row["latent"], []).append(target.name)
-        context.progress(1 + (done + 1) / len(targets), 2)
-    if not found:
+    lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
+    test_P = halves(cluster(sequences, method), chosen.hashes_P[sampled], lengths_P, TEST_SHARE)
+    targets = find_targets(kept, labels, torch.from_numpy(test_P), options.min_instances)[: options.targets]
+    if labels is None and not any(entry.features for entry in kept):
         raise UserError(
-            f"none of {len(targets)} targets has both kinds of rows in train and in test",
+            f"nothing is known of the {len(kept):,} proteins of {options.proteins}: a FASTA has no annotations",
+            "set eval.probes.labels to a table of ids and labels, or name a UniProt file",
+        )
+    if not targets:
+        raise UserError(
+            f"no annotation and no label occurs {options.min_instances} times in {len(kept):,} sampled proteins,"
+            " with and without it both in train and in test",
             "lower eval.probes.min_instances, raise residues, or name more proteins",
         )
+    facts = {
+        "split": SHOWN[method],
+        "proteins": {**chosen.tally, "sampled": len(kept), "train": int((~test_P).sum()), "test": int(test_P.sum())},
+        "residues": int(lengths_P.sum()),
+        "targets": [[target.name, target.of] for target in targets],
+    }
+    columns = {
+        "id": [entry.accession for entry in kept],
+        "sequence": sequences,
+        "hash": chosen.hashes_P[sampled],
+        "test": test_P,
+    }
+    truth = {str(number): target.y_R for number, target in enumerate(targets)}
+    return [
+        scope.write_table(AXIS, "chosen.parquet", columns),
+        write_tensors(scope.store, scope.path(AXIS, "targets.safetensors"), truth),
+        scope.write_json(AXIS, "prepared.json", facts),
+    ]
+
+
+def _embed(scope: Scope, options: Probes, index: int, of: int, context: Context) -> list[FileRecord]:
+    """Features of every `of`-th group of proteins, of the kinds that targets are of."""
+    import numpy as np
+    import torch
+
+    from plmsae_cli.evaluation.probes.features import Writer, by_protein, by_residue
+    from plmsae_cli.evaluation.rows import Rows, encode_rows
+    from plmsae_cli.runtime.saved import load_sae_with_facts
+
+    sequences = scope.read_table(AXIS, "chosen.parquet")["sequence"].to_pylist()
+    kinds = {kind for _, kind in scope.read_json(AXIS, "prepared.json")["targets"]}
+    begin_P = np.cumsum([0, *(len(sequence) for sequence in sequences)])
+    rows = Rows(scope, options.batch_tokens, context.check_stop)
+    sae = load_sae_with_facts(scope.folder, scope.store).model.to(rows.device)
+    folder = scope.path(AXIS, "features")
+    writers = {kind: Writer(scope.store, folder, kind, f"{index}of{of}") for kind in sorted(kinds)}
+    for places, x_RD in rows.activations(sequences, context.progress, index, of):
+        residues = by_residue(encode_rows(sae, x_RD), sae.maximum_N, x_RD)
+        if "residue" in writers:
+            writers["residue"].add(int(begin_P[places[0]]), residues)
+        if "protein" in writers:
+            lengths_P = torch.tensor([len(sequences[p]) for p in places])
+            writers["protein"].add(places[0], by_protein(residues, lengths_P, sae.num_latents))
+    for writer in writers.values():
+        writer.close()
+    return [file for writer in writers.values() for file in writer.files]
+
+
+_held: dict[tuple[str, str, str], Sides] = {}
+"""Features that this process read last, for the task that follows: of run, task and kind."""
+
+
+def _fit(scope: Scope, options: Probes, task: Task, context: Context) -> list[FileRecord]:
+    """Every `of`-th target."""
+    import torch
+
+    from plmsae_cli.evaluation.probes.evidence import permuted, rotated
+    from plmsae_cli.evaluation.probes.features import read_sides
+    from plmsae_cli.evaluation.probes.fits import null, one_thread, probe
+    from plmsae_cli.runtime.saved import load_sae_with_facts
+    from plmsae_cli.store.tensorfile import TensorFile
+
+    chosen = scope.read_table(AXIS, "chosen.parquet")
+    test_P = torch.from_numpy(chosen["test"].to_numpy(zero_copy_only=False).copy())
+    lengths_P = torch.tensor([len(sequence) for sequence in chosen["sequence"].to_pylist()])
+    hashes_P = chosen["hash"].to_numpy()
+    owners = {"residue": torch.arange(len(test_P)).repeat_interleave(lengths_P), "protein": torch.arange(len(test_P))}
+    num_latents = load_sae_with_facts(scope.folder, scope.store).model.num_latents
+    truth = TensorFile(scope.store, scope.path(AXIS, "targets.safetensors"))
+    index, of = task.args["index"], task.args["of"]
+    targets = list(enumerate(scope.read_json(AXIS, "prepared.json")["targets"]))[index::of]
+    targets.sort(key=lambda one: one[1][1])  # so that features of one kind alone are held
+    names = scope.files_of(task, task.args["steps"])
+    found: dict[str, Any] = {}
+    with one_thread():
+        for done, (number, (name, kind)) in enumerate(targets):
+            context.check_stop()
+            key = (scope.folder, task.args["stem"], kind)
+            if key not in _held:
+                _held.clear()
+                paths = [join(scope.folder, file) for file in names if f"/features/{kind}-" in file]
+                _held[key] = read_sides(scope.store, paths, owners[kind], test_P, num_latents)
+            sides = _held[key]
+            y_R = truth.read(str(number))
+            of_chance = rotated(y_R, lengths_P, hashes_P) if kind == "residue" else permuted(y_R)
+            found[str(number)] = {
+                "target": name,
+                "of": kind,
+                **probe(sides, y_R, options.l2, BOOTSTRAPS),
+                **null(sides, of_chance, options.l2),
+            }
+            context.progress(done + 1, len(targets))
+    return [scope.write_json(AXIS, f"fits/{index}of{of}.json", found)]
+
+
+def _report(scope: Scope, options: Probes, names: Sequence[str]) -> list[FileRecord]:
+    import json
+
+    import numpy as np
+
+    from plmsae_cli.runtime.saved import load_sae_with_facts
+
+    facts = scope.read_json(AXIS, "prepared.json")
+    by_number: dict[str, Any] = {}
+    for name in names:
+        by_number |= json.loads(scope.store.read(join(scope.folder, name)))
+    found = [by_number[str(number)] for number in range(len(facts["targets"]))]
 
     def mean(key: str) -> float | None:
         values = [row[key] for row in found if row[key] is not None]
         return float(np.mean(values)) if values else None
 
+    means = ("auroc_single", "auroc_all", "auroc_raw", "auroc_single_null", "auroc_all_null")
     result = {
-        "split": SHOWN[method],
-        "proteins": {**chosen.tally, "sampled": len(kept), "train": int((~test_P).sum()), "test": int(test_P.sum())},
-        "residues": int(lengths.sum()),
+        **{key: facts[key] for key in ("split", "proteins", "residues")},
         "l2": options.l2,
-        "mean_auroc_single": mean("auroc_single"),
-        "mean_auroc_all": mean("auroc_all"),
-        "mean_auroc_single_null": mean("auroc_single_null"),
-        "mean_auroc_all_null": mean("auroc_all_null"),
+        **{f"mean_{key}": mean(key) for key in means},
         "targets": found,
     }
+    best_of: dict[int, list[str]] = {}
+    for row in found:
+        best_of.setdefault(row["latent"], []).append(row["target"])
+    num_latents = load_sae_with_facts(scope.folder, scope.store).model.num_latents
     latents = {
-        "latent": list(range(sae.num_latents)),
-        "probe_targets": ["; ".join(best_of[n]) if n in best_of else None for n in range(sae.num_latents)],
+        "latent": list(range(num_latents)),
+        "probe_targets": ["; ".join(best_of[n]) if n in best_of else None for n in range(num_latents)],
     }
-    return Result([scope.write_json(AXIS, "result.json", result), scope.write_table(AXIS, "latents.parquet", latents)])
+    chosen = scope.read_table(AXIS, "chosen.parquet")
+    proteins = {
+        "id": chosen["id"],
+        "length": [len(sequence) for sequence in chosen["sequence"].to_pylist()],
+        "in_training": [False] * len(chosen),  # those were left out
+        "probes_half": ["test" if t else "train" for t in chosen["test"].to_pylist()],
+    }
+    return [
+        scope.write_json(AXIS, "result.json", result),
+        scope.write_table(AXIS, "latents.parquet", latents),
+        scope.write_table(AXIS, "proteins.parquet", proteins),
+    ]
 
 
 def _sample(hashes_P: Any, lengths: list[int], residues: int) -> list[int]:
@@ -126,132 +248,3 @@ def _sample(hashes_P: Any, lengths: list[int], residues: int) -> list[int]:
         taken.append(p)
         used += lengths[p]
     return taken
-
-
-def _features(
-    scope: Scope, sae: Any, sequences: list[str], kinds: Collection[str], options: Probes, context: Context
-) -> dict[str, Sparse]:
-    """Of the kinds asked for: activation / maximum of each residue [R, N] (`residue`), the largest in each protein [P, N]
-    (`protein`)."""
-    import torch
-
-    from plmsae_cli.evaluation.probes.logistic import Sparse
-    from plmsae_cli.evaluation.rows import Rows
-
-    rows = Rows(scope, options.batch_tokens, context.check_stop)
-    sae = sae.to(rows.device)
-    scale_N = torch.where(sae.maximum_N > 0, sae.maximum_N, 1.0)
-    parts: dict[str, list[tuple[Tensor, ...]]] = {kind: [] for kind in kinds}
-    first = 0
-
-    def progress(done: float, total: float) -> None:  # embedding is the first half of the task
-        context.progress(done / total, 2)
-
-    for places, latents in rows.encoded(sae, sequences, progress):
-        value_RK = (latents.acts_BK / scale_N[latents.indices_BK]).double().cpu()
-        index_RK = latents.indices_BK.cpu()
-        row_Q, slot_Q = (value_RK > 0).nonzero(as_tuple=True)
-        entries = (row_Q + first, index_RK[row_Q, slot_Q], value_RK[row_Q, slot_Q])
-        first += len(value_RK)
-        if "residue" in parts:
-            parts["residue"].append(entries)
-        if "protein" not in parts:
-            continue
-        lengths = torch.tensor([len(sequences[p]) for p in places])
-        owner_Q = torch.arange(len(places)).repeat_interleave(lengths)[row_Q]
-        best = torch.zeros(len(places), sae.num_latents, dtype=torch.float64)
-        best.view(-1).scatter_reduce_(0, owner_Q * sae.num_latents + entries[1], entries[2], "amax")
-        protein_Q, latent_Q = best.nonzero(as_tuple=True)
-        parts["protein"].append((protein_Q + places[0], latent_Q, best[protein_Q, latent_Q]))
-
-    rows_of = {"residue": first, "protein": len(sequences)}
-    joined = {}
-    for kind, many in parts.items():
-        row_Q, latent_Q, value_Q = (torch.cat(column) for column in zip(*many, strict=True))
-        joined[kind] = Sparse(row_Q, latent_Q, value_Q, rows_of[kind], sae.num_latents)
-    return joined
-
-
-def _targets(scope: Scope, options: Probes, kept: list[Any], sequences: list[str]) -> list[Target]:
-    """Kinds of annotation by residue, labels by protein: the most frequent."""
-    import numpy as np
-    import torch
-
-    from plmsae_cli.evaluation.concepts.vocabulary import find_concepts
-    from plmsae_cli.evaluation.protein_labels import classes, labels_of, read_labels
-
-    labels = find_concepts(kept, "strict", options.min_instances)
-    offset_P = np.cumsum([0, *(len(s) for s in sequences)])
-    counted: list[tuple[int, Target]] = []
-    for number, concept in enumerate(labels.concepts):
-        if concept.name not in (concept.kind, f"{concept.kind}: any"):
-            continue
-        y_R = torch.zeros(int(offset_P[-1]), dtype=torch.bool)
-        mine = np.flatnonzero(labels.concept_M == number)
-        for m in mine:
-            first = int(offset_P[labels.protein_M[m]])
-            y_R[first + int(labels.start_M[m]) : first + int(labels.stop_M[m])] = True
-        counted.append((len(np.unique(labels.instance_M[mine])), Target(concept.kind, "residue", y_R)))
-    if options.labels is not None:
-        table = read_labels(scope.store.local(options.labels))
-        names, y_PL = classes(labels_of([entry.accession for entry in kept], table), options.min_instances)
-        counted += [
-            (int(y_PL[:, number].sum()), Target(name, "protein", torch.from_numpy(y_PL[:, number].copy())))
-            for number, name in enumerate(names)
-        ]
-    counted.sort(key=lambda one: -one[0])
-    if not counted:
-        raise UserError(
-            f"no annotation and no label occurs {options.min_instances} times in {len(kept):,} sampled proteins",
-            "lower eval.probes.min_instances, or raise residues",
-        )
-    return [target for _, target in counted[: options.targets]]
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """Features of train and of test rows, which all targets of a kind share."""
-
-    test_R: Tensor
-    train: Sparse
-    test: Sparse
-    protein_R: Tensor
-    """Of each test row, from 0."""
-
-    @classmethod
-    def cut(cls, x: Sparse, owner_R: Tensor, test_P: Tensor) -> _Sides:
-        """`owner_R` is each row's protein."""
-        test_R = test_P[owner_R]
-        return cls(test_R, x.some(~test_R), x.some(test_R), (test_P.cumsum(0) - 1)[owner_R[test_R]])
-
-
-def _probe(sides: _Sides, y_R: Tensor, l2: float, draws: int = BOOTSTRAPS) -> dict[str, Any] | None:
-    """The best single latent by its loss on train, and all latents, both scored on test; None where a side has one kind.
-
-    With `draws`, areas have intervals over test proteins.
-    """
-    from plmsae_cli.evaluation.probes.evidence import auroc_interval
-    from plmsae_cli.evaluation.probes.logistic import fit_all, fit_each, log_loss, ranking
-
-    train, test = sides.train, sides.test
-    y_train, y_test = y_R[~sides.test_R], y_R[sides.test_R]
-    if not all(bool(y.any()) and not bool(y.all()) for y in (y_train, y_test)):
-        return None
-    w_N, b_N, loss_N = fit_each(train, y_train, l2)
-    latent = int(loss_N.argmin())
-    weights_N, intercept = fit_all(train, y_train, l2)
-    row: dict[str, Any] = {
-        "rows_train": len(y_train),
-        "rows_test": len(y_test),
-        "positives_train": int(y_train.sum()),
-        "positives_test": int(y_test.sum()),
-        "latent": latent,
-        "weight": float(w_N[latent]),
-    }
-    of_each = {"single": w_N[latent] * test.column(latent) + b_N[latent], "all": test.csr @ weights_N + intercept}
-    for kind, z_R in of_each.items():
-        row[f"auroc_{kind}"], row[f"auprc_{kind}"] = ranking(z_R, y_test)
-        row[f"loss_{kind}"] = log_loss(z_R, y_test)
-        if draws:
-            row[f"interval_auroc_{kind}"] = auroc_interval(z_R, y_test, sides.protein_R, draws)
-    return row

@@ -41,6 +41,21 @@ class Sparse:
         rows = number_R[self.row_Q[inside_Q]]
         return Sparse(rows, self.column_Q[inside_Q], self.value_Q[inside_Q], int(keep_R.sum()), self.columns)
 
+    def only(self, columns: Tensor) -> Sparse:
+        """These columns, numbered anew; they ascend."""
+        number_N = torch.full((self.columns,), -1)
+        number_N[columns] = torch.arange(len(columns))
+        column_Q = number_N[self.column_Q]
+        inside_Q = column_Q >= 0
+        entries = (self.row_Q[inside_Q], column_Q[inside_Q], self.value_Q[inside_Q])
+        return Sparse(*entries, self.rows, len(columns))
+
+    def dense(self) -> Tensor:
+        """[R, N] with its zeros."""
+        x_RN = torch.zeros(self.rows, self.columns, dtype=torch.float64)
+        x_RN[self.row_Q, self.column_Q] = self.value_Q
+        return x_RN
+
     @cached_property
     def csr(self) -> Tensor:
         """[R, N] as torch multiplies it."""
@@ -51,6 +66,24 @@ class Sparse:
         """[N, R] as torch multiplies it."""
         return _compressed(self.column_Q, self.row_Q, self.value_Q, (self.columns, self.rows))
 
+    def times(self, w_N: Tensor) -> Tensor:
+        """x w [R]."""
+        return self.csr @ w_N
+
+    def back(self, z_R: Tensor) -> Tensor:
+        """x^T z [N]."""
+        return self.transposed @ z_R
+
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Means of the columns and of their squares [N]."""
+        zero_N = torch.zeros(self.columns, dtype=torch.float64)
+        mean_N, square_N = (
+            zero_N.index_add(0, self.column_Q, values_Q) / self.rows
+            for values_Q in (self.value_Q, self.value_Q.square())
+        )
+        return mean_N, square_N
+
     def column(self, number: int) -> Tensor:
         """One column, dense [R]."""
         out = torch.zeros(self.rows, dtype=torch.float64)
@@ -59,10 +92,49 @@ class Sparse:
         return out
 
 
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A matrix [R, N] as it is."""
+
+    x_RN: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.x_RN)
+
+    @property
+    def columns(self) -> int:
+        return self.x_RN.shape[1]
+
+    def times(self, w_N: Tensor) -> Tensor:
+        """x w [R]."""
+        return self.x_RN @ w_N
+
+    def back(self, z_R: Tensor) -> Tensor:
+        """x^T z [N]."""
+        return z_R @ self.x_RN
+
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Means of the columns and of their squares [N]."""
+        return self.x_RN.mean(0), torch.linalg.vector_norm(self.x_RN, dim=0).square() / self.rows
+
+
 def _compressed(row_Q: Tensor, column_Q: Tensor, value_Q: Tensor, shape: tuple[int, int]) -> Tensor:
     with warnings.catch_warnings():  # that compressed rows are a young feature of torch
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_coo_tensor(torch.stack([row_Q, column_Q]), value_Q, shape).coalesce().to_sparse_csr()
+
+
+def promising(x: Sparse, y_R: Tensor, l2: float, number: int) -> Tensor:
+    """The features, ascending, whose regression alone promises most by its first Newton step: the score test (Rao 1948)."""
+    y_R = y_R.double()
+    rate = y_R.mean()
+    mean_N, square_N = x.moments
+    slope_N = torch.zeros_like(mean_N).index_add_(0, x.column_Q, x.value_Q * (y_R - rate)[x.row_Q])
+    curvature_N = rate * (1 - rate) * x.rows * (square_N - mean_N.square()) + l2
+    order_N = (slope_N.square() / curvature_N).argsort(descending=True, stable=True)
+    return order_N[:number].sort().values
 
 
 def fit_each(x: Sparse, y_R: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +194,7 @@ def fit_each(x: Sparse, y_R: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor]
     return w_N, b_N, value_N
 
 
-def fit_all(x: Sparse, y_R: Tensor, l2: float) -> tuple[Tensor, float]:
+def fit_all(x: Sparse | Dense, y_R: Tensor, l2: float) -> tuple[Tensor, float]:
     """Weights [N] and intercept of the regression on all features, by L-BFGS (Liu and Nocedal 1989).
 
     Features are centred, and each weight is in the unit of its curvature at the start: else frequent features, which move all
@@ -131,10 +203,7 @@ def fit_all(x: Sparse, y_R: Tensor, l2: float) -> tuple[Tensor, float]:
     y_R = y_R.double()
     rate = float(y_R.mean())
     spread = rate * (1 - rate)
-    mean_N, square_N = (
-        torch.zeros(x.columns, dtype=torch.float64).index_add_(0, x.column_Q, values_Q) / x.rows
-        for values_Q in (x.value_Q, x.value_Q.square())
-    )
+    mean_N, square_N = x.moments
     curvature_N = spread * x.rows * (square_N - mean_N.square()) + l2
     unit = torch.cat([curvature_N, torch.tensor([spread * x.rows])]).rsqrt()
     theta = torch.zeros(x.columns + 1, dtype=torch.float64, requires_grad=True)
@@ -153,10 +222,10 @@ def fit_all(x: Sparse, y_R: Tensor, l2: float) -> tuple[Tensor, float]:
     def closure() -> Tensor:
         scaled = theta * unit
         w_N, b = scaled[:-1], scaled[-1]
-        z_R = x.csr @ w_N + (b - mean_N @ w_N)
+        z_R = x.times(w_N) + (b - mean_N @ w_N)
         residual_R = torch.sigmoid(z_R) - y_R
         total = residual_R.sum()
-        theta.grad = torch.cat([x.transposed @ residual_R - total * mean_N + l2 * w_N, total[None]]) * unit
+        theta.grad = torch.cat([x.back(residual_R) - total * mean_N + l2 * w_N, total[None]]) * unit
         return (softplus(z_R) - y_R * z_R).sum() + l2 / 2 * w_N.square().sum()
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plmsae_cli.evaluation.probes import logistic
-from plmsae_cli.evaluation.probes.logistic import Sparse, fit_all, fit_each, log_loss, ranking
+from plmsae_cli.evaluation.probes.logistic import Dense, Sparse, fit_all, fit_each, log_loss, promising, ranking
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 metrics = pytest.importorskip("sklearn.metrics")
@@ -37,6 +37,24 @@ def test_each_latent_alone(l2: float) -> None:
     assert (float(w[1]), int(loss.argmin())) == (0.0, 3)
 
 
+def test_a_few_promising_features_hold_the_best_one() -> None:
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        dense = torch.rand(300, 60, generator=generator, dtype=torch.float64)
+        dense = torch.where(
+            torch.rand(300, 60, generator=generator) < 0.1 + torch.rand(60, generator=generator), dense, 0.0
+        )
+        y = torch.rand(300, generator=generator) < torch.sigmoid(3 * dense[:, seed] - 3)
+        row, column = dense.nonzero(as_tuple=True)
+        x = Sparse(row, column, dense[row, column], 300, 60)
+        chosen = promising(x, y, 1.0, 6)
+        assert chosen.tolist() == sorted(set(chosen.tolist()))
+        some = x.only(chosen)
+        assert torch.equal(some.csr.to_dense(), dense[:, chosen])
+        wanted = fit_each(x, y, 1.0)
+        assert int(chosen[fit_each(some, y, 1.0)[2].argmin()]) == int(wanted[2].argmin())
+
+
 def test_all_latents_together() -> None:
     x, dense, y = example(400, 8)
     w, b = fit_all(x, y, 0.5)
@@ -44,6 +62,9 @@ def test_all_latents_together() -> None:
     assert w.tolist() == pytest.approx(wanted.coef_[0].tolist(), abs=1e-4)
     assert b == pytest.approx(float(wanted.intercept_[0]), abs=1e-4)
     assert torch.equal(fit_all(x, y, 0.5)[0], w)
+    same, intercept = fit_all(Dense(dense), y, 0.5)
+    assert same.tolist() == pytest.approx(w.tolist(), abs=1e-6)
+    assert intercept == pytest.approx(b, abs=1e-6)
 
 
 def test_rounding_and_frequent_features_cost_no_further_steps(monkeypatch: pytest.MonkeyPatch) -> None:

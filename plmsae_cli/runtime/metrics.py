@@ -61,16 +61,18 @@ def _finite(value: Any) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: a crash may have cut the last one short."""
     if not path.exists():
         return []
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return found
+    return [line for text in path.read_bytes().splitlines() if (line := metrics_line(text)) is not None]
+
+
+def metrics_line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is not whole: a crash may have cut it short, or left zeros in its place."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "step" in line else None
 
 
 def start_wandb(experiment: Experiment, folder: Path, **more: Any) -> Any:

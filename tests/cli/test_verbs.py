@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from plmsae_cli import load_sae
-from plmsae_cli.cli.listing import best_line, foretold_lines
+from plmsae_cli.cli.status import best_line, foretold_lines
 from plmsae_cli.config.schema import FILE, text
 from plmsae_cli.runtime.foretold import foretell
 from plmsae_cli.runtime.processes import SILENT_S, live_state, me, state_words

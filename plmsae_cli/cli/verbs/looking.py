@@ -42,7 +42,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Show how far one run is, and what came out."""
-    from plmsae_cli.cli.listing import show_status
+    from plmsae_cli.cli.status import show_status
 
     raise typer.Exit(show_status(run, json))
 

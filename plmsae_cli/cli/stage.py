@@ -227,7 +227,7 @@ def unwritable(experiment: Experiment) -> Iterator[str]:
         existing = nearest(Path(place))
         if not is_remote(place) and not (existing.is_dir() and os.access(existing, os.W_OK)):
             what = "cannot be written to" if existing.is_dir() else "is not a folder"
-            yield f"{field}: {place} cannot be made, {existing} {what}"
+            yield f"{field}: {place} {what if existing == Path(place) else f'cannot be made, {existing} {what}'}"
 
 
 def reach(experiment: Experiment, write: bool) -> None:

@@ -75,6 +75,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         Locked: names the holder.
+        UserError: there is no writing to the folder.
     """
     card = folder / ".queue.json"
 
@@ -87,6 +88,11 @@ def locked(folder: Path) -> Iterator[None]:
             "YAMLs dropped into the folder now are picked up by it",
         )
 
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"{folder} cannot be written to, and a queue keeps its lock in its folder",
+            f"copy its YAMLs elsewhere, or name them one by one: `plmsae run {folder}/*.yaml`",
+        )
     with held(folder / ".queue.lock", refusal):
         try:
             write_json(card, {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -61,6 +62,17 @@ def test_what_fails_is_told_with_its_remedy(
     wrong = plmsae("doctor", write("wrong.yaml", data="s3://no-such-bucket-here/x", more=storage)).out
     assert "fail  bucket s3://no-such-bucket-here/x: " in wrong
     assert "hint: check its name" in wrong
+
+
+def test_a_file_system_that_is_read_only_is_a_check_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    found = doctor._disk("root", str(tmp_path))
+    assert (found.state, found.text) == ("fail", f"{tmp_path}: Read-only file system")
+    assert found.remedy == "name another folder in root"
 
 
 def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:

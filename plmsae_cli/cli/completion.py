@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from plmsae_cli.config.files import is_experiment
+
 _ROOT = "runs"
 
 
@@ -87,5 +89,5 @@ def _entries(incomplete: str, files: bool) -> Iterator[str]:
         shown = os.path.join(folder, each.name)
         if each.is_dir():
             yield f"{shown}/"
-        elif files and each.name.endswith((".yaml", ".yml")):
+        elif files and is_experiment(each.name):
             yield shown

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.files import is_experiment
 from plmsae_cli.executors.locks import Locked, held
 from plmsae_cli.runtime.run_folder import read_json, write_json
 from plmsae_cli.runtime.stop import STOP
@@ -66,7 +67,7 @@ def _in_folder(folder: Path) -> list[Path]:
     """Its experiment files in name order; none if it was removed meanwhile."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml") and not p.name.startswith("."))
+    return sorted(p for p in folder.iterdir() if is_experiment(p) and not p.name.startswith("."))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.files import is_experiment
 from plmsae_cli.runtime.processes import me
 from plmsae_cli.store.housekeeping import DATA_FOLDER
 
@@ -219,7 +220,7 @@ def find_run(run: Path) -> Path:
     """The folder of a run named by its path, or by its name under `runs/`. Raises UserError where there is none."""
     folder = run if (run / "status.json").exists() else Path("runs") / run
     if not (folder / "status.json").exists():
-        of_yaml = run.suffix in (".yaml", ".yml")
+        of_yaml = is_experiment(run)
         hint = f"name the run and not its YAML: {run.stem}, unless it has a name of its own" if of_yaml else None
         raise UserError(f"{run} is not a run (no status.json)", hint or "`plmsae ls` lists the runs")
     return folder

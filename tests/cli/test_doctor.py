@@ -84,6 +84,8 @@ def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:
     told = plmsae("logs", run, "--lines", 2)
     assert (told.code, told.out) == (0, "line 298\nline 299\n")
     assert "--rank 0 to 0" in told.err
+    assert plmsae("logs", run, "--lines", 0).out == ""
+    assert plmsae("logs", run, "--lines", -2).code == 2
     assert plmsae("logs", run, "-f").out.splitlines()[0] == "line 100", "a run that has ended is not waited for"
     assert plmsae("logs", run, "--rank", 1).out == "from rank 1\n"
     missed = plmsae("logs", run, "--rank", 7)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -64,6 +66,7 @@ def _checks(experiment: Experiment) -> Iterator[Check]:
     yield _gpus()
     if _visible():
         yield gpus_compute()
+        yield _compiler()
     yield _all_reduce(experiment)
     yield _memory()
     places = folders(experiment)
@@ -117,6 +120,19 @@ def _gpus() -> Check:
         remedy = "./setup.sh installs the wheel that the driver can run; --torch-index URL names another"
         return Check("GPUs", "fail", f"{text}; torch can use {seen}", remedy)
     return Check("GPUs", "ok", text)
+
+
+def _compiler() -> Check:
+    """What Triton builds the launchers of GPU kernels with, on the machine that runs them."""
+    from plmsae_cli.runtime.checks import Check
+
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if found is None or not headers.is_file():
+        lacking = "no C compiler" if found is None else f"{headers} is not there"
+        remedy = "on Debian and Ubuntu: apt-get install gcc python3-dev"
+        return Check("compiler", "fail", f"{lacking}, and kernels on GPUs want it", remedy)
+    return Check("compiler", "ok", found)
 
 
 def _all_reduce(experiment: Experiment) -> Check:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sysconfig
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,17 @@ def test_a_file_system_that_is_read_only_is_a_check_that_fails(tmp_path: Path, m
     found = doctor._disk("root", str(tmp_path))
     assert (found.state, found.text) == ("fail", f"{tmp_path}: Read-only file system")
     assert found.remedy == "name another folder in root"
+
+
+def test_kernels_want_a_compiler_and_the_headers_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._compiler().text.startswith("no C compiler")
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert doctor._compiler().text.startswith(f"{tmp_path}/Python.h is not there")
+    (tmp_path / "Python.h").touch()
+    assert (doctor._compiler().state, doctor._compiler().text) == ("ok", f"{tmp_path}/gcc")
 
 
 def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class MetricsFile:
     """Appends JSON lines; on resume, lines after the checkpoint's step are cut, so that no step appears twice."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= step]
+        kept = [line for line in _lines(path) if line.get("step", math.inf) <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -72,7 +72,7 @@ def metrics_line(text: bytes) -> dict[str, Any] | None:
         line = json.loads(text)
     except ValueError:
         return None
-    return line if isinstance(line, dict) and "step" in line else None
+    return line if isinstance(line, dict) else None
 
 
 def start_wandb(experiment: Experiment, folder: Path, **more: Any) -> Any:

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from plmsae_cli.config.files import is_experiment
-
 _ROOT = "runs"
 
 
@@ -78,6 +76,8 @@ def _values(path: str) -> Iterator[str]:
 
 
 def _entries(incomplete: str, files: bool) -> Iterator[str]:
+    from plmsae_cli.config.files import is_experiment
+
     folder, name = os.path.split(incomplete)
     try:
         found = sorted(os.scandir(folder or "."), key=lambda each: each.name)

@@ -92,6 +92,8 @@ fi
   say "no triton for this platform: the tests of the GPU kernels are skipped"
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
+  command -v "${CC:-gcc}" >/dev/null 2>&1 || command -v clang >/dev/null 2>&1 ||
+    say "no C compiler: the kernels on GPUs want one (on Debian and Ubuntu: apt-get install gcc python3-dev)"
   .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     die "nvidia-smi shows a GPU, but this torch cannot use it (driver older than the wheel?)" \
       "./setup.sh --which-torch names the index for this driver; ./setup.sh --torch-index URL installs from it"

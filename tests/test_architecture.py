@@ -28,6 +28,7 @@ EXTRAS = {
 OWN_EXTRAS = {
     "executors/ray.py": {"ray"},
     "executors/search.py": {"optuna"},
+    "executors/study.py": {"optuna"},
     "executors/slurm.py": {"submitit"},
     "training/litdata_stream.py": {"litdata"},
     "evaluation/annotations/uniprot_flat.py": {"Bio"},

@@ -108,10 +108,11 @@ def _has_fvu(found: Comparison) -> bool:
 def _named(target: Path) -> list[Side]:
     """The runs of a folder, of a name under runs/, or of a YAML; the trials of a sweep one by one."""
     from plmsae_cli.config.errors import UserError
+    from plmsae_cli.config.files import is_experiment
     from plmsae_cli.report.compare import Side
     from plmsae_cli.runtime.run_folder import read_json
 
-    if target.suffix in (".yaml", ".yml"):
+    if is_experiment(target):
         return _sides(target, None)
     folder = next((each for each in (target, Path("runs") / target) if (each / "resolved.yaml").is_file()), None)
     if folder is None:

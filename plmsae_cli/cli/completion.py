@@ -76,6 +76,8 @@ def _values(path: str) -> Iterator[str]:
 
 
 def _entries(incomplete: str, files: bool) -> Iterator[str]:
+    from plmsae_cli.config.files import is_experiment
+
     folder, name = os.path.split(incomplete)
     try:
         found = sorted(os.scandir(folder or "."), key=lambda each: each.name)
@@ -87,5 +89,5 @@ def _entries(incomplete: str, files: bool) -> Iterator[str]:
         shown = os.path.join(folder, each.name)
         if each.is_dir():
             yield f"{shown}/"
-        elif files and each.name.endswith((".yaml", ".yml")):
+        elif files and is_experiment(each.name):
             yield shown

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,6 +66,7 @@ def _checks(experiment: Experiment) -> Iterator[Check]:
     yield _gpus()
     if _visible():
         yield gpus_compute()
+        yield _compiler()
     yield _all_reduce(experiment)
     yield _memory()
     places = folders(experiment)
@@ -116,6 +120,19 @@ def _gpus() -> Check:
         remedy = "./setup.sh installs the wheel that the driver can run; --torch-index URL names another"
         return Check("GPUs", "fail", f"{text}; torch can use {seen}", remedy)
     return Check("GPUs", "ok", text)
+
+
+def _compiler() -> Check:
+    """What Triton builds the launchers of GPU kernels with, on the machine that runs them."""
+    from plmsae_cli.runtime.checks import Check
+
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if found is None or not headers.is_file():
+        lacking = "no C compiler" if found is None else f"{headers} is not there"
+        remedy = "on Debian and Ubuntu: apt-get install gcc python3-dev"
+        return Check("compiler", "fail", f"{lacking}, and kernels on GPUs want it", remedy)
+    return Check("compiler", "ok", found)
 
 
 def _all_reduce(experiment: Experiment) -> Check:
@@ -181,7 +198,8 @@ def _disk(field: str, place: str) -> Check:
     except OSError as error:
         return Check(name, "fail", f"{existing}: {error.strerror}", f"name another folder in {field}")
     finally:
-        trial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that nothing can be written to nothing can be removed either
+            trial.unlink(missing_ok=True)
     state: State = "ok" if min(written, came) > _SLOW_DISK else "warn"
     return Check(name, state, f"writes {size(written)}/s, reads {size(came)}/s", "a local NVMe disk is faster")
 

@@ -49,9 +49,8 @@ def checked(work: Callable[[], int], about: str = "") -> int:
 def failure(error: Exception, about: str = "") -> int:
     """The code of an error raised while a stage ran; prints it unless it is a wish to stop."""
     from plmsae_cli.executors.locks import Locked
-    from plmsae_cli.executors.pool import TaskFailed
     from plmsae_cli.runtime.run_folder import RunDiffers
-    from plmsae_cli.runtime.task import Interrupted
+    from plmsae_cli.runtime.task import Interrupted, TaskFailed
 
     if isinstance(error, Interrupted):
         print("interrupted; the same command continues from here", file=sys.stderr)

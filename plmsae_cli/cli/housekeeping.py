@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from plmsae_cli.cli.exits import DONE, FAILED, checked
 from plmsae_cli.cli.show import size, table
 from plmsae_cli.cli.stage import SCHEMA_VERSION
+from plmsae_cli.config.files import is_experiment
 
 if TYPE_CHECKING:
     from plmsae_cli.store.fs import Store
@@ -52,7 +53,7 @@ def _folders(target: str) -> Iterator[tuple[Store, str]]:
     from plmsae_cli.config.errors import UserError
     from plmsae_cli.store.fs import Store, is_remote, join
 
-    if target.endswith((".yaml", ".yml")):
+    if is_experiment(target):
         yield from _of_experiment(Path(target))
         return
     store = Store()
@@ -136,7 +137,7 @@ def _cleaned(target: str) -> tuple[Store, str, float | None]:
     from plmsae_cli.cli.stage import load_for
     from plmsae_cli.store.fs import Store
 
-    if not target.endswith((".yaml", ".yml")):
+    if not is_experiment(target):
         return Store(), target, None
     experiment = load_for(Path(target), None, False).experiment
     return Store(experiment.storage), experiment.data_folder(), experiment.price.tb_day

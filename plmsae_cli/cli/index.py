@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from plmsae_cli.cli.exits import DONE, checked
+from plmsae_cli.cli.exits import DONE, checked, complain
+from plmsae_cli.cli.listing import DAMAGED, run_folders
 from plmsae_cli.cli.stage import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from plmsae_cli.report.index import Found
 
 
 def report_root(root: Path, as_json: bool) -> int:
@@ -15,10 +20,7 @@ def report_root(root: Path, as_json: bool) -> int:
     def work() -> int:
         from plmsae_cli.config.errors import UserError
         from plmsae_cli.report import build_report, build_sweep_report
-        from plmsae_cli.report.index import Found, write_index
-        from plmsae_cli.runtime.processes import live_state
-        from plmsae_cli.runtime.results import headline
-        from plmsae_cli.runtime.run_folder import read_json
+        from plmsae_cli.report.index import write_index
 
         one = next((each for each in (root, Path("runs") / root) if (each / "resolved.yaml").is_file()), None)
         if one is not None:
@@ -27,15 +29,10 @@ def report_root(root: Path, as_json: bool) -> int:
         elif not root.is_dir():
             raise UserError(f"{root} is not a folder", "name the root of your runs: `plmsae report my-root`")
         else:
-            folders = [path.parent for path in sorted(root.rglob("status.json")) if "logs" not in path.parts]
+            folders = run_folders(root)
             if not folders:
                 raise UserError(f"no runs in {root} yet", "`plmsae run experiments/` makes some")
-            runs = [
-                Found(
-                    each, str(each.relative_to(root)), live_state(read_json(each / "status.json") or {}), headline(each)
-                )
-                for each in folders
-            ]
+            runs = [_found(each, root) for each in folders]
             page, found = write_index(root, runs), [str(each) for each in folders]
         if as_json:
             print(json.dumps({"schema": SCHEMA_VERSION, "report": str(page), "runs": found}))
@@ -44,3 +41,19 @@ def report_root(root: Path, as_json: bool) -> int:
         return DONE
 
     return checked(work)
+
+
+def _found(folder: Path, root: Path) -> Found:
+    """A run for the index. One with a damaged file is told of, and hides no other."""
+    from plmsae_cli.config.errors import UserError
+    from plmsae_cli.report.index import Found
+    from plmsae_cli.runtime.processes import live_state
+    from plmsae_cli.runtime.results import headline
+    from plmsae_cli.runtime.run_folder import read_json
+
+    name = str(folder.relative_to(root))
+    try:
+        return Found(folder, name, live_state(read_json(folder / "status.json") or {}), headline(folder))
+    except UserError as error:
+        complain(error.message, error.hint)
+        return Found(folder, name, DAMAGED, {})

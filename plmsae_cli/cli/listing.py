@@ -1,20 +1,21 @@
-"""`ls` and `status`: what there is, and how far it got."""
+"""`ls`: what there is, runs and data."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plmsae_cli.cli.exits import DONE, checked
-from plmsae_cli.cli.show import size, table
+from plmsae_cli.cli.exits import DONE, checked, complain
+from plmsae_cli.cli.show import dollars, size, table
 
 _SHOWN = {"fvu": "fvu", "l0_mean": "l0", "dead_share": "dead", "recovered_zero": None, "loss": "loss"}
 """Figures of an evaluation, and what training calls them."""
 _USERS = 4
+DAMAGED = "damaged"
+"""State of a run that has a file nobody can read."""
 
 
 def list_root(root: Path, as_json: bool) -> int:
@@ -27,20 +28,20 @@ def list_root(root: Path, as_json: bool) -> int:
             raise UserError(f"{root} is not a folder", "name the root of your runs: `plmsae ls my-root`")
         if (root / "MANIFEST.json").is_file():
             return show_data(root, as_json)
-        runs = [_run(path.parent, root) for path in sorted(root.rglob("status.json")) if "logs" not in path.parts]
+        runs = [_run(folder, root) for folder in run_folders(root)]
         users: dict[str, list[str]] = {}
         for found in runs:
             for pointer in found["artifacts"].values():
                 users.setdefault(os.path.basename(pointer["folder"].rstrip("/")), []).append(found["name"])
         finished = {path.parent: path for name in ("FREED.json", "MANIFEST.json") for path in root.rglob(name)}
-        data = [_data(path, users) for _, path in sorted(finished.items())]
+        data = [sound for _, path in sorted(finished.items()) if (sound := _sound(path, users))]
         if as_json:
             print(json.dumps({"schema": 1, "runs": runs, "data": data}))
             return DONE
         if not runs and not data:
             print(f"no runs in {root} yet; `plmsae run experiments/` makes some")
             return DONE
-        rows = [[r["name"], r["words"], *(_figure(r, name) for name in _SHOWN), _dollars(r["usd"])] for r in runs]
+        rows = [[r["name"], r["words"], *(_figure(r, name) for name in _SHOWN), dollars(r["usd"])] for r in runs]
         columns = ["run", "state", "FVU", "L0", "dead", "loss recovered", "loss", "cost"]
         for name in ("loss", "cost"):  # no language model was trained; no price was set
             at = columns.index(name)
@@ -67,33 +68,71 @@ def list_root(root: Path, as_json: bool) -> int:
     return checked(work)
 
 
+def run_folders(root: Path) -> list[Path]:
+    """Runs under a root, trials of sweeps included."""
+    return [path.parent for path in sorted(root.rglob("status.json")) if "logs" not in path.parts]
+
+
 def _run(folder: Path, root: Path) -> dict[str, Any]:
+    """A run's line. One with a damaged file is told of, and hides no other."""
+    from plmsae_cli.config.errors import UserError
     from plmsae_cli.runtime.foretold import cost
     from plmsae_cli.runtime.processes import live_state, state_words
     from plmsae_cli.runtime.results import headline, last_metrics
-    from plmsae_cli.runtime.run_folder import read_json
+    from plmsae_cli.runtime.run_folder import read_json, read_pointers
 
-    status = read_json(folder / "status.json") or {}
-    return {
-        "name": str(folder.relative_to(root)),
-        "folder": str(folder),
-        "state": live_state(status),
-        "words": state_words(status),
-        "stage": status.get("stage"),
-        "seconds": status.get("stage_seconds", {}),
-        "usd": cost(folder, status.get("stage_seconds", {})),
-        "figures": headline(folder),
-        "last": last_metrics(folder),
-        "artifacts": read_json(folder / "artifacts.json") or {},
-    }
+    found: dict[str, Any] = {"name": str(folder.relative_to(root)), "folder": str(folder)}
+    try:
+        status = read_json(folder / "status.json") or {}
+        return {
+            **found,
+            "state": live_state(status),
+            "words": state_words(status),
+            "stage": status.get("stage"),
+            "seconds": status.get("stage_seconds", {}),
+            "usd": cost(folder, status.get("stage_seconds", {})),
+            "figures": headline(folder),
+            "last": last_metrics(folder),
+            "artifacts": read_pointers(folder),
+        }
+    except UserError as error:
+        complain(error.message, error.hint)
+        nothing: dict[str, Any] = {
+            "stage": None,
+            "seconds": {},
+            "usd": None,
+            "figures": {},
+            "last": None,
+            "artifacts": {},
+        }
+        return {**found, "state": DAMAGED, "words": DAMAGED, **nothing}
+
+
+def _sound(path: Path, users: dict[str, list[str]]) -> dict[str, Any] | None:
+    """`_data`, or None after a word about a manifest that is damaged."""
+    from plmsae_cli.config.errors import UserError
+
+    try:
+        return _data(path, users)
+    except UserError as error:
+        complain(error.message, error.hint)
+        return None
 
 
 def _data(path: Path, users: dict[str, list[str]]) -> dict[str, Any]:
-    """Facts of an artifact, from its manifest or from the record of one that was freed."""
+    """Facts of an artifact, from its manifest or from the record of one that was freed.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    from plmsae_cli.config.errors import UserError
     from plmsae_cli.runtime.run_folder import read_json
 
     folder, manifest = path.parent, read_json(path)
-    assert manifest is not None
+    if manifest is None or not {"stage", "key"} <= manifest.keys():
+        raise UserError(
+            f"{path} is damaged: it does not say what it is", "remove it and start again: the folder is finished anew"
+        )
     files = manifest.get("files", [])
     chunks = sum(file["name"].startswith("chunk-") for file in files)
     facts = (
@@ -152,10 +191,6 @@ def _without(cells: list[str], at: int) -> list[str]:
     return kept
 
 
-def _dollars(amount: float | None) -> str:
-    return "-" if amount is None else f"${amount:,.2f}"
-
-
 def _users(names: list[str]) -> str:
     """Some names: trials of a sweep may be a thousand."""
     more = len(names) - _USERS
@@ -168,104 +203,3 @@ def _figure(run: dict[str, Any], name: str) -> str:
     last = run["last"] or {}
     value = None if run["figures"] or (name == "loss" and "fvu" in last) else last.get(_SHOWN[name])
     return "-" if value is None else f"({value:.4g})"
-
-
-def show_status(run: Path, as_json: bool) -> int:
-    """One run: state, stage, times, last metrics, figures."""
-
-    def work() -> int:
-        from plmsae_cli.report.table import summary
-        from plmsae_cli.runtime.foretold import compared, cost
-        from plmsae_cli.runtime.processes import live_state, state_words
-        from plmsae_cli.runtime.results import best_trial, last_metrics
-        from plmsae_cli.runtime.run_folder import find_run, read_json
-
-        folder = find_run(run)
-        status = read_json(folder / "status.json") or {}
-        told = compared(folder, status.get("stage_seconds", {}))
-        last, best = last_metrics(folder), best_trial(folder)
-        usd = cost(folder, status.get("stage_seconds", {}))
-        if as_json:
-            print(
-                json.dumps(
-                    {
-                        "schema": 1,
-                        "run": str(folder),
-                        **status,
-                        "state": live_state(status),
-                        "last": last,
-                        "compared": told,
-                        "usd": usd,
-                        **({"best": best._asdict()} if best else {}),
-                    }
-                )
-            )
-            return DONE
-        print(f"{folder}: {state_words(status)}" + (f", in {status['stage']}" if status.get("stage") else ""))
-        if status.get("together", 1) > 1:
-            print(f"  trains with {status['together'] - 1} other SAE(s) on one reading of the dataset")
-        if counts := _trial_states(folder):
-            print("  trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
-        for line in best_line(folder):
-            print(f"  {line}")
-        if status.get("error"):
-            print(f"  error: {status['error']}")
-        if last:
-            print("  last: " + ", ".join(f"{k} {v:.5g}" for k, v in last.items() if isinstance(v, (int, float))))
-        for name, value in summary(folder):
-            print(f"  {name}: {value}")
-        for line in foretold_lines(folder):
-            print(f"  {line}")
-        return DONE
-
-    return checked(work)
-
-
-def best_line(folder: Path) -> list[str]:
-    """Of a sweep that has one: the trial that is ahead."""
-    from plmsae_cli.runtime.results import best_trial
-
-    best = best_trial(folder)
-    return [f"best by {best.metric}: {best.value:.5g}, {_point(best.values)} (trials/{best.hash})"] if best else []
-
-
-def _point(values: Mapping[str, Any]) -> str:
-    from plmsae_cli.config.tree import plain
-
-    return ", ".join(f"{name.rpartition('.')[2]}={plain(value)}" for name, value in values.items())
-
-
-def foretold_lines(folder: Path) -> list[str]:
-    """Of each stage what was predicted beside what it came to, and where a price was set what all came to."""
-    from plmsae_cli.runtime.foretold import compared, cost
-    from plmsae_cli.runtime.run_folder import read_json
-
-    spent = (read_json(folder / "status.json") or {}).get("stage_seconds", {})
-    told = compared(folder, spent)
-    lines = [f"{s}: predicted {_words(t['predicted'])}; came to {_words(t['measured'])}" for s, t in told.items()]
-    usd = cost(folder, spent)
-    return lines if usd is None else [*lines, f"cost: {_dollars(usd)}"]
-
-
-def _words(figures: dict[str, float]) -> str:
-    """12 s, 3.1 GB a GPU, $0.40"""
-    from plmsae_cli.report.words import seconds
-
-    found = [seconds(figures["seconds"])] if "seconds" in figures else []
-    found += [f"{size(figures['memory'])} a GPU"] if "memory" in figures else []
-    found += [f"${figures['usd']:,.2f}"] if "usd" in figures else []
-    return ", ".join(found)
-
-
-def _trial_states(folder: Path) -> dict[str, int]:
-    """How many trials of a sweep are in which state, those that have not begun as pending; empty for other runs."""
-    from plmsae_cli.runtime.processes import live_state
-    from plmsae_cli.runtime.run_folder import read_json
-
-    sweep = read_json(folder / "sweep.json")
-    counts: dict[str, int] = {}
-    for trial in [] if sweep is None else sweep["trials"]:
-        status = read_json(folder / "trials" / trial["hash"] / "status.json")
-        state = "pending" if status is None else live_state(status)
-        counts[state] = counts.get(state, 0) + 1
-    return counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 from plmsae_cli.cli.exits import DONE, INTERRUPTED, checked
@@ -27,7 +28,7 @@ def show_logs(run: Path, follow: bool, rank: int | None, lines: int) -> int:
                 f"{path} is not there", f"logs of this run: {', '.join(there) or 'none'}; ranks are counted from 0"
             )
         with path.open(encoding="utf-8", errors="replace") as file:
-            sys.stdout.write("".join(file.readlines()[-lines:]))
+            sys.stdout.write("".join(deque(file, lines)))
             try:
                 while follow and running(read_json(folder / "status.json") or {}):
                     _pass_on(file.read())

@@ -221,7 +221,7 @@ def _machine() -> str:
 
 def _summary(run: Path) -> str:
     """The figures of one run, a sweep's best trial, and what was predicted beside what came."""
-    from plmsae_cli.cli.listing import best_line, foretold_lines
+    from plmsae_cli.cli.status import best_line, foretold_lines
     from plmsae_cli.report.table import summary
 
     rows = summary(run)

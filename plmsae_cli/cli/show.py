@@ -17,6 +17,11 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def dollars(amount: float | None) -> str:
+    """$1,234.50; a dash where no price is known."""
+    return "-" if amount is None else f"${amount:,.2f}"
+
+
 def value(name: str, found: Any) -> str:
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         return str(found)

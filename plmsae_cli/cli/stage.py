@@ -158,13 +158,13 @@ def execute(loaded: Loaded, stages: list[str], no_progress: bool, restart: bool,
 def outcome(run: Path) -> dict[str, Any]:
     """Where a run's results are, and its headline figures."""
     from plmsae_cli.runtime.results import headline, of_models
-    from plmsae_cli.runtime.run_folder import read_json
+    from plmsae_cli.runtime.run_folder import read_pointers
 
     scored = of_models(run)
     report = run / "report" / "index.html"
     return {
         "run": str(run),
-        "artifacts": read_json(run / "artifacts.json") or {},
+        "artifacts": read_pointers(run),
         "figures": headline(run),
         **({"evaluation": scored} if scored else {}),
         "report": str(report) if report.exists() else None,
@@ -227,7 +227,7 @@ def unwritable(experiment: Experiment) -> Iterator[str]:
         existing = nearest(Path(place))
         if not is_remote(place) and not (existing.is_dir() and os.access(existing, os.W_OK)):
             what = "cannot be written to" if existing.is_dir() else "is not a folder"
-            yield f"{field}: {place} cannot be made, {existing} {what}"
+            yield f"{field}: {place} {what if existing == Path(place) else f'cannot be made, {existing} {what}'}"
 
 
 def reach(experiment: Experiment, write: bool) -> None:

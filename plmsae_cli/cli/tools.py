@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -59,7 +60,8 @@ def _write_new(path: Path, text: str) -> None:
     except OSError as error:
         hint = "name a file in a folder that exists"
         raise UserError(f"{path} cannot be written: {error.strerror}", hint) from None
-    print(f"wrote {path}; next: edit it, then `plmsae validate {path}` and `plmsae run {path}`", file=sys.stderr)
+    name = shlex.quote(str(path))
+    print(f"wrote {path}; next: edit it, then `plmsae validate {name}` and `plmsae run {name}`", file=sys.stderr)
 
 
 def validate_files(

@@ -13,6 +13,7 @@ from plmsae_cli.config.base import Section
 from plmsae_cli.config.check import check
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.files import is_experiment
 from plmsae_cli.config.nodes import Document
 from plmsae_cli.config.problems import OVERRIDE, InvalidExperiment, Problem, dotted
 from plmsae_cli.config.tree import locate
@@ -87,7 +88,7 @@ def _read(path: Path) -> str:
 def _others(path: Path) -> str | None:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist"
-    names = sorted(file.name for file in path.parent.iterdir() if file.suffix in {".yaml", ".yml"})
+    names = sorted(file.name for file in path.parent.iterdir() if is_experiment(file))
     close = difflib.get_close_matches(path.name, names, 3, 0.5)
     if close:
         return f"did you mean {' or '.join(str(path.with_name(name)) for name in close)}?"

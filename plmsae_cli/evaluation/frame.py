@@ -28,6 +28,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.task import Resources, Task
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.manifest import canonical_json, read_manifest, read_parts
+from plmsae_cli.store.tables import read_table
 
 if TYPE_CHECKING:
     from plmsae_cli.store.lineage import Lineage
@@ -172,10 +173,3 @@ def write_table(store: Store, path: str, columns: Any) -> FileRecord:
     table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
     pq.write_table(table, sink, compression="zstd")
     return store.write(path, [sink.getbuffer()])
-
-
-def read_table(store: Store, path: str) -> Any:
-    """The Parquet file as a table."""
-    import pyarrow.parquet as pq
-
-    return pq.read_table(io.BytesIO(store.read(path)))

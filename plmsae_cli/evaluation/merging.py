@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plmsae_cli.evaluation.card import model_card
-from plmsae_cli.evaluation.frame import EVAL, Scope, read_table, write_table
+from plmsae_cli.evaluation.frame import EVAL, Scope, write_table
 from plmsae_cli.store.fs import FileRecord, join
 from plmsae_cli.store.manifest import canonical_json
+from plmsae_cli.store.tables import read_table
 
 
 def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any] | None) -> list[FileRecord]:

@@ -11,10 +11,9 @@ from typing import Any
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.runtime.run_folder import RunFolder, read_json, write_json
 from plmsae_cli.runtime.stop import STOP
-from plmsae_cli.runtime.task import Interrupted, Task
+from plmsae_cli.runtime.task import Interrupted, Task, TaskFailed
 
 LOOK_S = 0.2
 WAKE_S = 3.0

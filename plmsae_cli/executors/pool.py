@@ -23,23 +23,12 @@ from plmsae_cli.runtime.device import allow_gpus, visible_as
 from plmsae_cli.runtime.run_folder import cpu_count
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.system_errors import as_user_error
-from plmsae_cli.runtime.task import Interrupted, Pending, Task
+from plmsae_cli.runtime.task import Interrupted, Pending, Task, TaskFailed
 from plmsae_cli.store.memory import BUFFERS
 
 ATTEMPTS = 2
 _REST = "rest"
 """To a worker: there is nothing to do for now."""
-
-
-class TaskFailed(RuntimeError):
-    """A task raised; `trace` is the worker's traceback. `lost`: it raised nothing, its process went away."""
-
-    def __init__(self, task: str, message: str, trace: str = "", lost: bool = False) -> None:
-        super().__init__(f"{task}: {message}")
-        self.task, self.message, self.trace, self.lost = task, message, trace, lost
-
-    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, str, str, bool]]:
-        return type(self), (self.task, self.message, self.trace, self.lost)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.files import is_experiment
 from plmsae_cli.executors.locks import Locked, held
 from plmsae_cli.runtime.run_folder import read_json, write_json
 from plmsae_cli.runtime.stop import STOP
@@ -66,7 +67,7 @@ def _in_folder(folder: Path) -> list[Path]:
     """Its experiment files in name order; none if it was removed meanwhile."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml") and not p.name.startswith("."))
+    return sorted(p for p in folder.iterdir() if is_experiment(p) and not p.name.startswith("."))
 
 
 @contextmanager
@@ -75,6 +76,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         Locked: names the holder.
+        UserError: there is no writing to the folder.
     """
     card = folder / ".queue.json"
 
@@ -87,6 +89,11 @@ def locked(folder: Path) -> Iterator[None]:
             "YAMLs dropped into the folder now are picked up by it",
         )
 
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"{folder} cannot be written to, and a queue keeps its lock in its folder",
+            f"copy its YAMLs elsewhere, or name them one by one: `plmsae run {folder}/*.yaml`",
+        )
     with held(folder / ".queue.lock", refusal):
         try:
             write_json(card, {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()})

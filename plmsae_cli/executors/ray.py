@@ -16,13 +16,12 @@ from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.executor import fix_plans, is_gang, load_extra, report_within, run_far
 from plmsae_cli.executors.gang import LOOK_S, Gang
-from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.executors.rank import far_rank
 from plmsae_cli.executors.torchrun import MARGIN_S
 from plmsae_cli.runtime.dist import PATIENCE
 from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
-from plmsae_cli.runtime.task import Interrupted, Plan, Task
+from plmsae_cli.runtime.task import Interrupted, Plan, Task, TaskFailed
 from plmsae_cli.store.fs import Store
 
 AT_A_TIME = 4

@@ -1,33 +1,26 @@
 """A sweep by Optuna: each trial is an ordinary run, chosen after what those before gave, and perhaps ended early.
 
-The study is a journal of JSON lines in the sweep's folder. Nothing else decides: a trial's choice is a function of the seed, its
-number and what is known of the trials before it. So where one runs at a time, a search that was killed chooses what it would
-have chosen; with several at work, what is known depends on which of them ended first.
+Where one runs at a time, a search that was killed chooses what it would have chosen; with several at work, what is known to a
+choice (`study.ask`) depends on which of them ended first.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from pydantic import ValidationError
 
-from plmsae_cli.config.base import digest
 from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.space import Axis, axes
 from plmsae_cli.executors import executor as executors
 from plmsae_cli.executors.box import Box, make_data, places
+from plmsae_cli.executors.study import ask, distribution, open_study, point_of, summary
 from plmsae_cli.executors.trials import spread
 from plmsae_cli.executors.watching import Pruned, Watched, final
 from plmsae_cli.runtime.progress import NoReporter, Reporter
@@ -35,16 +28,9 @@ from plmsae_cli.runtime.results import headline
 from plmsae_cli.runtime.run_folder import RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
-from plmsae_cli.stages.sweep import Trial, foreseen, table, trial_at, trials
+from plmsae_cli.stages.sweep import Trial, foreseen, trial_at, trials
 from plmsae_cli.store.fs import Store
 
-JOURNAL = "optuna.journal"
-_STATES = {
-    TrialState.COMPLETE: "done",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-}
 _OF_DATA = ("model", "embed", "shuffle", "optimize")
 _MOST_FAILURES = 3
 """Trials in a row that may fail: what ails them all is not the choice of values."""
@@ -111,36 +97,6 @@ def search(
     return explore(experiment, study, run, reporter, apart, box.size)
 
 
-def open_study(experiment: Experiment, folder: Path) -> optuna.Study:
-    """The study in the folder, begun or continued. Raises UserError where its space is another."""
-    assert experiment.sweep is not None
-    options = experiment.sweep.optuna
-    assert options is not None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    journal = folder / JOURNAL
-    folder.mkdir(parents=True, exist_ok=True)
-    _drop_half_line(journal)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(journal))),
-        study_name=experiment.name,
-        direction=options.goal(),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=options.startup_trials)
-        if options.prune == "median"
-        else optuna.pruners.NopPruner(),
-        load_if_exists=True,
-    )
-    # What makes results comparable: other values of it would be another study.
-    asked = digest([options.space, options.metric, options.goal()])
-    if study.user_attrs.setdefault("asked", asked) != asked:
-        raise UserError(
-            f"{journal} is a search of another space, metric or direction",
-            "give the experiment another name, or pass --restart to archive the old search",
-        )
-    if not study.trials:
-        study.set_user_attr("asked", asked)
-    return study
-
-
 class _InTurn(Executor):
     """Does what it is given at once, in the thread that gives it."""
 
@@ -184,11 +140,7 @@ def explore(
     def next_one() -> optuna.Trial:
         if left := idle():
             return optuna.Trial(study, left[0]._trial_id)
-        known = study.get_trials(deepcopy=False)
-        study.sampler = optuna.samplers.TPESampler(
-            seed=_seed(options.seed, len(known)), n_startup_trials=options.startup_trials, constant_liar=at_once > 1
-        )
-        return study.ask(distributions)
+        return ask(study, options, distributions, at_once > 1)
 
     with ThreadPoolExecutor(at_once) if at_once > 1 else _InTurn() as crew:
         while True:
@@ -280,62 +232,3 @@ def figure(trial: Trial, metric: str) -> float:
     if found is None:
         raise UserError(f"{trial.run} has no {metric}", "see its metrics.jsonl and eval/metrics.json")
     return float(found)
-
-
-def distribution(each: Axis) -> BaseDistribution:
-    """An axis in Optuna's words."""
-    if isinstance(each, list):
-        return CategoricalDistribution([value if _scalar(value) else json.dumps(value) for value in each])
-    if each.whole:
-        return IntDistribution(int(each.low), int(each.high), log=each.log)
-    return FloatDistribution(each.low, each.high, log=each.log)
-
-
-def point_of(space: Mapping[str, Axis], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted path, of what Optuna chose; floats to four figures, so that a YAML can repeat them."""
-    point = {}
-    for path, each in space.items():
-        value = params[path]
-        if isinstance(each, list):
-            point[path] = next(item for item in each if item == value or json.dumps(item) == value)
-        else:
-            point[path] = value if each.whole else min(each.high, max(each.low, float(f"{value:.4g}")))
-    return point
-
-
-def _scalar(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _seed(seed: int, number: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "big")
-
-
-def _drop_half_line(journal: Path) -> None:
-    """A line that a killed process left half written would spoil the next one."""
-    if journal.exists() and not (content := journal.read_bytes()).endswith(b"\n"):
-        journal.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
-def summary(experiment: Experiment, study: optuna.Study) -> dict[str, Any]:
-    """The body of sweep.json, from the study alone; a point that was tried again stands once."""
-    assert experiment.sweep is not None
-    options = experiment.sweep.optuna
-    assert options is not None
-    space = axes(options.space)
-    found: dict[str, Trial] = {}
-    states: dict[str, str] = {}
-    values: dict[str, float | None] = {}
-    for each in study.get_trials(deepcopy=False):
-        try:
-            trial = trial_at(experiment, point_of(space, each.params))
-        except ValidationError:
-            continue
-        found.setdefault(trial.hash, trial)
-        states.setdefault(trial.hash, _STATES[each.state])
-        # Of a trial that was pruned Optuna gives the last thing it was told, which is not the figure.
-        values.setdefault(trial.hash, each.value if each.state == TrialState.COMPLETE else None)
-    body = table(experiment, list(found.values()), states)
-    for row in body["trials"]:
-        row["objective"] = values[row["hash"]]
-    return {**body, "search": {"metric": options.metric, "direction": options.goal(), "trials": options.trials}}

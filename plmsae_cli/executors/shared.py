@@ -182,4 +182,4 @@ def _run(plan: Plan, members: dict[str, Trial], store: Store, executor: Executor
             lost = len(folders) - len(found)
             reporter.end(f"{clock(seconds)}, {len(found)} done" + (f", {lost} failed" if lost else ""))
     statuses = {folder: read_json(RunFolder(folder).path / "status.json") for folder in members}
-    return {members[f].hash: s["error"] for f, s in statuses.items() if s["state"] == "failed"}
+    return {members[f].hash: s["error"] for f, s in statuses.items() if s is not None and s["state"] == "failed"}

@@ -14,14 +14,13 @@ from contextlib import suppress
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.gang import LOOK_S, Gang
-from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.executors.rank import PARENT
 from plmsae_cli.runtime.device import ALLOWED, chosen_gpus
 from plmsae_cli.runtime.dist import PATIENCE
 from plmsae_cli.runtime.progress import Reporter
 from plmsae_cli.runtime.run_folder import RunFolder, cpu_count
 from plmsae_cli.runtime.stop import STOP
-from plmsae_cli.runtime.task import Task
+from plmsae_cli.runtime.task import Task, TaskFailed
 
 MARGIN_S = 60
 """Collectives wait so much longer than the launcher, which can name the rank that is waited for."""

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.runtime.checks import ROOM, Check, bucket, folders, gpus_compute, nearest, space
 from plmsae_cli.runtime.device import installed_gpus
 from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import TaskFailed
 from plmsae_cli.store.fs import is_remote
 from plmsae_cli.store.records import StoreError
 

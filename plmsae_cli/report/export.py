@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.fs import Store, join
+from plmsae_cli.store.tables import read_table
 
 _FORMULA = r"^[=+\-@\t\r]"
 _REPEATED = "concept"
@@ -39,9 +39,7 @@ def concepts_per_latent(run: str, store: Store) -> Any:
 
 
 def _read(store: Store, path: str) -> Any:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(io.BytesIO(store.read(path))) if store.exists(path) else None
+    return read_table(store, path) if store.exists(path) else None
 
 
 def write_csv(table: Any, path: Path) -> None:

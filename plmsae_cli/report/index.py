@@ -12,8 +12,9 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.report.cells import Cell
 from plmsae_cli.report.page import render
 from plmsae_cli.report.provenance import layer, model
-from plmsae_cli.report.reading import Run, read_json, read_run
+from plmsae_cli.report.reading import Run, read_run
 from plmsae_cli.report.words import clean, count, number, percent, seconds
+from plmsae_cli.runtime.run_folder import read_json
 from plmsae_cli.store.fs import Store
 
 FIGURES: dict[str, Callable[[float], str]] = {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.runtime.run_folder import read_json, read_pointers
 
 Line = dict[str, Any]
 
@@ -104,7 +105,7 @@ def read_run(folder: Path) -> Run:
         config=config,
         yaml=text,
         environment=read_json(folder / "environment.json") or {},
-        artifacts=read_json(folder / "artifacts.json") or {},
+        artifacts=read_pointers(folder),
         stage_seconds=(read_json(folder / "status.json") or {}).get("stage_seconds") or {},
         sae=[line for line in lines if "fvu" in line],
         plm=[line for line in lines if "fvu" not in line and "loss" in line],
@@ -130,16 +131,6 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"{path} is damaged: {error}", "start the run again: it rewrites the file") from error
 
 
-def read_json(path: Path) -> Any:
-    """The file's JSON, None where there is no file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}", "run the stage that writes it again") from error
-
-
 def _lines(path: Path) -> list[Line]:
     if not path.is_file():
         return []
@@ -147,7 +138,10 @@ def _lines(path: Path) -> list[Line]:
     rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, row in enumerate(rows, start=1):
         try:
-            found.append(json.loads(row))
+            line = json.loads(row)
+            if not isinstance(line, dict):
+                raise ValueError("it holds no JSON object")
+            found.append(line)
         except ValueError as error:
             # A run that was killed leaves its last line half written; it lost nothing that counts.
             if number < len(rows):

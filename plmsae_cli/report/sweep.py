@@ -16,8 +16,9 @@ from plmsae_cli.report.frontier import frontier
 from plmsae_cli.report.page import write_page
 from plmsae_cli.report.parallel import parallel
 from plmsae_cli.report.provenance import layer, model, provenance
-from plmsae_cli.report.reading import Run, read_json, read_run
+from plmsae_cli.report.reading import Run, read_run
 from plmsae_cli.report.words import clean, clean_block, number, percent
+from plmsae_cli.runtime.run_folder import read_json
 
 _METRICS = {"fvu": "FVU", "l0_mean": "L0", "dead_share": "dead", "recovered_zero": "loss recovered"}
 _HASH = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

@@ -38,7 +38,7 @@ class MetricsFile:
     """Appends JSON lines; on resume, lines after the checkpoint's step are cut, so that no step appears twice."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= step]
+        kept = [line for line in _lines(path) if line.get("step", math.inf) <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -61,16 +61,18 @@ def _finite(value: Any) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: a crash may have cut the last one short."""
     if not path.exists():
         return []
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return found
+    return [line for text in path.read_bytes().splitlines() if (line := metrics_line(text)) is not None]
+
+
+def metrics_line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is not whole: a crash may have cut it short, or left zeros in its place."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def start_wandb(experiment: Experiment, folder: Path, **more: Any) -> Any:

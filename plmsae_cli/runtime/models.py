@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.plm.cost import Config
@@ -38,13 +41,32 @@ def load_plm(
     config = model_config(info)
     state.setdefault("rotary.inv_freq", inverse_frequencies(config.head_dim))
     # Without memory of its own until the loaded tensors take their places: no second copy of a large model.
-    with torch.device("meta"):
+    with shapes_alone():
         model = build_model(config)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UserError(f"{info.path} does not fit its configuration: {first_line(error)}") from error
     return model.to(device=device, dtype=dtype).eval()
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Within, modules are made with parameters that have a shape, and neither memory nor values."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves aside what torch would import its compiler for where there is no memory: two seconds of each process."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **{**kwargs, "device": "cpu"} if func is torch.arange else kwargs)
 
 
 def model_config(info: WeightsInfo) -> Config:

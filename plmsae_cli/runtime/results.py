@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from plmsae_cli.runtime.metrics import metrics_line
+from plmsae_cli.runtime.run_folder import read_json
 
 _LONGEST_LINE = 1 << 16
 
 
 def headline(run: Path) -> dict[str, float]:
     """The headline figures of an evaluated run, for tables of many runs; empty where there are none."""
-    path = run / "eval" / "metrics.json"
-    if not path.exists():
-        return {}
-    scores = json.loads(path.read_text())
+    scores = read_json(run / "eval" / "metrics.json") or {}
     if "fidelity" not in scores:
         return {}
     fidelity = scores["fidelity"]
@@ -28,21 +27,19 @@ def headline(run: Path) -> dict[str, float]:
 
 def of_models(run: Path) -> dict[str, Any]:
     """What the axes about language models found, as in metrics.json; empty where they were not measured."""
-    path = run / "eval" / "metrics.json"
-    scores = json.loads(path.read_text()) if path.exists() else {}
+    scores = read_json(run / "eval" / "metrics.json") or {}
     return {axis: scores[axis] for axis in ("lm", "representations") if axis in scores}
 
 
 def last_metrics(run: Path) -> dict[str, Any] | None:
-    """The last whole line of metrics.jsonl, which may be being written; None before the first."""
+    """The last whole line of metrics.jsonl, which may be being written, or damaged since; None before the first."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return None
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
         lines = file.read().split(b"\n")[:-1]
-    last: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
-    return last
+    return next((line for text in reversed(lines) if (line := metrics_line(text)) is not None), None)
 
 
 class Best(NamedTuple):
@@ -59,7 +56,7 @@ def best_trial(run: Path) -> Best | None:
 
     Figures are those of the evaluation, or where no trial is evaluated those of the last step of training.
     """
-    sweep = json.loads((run / "sweep.json").read_text()) if (run / "sweep.json").exists() else {"trials": []}
+    sweep = read_json(run / "sweep.json") or {"trials": []}
     done = [row for row in sweep["trials"] if row["state"] == "done"]
     if (search := sweep.get("search")) is not None:
         sign = 1.0 if search["direction"] == "minimize" else -1.0

@@ -20,6 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.files import is_experiment
 from plmsae_cli.runtime.processes import me
 from plmsae_cli.store.housekeeping import DATA_FOLDER
 
@@ -45,16 +46,19 @@ def write_json(path: Path, body: Any) -> None:
     write_text(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The file's JSON, or None where there is no file. UserError where it is not JSON."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's JSON object, or None where there is no file. UserError where it holds none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(body, dict):
+            raise ValueError("it holds no JSON object")
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(
             f"{path} is damaged: {error}", "move it aside; the same `plmsae run` then writes it anew"
         ) from error
+    return body
 
 
 def read_yaml(path: Path) -> Any:
@@ -82,17 +86,24 @@ def pointing_runs(root: Path) -> Iterator[tuple[Path, dict[str, dict[str, Any]]]
         seen.add(real)
         if "artifacts.json" not in names:
             continue
-        path = Path(parent) / "artifacts.json"
-        try:
-            pointers = json.loads(path.read_text(encoding="utf-8")) or {}
-            for pointer in pointers.values():
-                os.path.basename(pointer["folder"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{path} is damaged, so it does not say which data its run uses ({error})",
-                "start its experiment again, which writes it anew, or move the run elsewhere",
-            ) from error
-        yield Path(parent), pointers
+        yield Path(parent), read_pointers(Path(parent))
+
+
+def read_pointers(run: Path) -> dict[str, dict[str, Any]]:
+    """What a run points to (artifacts.json), nothing where it has not come so far. Raises UserError where it is damaged."""
+    path = run / "artifacts.json"
+    try:
+        pointers: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) or {}
+        for pointer in pointers.values():
+            os.path.basename(pointer["folder"])
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged, so it does not say which data its run uses ({error})",
+            "move it aside and start its experiment again, which writes it anew, or move the run elsewhere",
+        ) from error
+    return pointers
 
 
 class RunDiffers(UserError):
@@ -125,8 +136,7 @@ class RunFolder:
 
     def point(self, artifacts: Mapping[str, Mapping[str, Any]]) -> None:
         """Add pointers to data folders (artifacts.json)."""
-        path = self.path / "artifacts.json"
-        write_json(path, {**(read_json(path) or {}), **artifacts})
+        write_json(self.path / "artifacts.json", {**read_pointers(self.path), **artifacts})
 
     def status(self, **changes: Any) -> None:
         """Merge into status.json; `stage_seconds` are added to those of earlier starts, by stage."""
@@ -210,7 +220,7 @@ def find_run(run: Path) -> Path:
     """The folder of a run named by its path, or by its name under `runs/`. Raises UserError where there is none."""
     folder = run if (run / "status.json").exists() else Path("runs") / run
     if not (folder / "status.json").exists():
-        of_yaml = run.suffix in (".yaml", ".yml")
+        of_yaml = is_experiment(run)
         hint = f"name the run and not its YAML: {run.stem}, unless it has a name of its own" if of_yaml else None
         raise UserError(f"{run} is not a run (no status.json)", hint or "`plmsae ls` lists the runs")
     return folder

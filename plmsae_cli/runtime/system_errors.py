@@ -30,6 +30,11 @@ def as_user_error(error: BaseException) -> UserError | None:
     if isinstance(error, OSError) and error.errno in _HINTS:
         subject = f"{error.filename}: " if error.filename is not None else ""
         return UserError(f"{subject}{error.strerror}", _HINTS[error.errno])
+    if isinstance(error, RuntimeError) and "Failed to find C compiler" in str(error):
+        return UserError(
+            "Triton finds no C compiler, and builds the launchers of GPU kernels with one",
+            "on Debian and Ubuntu: apt-get install gcc python3-dev; elsewhere CC names one",
+        )
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         first = (str(error).splitlines() or [""])[0]

@@ -122,6 +122,17 @@ class Pending(Mapping[str, Result]):
         wait(self._results.values())
 
 
+class TaskFailed(RuntimeError):
+    """A task raised; `trace` is the worker's traceback. `lost`: it raised nothing, its process went away."""
+
+    def __init__(self, task: str, message: str, trace: str = "", lost: bool = False) -> None:
+        super().__init__(f"{task}: {message}")
+        self.task, self.message, self.trace, self.lost = task, message, trace, lost
+
+    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, str, str, bool]]:
+        return type(self), (self.task, self.message, self.trace, self.lost)
+
+
 class Interrupted(Exception):
     """Asked to stop and stopped at a place from which the next start continues."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from plmsae_cli.config.errors import first_line
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.metrics import flat, start_wandb
-from plmsae_cli.runtime.run_folder import read_json
+from plmsae_cli.runtime.run_folder import read_json, read_pointers
 from plmsae_cli.store.fs import is_remote
 
 ROWS = 1000
@@ -39,7 +39,7 @@ def publish(experiment: Experiment, run: Path) -> None:
         if sweep is not None:
             columns, rows = trials(sweep)
             page.log({"sweep/trials": wandb.Table(columns=[*columns], data=rows)})
-        for name, pointer in (read_json(run / "artifacts.json") or {}).items():
+        for name, pointer in read_pointers(run).items():
             facts = {"stage": name, "key": pointer["key"], "rows": pointer["rows"]}
             data = wandb.Artifact(f"{name}-{pointer['key']}", type="dataset", metadata=facts)
             data.add_reference(address(pointer["folder"]), checksum=False)

@@ -230,7 +230,7 @@ def _calibrate(task: Task, context: Context) -> Mapping[str, Result]:
     """Freeze what int8 rows are standardised by, on the training proteins with the smallest keyed hashes."""
     from plmsae_cli.runtime.embedding import Embedder
     from plmsae_cli.store.activations import Statistics
-    from plmsae_cli.store.scan import sampled_proteins
+    from plmsae_cli.store.kept_proteins import sampled_proteins
 
     experiment, store = context.experiment, context.store
     embed = experiment.embed

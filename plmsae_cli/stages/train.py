@@ -211,13 +211,11 @@ def _present(experiment: Experiment) -> tuple[str, int] | None:
 
 
 def _optimizer_table(train: Train) -> dict[str, str]:
-    import torch
-
-    from plmsae_cli.runtime.models import build_model
+    from plmsae_cli.runtime.models import build_model, shapes_alone
     from plmsae_cli.training.plm_model import optimizer_table, parameter_groups, plm_config
 
     assert train.plm is not None
-    with torch.device("meta"):
+    with shapes_alone():
         model = build_model(plm_config(train.plm))
     return optimizer_table(parameter_groups(model, train), train)
 

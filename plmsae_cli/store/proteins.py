@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 
 from plmsae_cli.store.fasta_index import fasta_sha256
 from plmsae_cli.store.fs import Buffer, FileRecord, Store, StoreError
-from plmsae_cli.store.scan import Policies, Protein, Scan, as_embedded, kept_proteins, scan
+from plmsae_cli.store.kept_proteins import Protein, as_embedded, kept_proteins
+from plmsae_cli.store.scan import Policies, Scan, scan
 from plmsae_cli.store.split import heldout, split_hash
 
 __all__ = [

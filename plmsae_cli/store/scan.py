@@ -16,17 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.store.fasta import Entry, entries
+from plmsae_cli.store.fasta import entries
 from plmsae_cli.store.fasta_index import KNOWN_LETTERS, FastaIndex, fasta_index
-from plmsae_cli.store.permutation import counter_hash
 from plmsae_cli.store.split import heldout
 
-_TO_X = {ord(letter): "X" for letter in map(chr, range(33, 127)) if letter not in KNOWN_LETTERS}
 Mask = npt.NDArray[np.bool_]
-_SAMPLE_SEED = 1
-"""Of the keyed hash that samples training proteins: another order than that of the split."""
-
-
 _PIECE = 1 << 16
 """Proteins whose numbers are computed at a time: of millions every array counts."""
 
@@ -130,23 +124,6 @@ class Scan:
             yield start, lengths_P * (4096 + np.minimum(lengths_P, self.max_length))
 
 
-@dataclass(frozen=True)
-class Protein:
-    """A kept protein."""
-
-    id: str
-    description: str
-    length: int
-    """Residues in the file."""
-    sequence: str
-    """As embedded."""
-
-
-def as_embedded(sequence: str, max_length: int | None) -> str:
-    """An upper-case sequence with letters outside the alphabet read as X, cut after `max_length` residues."""
-    return sequence[:max_length].translate(_TO_X)
-
-
 def scan(path: Path, options: Policies) -> Scan:
     """Apply the policies to the proteins of a FASTA file: one pass, or none where its index is remembered.
 
@@ -186,7 +163,7 @@ def _number(index: FastaIndex, kept_R: Mask, dropped: Mapping[str, int], options
     original_P, hashes_P = (
         (index.lengths_R, index.hashes_R) if whole else (index.lengths_R[kept_R], index.hashes_R[kept_R])
     )
-    most = _most_rows(options)
+    most = most_rows(options)
     lengths_P = original_P if most is None else np.minimum(original_P, np.int32(min(most, 2**31 - 1)))
     heldout_P = heldout(hashes_P, options.holdout)
     row_offset_P = np.zeros(len(lengths_P), np.int64)
@@ -214,7 +191,7 @@ def _number(index: FastaIndex, kept_R: Mask, dropped: Mapping[str, int], options
     return Scan(index.sha256, kept_R, lengths_P, truncated_P, heldout_P, options.max_length, row_offset_P, counts)
 
 
-def _most_rows(options: Policies) -> int | None:
+def most_rows(options: Policies) -> int | None:
     """Residues kept of a protein at most; None where windows keep all."""
     return None if options.long == "windows" else options.max_length
 
@@ -251,53 +228,3 @@ def _line_of(path: Path, identifier: str) -> int:
 
 def _unknown_letters(sequence: str) -> str:
     return " ".join(sorted(set(sequence) - set(KNOWN_LETTERS)))
-
-
-def kept_proteins(path: Path, scanned: Scan, options: Policies) -> Iterator[Protein]:
-    """The kept proteins in order, streamed. A file that no longer fits its scan is a UserError."""
-    changed = UserError(f"{path} changed since it was scanned", "start again: the new file is a new input")
-    kept = 0
-    record = -1
-    for record, entry in enumerate(entries(path)):
-        if record >= len(scanned.kept_R):
-            raise changed
-        if not scanned.kept_R[record]:
-            continue
-        protein = _protein(entry, options)
-        if len(protein.sequence) != scanned.lengths_P[kept]:
-            raise changed
-        kept += 1
-        yield protein
-    if record + 1 != len(scanned.kept_R):
-        raise changed
-
-
-def sampled_proteins(path: Path, scanned: Scan, options: Policies, rows: int, batch_rows: int) -> Iterator[list[str]]:
-    """Training proteins as embedded, those with the smallest keyed hashes, of `rows` rows or just above, or all.
-
-    In FASTA order, in lists of `batch_rows` rows or just above. The same for any order of the file's records but for that.
-    """
-    hashes_P = fasta_index(path).hashes_R[scanned.kept_R]
-    keyed_P = counter_hash(_SAMPLE_SEED, hashes_P)
-    order_P = np.argsort(keyed_P, kind="stable")
-    order_P = order_P[~scanned.heldout_P[order_P]]
-    before_P = np.cumsum(scanned.lengths_P[order_P], dtype=np.int64) - scanned.lengths_P[order_P]
-    chosen_P = np.zeros(scanned.num_proteins, bool)
-    chosen_P[order_P[before_P < rows]] = True
-    batch: list[str] = []
-    held = 0
-    for chosen, protein in zip(chosen_P, kept_proteins(path, scanned, options), strict=True):
-        if not chosen:
-            continue
-        batch.append(protein.sequence)
-        held += len(protein.sequence)
-        if held >= batch_rows:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-def _protein(entry: Entry, options: Policies) -> Protein:
-    identifier, description, sequence, _ = entry
-    return Protein(identifier, description, len(sequence), as_embedded(sequence, _most_rows(options)))

@@ -198,3 +198,17 @@ def test_a_disk_that_has_no_room_for_the_runs_own_files(plmsae: Plmsae, write: W
         while True:
             file.write(bytes(4096))
     refused(plmsae("run", write(root=small_disk / "runs")), "runs/one/", "No space left", "free some space", code=1)
+
+
+def test_folders_that_nothing_can_be_written_to(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that is mounted read-only."""
+    access = os.access
+    path = write(root=tmp_path / "there")
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(os, "access", lambda p, mode: mode != os.W_OK and access(p, mode))
+    refused(plmsae("validate", path), f"root: {tmp_path}/there cannot be written to", "name another folder in root")
+    path = write(root=tmp_path / "absent" / "runs")
+    refused(plmsae("validate", path), f"absent/runs cannot be made, {tmp_path} cannot be written to")
+    refused(plmsae("run", tmp_path), f"{tmp_path} cannot be written to", "a queue keeps its lock", "one by one")

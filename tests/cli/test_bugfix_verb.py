@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from plmsae_cli.config.bugfix import STEPS
+from plmsae_cli.config.bugfix.sizes import STEPS
 
 EXAMPLES = Path(__file__).parents[2] / "experiments" / "examples"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import sysconfig
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +65,28 @@ def test_what_fails_is_told_with_its_remedy(
     assert "hint: check its name" in wrong
 
 
+def test_a_file_system_that_is_read_only_is_a_check_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    found = doctor._disk("root", str(tmp_path))
+    assert (found.state, found.text) == ("fail", f"{tmp_path}: Read-only file system")
+    assert found.remedy == "name another folder in root"
+
+
+def test_kernels_want_a_compiler_and_the_headers_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._compiler().text.startswith("no C compiler")
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert doctor._compiler().text.startswith(f"{tmp_path}/Python.h is not there")
+    (tmp_path / "Python.h").touch()
+    assert (doctor._compiler().state, doctor._compiler().text) == ("ok", f"{tmp_path}/gcc")
+
+
 def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
     (run / "logs").mkdir(parents=True)
@@ -72,6 +96,8 @@ def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:
     told = plmsae("logs", run, "--lines", 2)
     assert (told.code, told.out) == (0, "line 298\nline 299\n")
     assert "--rank 0 to 0" in told.err
+    assert plmsae("logs", run, "--lines", 0).out == ""
+    assert plmsae("logs", run, "--lines", -2).code == 2
     assert plmsae("logs", run, "-f").out.splitlines()[0] == "line 100", "a run that has ended is not waited for"
     assert plmsae("logs", run, "--rank", 1).out == "from rank 1\n"
     missed = plmsae("logs", run, "--rank", 7)

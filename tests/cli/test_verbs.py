@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from plmsae_cli import load_sae
-from plmsae_cli.cli.listing import best_line, foretold_lines
+from plmsae_cli.cli.status import best_line, foretold_lines
 from plmsae_cli.config.schema import FILE, text
 from plmsae_cli.runtime.foretold import foretell
 from plmsae_cli.runtime.processes import SILENT_S, live_state, me, state_words
@@ -331,8 +331,10 @@ def test_init_writes_an_experiment_that_is_valid_with_the_users_proteins(
     plmsae: Plmsae, shared: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "mine.yaml"
-    assert plmsae("init", path, "--kind", kind).code == 0
+    path = tmp_path / "my own.yaml"
+    made = plmsae("init", path, "--kind", kind)
+    assert made.code == 0
+    assert f"`plmsae run '{path}'`" in made.err, "to be pasted into a shell"
     written = path.read_text()
     again = plmsae("init", path, "--kind", kind)
     assert again.code == 2

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plmsae_cli.config.bugfix import BUNDLED_LAYERS, STEPS, bugfix, spread
+from plmsae_cli.config.bugfix import bugfix
+from plmsae_cli.config.bugfix.layers import BUNDLED_LAYERS, spread
+from plmsae_cli.config.bugfix.sizes import STEPS
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.overrides import points, trial
 from plmsae_cli.config.templates import NAMES, full_template, template

@@ -10,10 +10,9 @@ import pytest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.gang import Gang
-from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.executors.torchrun import _killed
 from plmsae_cli.runtime.run_folder import RunFolder, write_json
-from plmsae_cli.runtime.task import Task
+from plmsae_cli.runtime.task import Task, TaskFailed
 
 TASK = Task("train", "train", ("run",))
 KILLED = """

@@ -20,9 +20,8 @@ from plmsae_cli.executors import worker
 from plmsae_cli.executors.executor import PlanChanged
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
-from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
-from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task
+from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task, TaskFailed
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.weights import save_model
 

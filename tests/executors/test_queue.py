@@ -21,9 +21,9 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def test_files_as_given_and_folders_by_name_each_once(tmp_path: Path) -> None:
-    touch(tmp_path, "b.yaml", "a.yml", "10.yaml", "9.yaml", ".hidden.yaml", "notes.txt", "examples/z.yaml")
+    touch(tmp_path, "b.yaml", "a.yml", "C.YAML", "10.yaml", "9.yaml", ".hidden.yaml", "notes.txt", "examples/z.yaml")
     found = find([tmp_path / "b.yaml", tmp_path, tmp_path / "examples"])
-    assert [p.name for p in found] == ["b.yaml", "10.yaml", "9.yaml", "a.yml", "z.yaml"]
+    assert [p.name for p in found] == ["b.yaml", "10.yaml", "9.yaml", "C.YAML", "a.yml", "z.yaml"]
     with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
         find([tmp_path / "nowhere.yaml"])
 

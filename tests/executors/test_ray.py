@@ -18,11 +18,10 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage, run_experiment
-from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.executors.ray import RayExecutor
 from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.runtime.stop import STOP
-from plmsae_cli.runtime.task import Interrupted
+from plmsae_cli.runtime.task import Interrupted, TaskFailed
 from plmsae_cli.store.fs import Store
 
 ray = pytest.importorskip("ray")

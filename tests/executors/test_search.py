@@ -12,7 +12,8 @@ import pytest
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.executors.search import JOURNAL, explore, open_study, summary
+from plmsae_cli.executors.search import explore
+from plmsae_cli.executors.study import JOURNAL, open_study, summary
 from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.task import Interrupted

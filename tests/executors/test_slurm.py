@@ -18,10 +18,9 @@ from plmsae_cli.executors import slurm as module
 from plmsae_cli.executors.executor import load_extra, waves
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
-from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.executors.slurm import FarTask, SlurmExecutor
 from plmsae_cli.runtime.stop import STOP
-from plmsae_cli.runtime.task import Interrupted
+from plmsae_cli.runtime.task import Interrupted, TaskFailed
 from plmsae_cli.store.fs import Store
 
 submitit = pytest.importorskip("submitit")

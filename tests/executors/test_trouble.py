@@ -15,9 +15,9 @@ import pytest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment, Storage
 from plmsae_cli.executors import trouble
-from plmsae_cli.executors.pool import TaskFailed
 from plmsae_cli.executors.trouble import Recovery, passing
 from plmsae_cli.runtime.stop import STOP
+from plmsae_cli.runtime.task import TaskFailed
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.records import DamagedError, StoreError
 

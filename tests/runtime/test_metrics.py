@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,9 @@ def test_the_real_package_offline(
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert f"wandb sync {folder}" in said
     (log,) = folder.glob("*.wandb")
+    until = time.monotonic() + 20
+    while b"valid/random/loss" not in log.read_bytes() and time.monotonic() < until:
+        time.sleep(0.05)  # `finish` may return a moment before the service of W&B has written its last lines
     assert b"valid/random/loss" in log.read_bytes()
     assert folder.name.endswith((tmp_path / "wandb-id").read_text())
     for path in tmp_path.rglob("*"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,3 +47,16 @@ def test_users_errors_stay_and_others_are_nobodys() -> None:
     assert as_user_error(error) is error
     assert as_user_error(ConnectionResetError(errno.ECONNRESET, "reset")) is None
     assert as_user_error(RuntimeError("bug")) is None
+
+
+def test_triton_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = pytest.importorskip("triton.runtime.build")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError) as raised:
+        build._build("launcher", "launcher.c", str(tmp_path), [], [], [], [])
+    words = as_user_error(raised.value)
+    assert words is not None
+    assert "C compiler" in words.message
+    assert words.hint is not None
+    assert "apt-get install gcc" in words.hint

@@ -53,6 +53,27 @@ def test_the_run_goes_on(ended: dict[str, Any], mood: str) -> None:
 
 
 @pytest.mark.parametrize("mood", MOODS)
+def test_results_follow_or_are_told_to_have_stayed(ended: dict[str, Any], mood: str) -> None:
+    folder, _, out, err = ended[mood]
+    found = json.loads(out)
+    assert found["published"] < 60
+    told = err.count("W&B has not taken the results (")
+    assert told == {"well": 0, "down": 1, "bad-key": 1}.get(mood, told)
+    assert told <= 1
+    assert json.loads((folder / "eval" / "metrics.json").read_text())["fidelity"]["fvu"] == 0.25
+    if mood == "well":
+        assert found["summary"]["eval/fidelity/fvu"] == 0.25
+
+
+def test_the_page_has_its_settings_project_and_group(ended: dict[str, Any]) -> None:
+    begun = [run for run in json.loads(ended["well"][2])["runs"] if run["groupName"] is not None]
+    assert len(begun) == 2, "training, then its results"
+    assert json.loads(begun[0]["config"])["embed"]["value"]["layers"] == [7]
+    known = (ended["well"][0] / "wandb-id").read_text()
+    assert {(run["project"], run["groupName"], run["name"]) for run in begun} == {("features", "widths", known)}
+
+
+@pytest.mark.parametrize("mood", MOODS)
 def test_the_key_is_in_no_file_and_on_no_screen(ended: dict[str, Any], mood: str) -> None:
     folder, _, out, err = ended[mood]
     assert KEY not in out + err

@@ -1,11 +1,12 @@
 """A run's metrics against a stub of W&B's server that misbehaves as told: `python wandb_hub.py MOOD FOLDER`.
 
-A process of its own, because a service of W&B that broke stays broken for its process. Prints one JSON object: the seconds it
-took and the lines of history that the server received.
+A process of its own, because a service of W&B that broke stays broken for its process. Prints one JSON object: the seconds
+that training and its results took, and what the server received.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -30,6 +31,9 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     mood = ""
     history: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
+    runs: list[dict[str, Any]] = []
+    """What was said of each run as it began: `config`, `groupName`, `project` and others."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -44,8 +48,14 @@ class Hub(BaseHTTPRequestHandler):
         for name, file in (asked.get("files") or {}).items():
             if name == "wandb-history.jsonl":
                 self.history.extend(json.loads(line) for line in file["content"])
+            if name == "wandb-summary.json":
+                self.summary.update(json.loads(file["content"][-1]))
         query = asked.get("query") or ""
-        data = next((answer for word, answer in ANSWERS.items() if word in query), {})
+        if "upsertBucket" in query:
+            self.runs.append(asked["variables"])
+        data = copy.deepcopy(next((answer for word, answer in ANSWERS.items() if word in query), {}))
+        if "upsertBucket" in data:  # under its own name: the client remembers a run by what the server calls it
+            data["upsertBucket"]["bucket"]["name"] = asked["variables"]["name"]
         if self.mood == "broken" and "createRunFiles" in query:
             data = {}  # which breaks the client's own service
         self._send(401 if self.mood == "bad-key" else 200, {"data": data})
@@ -71,11 +81,14 @@ def main(mood: str, folder: Path) -> None:
     os.environ.update(WANDB_BASE_URL=url, WANDB_FINISH_TIMEOUT="2", HOME=str(folder))
     from plmsae_cli.config.experiment import Experiment
     from plmsae_cli.runtime import metrics
+    from plmsae_cli.runtime.wandb_results import publish
 
     metrics.INIT_TIMEOUT_S = 2.0
-    body = {"name": "t", "embed": {"fasta": "a", "layers": [1]}, "wandb": {"mode": "online"}}
+    options = {"mode": "online", "project": "features", "group": "widths"}
+    body = {"name": "t", "embed": {"fasta": "a", "layers": [7]}, "wandb": options}
+    experiment = Experiment.model_validate(body)
     begun = time.monotonic()
-    sinks = metrics.open_sinks(Experiment.model_validate(body), folder, 0, True)
+    sinks = metrics.open_sinks(experiment, folder, 0, True)
     for step in range(1, 7):
         if step == 3 and mood == "dies":
             Hub.mood = "dead"
@@ -83,7 +96,12 @@ def main(mood: str, folder: Path) -> None:
             sink.add({"step": step, "tokens": 8 * step, "loss": 1.0 / step, "valid": {"random": {"loss": 2.0}}})
     for sink in sinks:
         sink.close()
-    print(json.dumps({"seconds": time.monotonic() - begun, "history": Hub.history}), flush=True)
+    trained = time.monotonic() - begun
+    (folder / "eval").mkdir()
+    (folder / "eval" / "metrics.json").write_text('{"fidelity": {"fvu": 0.25}}')
+    publish(experiment, folder)
+    told = {"history": Hub.history, "summary": Hub.summary, "runs": Hub.runs}
+    print(json.dumps({"seconds": trained, "published": time.monotonic() - begun - trained, **told}), flush=True)
 
 
 if __name__ == "__main__":

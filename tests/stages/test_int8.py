@@ -115,7 +115,7 @@ def test_unmodified_litdata_reads_the_bytes(both: dict[str, Experiment]) -> None
 
 
 def test_calibration_is_the_same_for_any_workers_and_sampled_by_hash(build: Build, go: Go, tmp_path: Path) -> None:
-    from plmsae_cli.store.scan import sampled_proteins
+    from plmsae_cli.store.kept_proteins import sampled_proteins
 
     one = build(embed__dtype="int8", root=str(tmp_path / "one"))
     three = build(embed__dtype="int8", root=str(tmp_path / "three"), launch__workers=3)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from plmsae_cli.cli.listing import show_status
 from plmsae_cli.cli.stage import plans_of, run_stage
+from plmsae_cli.cli.status import show_status
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors import shared

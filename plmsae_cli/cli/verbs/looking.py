@@ -42,7 +42,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Show how far one run is, and what came out."""
-    from plmsae_cli.cli.listing import show_status
+    from plmsae_cli.cli.status import show_status
 
     raise typer.Exit(show_status(run, json))
 
@@ -56,7 +56,9 @@ def logs(
     rank: Annotated[
         int | None, typer.Option("--rank", metavar="N", help="The output of one rank of a training on several.")
     ] = None,
-    lines: Annotated[int, typer.Option("--lines", metavar="N", help="Lines to begin with; 200 unless set.")] = 200,
+    lines: Annotated[
+        int, typer.Option("--lines", metavar="N", min=0, help="Lines to begin with; 200 unless set.")
+    ] = 200,
 ) -> None:
     """Show what a run has said, and how it failed."""
     from plmsae_cli.cli.logs import show_logs

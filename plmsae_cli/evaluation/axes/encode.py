@@ -123,7 +123,7 @@ def _tables(scope: Scope, names: list[str]) -> list[FileRecord]:
     """The pieces' tables of proteins and of strongest latents as one each."""
     import pyarrow as pa
 
-    from plmsae_cli.evaluation.frame import read_table
+    from plmsae_cli.store.tables import read_table
 
     def joined(kind: str) -> Any:
         found = sorted(name for name in names if f"/{kind}/" in name)

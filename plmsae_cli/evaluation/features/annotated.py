@@ -13,9 +13,10 @@ from plmsae_cli.evaluation.concepts.vocabulary import find_concepts
 from plmsae_cli.evaluation.features import layout
 from plmsae_cli.evaluation.features.concept_counts import listed
 from plmsae_cli.evaluation.features.job import Job
-from plmsae_cli.evaluation.frame import read_table, write_table
+from plmsae_cli.evaluation.frame import write_table
 from plmsae_cli.store.fs import FileRecord
 from plmsae_cli.store.split import split_hash
+from plmsae_cli.store.tables import read_table
 
 KNOWN = "annotate/known.parquet"
 

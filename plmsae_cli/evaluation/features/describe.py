@@ -19,8 +19,9 @@ from plmsae_cli.evaluation.features import layout
 from plmsae_cli.evaluation.features.job import Job
 from plmsae_cli.evaluation.features.reading import Side
 from plmsae_cli.evaluation.features.unseen import KINDS, Questions, correlations, questions
-from plmsae_cli.evaluation.frame import read_table, write_table
+from plmsae_cli.evaluation.frame import write_table
 from plmsae_cli.store.fs import FileRecord
+from plmsae_cli.store.tables import read_table
 
 FOLDER = "describe"
 ANSWERS = (FOLDER, "latents.parquet")

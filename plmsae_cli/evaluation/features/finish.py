@@ -12,9 +12,10 @@ from plmsae_cli.evaluation.features.annotated import KNOWN
 from plmsae_cli.evaluation.features.describe import ANSWERS
 from plmsae_cli.evaluation.features.job import AXIS, Job
 from plmsae_cli.evaluation.features.latent_rows import known_model, prefixes
-from plmsae_cli.evaluation.frame import read_table, write_table
+from plmsae_cli.evaluation.frame import write_table
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
 from plmsae_cli.store.fs import FileRecord
+from plmsae_cli.store.tables import read_table
 
 
 def collect(job: Job, merged: list[str]) -> list[FileRecord]:

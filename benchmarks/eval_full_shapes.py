@@ -55,8 +55,8 @@ CONCEPTS, CLASSES = 476, 500
 class Timed:
     """`with timed("axis")`: seconds and peak memory of what is inside, printed and kept."""
 
-    def __init__(self, device: torch.device, about: dict[str, str]) -> None:
-        self.device, self.about = device, about
+    def __init__(self, device: torch.device, about: dict[str, str], name: str = "eval/full-shapes") -> None:
+        self.device, self.about = device, {"name": name, **about}
         self.lines: list[dict[str, Any]] = []
 
     @contextmanager
@@ -71,13 +71,7 @@ class Timed:
             torch.cuda.synchronize()
         spent = time.perf_counter() - begun
         peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
-        line = {
-            "name": "eval/full-shapes",
-            "who": f"plmsae {axis}",
-            "value": round(spent, 2),
-            "unit": "s",
-            **self.about,
-        }
+        line = {**self.about, "who": f"plmsae {axis}", "value": round(spent, 2), "unit": "s"}
         self.lines.append({**line, "note": f"{note}; peak {peak / 2**30:.1f} GiB"})
         print(f"{axis:12} {spent:8.2f} s   peak {peak / 2**30:5.1f} GiB   {note}", flush=True)
 

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 NAMES = (
     "embed/650M", "embed/3B", "sae-step/S1", "sae-step/S2", "sae-step/S3", "sae-step/S4", "sae-step/switch",
     "sae-train/S2-cache", "sae-train/switch-s3", "data/shuffle-optimize-8GB", "data/stream-cache",
-    "data/stream-s3", "data/stream-s3-50ms", "plm/133M", "eval/concepts", "features/collect-encode",
+    "data/stream-s3", "data/stream-s3-50ms", "plm/133M", "eval/concepts", "eval/interventions", "features/collect-encode",
 )  # fmt: skip
 """Names that will be claimed; those without a line are listed as not measured."""
 _SMALLER_IS_BETTER = ("s", "ms", "us", "min", "h", "FVU", "nats", "MB")

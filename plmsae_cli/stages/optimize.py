@@ -28,7 +28,7 @@ from plmsae_cli.stages.common import (
     shuffle_passes,
 )
 from plmsae_cli.store.blocks import chunk_name, chunk_rows
-from plmsae_cli.store.fs import DamagedError, FileRecord, Store, is_remote, join
+from plmsae_cli.store.fs import DamagedError, FileRecord, MissingError, Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.passes import chunks_per_task, held_rows, optimize_effort, window_rows
 
@@ -144,13 +144,16 @@ def _copied(store: Store, source: str, folder: str, wanted: FileRecord) -> FileR
     """A file of the activations as a file of the dataset.
 
     Raises:
-        DamagedError: it is not what was recorded of it, which a copy with a hash of its own would hide for good.
+        StoreError: it is not there, or not what was recorded of it, which a copy with a hash of its own would hide for good.
     """
     from plmsae_cli.store.buckets import redo
 
     path, size = join(source, wanted.name), wanted.size
     pieces = (store.read(path, start, min(_COPIED, size - start)) for start in range(0, size, _COPIED))
-    record = store.write(join(folder, wanted.name), pieces, size=size)
+    try:
+        record = store.write(join(folder, wanted.name), pieces, size=size)
+    except (MissingError, DamagedError) as error:
+        raise type(error)(error.message, redo(source)) from error
     if record.xxh3 != wanted.xxh3:
         store.delete(record.name)
         raise DamagedError(

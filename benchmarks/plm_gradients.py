@@ -53,6 +53,9 @@ def gradients(side: Ours, weights: dict[str, Tensor], pack: Masked) -> tuple[flo
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
+    """1 where both are 0, as those of matrices behind one that still is."""
+    if not a.any() and not b.any():
+        return 1.0
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-300))
 
 

@@ -106,6 +106,8 @@ def main() -> None:
     own = topk_learning_rate(shape.latents)
     rates = dict.fromkeys([*fused, *peers], peak) | {f"{who}, its own rate": own for who in peers}
     rates[WIDE_SWITCH] = options.lr or sae_learning_rate("adam", 8 * shape.latents, shape.d, steps)
+    if unknown := set(options.sides or ()) - rates.keys():
+        parser.error(f"--sides: no {', '.join(sorted(unknown))}; there are {'; '.join(rates)}")
     command = " ".join(["python benchmarks/sae_quality.py", *sys.argv[1:]])
     common = stamp("sae-quality", torch.cuda.get_device_name() if ON_GPU else cpu(torch.get_num_threads()), command)
     for who, rate in rates.items():

@@ -28,9 +28,9 @@ from plmsae_cli.stages.common import (
     shuffle_passes,
 )
 from plmsae_cli.store.blocks import chunk_name, chunk_rows
-from plmsae_cli.store.fs import DamagedError, FileRecord, Store, is_remote, join
+from plmsae_cli.store.fs import DamagedError, FileRecord, MissingError, Store, is_remote, join
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.passes import chunks_per_task, held_rows, optimize_effort, window_rows
+from plmsae_cli.store.passes import chunks_per_task, held_rows, optimize_effort, task_memory, window_rows
 
 _COPIED = 32 << 20
 """Bytes of a file that are copied at a time."""
@@ -56,7 +56,8 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
         step = chunks_per_task(rows, row_bytes, per_chunk, memory, is_remote(ref.folder))
         chosen = read_plan(store, ref.folder) or {"rows": rows, "chunk_rows": per_chunk, "chunks_per_task": step}
         step = chosen["chunks_per_task"]
-        reduces = reduce_tasks(ref.folder, source, rows, per_chunk, step, memory)
+        asked = task_memory(min(rows, step * per_chunk), row_bytes, memory)
+        reduces = reduce_tasks(ref.folder, source, rows, per_chunk, step, memory, asked)
         facts = {
             "layer": layer,
             "rows": rows,
@@ -82,8 +83,10 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     return Plan("optimize", tasks, artifacts, figures)
 
 
-def reduce_tasks(folder: str, source: str, rows: int, chunk_rows: int, chunks_per_task: int, memory: int) -> list[Task]:
-    """Tasks that fill `chunks_per_task` chunks each."""
+def reduce_tasks(
+    folder: str, source: str, rows: int, chunk_rows: int, chunks_per_task: int, memory: int, asked: int = 0
+) -> list[Task]:
+    """Tasks that fill `chunks_per_task` chunks each, within `memory`; of a cluster they ask for `asked` bytes."""
     num_chunks = math.ceil(rows / chunk_rows)
     step = chunks_per_task
     return [
@@ -91,7 +94,7 @@ def reduce_tasks(folder: str, source: str, rows: int, chunk_rows: int, chunks_pe
             f"reduce-{i:05d}",
             "optimize",
             (folder,),
-            resources=Resources(memory=memory),
+            resources=Resources(memory=asked),
             cost=float(min(step * chunk_rows, rows - i * step * chunk_rows)),
             args={
                 "source": source,
@@ -144,13 +147,16 @@ def _copied(store: Store, source: str, folder: str, wanted: FileRecord) -> FileR
     """A file of the activations as a file of the dataset.
 
     Raises:
-        DamagedError: it is not what was recorded of it, which a copy with a hash of its own would hide for good.
+        StoreError: it is not there, or not what was recorded of it, which a copy with a hash of its own would hide for good.
     """
     from plmsae_cli.store.buckets import redo
 
     path, size = join(source, wanted.name), wanted.size
     pieces = (store.read(path, start, min(_COPIED, size - start)) for start in range(0, size, _COPIED))
-    record = store.write(join(folder, wanted.name), pieces, size=size)
+    try:
+        record = store.write(join(folder, wanted.name), pieces, size=size)
+    except (MissingError, DamagedError) as error:
+        raise type(error)(error.message, redo(source)) from error
     if record.xxh3 != wanted.xxh3:
         store.delete(record.name)
         raise DamagedError(

@@ -38,7 +38,7 @@ from plmsae_cli.stages.common import (
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import delete_parts, done_tasks, read_manifest
-from plmsae_cli.store.passes import Level, Passes, shuffle_effort
+from plmsae_cli.store.passes import Level, Passes, shuffle_effort, task_memory
 
 _BY_EMBED = "embed writes its files, layout: bucketed"
 _NOTHING = {"files": 0, "bytes_read": 0, "bytes_written": 0}
@@ -64,7 +64,9 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             figures[f"layer-{layer}"] = {"rows": rows, "maps": passes.levels()[0].groups, **_NOTHING}
             continue
         source = lineage.embed(layer).folder
-        each = level_tasks(passes, ref.folder, source, shuffle.seed, int(shuffle.memory))
+        memory = int(shuffle.memory)
+        asked = memory if passes.middle else task_memory(passes.map_rows, row_bytes, memory)
+        each = level_tasks(passes, ref.folder, source, shuffle.seed, asked)
         facts = {"d": lineage.d, "layer": layer, "source": source, **chosen}
         needed = [task for level in each for task in level]
         if passes.middle:
@@ -81,7 +83,7 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
             "rows_per_map": passes.map_rows,
             "buckets_per_map": -(-rows // passes.first_bucket_rows),
             **({"merges": sum(level.num_files for level in passes.levels()[1:])} if passes.middle else {}),
-            "memory_per_task": int(shuffle.memory),
+            "memory_per_task": memory,
             **effort_figures(effort, experiment, ref.folder, measured_speed(store, ref.folder)),
             **measured_facts(store, ref.folder),
         }

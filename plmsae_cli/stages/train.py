@@ -60,6 +60,7 @@ def _run_artifact(lineage: Lineage, tasks: list[Task], tokens: int) -> Artifact:
 
 def _plan_sae(lineage: Lineage, train: Train) -> Plan:
     from plmsae_cli.training.prediction import state_bytes
+    from plmsae_cli.training.sae_objective import peak_rate
     from plmsae_cli.training.stream import steps_per_epoch
 
     experiment, store = lineage.experiment, lineage.store
@@ -94,6 +95,7 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
         "architecture": train.autoencoder().architecture,
         "latents": model.num_latents,
         "parameters": parameters,
+        "lr": float(f"{peak_rate(train, model, steps):.4g}"),
         # Weights in float32 and the optimiser's state; gradients, with the fused step's copies; what a step holds.
         "memory_per_rank": parameters * (4 + state_bytes(train)) // _owners(experiment, model)
         + 4 * parameters

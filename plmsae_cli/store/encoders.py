@@ -34,12 +34,15 @@ def hide_broken_torchvision() -> None:
     try:
         import_module("torchvision")
         return
-    except ImportError:
-        pass  # absent, or hidden: transformers may have looked before it was
-    except (RuntimeError, OSError):
+    except Exception:  # absent, hidden by someone else, or broken, which may be an error of any kind
         sys.modules["torchvision"] = None  # type: ignore[assignment]
-    if (asked := sys.modules.get("transformers.utils.import_utils")) is not None:
-        asked.is_torchvision_available.cache_clear()
+    if (asked := sys.modules.get("transformers.utils.import_utils")) is None:
+        return
+    # It may have looked before: transformers 4 keeps the answer in a variable, 5 in caches.
+    vars(asked).update(_torchvision_available=False)
+    for name in ("is_torchvision_available", "is_torchvision_v2_available"):
+        if forget := getattr(getattr(asked, name, None), "cache_clear", None):
+            forget()
 
 
 def transformers_module() -> Any:

@@ -52,6 +52,11 @@ def task_rows(rows: int, row_bytes: int, memory: int, remote: bool) -> int:
     return max(1, min(held_rows(memory, row_bytes), -(-rows // tasks)))
 
 
+def task_memory(rows: int, row_bytes: int, memory: int) -> int:
+    """Bytes that a task of so many rows asks a cluster for: of `memory` no more than they need, so that more fit a machine."""
+    return min(memory, memory - usable(memory) + rows * (row_bytes + ROW_OVERHEAD))
+
+
 def chunks_per_task(rows: int, row_bytes: int, chunk_rows: int, memory: int, remote: bool) -> int:
     """Whole chunks that a task of `optimize` writes: at least one."""
     return max(1, task_rows(rows, row_bytes, memory, remote) // chunk_rows)

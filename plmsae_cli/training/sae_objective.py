@@ -44,6 +44,13 @@ def build(options: Train, d: int) -> Dictionary:
     return model
 
 
+def peak_rate(options: Train, model: Dictionary, total_steps: int) -> float:
+    """The peak learning rate of a run: the one asked for, or what `auto` is for this model and length."""
+    if options.lr != "auto":
+        return options.lr
+    return sae_learning_rate(options.optimizer, model.num_latents, model.d, total_steps)
+
+
 class SAEObjective:
     """Step, state and figures of one SAE.
 
@@ -86,8 +93,7 @@ class SAEObjective:
         self._dead = DeadLatents(own, device)
         tokens = total_steps * options.batch_tokens
         self._window = dead_window(tokens) if options.dead_tokens == "auto" else options.dead_tokens
-        auto = sae_learning_rate(options.optimizer, self.model.num_latents, self.model.d, total_steps)
-        self._peak = auto if options.lr == "auto" else options.lr
+        self._peak = peak_rate(options, self.model, total_steps)
         # The loss is a mean over d; the clip is meant for the gradient of the sum.
         self._max_norm = None if options.grad_clip is None else options.grad_clip / self.model.d
         wanted = options.lr_warmup_steps

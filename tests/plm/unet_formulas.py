@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.plm.alphabet import MASK
-from plmsae_cli.plm.gradients import EPSILON
 from plmsae_cli.plm.unet_config import UNetConfig
 
 
@@ -19,7 +18,7 @@ def written_out(
     length, dh, half = len(tokens), c.head_dim, c.num_layers // 2
 
     def norm(x: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + EPSILON).sqrt()
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
 
     angles = torch.outer(torch.arange(length).double(), 1e4 ** (-torch.arange(0, dh, 2).double() / dh))
 

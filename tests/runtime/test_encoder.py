@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -262,21 +263,36 @@ def test_limits_of_encoders_are_named(experiment: Callable[..., Experiment], tra
         Lineage(experiment(f"hf:{folder}", layers=[5]), Store()).embed(5)
 
 
-def test_a_broken_torchvision_is_hidden_also_late(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("broken", "between"),
+    [
+        ("ImportError('libcudart.so.12: cannot open shared object file')", ""),
+        ("RuntimeError('operator torchvision::nms does not exist')", "sys.modules['torchvision'] = None"),
+    ],
+)
+def test_a_broken_torchvision_is_hidden_also_late(tmp_path: Path, broken: str, between: str) -> None:
     """Also where transformers has found it before, and where someone else has hidden it since."""
     (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')"
-    )
-    for between in ("", "sys.modules['torchvision'] = None"):
-        program = f"""if True:
-            import sys
-            sys.path.insert(0, {str(tmp_path)!r})
-            from transformers.utils import is_torchvision_available
-            assert is_torchvision_available()
-            {between}
-            from plmsae_cli.store.encoders import transformers_module
-            transformers_module().EsmConfig
-        """
-        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, ran.stderr
+    (tmp_path / "torchvision" / "__init__.py").write_text(f"raise {broken}")
+    program = f"""if True:
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from transformers.utils import is_torchvision_available, is_torchvision_v2_available
+        assert is_torchvision_available() and is_torchvision_v2_available()
+        {between}
+        from plmsae_cli.store.encoders import transformers_module
+        transformers_module().EsmConfig
+        assert not is_torchvision_available() and not is_torchvision_v2_available()
+    """
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_transformers_4_forgets_torchvision_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the answer is a variable of the module, and the function that returns it has no cache."""
+    old = ModuleType("transformers.utils.import_utils")
+    exec("_torchvision_available = True\ndef is_torchvision_available(): return _torchvision_available", vars(old))  # noqa: S102
+    monkeypatch.setitem(sys.modules, old.__name__, old)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    hide_broken_torchvision()
+    assert not vars(old)["is_torchvision_available"]()

@@ -289,14 +289,21 @@ def test_what_the_dataset_takes_along_is_what_was_recorded(tmp_path: Path) -> No
     line = Line(tmp_path, embedded(tmp_path, rows), 4, divide(300, 16, 4_000, False), 4_000)
     line.shuffle()
     statistics = Path(line.source) / "stats.safetensors"
+    whole = statistics.read_bytes()
     _flip(statistics)
-    with pytest.raises(StoreError, match=r"embed/stats\.safetensors is damaged: its xxh3 is \w+") as caught:
+    with pytest.raises(StoreError, match=r"embed/stats\.safetensors is damaged: its xxh3 is \w+") as flipped:
         line.optimize(100)
-    assert "plmsae verify" in str(caught.value.hint)
     assert not (Path(line.blocks) / statistics.name).exists()
-    _flip(statistics)  # back again
+    statistics.write_bytes(whole[:-7])
+    with pytest.raises(StoreError, match=r"embed/stats\.safetensors is cut short") as cut:
+        line.optimize(100)
+    statistics.unlink()
+    with pytest.raises(StoreError, match=r"cannot read \S+embed/stats\.safetensors") as absent:
+        line.optimize(100)
+    assert all("plmsae verify" in str(caught.value.hint) for caught in (flipped, cut, absent))
+    statistics.write_bytes(whole)
     line.optimize(100)
-    assert (Path(line.blocks) / statistics.name).read_bytes() == statistics.read_bytes()
+    assert (Path(line.blocks) / statistics.name).read_bytes() == whole
 
 
 def _flip(path: Path) -> None:

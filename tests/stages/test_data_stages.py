@@ -123,9 +123,12 @@ def test_small_data_are_divided_alike_for_any_number_of_workers(
     monkeypatch.setattr(passes, "LOCAL_TASK", 40_000)
     split = [build(root=str(tmp_path / "split"), shuffle__memory="64MB", launch__workers=n) for n in (1, 5)]
     for stage in ("shuffle", "optimize"):
-        one, five = ([t.id for t in plan_stage(stage, e, Store()).tasks] for e in split)
-        assert one == five
+        one, five = (plan_stage(stage, e, Store()).tasks for e in split)
+        assert [t.id for t in one] == [t.id for t in five]
         assert len(one) > 4
+        assert all(16_000_000 < t.resources.memory < 18_000_000 for t in one if t.id != "finish"), (
+            "a quarter, and its rows"
+        )
     go(split[0], DATA)
     before, after = (Lineage(e, Store()) for e in (whole, split[0]))
     maps = [len(list(Path(lineage.shuffle(2).folder).glob("map-*"))) for lineage in (before, after)]

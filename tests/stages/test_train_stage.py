@@ -262,6 +262,15 @@ def test_half_the_optimizers_state_is_four_bytes_a_parameter_less(options: dict[
     assert full["memory_per_rank"] - half["memory_per_rank"] == 4 * full["parameters"]
 
 
+def test_the_plan_has_the_peak_rate_that_a_run_reaches(build: Build, go: Go) -> None:
+    for rate in ("auto", 3e-3):
+        experiment = build(name=f"rate-{rate}", train__lr=rate)
+        planned = plan(experiment, Store()).figures["lr"]
+        run = go(experiment, ["embed", "shuffle", "optimize", "train"]).run.path
+        reached = max(line["lr"] for line in science_of(run) if "lr" in line)
+        assert planned == pytest.approx(reached, rel=1e-3)
+
+
 def test_a_dataset_of_another_layer_is_refused(build: Build, go: Go) -> None:
     experiment = build()
     go(experiment, ["embed", "shuffle", "optimize"])

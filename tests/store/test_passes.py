@@ -26,6 +26,7 @@ from plmsae_cli.store.passes import (
     num_passes,
     optimize_effort,
     shuffle_effort,
+    task_memory,
     task_rows,
     usable,
     window_rows,
@@ -110,6 +111,14 @@ def test_tasks_are_as_many_as_workers_may_be_and_never_tiny(
         assert step == held, "beyond that, as the memory says"
     chunks = chunks_per_task(rows, row_bytes, chunk_rows, memory, remote)
     assert chunks == 1 or chunks * chunk_rows <= step < (chunks + 1) * chunk_rows
+
+
+@given(row_bytes=st.integers(1, 40_000), memory=st.integers(1, 10**12), rows=st.integers(0, 10**9))
+def test_a_task_asks_for_what_its_rows_need(row_bytes: int, memory: int, rows: int) -> None:
+    asked = task_memory(rows, row_bytes, memory)
+    assert asked <= memory
+    if rows <= held_rows(memory, row_bytes) and usable(memory) > row_bytes + ROW_OVERHEAD:
+        assert asked - (memory - usable(memory)) == rows * (row_bytes + ROW_OVERHEAD)
 
 
 @pytest.mark.parametrize("data", [1, 4, 8, 16, 64, 1000])

@@ -3,10 +3,11 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -30,22 +31,22 @@ def _store_moment(pointer, at, index, value, mask, step, SALT: tl.constexpr):
 class Stored(NamedTuple):
     """A parameter in memory: pointers inside kernels."""
 
-    value: Any
-    average: Any
-    square: Any
-    grad: Any
-    copy: Any = None
+    value: Tensor
+    average: Tensor
+    square: Tensor
+    grad: Tensor
+    copy: Tensor | None = None
     """In bfloat16; None where products do not read it."""
 
 
 class Constants(NamedTuple):
     """Adam's, with rest = 1 - beta, exactly."""
 
-    beta1: Any
-    beta2: Any
-    rest1: Any
-    rest2: Any
-    eps: Any
+    beta1: float
+    beta2: float
+    rest1: float
+    rest2: float
+    eps: float
 
 
 @triton.jit

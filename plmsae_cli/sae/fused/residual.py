@@ -3,7 +3,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -19,15 +19,15 @@ MOST_HELD = 256
 class _Batch(NamedTuple):
     """What all programs read and write, as `residuals` has it: pointers inside kernels."""
 
-    x: Any
-    w: Any
-    acts: Any
-    indices: Any
-    prefixes: Any
-    residual: Any
-    slope: Any
-    energy: Any
-    rows: Any
+    x: Tensor
+    w: Tensor
+    acts: Tensor
+    indices: Tensor
+    prefixes: Tensor
+    residual: Tensor
+    slope: Tensor
+    energy: Tensor
+    rows: int
 
 
 @triton.jit

@@ -16,15 +16,13 @@ def yamls(incomplete: str) -> list[str]:
 
 def runs(incomplete: str) -> list[str]:
     """Names of runs under runs/, trials of sweeps included; or folders, where a path is being written."""
-    if "/" in incomplete and not Path(_ROOT, incomplete).parent.is_dir():
-        return [*_entries(incomplete, files=False)]
     found = []
     for path in sorted(Path(_ROOT).glob("*/status.json")) + sorted(Path(_ROOT).glob("*/trials/*/status.json")):
         name = path.parent.relative_to(_ROOT).as_posix()
         # Trials only once their sweep is typed: there may be a thousand.
         if name.startswith(incomplete) and ("/" not in name or "/" in incomplete):
             found.append(name)
-    return found
+    return found or ([*_entries(incomplete, files=False)] if "/" in incomplete else [])
 
 
 def runs_and_yamls(incomplete: str) -> list[str]:

@@ -210,7 +210,7 @@ class _Queue:
 def _machine() -> str:
     """What the queue runs on."""
     from plmsae_cli.runtime.checks import driver
-    from plmsae_cli.runtime.run_folder import cpu_count
+    from plmsae_cli.runtime.environment import cpu_count
 
     found = driver()
     if found is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.training import Train
+from plmsae_cli.runtime.metrics import metrics_line
 from plmsae_cli.runtime.progress import Reporter
 
 _TAIL = 20
@@ -61,15 +62,19 @@ class Watched:
                     raise
 
     def _new_lines(self) -> list[dict[str, Any]]:
-        """Whole lines behind those read before."""
+        """Whole lines behind those read before.
+
+        Looked at from another process, what a killed start wrote after its checkpoint may be cut away in between.
+        """
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
-            file.seek(self._read)
+            file.seek(min(self._read, self._path.stat().st_size))
+            self._read = file.tell()
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         self._read += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [line for text in whole.splitlines() if (line := metrics_line(text)) is not None]
 
 
 def level(lines: Sequence[Mapping[str, Any]], train: Train, key: str | None = None) -> float | None:

@@ -98,7 +98,9 @@ def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:
     assert "--rank 0 to 0" in told.err
     assert plmsae("logs", run, "--lines", 0).out == ""
     assert plmsae("logs", run, "--lines", -2).code == 2
-    assert plmsae("logs", run, "-f").out.splitlines()[0] == "line 100", "a run that has ended is not waited for"
+    followed = plmsae("logs", run, "-f")
+    assert followed.out.splitlines()[0] == "line 100", "a run that has ended is not waited for"
+    assert followed.err.startswith(f"({run}: done)")
     assert plmsae("logs", run, "--rank", 1).out == "from rank 1\n"
     missed = plmsae("logs", run, "--rank", 7)
     assert missed.code == 2

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from plmsae_cli import __version__
+from plmsae_cli.cli.completion import BASH
 from plmsae_cli.cli.help import Verbs
 from plmsae_cli.cli.streams import steady_streams
 from plmsae_cli.cli.verbs import comparing, data, experiments, fetching, looking, machine, run, showing, stages
+
+with suppress(ImportError, AttributeError):  # typer has no public place for it; without it bash gets typer's own
+    from typer import _completion_shared
+
+    _completion_shared._completion_scripts["bash"] = BASH
 
 app = typer.Typer(
     name="plmsae",

@@ -7,6 +7,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = "runs"
+BASH = """
+%(complete_func)s() {
+    local IFS=$'\\n' words=() i
+    for ((i = 0; i <= COMP_CWORD; i++)); do
+        if ((i > 0)) && [[ ${COMP_WORDS[i]} == = || ${COMP_WORDS[i-1]} == = ]]; then
+            words[-1]+=${COMP_WORDS[i]}
+        else
+            words+=("${COMP_WORDS[i]}")
+        fi
+    done
+    COMPREPLY=( $( env COMP_WORDS="${words[*]}" COMP_CWORD=$((${#words[@]} - 1)) \
+                   %(autocomplete_var)s=complete_bash $1 ) )
+    if [[ ${words[-1]} == *=* && $COMP_WORDBREAKS == *=* ]]; then
+        COMPREPLY=( "${COMPREPLY[@]#*=}" )
+    fi
+    if [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[=./] ]]; then
+        compopt -o nospace
+    fi
+    return 0
+}
+
+complete -o default -F %(complete_func)s %(prog_name)s
+"""
+"""What bash is told instead of typer's script: it cuts words at =, and would end `train.` and `folder/` with a space."""
 
 
 def yamls(incomplete: str) -> list[str]:
@@ -16,15 +40,13 @@ def yamls(incomplete: str) -> list[str]:
 
 def runs(incomplete: str) -> list[str]:
     """Names of runs under runs/, trials of sweeps included; or folders, where a path is being written."""
-    if "/" in incomplete and not Path(_ROOT, incomplete).parent.is_dir():
-        return [*_entries(incomplete, files=False)]
     found = []
     for path in sorted(Path(_ROOT).glob("*/status.json")) + sorted(Path(_ROOT).glob("*/trials/*/status.json")):
         name = path.parent.relative_to(_ROOT).as_posix()
         # Trials only once their sweep is typed: there may be a thousand.
         if name.startswith(incomplete) and ("/" not in name or "/" in incomplete):
             found.append(name)
-    return found
+    return found or ([*_entries(incomplete, files=False)] if "/" in incomplete else [])
 
 
 def runs_and_yamls(incomplete: str) -> list[str]:

@@ -126,12 +126,14 @@ def _compiler() -> Check:
     """What Triton builds the launchers of GPU kernels with, on the machine that runs them."""
     from plmsae_cli.runtime.checks import Check
 
-    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    named = os.environ.get("CC")
+    found = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if found is None or not headers.is_file():
-        lacking = "no C compiler" if found is None else f"{headers} is not there"
+        missing = f"CC is {named}, which is no program," if named else "no C compiler,"
+        lacking = missing if found is None else f"{headers} is not there,"
         remedy = "on Debian and Ubuntu: apt-get install gcc python3-dev"
-        return Check("compiler", "fail", f"{lacking}, and kernels on GPUs want it", remedy)
+        return Check("compiler", "fail", f"{lacking} and kernels on GPUs want it", remedy)
     return Check("compiler", "ok", found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from plmsae_cli.config.data import Price
     from plmsae_cli.config.experiment import Experiment
     from plmsae_cli.runtime.task import Plan
+    from plmsae_cli.store.fs import Store
 
 
 @dataclass(frozen=True)
@@ -73,5 +75,34 @@ def refuse_beyond(experiment: Experiment, stages: Sequence[str]) -> None:
     plans = [plan_stage(s, experiment, store, wanted_layers(s, experiment, store)) for s in stages if s in DATA_STAGES]
     if told := beyond(experiment, forecast(plans, experiment.price, count_gpus(experiment.launch))):
         raise UserError(
-            "\n".join(told), "`--dry-run` shows the plan; `--yes` starts it all the same, or raise the limit"
+            "\n".join([*told, *_nearest(experiment, [plan.stage for plan in plans if not plan.done], store)]),
+            "`--dry-run` shows the plan; `--yes` starts it all the same, or raise the limit",
         )
+
+
+def _nearest(experiment: Experiment, stages: Sequence[str], store: Store) -> list[str]:
+    """Of the first artifact that is to be made: the one that is there and differs from it in the fewest settings."""
+    from plmsae_cli.executors.pipeline import wanted_layers
+    from plmsae_cli.runtime.run_folder import differences
+    from plmsae_cli.store.fs import join
+    from plmsae_cli.store.housekeeping import DATA_FOLDER, FREED
+    from plmsae_cli.store.lineage import Lineage
+    from plmsae_cli.store.manifest import MANIFEST
+
+    stage = stages[0]
+    ref = getattr(Lineage(experiment, store), stage)(wanted_layers(stage, experiment, store)[0])
+    data = experiment.data_folder()
+    found = []
+    for name in sorted(store.list(data)):
+        folder, _, record = name.partition("/")
+        kind = DATA_FOLDER.fullmatch(folder)
+        if kind is None or kind.group(1) != stage or record not in (MANIFEST, FREED):
+            continue
+        known = json.loads(store.read(join(data, name)))
+        inputs = [f"another {what}" for what in ref.inputs if known["inputs"].get(what) != ref.inputs[what]]
+        settings = differences(known["config"], json.loads(json.dumps(ref.config)))
+        found.append((folder, [*(f"{stage}.{where}: {old!r} -> {new!r}" for where, old, new in settings), *inputs]))
+    if not found:
+        return []
+    folder, changes = min(found, key=lambda one: len(one[1]))
+    return [f"the nearest that is there, {join(data, folder)}, differs in {', '.join(changes)}"]

@@ -28,7 +28,7 @@ def show_logs(run: Path, follow: bool, rank: int | None, lines: int) -> int:
                 f"{path} is not there", f"logs of this run: {', '.join(there) or 'none'}; ranks are counted from 0"
             )
         with path.open(encoding="utf-8", errors="replace") as file:
-            sys.stdout.write("".join(deque(file, lines)))
+            _pass_on("".join(deque(file, lines)))
             try:
                 while follow and running(read_json(folder / "status.json") or {}):
                     _pass_on(file.read())
@@ -36,6 +36,8 @@ def show_logs(run: Path, follow: bool, rank: int | None, lines: int) -> int:
             except KeyboardInterrupt:
                 return INTERRUPTED
             _pass_on(file.read() if follow else "")
+        if follow:
+            print(f"({_how_it_ended(folder)})", file=sys.stderr)
         others = sorted(each.name for each in logs.glob("rank-*.log"))
         if rank is None and others:
             print(f"({len(others)} rank(s) have logs of their own: --rank 0 to {len(others) - 1})", file=sys.stderr)
@@ -48,6 +50,14 @@ def running(status: dict[str, object]) -> bool:
     from plmsae_cli.runtime.processes import live_state
 
     return live_state(status) == "running"
+
+
+def _how_it_ended(folder: Path) -> str:
+    from plmsae_cli.runtime.processes import live_state
+    from plmsae_cli.runtime.run_folder import read_json
+
+    status = read_json(folder / "status.json")
+    return f"{folder} was deleted or moved" if status is None else f"{folder}: {live_state(status)}"
 
 
 def _pass_on(text: str) -> None:

@@ -173,7 +173,9 @@ class _Queue:
             why = "" if entry.error is None else first_line(entry.error)
             entry.state, entry.note, self._codes[entry.path] = "failed", f"not started: {why}", code
             return
-        restart, entry.begun = self._wishes.restart and not entry.begun, True
+        # One that was done in this queue and was edited since is continued: a stray save must not begin it anew.
+        again = entry.begun or entry.path in self._results
+        restart, entry.begun = self._wishes.restart and not again, True
         try:
             waiting = [e.path for e in self._entries if e.state == "pending" and e.path in self._loaded]
             later = [self._loaded[path].experiment for path in waiting]
@@ -210,7 +212,7 @@ class _Queue:
 def _machine() -> str:
     """What the queue runs on."""
     from plmsae_cli.runtime.checks import driver
-    from plmsae_cli.runtime.run_folder import cpu_count
+    from plmsae_cli.runtime.environment import cpu_count
 
     found = driver()
     if found is None:

@@ -31,7 +31,7 @@ class Optuna(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the choices: the same results lead to the same points."""
     space: Space
-    """As of `random`."""
+    """As in `random`: dotted field -> values such as `[16, 32, 64]`, or a range such as `{low: 1e-5, high: 1e-3, log: true}`."""
     metric: Literal["fvu", "cosine", "recovered_zero", "recovered_mean", "loss"] = "fvu"
     """What to improve: a figure of the evaluation; without an eval section `fvu` or `loss` at the end of training."""
     direction: Literal["auto", "minimize", "maximize"] = "auto"

@@ -21,9 +21,10 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.executor import Executor
 from plmsae_cli.executors.trials import run_trial
 from plmsae_cli.runtime.device import ALLOWED, chosen_gpus, visible_as
+from plmsae_cli.runtime.environment import cpu_count
 from plmsae_cli.runtime.processes import go_with_parent
 from plmsae_cli.runtime.progress import Reporter
-from plmsae_cli.runtime.run_folder import cpu_count, read_json
+from plmsae_cli.runtime.run_folder import read_json
 from plmsae_cli.runtime.stop import FORCED, STOP
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.stages.sweep import Trial, trial_ranks

@@ -20,7 +20,7 @@ import torch
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.worker import LocalContext, publish, work_on
 from plmsae_cli.runtime.device import allow_gpus, visible_as
-from plmsae_cli.runtime.run_folder import cpu_count
+from plmsae_cli.runtime.environment import cpu_count
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.system_errors import as_user_error
 from plmsae_cli.runtime.task import Interrupted, Pending, Task, TaskFailed

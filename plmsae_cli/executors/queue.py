@@ -172,12 +172,12 @@ def _more_to_come(targets: Sequence[Path], entries: Sequence[Entry], tell: Calla
 
 
 def _dropped(targets: Sequence[Path], entries: Sequence[Entry]) -> list[Entry]:
-    """Files of the folders that are new, are back, or failed and were written to since."""
+    """Files of the folders that are new, are back, or were written to since their turn began."""
     latest = {entry.path: entry for entry in entries}
     found = []
     for path in [path for folder in targets for path in _in_folder(folder)]:
         known = latest.get(path)
-        again = known is not None and (known.state == "failed" or not known.changed)
+        again = known is not None and known.state != "pending"
         if known is None or (again and _changed(path) not in (0, known.changed)):
             found.append(Entry.of(path))
             latest[path] = found[-1]

@@ -17,8 +17,9 @@ from plmsae_cli.executors.gang import LOOK_S, Gang
 from plmsae_cli.executors.rank import PARENT
 from plmsae_cli.runtime.device import ALLOWED, chosen_gpus
 from plmsae_cli.runtime.dist import PATIENCE
+from plmsae_cli.runtime.environment import cpu_count
 from plmsae_cli.runtime.progress import Reporter
-from plmsae_cli.runtime.run_folder import RunFolder, cpu_count
+from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Task, TaskFailed
 
@@ -81,7 +82,7 @@ def _torchrun(gang: Gang, rendezvous: list[str], ranks: int, experiment: Experim
     # Ranks that share a CPU must not each take all of its cores.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // ranks)))
     path = gang.logs / "torchrun.log"
-    with path.open("ab") as log:
+    with path.open("a+b") as log:
         before = log.tell()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
@@ -98,10 +99,11 @@ def _torchrun(gang: Gang, rendezvous: list[str], ranks: int, experiment: Experim
         finally:
             kill()
             process.wait()
+        log.seek(before)
+        said = log.read().decode(errors="replace")  # by name it may be gone, with its run
     gang.run.stop_file.unlink(missing_ok=True)
     if process.returncode == 0:
         return
-    said = path.read_bytes()[before:].decode(errors="replace")
     nobody = TaskFailed(gang.name, f"torchrun ended with code {process.returncode} and no rank said why; see {path}")
     gang.end(nobody, _killed(gang, said))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.training import Train
+from plmsae_cli.runtime.metrics import metrics_line
 from plmsae_cli.runtime.progress import Reporter
 
 _TAIL = 20
@@ -48,7 +49,7 @@ class Watched:
     def look(self, before: float = math.inf) -> None:
         """Tell of every checkpoint that training has passed since, but of none at step `before` or behind it."""
         every = self._train.checkpoint_every
-        self._lines += self._new_lines()
+        self._read_on()
         while self._told + every < before and self._lines and self._lines[-1]["step"] >= self._told + every:
             step = self._told + every
             since = [line for line in self._lines if self._told < line["step"] <= step]
@@ -60,16 +61,21 @@ class Watched:
                     self._pruned = True
                     raise
 
-    def _new_lines(self) -> list[dict[str, Any]]:
-        """Whole lines behind those read before."""
+    def _read_on(self) -> None:
+        """Take in the whole lines that were added.
+
+        Looked at from another process, those that a killed start wrote after its checkpoint may be cut away in between.
+        """
         if not self._path.exists():
-            return []
+            return
         with self._path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._read:
+                self._read, self._lines = 0, []
             file.seek(self._read)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         self._read += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        self._lines += [line for text in whole.splitlines() if (line := metrics_line(text)) is not None]
 
 
 def level(lines: Sequence[Mapping[str, Any]], train: Train, key: str | None = None) -> float | None:
@@ -90,7 +96,7 @@ def level(lines: Sequence[Mapping[str, Any]], train: Train, key: str | None = No
 
 def final(run: Path, train: Train, key: str) -> float | None:
     """The figure at the end of training."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    rows = (run / "metrics.jsonl").read_bytes().splitlines()
+    lines = [line for row in rows if (line := metrics_line(row)) is not None]
     last = lines[-1]["step"] if lines else 0
     return level([line for line in lines if line["step"] > last - max(1, last // _TAIL)], train, key)

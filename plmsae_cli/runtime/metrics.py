@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from plmsae_cli.config.errors import first_line
+from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
 
 INIT_TIMEOUT_S = 30.0
@@ -38,6 +38,7 @@ class MetricsFile:
     """Appends JSON lines; on resume, lines after the checkpoint's step are cut, so that no step appears twice."""
 
     def __init__(self, path: Path, step: int) -> None:
+        self._path = path
         kept = [line for line in _lines(path) if line.get("step", math.inf) <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -46,6 +47,12 @@ class MetricsFile:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def add(self, line: Mapping[str, Any]) -> None:
+        """Raises UserError where the file was deleted or moved meanwhile: further lines would reach nobody."""
+        if not self._path.exists():
+            raise UserError(
+                f"{self._path} is gone: its run was deleted or moved while it was training",
+                "end a run before you move its folder; the same command begins a deleted one anew",
+            )
         # JSON has no NaN; a reader must not choke on the line that says what went wrong.
         self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         self._file.flush()

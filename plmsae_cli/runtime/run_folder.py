@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +18,7 @@ from ruamel.yaml.error import YAMLError
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.files import is_experiment
+from plmsae_cli.runtime.environment import environment, uncommitted
 from plmsae_cli.runtime.processes import me
 from plmsae_cli.store.housekeeping import DATA_FOLDER
 
@@ -133,6 +131,10 @@ class RunFolder:
         yaml.dump(experiment.dump(), resolved)
         write_text(self.path / "resolved.yaml", resolved.getvalue())
         write_json(self.path / "environment.json", environment())
+        if changes := uncommitted():
+            write_text(self.path / "uncommitted.diff", changes)
+        else:
+            (self.path / "uncommitted.diff").unlink(missing_ok=True)
 
     def point(self, artifacts: Mapping[str, Mapping[str, Any]]) -> None:
         """Add pointers to data folders (artifacts.json)."""
@@ -243,57 +245,3 @@ def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any
             found += differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
         return found
     return [] if old == new else [(where, old, new)]
-
-
-def environment() -> dict[str, Any]:
-    """Versions, device and commit, for the record. Of environment variables only one: others hold secrets."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for package in ("plmsae", "torch", "numpy", "pyarrow", "litdata", "pydantic"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "cpus": cpu_count(),
-        "device": device_name(),
-        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        "versions": versions,
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
-    }
-
-
-def cpu_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def device_name() -> str:
-    """The first GPU's name, or the processor's."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return str(torch.cuda.get_device_name(0))
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    """The answer of git about the folder this package was installed from, if it is a checkout."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        command = ["git", *arguments]
-        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
-    except OSError:
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -82,3 +83,41 @@ def test_every_field_is_reached_a_section_at_a_time() -> None:
         sections += [word for word in words if word.endswith(".")]
         reached |= {word for word in words if word.endswith("=")}
     assert reached == {f"{path}=" for path, entry in entries().items() if entry.section is None}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_which_cuts_words_at_the_equals_sign_is_given_what_stands_behind_it(folder: Path, tmp_path: Path) -> None:
+    """Words as bash 5 hands them over: `=` is one of its own, also where nothing stands behind it."""
+    tool = tmp_path / "plmsae"
+    tool.write_text(f"#!{sys.executable}\nfrom plmsae_cli.cli.app import main\nmain()\n")
+    tool.chmod(0o755)
+    script = """
+        eval "$(plmsae --show-completion bash)"
+        compopt() { printf ' without a space'; }
+        ask() { COMP_WORDS=(plmsae "$@"); COMP_CWORD=$#; _plmsae_completion plmsae; printf '%s,' "${COMPREPLY[@]}"; echo; }
+        ask run a.yaml --set embed.dtype = fl
+        ask run a.yaml --set train.profile =
+        ask run a.yaml --set shuf
+        ask run a.yaml --set train.lr_dec
+        ask run su
+        ask comp
+        ask run a.yaml --set train.profile=true ''
+    """
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(plmsae_cli.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "float16,float32,",
+        "true,false,",
+        " without a spaceshuffle.,",
+        " without a spacetrain.lr_decay=,",
+        " without a spacesub/,",
+        "compare,",
+        "a.yaml,b.yml,runs/,sub/,",
+    ]
+    assert done.stderr == ""

@@ -81,6 +81,9 @@ def test_kernels_want_a_compiler_and_the_headers_of_python(tmp_path: Path, monke
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor._compiler().text.startswith("no C compiler")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert doctor._compiler().text.startswith("CC is no-such-compiler, which is no program, and kernels")
+    monkeypatch.delenv("CC")
     (tmp_path / "gcc").touch(mode=0o755)
     assert doctor._compiler().text.startswith(f"{tmp_path}/Python.h is not there")
     (tmp_path / "Python.h").touch()
@@ -98,7 +101,9 @@ def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:
     assert "--rank 0 to 0" in told.err
     assert plmsae("logs", run, "--lines", 0).out == ""
     assert plmsae("logs", run, "--lines", -2).code == 2
-    assert plmsae("logs", run, "-f").out.splitlines()[0] == "line 100", "a run that has ended is not waited for"
+    followed = plmsae("logs", run, "-f")
+    assert followed.out.splitlines()[0] == "line 100", "a run that has ended is not waited for"
+    assert followed.err.startswith(f"({run}: done)")
     assert plmsae("logs", run, "--rank", 1).out == "from rank 1\n"
     missed = plmsae("logs", run, "--rank", 7)
     assert missed.code == 2

@@ -60,6 +60,21 @@ def test_nothing_is_begun_beyond_a_limit_but_with_yes(
     assert plmsae("run", path).code == 0  # there is nothing left to make
     assert json.loads(plmsae("run", path, "--json").out)["queue"][0]["state"] == "skipped"
 
+    # What is there already may do, and another setting have been meant.
+    (there,) = (tmp_path / "data").glob("embed-*")
+    for change, said in (
+        (
+            ("holdout: 0.1", "holdout: 0.2"),
+            f"the nearest that is there, {there}, differs in embed.holdout: 0.1 -> 0.2\n",
+        ),
+        (("seed: 3", "seed: 4"), f"the nearest that is there, {tmp_path}/data/shuffle-"),
+    ):
+        path.write_text(path.read_text().replace(*change))
+        refused = plmsae("run", path, "--set", "limits.bytes=1")
+        assert refused.code == 2
+        assert said in refused.err
+        path.write_text(path.read_text().replace(*reversed(change)))
+
 
 def test_dollars_need_prices() -> None:
     with pytest.raises(ValueError, match="without prices"):

@@ -94,7 +94,7 @@ def test_an_experiment_whose_inputs_are_missing_fails_before_its_first_stage(
     assert states(ended) == {"a.yaml": "failed", "b.yaml": "done", "c.yaml": "failed", "d.yaml": "failed"}
     ahead = ended.err[: ended.err.index("== ")]
     assert "3 of 4 experiments could not start now" in ahead
-    for said in ("a.yaml: ", "nowhere.fasta", "c.yaml: ", "no-weights", f"d.yaml: root: {tmp_path}/queue/b.yaml cannot",
+    for said in ("a.yaml: ", "nowhere.fasta", "c.yaml: ", "no-weights", f"d.yaml: root: {tmp_path}/queue/b.yaml is not a folder",
                  "d.yaml: ", "limits.bytes is 1"):  # fmt: skip
         assert said in ahead
     assert ahead.count("a.yaml: ") == 1
@@ -164,6 +164,32 @@ def test_of_a_pending_file_counts_what_it_says_when_its_turn_comes(
     assert "share the run folder" in ended.err
     assert json.loads((tmp_path / "runs" / "b" / "identity.json").read_text())["train"]["tokens"] == 1280
     assert ended.code == 3
+
+
+def test_what_was_edited_while_it_ran_does_what_was_added_and_is_refused_where_results_would_differ(
+    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("queue/a.yaml", tokens=640, evaluation="")
+    real, turns = run_verb.preflight, list[str]()
+
+    def edit(experiment: Any, stages: Any, fetch: bool, yes: bool) -> Any:
+        turns.append(experiment.name)
+        if len(turns) == 1:
+            write("queue/a.yaml", tokens=640, evaluation="", more="wandb: {group: later}\n")
+        elif len(turns) == 2:
+            write("queue/a.yaml", tokens=1280, evaluation="")
+        return real(experiment, stages, fetch, yes)
+
+    monkeypatch.setattr(run_verb, "preflight", edit)
+    ended = plmsae("run", tmp_path / "queue", "--restart")
+    assert ended.code == 3
+    assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("a.yaml")] == [
+        "done",
+        "skipped",
+        "failed",
+    ]
+    assert "holds a run that differs in:\n  train.tokens: 640 -> 1280" in ended.err
+    assert not list((tmp_path / "runs").glob("a.archived*")), "what this queue has done is not begun anew"
 
 
 def test_one_name_given_twice_in_passing_spoils_no_other_file(

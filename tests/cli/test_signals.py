@@ -157,6 +157,14 @@ def test_a_gang_is_interrupted_continued_and_leaves_nobody_behind_whoever_is_kil
     assert json.loads(plmsae("status", run, "--json").out)["state"] == "killed"
     assert plmsae("train", path, "--dry-run").code == 0
 
+    # The run is moved: no rank goes on writing to where nobody sees it.
+    process = start("train", path, "--no-progress")
+    process.until(lambda: len(process.family()) == 4 and (run / "logs" / "gang-status.json").exists())
+    run.rename(tmp_path / "elsewhere")
+    assert process.wait() == 1, process.log
+    assert "error: " + str(run / "metrics.jsonl") + " is gone: its run was deleted or moved" in process.log
+    assert process.gone(5)
+
 
 @pytest.mark.usefixtures("data")
 def test_a_failing_stage_is_1_and_says_so_in_the_status(
@@ -187,5 +195,7 @@ def test_a_stop_file_interrupts_while_somebody_follows_the_log(start: Start, wri
     (run / "STOP").touch()
     assert process.wait() == 75, process.log
     assert follower.wait() == 0
-    assert follower.log.splitlines()[-1].endswith("train: stopped")
+    *_, last, ended = follower.log.splitlines()
+    assert last.endswith("train: stopped")
+    assert ended == f"({run}: interrupted)"
     assert state(run) == "interrupted"

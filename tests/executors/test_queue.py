@@ -45,6 +45,21 @@ def test_files_that_come_while_it_runs_are_appended_and_a_folder_that_goes_is_no
     assert [entry.state for entry in entries] == ["done"] * 3
 
 
+def test_one_that_is_edited_while_it_runs_or_after_has_another_turn(tmp_path: Path) -> None:
+    touch(tmp_path, "a.yaml", "b.yaml", "c.yaml")
+    ran: list[str] = []
+
+    def run_one(entry: Entry) -> None:
+        ran.append(entry.path.stem)
+        entry.state = "done"
+        edited = {("a",): "a.yaml", ("a", "b"): "c.yaml", ("a", "b", "c"): "b.yaml"}.get(tuple(ran))
+        if edited is not None:
+            os.utime(tmp_path / edited, ns=(len(ran), len(ran)))
+
+    run_queue([tmp_path], run_one)
+    assert ran == ["a", "b", "c", "a", "b"], "a was edited while it ran, b after, c while it waited"
+
+
 def test_after_an_interruption_the_rest_stays_pending(tmp_path: Path) -> None:
     touch(tmp_path, "a.yaml", "b.yaml", "c.yaml")
 

@@ -14,7 +14,8 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.search import explore
 from plmsae_cli.executors.study import JOURNAL, open_study, summary
-from plmsae_cli.runtime.progress import PlainReporter
+from plmsae_cli.executors.watching import Watched
+from plmsae_cli.runtime.progress import NoReporter, PlainReporter
 from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.stages.sweep import Trial, trials
@@ -126,3 +127,34 @@ def test_failures_are_told_apart_from_a_broken_machine(tmp_path: Path) -> None:
     other = experiment(tmp_path, trials=20, metric="loss")
     with pytest.raises(UserError, match="another space, metric or direction"):
         hunt(other, attempt)
+
+
+def test_a_curve_that_is_cut_back_while_somebody_looks_is_followed_on(tmp_path: Path) -> None:
+    """A trial that was killed begins again at its checkpoint: the lines after it go, and come again with other times."""
+    told: list[tuple[int, float]] = []
+    train = Experiment.model_validate(
+        {"embed": {"fasta": "x", "layers": [1]}, "shuffle": {}, "optimize": {}, "train": {"checkpoint_every": 4}}
+    ).train
+    assert train is not None
+    watched = Watched(NoReporter(), tmp_path, train, lambda step, value: told.append((step, value)))
+
+    def write(last: int, seconds: float) -> None:
+        lines = [
+            json.dumps({"step": s, "fvu": 1 / s, "seconds": seconds if s > 4 else 1.0}) for s in range(1, last + 1)
+        ]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    means = [sum(1 / s for s in steps) / 4 for steps in (range(1, 5), range(5, 9), range(9, 13))]
+    write(6, 1.0)
+    watched.look()
+    write(4, 1.0)
+    watched.look()
+    write(8, 22.75)
+    watched.look()
+    write(12, 22.75)
+    watched.look()
+    assert told == [(4, pytest.approx(means[0])), (8, pytest.approx(means[1])), (12, pytest.approx(means[2]))]
+
+    write(16, 1.0)  # written anew in between, and of another length: where it was read to is no start of a line
+    watched.look()
+    assert [step for step, _ in told] == [4, 8, 12, 16]

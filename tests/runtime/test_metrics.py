@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.metrics import MetricsFile, WandbSink, open_sinks
 
@@ -45,6 +46,17 @@ def test_lines_are_there_at_once_and_in_order(tmp_path: Path) -> None:
         assert [line["step"] for line in strict(path)] == list(range(1, step + 1)), "a killed run keeps what it wrote"
     file.close()
     assert strict(path)[0] == {"step": 1, "loss": 0.5, "valid": {"random": {"loss": 0.25}}}
+
+
+def test_a_run_that_was_deleted_or_moved_is_not_written_on(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    file.add({"step": 1, "loss": 0.5})
+    path.parent.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is gone: its run was deleted or moved"):
+        file.add({"step": 2, "loss": 0.5})
+    assert not path.parent.exists()
+    assert len(strict(tmp_path / "elsewhere" / "metrics.jsonl")) == 1
 
 
 def test_a_resumed_run_is_cut_back_to_its_checkpoint(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def _rate(launch: Launch, compute: str) -> tuple[float | None, str]:
     import torch
 
     from plmsae_cli.runtime.device import compute_dtype, count_gpus, peak_flops
-    from plmsae_cli.runtime.run_folder import cpu_count
+    from plmsae_cli.runtime.environment import cpu_count
 
     gpus = count_gpus(launch)
     if gpus == 0:

@@ -25,6 +25,7 @@ from plmsae_cli.config.base import digest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.evaluation import Eval
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.sae import SAE
 from plmsae_cli.runtime.task import Resources, Task
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.manifest import canonical_json, read_manifest, read_parts
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from plmsae_cli.store.lineage import Lineage
 
 EVAL = "eval"
+UNKNOWN_ACTIVE = 64
+"""Latents active on a residue, in plans, where the architecture does not fix it."""
 FORMAT = 2
 """Of the files that axes leave: to be raised when those of earlier versions no longer serve."""
 
@@ -103,6 +106,16 @@ class Scope:
     @cached_property
     def _contents(self) -> dict[str, str]:
         return {}
+
+    def shape(self) -> tuple[int, int, int]:
+        """Dimensions of the activations, latents, and latents active on a residue: 64 where no k fixes them.
+
+        Nothing is known of a dictionary that is to be imported: it is taken for the usual one.
+        """
+        dimensions = self.manifest["d"] if self.manifest else self.lineage.d
+        train = self.experiment.train
+        sae = train.sae if train is not None and train.sae is not None else SAE()
+        return dimensions, sae.width(dimensions), sae.k if sae.has("k") else UNKNOWN_ACTIVE
 
     def require_same_model(self, remedy: str) -> None:
         """Raises UserError where `train.data` was embedded with another model than `model.weights`, or nobody knows which."""

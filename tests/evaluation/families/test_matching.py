@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,5 +137,8 @@ print(some(20_000))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_a_pair_takes_what_the_plan_reckons_with() -> None:
-    done = subprocess.run([sys.executable, "-c", MATCH], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 200 * 20_000 * PAIR < 1.25 * int(done.stdout)
+    settings = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "1000000"
+    }  # what is freed goes back, as with tensors of a real size
+    done = subprocess.run([sys.executable, "-c", MATCH], capture_output=True, text=True, check=True, env=settings)
+    assert int(done.stdout) < 200 * 20_000 * PAIR < 1.6 * int(done.stdout)

@@ -25,7 +25,7 @@ from plmsae_cli.config.base import digest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.evaluation import Eval
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.config.sae import SAE
+from plmsae_cli.config.imported import ImportedSAE
 from plmsae_cli.runtime.task import Resources, Task
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.manifest import canonical_json, read_manifest, read_parts
@@ -110,12 +110,25 @@ class Scope:
     def shape(self) -> tuple[int, int, int]:
         """Dimensions of the activations, latents, and latents active on a residue: 64 where no k fixes them.
 
-        Nothing is known of a dictionary that is to be imported: it is taken for the usual one.
+        Of an imported dictionary the file says, until the run has its own.
         """
         dimensions = self.manifest["d"] if self.manifest else self.lineage.d
         train = self.experiment.train
-        sae = train.sae if train is not None and train.sae is not None else SAE()
-        return dimensions, sae.width(dimensions), sae.k if sae.has("k") else UNKNOWN_ACTIVE
+        assert train is not None
+        if train.imported is None:
+            assert train.sae is not None
+            return dimensions, train.sae.width(dimensions), train.sae.k if train.sae.has("k") else UNKNOWN_ACTIVE
+        config = self._imported(train.imported)
+        return dimensions, config["num_latents"], config.get("k", UNKNOWN_ACTIVE)
+
+    def _imported(self, options: ImportedSAE) -> Mapping[str, Any]:
+        from plmsae_cli.runtime.dictionaries import read_dictionary
+        from plmsae_cli.runtime.saved import read_sae_facts
+
+        if self.store.exists(join(self.folder, "sae", "sae.json")):
+            config: Mapping[str, Any] = read_sae_facts(self.folder, self.store)["config"]
+            return config
+        return read_dictionary(options, self.store).model.settings()
 
     def require_same_model(self, remedy: str) -> None:
         """Raises UserError where `train.data` was embedded with another model than `model.weights`, or nobody knows which."""

@@ -90,10 +90,12 @@ def _prepare(scope: Scope, options: Probes) -> list[FileRecord]:
     lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
     test_P = halves(cluster(sequences, method), chosen.hashes_P[sampled], lengths_P, TEST_SHARE)
     targets = find_targets(kept, labels, torch.from_numpy(test_P), options.min_instances)[: options.targets]
-    if labels is None and not any(entry.features for entry in kept):
+    if not any(entry.features or (labels is not None and labels.get(entry.accession)) for entry in kept):
         raise UserError(
-            f"nothing is known of the {len(kept):,} proteins of {options.proteins}: a FASTA has no annotations",
-            "set eval.probes.labels to a table of ids and labels, or name a UniProt file",
+            f"nothing is known of the {len(kept):,} sampled proteins of {options.proteins}",
+            "a FASTA has no annotations: set eval.probes.labels to a table of ids and labels, or name a UniProt file"
+            if labels is None
+            else "check that ids in eval.probes.labels are those of the proteins",
         )
     if not targets:
         raise UserError(

@@ -25,6 +25,7 @@ from plmsae_cli.config.base import digest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.evaluation import Eval
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.imported import ImportedSAE
 from plmsae_cli.runtime.task import Resources, Task
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.manifest import canonical_json, read_manifest, read_parts
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from plmsae_cli.store.lineage import Lineage
 
 EVAL = "eval"
+UNKNOWN_ACTIVE = 64
+"""Latents active on a residue, in plans, where the architecture does not fix it."""
 FORMAT = 2
 """Of the files that axes leave: to be raised when those of earlier versions no longer serve."""
 
@@ -104,6 +107,29 @@ class Scope:
     @cached_property
     def _contents(self) -> dict[str, str]:
         return {}
+
+    def shape(self) -> tuple[int, int, int]:
+        """Dimensions of the activations, latents, and latents active on a residue: 64 where no k fixes them.
+
+        Of an imported dictionary the file says, until the run has its own.
+        """
+        dimensions = self.manifest["d"] if self.manifest else self.lineage.d
+        train = self.experiment.train
+        assert train is not None
+        if train.imported is None:
+            assert train.sae is not None
+            return dimensions, train.sae.width(dimensions), train.sae.k if train.sae.has("k") else UNKNOWN_ACTIVE
+        config = self._imported(train.imported)
+        return dimensions, config["num_latents"], config.get("k", UNKNOWN_ACTIVE)
+
+    def _imported(self, options: ImportedSAE) -> Mapping[str, Any]:
+        from plmsae_cli.runtime.dictionaries import read_dictionary
+        from plmsae_cli.runtime.saved import read_sae_facts
+
+        if self.store.exists(join(self.folder, "sae", "sae.json")):
+            config: Mapping[str, Any] = read_sae_facts(self.folder, self.store)["config"]
+            return config
+        return read_dictionary(options, self.store).model.settings()
 
     def require_same_model(self, remedy: str) -> None:
         """Raises UserError where `train.data` was embedded with another model than `model.weights`, or nobody knows which."""

@@ -87,7 +87,10 @@ def done_tasks(store: Store, folder: str) -> set[str]:
         path = join(folder, name)
         try:
             return _parse_part(path, store.read(path))
-        except DamagedError:  # the task is done again and its record replaced
+        except (
+            DamagedError,
+            MissingError,
+        ):  # the task is done again and its record replaced, or was withdrawn for that
             return None
 
     names = [name for name in sizes if name.startswith(f"{_PARTS}/") and name.endswith(".json")]

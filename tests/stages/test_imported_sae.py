@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from plmsae_cli import load_sae
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.runtime.run_folder import RunDiffers
 from plmsae_cli.runtime.saved import load_sae_with_facts, open_blocks
@@ -81,6 +82,23 @@ def test_it_is_scored_as_one_of_ours(build: Build, go: Go, tmp_path: Path, weigh
     save(tmp_path / "theirs", seed=1)  # another dictionary under the same name is another run
     with pytest.raises(RunDiffers):
         go(experiment)
+
+
+@pytest.mark.parametrize(("trainer", "active"), [({}, 64), ({"dict_class": "AutoEncoderTopK", "k": 3}, 3)])
+def test_axes_foretell_its_width_before_and_after_it_is_the_runs(
+    build: Build, go: Go, tmp_path: Path, weights: str, trainer: dict[str, Any], active: int
+) -> None:
+    state = save(tmp_path / "theirs", **trainer)
+    if trainer:
+        named = {"b_dec": state.pop("bias"), "k": torch.tensor(active), "threshold": torch.tensor(-1.0)}
+        torch.save(state | named, tmp_path / "theirs" / "ae.pt")
+    options = {"path": str(tmp_path / "theirs"), "weights": weights, "layer": 2}
+    experiment = build(train={"imported": options}, eval={"features": {}, "fidelity": {"loss_recovered": False}})
+    assert Scope(experiment, Store()).shape() == (D, N, active)
+    assert plan_stage("eval", experiment, Store()).figures["features, latents"] == N
+    if trainer:
+        go(experiment.model_copy(update={"eval": None}))
+        assert Scope(experiment, Store()).shape() == (D, N, active)
 
 
 def test_what_does_not_fit_the_dataset_is_refused(build: Build, tmp_path: Path, weights: str) -> None:

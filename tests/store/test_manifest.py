@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,18 +66,21 @@ def test_parts_round_trip(place: Place) -> None:
     assert done_tasks(place.store, place.folder) == {"embed-0", "embed-1"}
 
 
-def test_a_record_withdrawn_after_the_listing_is_absent(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names", [read_parts, done_tasks])
+def test_a_record_withdrawn_after_the_listing_is_absent(
+    place: Place, monkeypatch: pytest.MonkeyPatch, names: Callable[[Store, str], Iterable[str]]
+) -> None:
     for number in range(2):
         place.part(f"t-{number}")
     original = Store.list
 
     def then_withdrawn(self: Store, folder: str) -> dict[str, int]:
         found = original(self, folder)
-        self.delete(join(folder, "t-0.json"))
+        self.delete(join(place.folder, "parts/t-0.json"))
         return found
 
     monkeypatch.setattr(Store, "list", then_withdrawn)
-    assert list(read_parts(place.store, place.folder)) == ["t-1"]
+    assert list(names(place.store, place.folder)) == ["t-1"]
 
 
 def test_a_task_is_done_only_with_all_its_files(place: Place) -> None:

@@ -20,8 +20,6 @@ EACH_HALF = 0.25
 """Of `min_proteins`, how many a class needs in either half: a class of one cluster has nothing to find, or to score."""
 LISTED = 100
 """Latents shown with their families, those that fit best on train."""
-MEMORY = 80 * 2**25
-"""Bytes that matching holds beside two tables of one byte a protein and class: its tile, which bounds it (`matching.TILE`)."""
 SEED = 0
 """Of the permutation of labels, and of the draws for intervals."""
 
@@ -41,8 +39,21 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
         "proteins": options.proteins,
         "labels": options.labels or "Pfam",
         "mode": options.mode,
-        "memory_bytes": MEMORY,
+        "memory_bytes": _memory(scope, options),
     }
+
+
+def _memory(scope: Scope, options: Families) -> int:
+    """Bytes that matching holds, beside two tables of one byte a protein and class."""
+    import sys
+
+    from plmsae_cli.evaluation.expected import PROGRAM, expected_sample
+    from plmsae_cli.evaluation.families.matching import PAIR, TILE
+    from plmsae_cli.evaluation.proteins import read_any
+
+    entries = read_any(scope.store.local(options.proteins))
+    proteins = expected_sample(entries, sys.maxsize, options.max_length).proteins
+    return PROGRAM + PAIR * min(TILE, proteins * scope.shape()[1])
 
 
 def work(task: Task, scope: Scope, context: Context) -> Result:

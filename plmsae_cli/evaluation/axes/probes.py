@@ -15,12 +15,6 @@ if TYPE_CHECKING:
     from plmsae_cli.evaluation.probes.features import Sides
 
 AXIS = "probes"
-TEST_SHARE = 0.2
-BOOTSTRAPS = 1000
-"""Draws of test proteins for the intervals."""
-ENTRY, ACTIVE, RAW = 80, 64, 16
-"""Bytes of an active latent of a residue (row, column and value, once more by half, and as compressed rows both ways), how
-many are reckoned with, in the plan, and bytes of an activation."""
 
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
@@ -41,12 +35,21 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
         *fitting,
         scope.task(AXIS, identity, "report", ["prepare", *fitted], 0.1, steps=fitted),
     ]
-    dimensions = scope.manifest["d"] if scope.manifest else scope.lineage.d
     return tasks, {
         "proteins": options.proteins,
         "labels": options.labels or "residue annotations",
-        "memory_bytes": (ENTRY * ACTIVE + RAW * dimensions) * options.residues,
+        "memory_bytes": _memory(scope, options),
     }
+
+
+def _memory(scope: Scope, options: Probes) -> int:
+    from plmsae_cli.evaluation.expected import expected_sample
+    from plmsae_cli.evaluation.probes.planning import needed
+    from plmsae_cli.evaluation.proteins import read_any
+
+    entries = read_any(scope.store.local(options.proteins))
+    sample = expected_sample(entries, options.residues, options.max_length)
+    return needed(sample, options.labels is not None, *scope.shape())
 
 
 def work(task: Task, scope: Scope, context: Context) -> Result:
@@ -71,6 +74,7 @@ def _prepare(scope: Scope, options: Probes) -> list[FileRecord]:
     import torch
 
     from plmsae_cli.evaluation.clusters import SHOWN, choose_method, cluster, halves
+    from plmsae_cli.evaluation.probes.planning import TEST_SHARE
     from plmsae_cli.evaluation.probes.targets import find_targets
     from plmsae_cli.evaluation.protein_labels import read_labels
     from plmsae_cli.evaluation.proteins import choose, read_any
@@ -86,10 +90,12 @@ def _prepare(scope: Scope, options: Probes) -> list[FileRecord]:
     lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
     test_P = halves(cluster(sequences, method), chosen.hashes_P[sampled], lengths_P, TEST_SHARE)
     targets = find_targets(kept, labels, torch.from_numpy(test_P), options.min_instances)[: options.targets]
-    if labels is None and not any(entry.features for entry in kept):
+    if not any(entry.features or (labels is not None and labels.get(entry.accession)) for entry in kept):
         raise UserError(
-            f"nothing is known of the {len(kept):,} proteins of {options.proteins}: a FASTA has no annotations",
-            "set eval.probes.labels to a table of ids and labels, or name a UniProt file",
+            f"nothing is known of the {len(kept):,} sampled proteins of {options.proteins}",
+            "a FASTA has no annotations: set eval.probes.labels to a table of ids and labels, or name a UniProt file"
+            if labels is None
+            else "check that ids in eval.probes.labels are those of the proteins",
         )
     if not targets:
         raise UserError(
@@ -156,6 +162,7 @@ def _fit(scope: Scope, options: Probes, task: Task, context: Context) -> list[Fi
     from plmsae_cli.evaluation.probes.evidence import permuted, rotated
     from plmsae_cli.evaluation.probes.features import read_sides
     from plmsae_cli.evaluation.probes.fits import null, one_thread, probe
+    from plmsae_cli.evaluation.probes.planning import BOOTSTRAPS
     from plmsae_cli.runtime.saved import load_sae_with_facts
     from plmsae_cli.store.tensorfile import TensorFile
 
@@ -171,12 +178,14 @@ def _fit(scope: Scope, options: Probes, task: Task, context: Context) -> list[Fi
     targets.sort(key=lambda one: one[1][1])  # so that features of one kind alone are held
     names = scope.files_of(task, task.args["steps"])
     found: dict[str, Any] = {}
+    sides: Sides | None = None
     with one_thread():
         for done, (number, (name, kind)) in enumerate(targets):
             context.check_stop()
             key = (scope.folder, task.args["stem"], kind)
             if key not in _held:
                 _held.clear()
+                sides = None  # else those of the other kind stay while these are read
                 paths = [join(scope.folder, file) for file in names if f"/features/{kind}-" in file]
                 _held[key] = read_sides(scope.store, paths, owners[kind], test_P, num_latents)
             sides = _held[key]

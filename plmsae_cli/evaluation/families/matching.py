@@ -16,8 +16,8 @@ from plmsae_cli.evaluation.concepts.scores import f1, scores
 
 CANDIDATES = 5
 """Classes tried for a latent: those most frequent among its top proteins."""
-TILE = 1 << 25
-"""Pairs of a latent and a protein that are matched together: about 80 bytes each, 2.7 GB."""
+TILE, PAIR = 1 << 25, 70
+"""Pairs of a latent and a protein that are matched together, and bytes of a pair, all of the process: 2.3 GB."""
 BOOTSTRAPS = 1000
 
 

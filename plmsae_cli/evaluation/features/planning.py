@@ -64,13 +64,5 @@ def estimate(options: Features, rows: int, num_latents: int, active: int, d: int
 
 def figures(scope: Scope, options: Features) -> dict[str, Any]:
     """The estimate for this experiment."""
-    train = scope.experiment.train
-    assert train is not None
-    assert train.sae is not None
-    d = scope.manifest["d"] if scope.manifest else scope.lineage.d
-    active = train.sae.k if train.sae.has("k") else _UNKNOWN_ACTIVE
-    return estimate(options, where(scope, options.split).rows, train.sae.width(d), active, d)
-
-
-_UNKNOWN_ACTIVE = 64
-"""Where the architecture does not fix it."""
+    d, num_latents, active = scope.shape()
+    return estimate(options, where(scope, options.split).rows, num_latents, active, d)

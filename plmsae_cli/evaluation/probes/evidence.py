@@ -11,11 +11,10 @@ from torch import Tensor
 
 from plmsae_cli.evaluation.concepts.labelling import ROTATION_SEED
 from plmsae_cli.evaluation.concepts.scores import auroc, interval
+from plmsae_cli.evaluation.probes.planning import CELLS
 from plmsae_cli.store.permutation import counter_hash
 
 SEED = 0
-_CELLS = 1 << 24
-"""Elements of the largest intermediate tensor."""
 
 
 def auroc_interval(score_R: Tensor, y_R: Tensor, protein_R: Tensor, draws: int) -> list[float] | None:
@@ -30,7 +29,7 @@ def auroc_interval(score_R: Tensor, y_R: Tensor, protein_R: Tensor, draws: int) 
     _, place_R = torch.unique(score_R, return_inverse=True)
     count = int(place_R.max()) + 1
     generator = torch.Generator().manual_seed(SEED)
-    step = max(1, min(draws, _CELLS // max(count, len(score_R), proteins)))
+    step = max(1, min(draws, CELLS // max(count, len(score_R), proteins)))
     areas = []
     for start in range(0, draws, step):
         size = min(step, draws - start)

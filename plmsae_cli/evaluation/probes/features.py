@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.evaluation.probes.logistic import Dense, Sparse
+from plmsae_cli.evaluation.probes.planning import turned
 from plmsae_cli.sae.interface import Latents
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.tensorfile import TensorFile, write_tensors
 
 BLOCK_BYTES = 1 << 28
 """Of one file: what a task holds before it writes, whatever the number of proteins."""
-WIDEST, FULL = 4096, 0.125
-"""Latents at most, and the share of them active, for which all of them are turned to principal axes: a matrix without zeros."""
+_TURNED = 4096
+"""Rows turned at a time."""
 
 
 def by_residue(latents: Latents, maximum_N: Tensor, x_RD: Tensor) -> dict[str, Tensor]:
@@ -109,35 +110,58 @@ def read_sides(store: Store, paths: Sequence[str], owner_R: Tensor, test_P: Tens
         test_P: bool, the proteins that score.
     """
     files = [TensorFile(store, path) for path in paths]
-    row_Q, latent_Q, value_Q = (torch.cat([file.read(name) for file in files]) for name in ("row", "latent", "value"))
-    order_Q = row_Q.argsort(stable=True)  # pieces hold every so-many-th group
-    latents = Sparse(
-        row_Q[order_Q].long(), latent_Q[order_Q].long(), value_Q[order_Q].double(), len(owner_R), num_latents
-    )
-    raw_RD = torch.empty(len(owner_R), files[0].shape("raw")[1], dtype=torch.float64)
-    for file in files:
-        raw_RD[file.read("place").long()] = file.read("raw").double()
     test_R = test_P[owner_R]
-    train_RD = raw_RD[~test_R]
-    mean_D = train_RD.mean(0)
-    deviation_D = (train_RD - mean_D).square().mean(0).sqrt()
-    unit_D = torch.where(deviation_D > 0, 1 / deviation_D, 0.0)
-    scaled_RD = (train_RD - mean_D) * unit_D
-    turn_DD = unit_D[:, None] * _axes(scaled_RD)
+    raw = _activations(files, test_R)
+    latents = _entries(files, len(owner_R), num_latents)
     parts = latents.some(~test_R), latents.some(test_R)
+    del latents  # memory is reckoned with that (`planning.held`)
     together: Sequence[Sparse | Dense] = parts
-    if num_latents <= WIDEST and len(latents.value_Q) >= FULL * latents.rows * num_latents:
-        train_RN = parts[0].dense()
-        axes_NN = _axes(train_RN - train_RN.mean(0))
-        together = Dense(train_RN @ axes_NN), Dense(parts[1].dense() @ axes_NN)
+    if turned(parts[0].rows, len(parts[0].value_Q), num_latents):
+        train_RN, test_RN = parts[0].dense(), parts[1].dense()
+        axes_NN = _axes(train_RN)
+        together = Dense(_turn(train_RN, axes_NN)), Dense(_turn(test_RN, axes_NN))
     train, test = (
-        Side(part, of_all, Dense((raw_RD[keep_R] - mean_D) @ turn_DD), (side_P.cumsum(0) - 1)[owner_R[keep_R]])
-        for part, of_all, keep_R, side_P in zip(parts, together, (~test_R, test_R), (~test_P, test_P), strict=True)
+        Side(part, of_all, Dense(x_RD), (side_P.cumsum(0) - 1)[owner_R[side_P[owner_R]]])
+        for part, of_all, x_RD, side_P in zip(parts, together, raw, (~test_P, test_P), strict=True)
     )
     return Sides(test_R, train, test)
 
 
-def _axes(centred_RD: Tensor) -> Tensor:
+def _activations(files: Sequence[TensorFile], test_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Of train and of test, standardised and turned."""
+    raw_RD = torch.empty(len(test_R), files[0].shape("raw")[1])
+    for file in files:
+        raw_RD[file.read("place").long()] = file.read("raw")
+    train_RD, scored_RD = (raw_RD[keep_R].double() for keep_R in (~test_R, test_R))
+    del raw_RD
+    mean_D = train_RD.mean(0)
+    train_RD -= mean_D
+    deviation_D = torch.linalg.vector_norm(train_RD, dim=0) / len(train_RD) ** 0.5
+    unit_D = torch.where(deviation_D > 0, 1 / deviation_D, 0.0)
+    train_RD *= unit_D
+    axes_DD = _axes(train_RD)
+    return _turn(train_RD, axes_DD), _turn(scored_RD.sub_(mean_D).mul_(unit_D), axes_DD)
+
+
+def _entries(files: Sequence[TensorFile], rows: int, num_latents: int) -> Sparse:
+    def read(name: str) -> Tensor:
+        return torch.cat([file.read(name) for file in files])
+
+    row_Q = read("row")
+    order_Q = row_Q.argsort(stable=True)  # pieces hold every so-many-th group
+    row_Q = row_Q[order_Q].long()
+    return Sparse(row_Q, read("latent")[order_Q].long(), read("value")[order_Q].double(), rows, num_latents)
+
+
+def _axes(x_RD: Tensor) -> Tensor:
     """Principal axes as columns [D, D]."""
-    axes_DD: Tensor = torch.linalg.eigh(centred_RD.T @ centred_RD)[1]
+    mean_D = x_RD.mean(0)
+    axes_DD: Tensor = torch.linalg.eigh(x_RD.T @ x_RD - len(x_RD) * torch.outer(mean_D, mean_D))[1]
     return axes_DD
+
+
+def _turn(x_RD: Tensor, axes_DD: Tensor) -> Tensor:
+    """`x @ axes` in its own memory."""
+    for part_rD in torch.split(x_RD, _TURNED):
+        part_rD.copy_(part_rD @ axes_DD)
+    return x_RD

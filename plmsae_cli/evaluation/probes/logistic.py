@@ -58,13 +58,15 @@ class Sparse:
 
     @cached_property
     def csr(self) -> Tensor:
-        """[R, N] as torch multiplies it."""
+        """[R, N] as torch multiplies it; columns and values are those held here."""
         return _compressed(self.row_Q, self.column_Q, self.value_Q, (self.rows, self.columns))
 
     @cached_property
     def transposed(self) -> Tensor:
         """[N, R] as torch multiplies it."""
-        return _compressed(self.column_Q, self.row_Q, self.value_Q, (self.columns, self.rows))
+        order_Q = self.column_Q.argsort(stable=True)
+        entries = (self.column_Q, self.row_Q[order_Q], self.value_Q[order_Q])
+        return _compressed(*entries, (self.columns, self.rows))
 
     def times(self, w_N: Tensor) -> Tensor:
         """x w [R]."""
@@ -121,9 +123,12 @@ class Dense:
 
 
 def _compressed(row_Q: Tensor, column_Q: Tensor, value_Q: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Of entries by ascending row, of whose numbers only how often each occurs is looked at."""
+    begin = torch.zeros(shape[0] + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(row_Q, minlength=shape[0]), 0, out=begin[1:])
     with warnings.catch_warnings():  # that compressed rows are a young feature of torch
         warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_coo_tensor(torch.stack([row_Q, column_Q]), value_Q, shape).coalesce().to_sparse_csr()
+        return torch.sparse_csr_tensor(begin, column_Q, value_Q, shape)
 
 
 def promising(x: Sparse, y_R: Tensor, l2: float, number: int) -> Tensor:

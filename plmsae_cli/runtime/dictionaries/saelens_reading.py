@@ -44,6 +44,12 @@ def from_saelens(config: Mapping[str, Any], state: Mapping[str, Tensor], normali
         raise UserError(
             f"a {kind} dictionary has the tensors {', '.join(sorted(wanted))}, this one {', '.join(sorted(state))}"
         )
+    said = [config.get(name, size) for name, size in zip(("d_in", "d_sae"), state["W_enc"].shape, strict=True)]
+    if said != list(state["W_enc"].shape):
+        raise UserError(
+            f"{SAELENS[0]} says d_in {said[0]} and d_sae {said[1]}, W_enc is {tuple(state['W_enc'].shape)}",
+            "the two files are of different dictionaries: copy both again",
+        )
     bias = state["b_gate" if kind == "gated" else "b_enc"]
     centred = bool(config.get("apply_b_dec_to_input", True))
     weights = Matrices(state["W_enc"].T, bias, state["W_dec"], state["b_dec"], centred)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,8 @@ import pytest
 import torch
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.axes import families
 from plmsae_cli.evaluation.families import largest as module
-from plmsae_cli.evaluation.families.matching import TILE, intervals, match, tile_latents
+from plmsae_cli.evaluation.families.matching import PAIR, intervals, match, tile_latents
 from plmsae_cli.evaluation.protein_labels import classes, read_labels
 from plmsae_cli.store.fs import Store
 
@@ -115,6 +117,28 @@ def test_a_tile_has_a_bounded_number_of_pairs() -> None:
         assert tile == 1 or tile * max(proteins, labels * top) <= 1 << 25
 
 
-def test_the_plan_says_what_a_tile_holds() -> None:
-    assert families.MEMORY == 80 * TILE
-    assert tile_latents(proteins=50_000, labels=500, top=20) * 50_000 * 80 <= families.MEMORY
+MATCH = """
+import torch
+from plmsae_cli.evaluation.families.matching import match
+
+def held(name):
+    return [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name)][0]
+
+def some(proteins):
+    acts, labels = torch.rand(200, proteins), torch.rand(proteins, 30) < 0.1
+    before = held("VmRSS") - acts.nbytes
+    match(acts, labels, torch.arange(proteins) % 2 == 0, 20)
+    return held("VmHWM") - before
+
+some(100)
+print(some(20_000))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_a_pair_takes_what_the_plan_reckons_with() -> None:
+    settings = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "1000000"
+    }  # what is freed goes back, as with tensors of a real size
+    done = subprocess.run([sys.executable, "-c", MATCH], capture_output=True, text=True, check=True, env=settings)
+    assert int(done.stdout) < 200 * 20_000 * PAIR < 1.6 * int(done.stdout)

@@ -23,7 +23,7 @@ from plmsae_cli.runtime.dictionaries import read_dictionary
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.matryoshka import MatryoshkaBatchTopK
 
-from .foreign_files import THETA, C, K, N, Sample, V, W, activations, learning, saelens
+from .foreign_files import THETA, C, D, K, N, Sample, V, W, activations, learning, saelens
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
@@ -121,6 +121,14 @@ def test_saelens(tmp_path: Path, kind: str, centred: bool) -> None:
     found = read_dictionary(ImportedSAE(path=save_saelens(tmp_path, config, sample)))
     assert (found.format, found.weights, found.layer) == ("SAELens", "m", 5)
     same(found.model, sample)
+
+
+def test_saelens_settings_of_another_dictionary_are_refused(tmp_path: Path) -> None:
+    config, sample = saelens("standard", True)
+    for name, size in (("d_in", D), ("d_sae", N)):
+        folder = save_saelens(tmp_path, config | {name: size + 1}, sample)
+        with pytest.raises(UserError, match=rf"{name} {size + 1}\b.* W_enc is \({D}, {N}\)"):
+            read_dictionary(ImportedSAE(path=folder))
 
 
 def test_saelens_of_version_3(tmp_path: Path) -> None:

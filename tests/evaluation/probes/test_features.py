@@ -96,3 +96,29 @@ def test_pieces_in_any_order_are_the_rows_of_a_slow_reading(tmp_path: Path, monk
         area_of_latents = metrics.roc_auc_score(y_R[test_R], model.decision_function(acts_RN[test_R]))
         assert row["auroc_all"] == pytest.approx(area_of_latents, abs=1e-9)
         assert row["interval_auroc_raw"][0] <= area <= row["interval_auroc_raw"][1]
+
+
+@pytest.mark.parametrize("active", [1, 4])
+def test_nothing_of_the_rows_that_score_reaches_what_is_fitted(tmp_path: Path, active: int) -> None:
+    x_RD, latents, maximum_N = rows()
+    latents = Latents(latents.acts_BK[:, :active], latents.indices_BK[:, :active])
+    owner_R = torch.arange(len(LENGTHS)).repeat_interleave(LENGTHS)
+    test_P = torch.arange(len(LENGTHS)) % 3 == 1
+    test_R = test_P[owner_R]
+    y_R = (x_RD[:, 2] > 3) & (torch.arange(len(owner_R)) % 4 > 0)
+    found = []
+    for factor in (1.0, 7.0):
+        mine_R = torch.where(test_R, factor, 1.0)[:, None]
+        changed = Latents(latents.acts_BK * mine_R, (latents.indices_BK + test_R[:, None] * (factor > 1)) % LATENTS)
+        writer = Writer(Store(), str(tmp_path), "residue", f"{factor:.0f}")
+        writer.add(0, by_residue(changed, maximum_N, x_RD * mine_R))
+        writer.close()
+        sides = read_sides(Store(), [file.name for file in writer.files], owner_R, test_P, LATENTS)
+        with one_thread():
+            row = probe(sides, torch.where(test_R & (factor > 1), ~y_R, y_R), 1.0, 20)
+        found.append((sides, row))
+    (one, row), (other, changed_row) = found
+    assert torch.equal(one.train.raw.x_RN, other.train.raw.x_RN)
+    assert not torch.equal(one.test.raw.x_RN, other.test.raw.x_RN)
+    assert isinstance(one.train.together, Dense) == isinstance(other.train.together, Dense) == (active > 1)
+    assert [row[key] for key in ("latent", "weight")] == [changed_row[key] for key in ("latent", "weight")]

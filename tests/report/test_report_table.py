@@ -53,10 +53,9 @@ def test_pages_of_latents_are_named(tmp_path: Path, make: Any) -> None:
 
 def test_rows_of_a_run_over_several_layers(tmp_path: Path, make: Any) -> None:
     (tmp_path / "resolved.yaml").write_text("name: layers\n")
-    make.write_json(
-        tmp_path / "artifacts.json",
-        {"embed-3": {"rows": 70}, "optimize-6": {"rows": 64}, "optimize-3": {"rows": 64}},
-    )
+    rows = {"embed-3": 70, "optimize-6": 64, "optimize-3": 64}
+    pointers = {name: {"folder": f"data/{name}", "key": name, "rows": number} for name, number in rows.items()}
+    make.write_json(tmp_path / "artifacts.json", pointers)
     assert summary(tmp_path) == [("training rows", "64")]
 
 

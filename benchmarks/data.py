@@ -323,18 +323,19 @@ def shuffle(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         kind += f"{options.workers}-workers-"
     for size in options.gigabytes:
         with rows_in(Path(options.folder), size) as folder:
-            contenders = ["cp", "plmsae", *(["litdata.optimize", "ray.data random_shuffle"] if options.peers else [])]
-            found = {}
-            for name in contenders:
-                arguments = {"plmsae": [memory, options.workers], "litdata.optimize": [options.workers]}.get(name, [])
-                if (figures := measure(folder, name, *arguments)) is not None:
-                    found[name] = figures
+            contenders: dict[str, list[Any]] = {"cp": [], "plmsae": [memory, options.workers]}
+            if options.peers:
+                contenders |= {"litdata.optimize": [options.workers], "ray.data random_shuffle": []}
+            found = in_turns(folder, contenders, options.turns)
         for who, figures in found.items():
             label = "limit cp, twice" if who == "cp" else who
             note = f"{size:g} GB of rows, d {D}" + (f", tasks of {options.memory}" if who == "plmsae" else "")
             note += (
                 f", {options.workers} workers" if options.workers > 1 and who in ("plmsae", "litdata.optimize") else ""
             )
+            if options.turns > 1:
+                slow, fast = (size * 1e3 / figures[end] for end in ("slowest", "fastest"))
+                note += f"; median of {options.turns} turns, {slow:,.0f} to {fast:,.0f}"
             note += f"; {beside}" if beside else ""
             name = f"data/shuffle-optimize-{kind}{size:g}GB"
             yield _line(name, label, size * 1e3 / figures["seconds"], "MB/s", note)
@@ -356,6 +357,22 @@ def shuffle(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield _line(f"data/shuffle-optimize-{kind}peak-{size:g}GB", "limit budget", memory / 1e6, "MB", "")
 
 
+def in_turns(folder: Path, contenders: Mapping[str, list[Any]], turns: int) -> dict[str, dict[str, Any]]:
+    """Name -> the turn of median time, with the `fastest` and `slowest` beside it; those that fail are left out."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for _ in range(turns):
+        for name, arguments in contenders.items():
+            if (figures := measure(folder, name, *arguments)) is not None:
+                runs[name].append(figures)
+    found = {}
+    for name, figures_of in runs.items():
+        if figures_of:
+            ordered = sorted(figures_of, key=lambda figures: float(figures["seconds"]))
+            ends = {"fastest": ordered[0]["seconds"], "slowest": ordered[-1]["seconds"]}
+            found[name] = {**ordered[(len(ordered) - 1) // 2], **ends}
+    return found
+
+
 def in_memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """CPU a GB, with everything in /dev/shm."""
     from benchmarks.record import busy
@@ -363,13 +380,10 @@ def in_memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     beside = busy()
     for size in options.gigabytes:
         with rows_in(Path("/dev/shm"), size) as folder:
-            found = {
-                name: certain(folder, name, *([_bytes(options.memory)] if name == "plmsae" else []))
-                for name in ("cp", "plmsae")
-            }
+            found = in_turns(folder, {"cp": [], "plmsae": [_bytes(options.memory)]}, options.turns)
         for name, figures in found.items():
             label = "limit cp, twice" if name == "cp" else name
-            note = f"{size:g} GB in /dev/shm; {beside}".rstrip("; ")
+            note = f"{size:g} GB in /dev/shm; the median turn of {options.turns}; {beside}".rstrip("; ")
             yield _line("data/shuffle-optimize-core", label, size / figures["cpu"], "GB/s a core", note)
 
 
@@ -412,6 +426,7 @@ def main() -> None:
         verb.add_argument("--gigabytes", type=float, nargs="+", default=sizes)
         verb.add_argument("--memory", default=memory, help="of a task")
         verb.add_argument("--peers", action="store_true")
+        verb.add_argument("--turns", type=int, default=1, help="of all sides, one after the other; the median counts")
         verb.add_argument("--workers", type=int, default=1, help="of ours and of litdata; Ray takes all cores")
         verb.add_argument("--record", action="store_true", help="add the figures to results.jsonl")
     options = parser.parse_args()

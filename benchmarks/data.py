@@ -358,7 +358,7 @@ def shuffle(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def in_turns(folder: Path, contenders: Mapping[str, list[Any]], turns: int) -> dict[str, dict[str, Any]]:
-    """Name -> the turn of median time, with the `fastest` and `slowest` beside it; those that fail are left out."""
+    """Name -> the turn of median time, with the `fastest` and `slowest` beside it; those that are not installed are left out."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for _ in range(turns):
         for name, arguments in contenders.items():
@@ -381,6 +381,7 @@ def in_memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for size in options.gigabytes:
         with rows_in(Path("/dev/shm"), size) as folder:
             found = in_turns(folder, {"cp": [], "plmsae": [_bytes(options.memory)]}, options.turns)
+        assert len(found) == 2
         for name, figures in found.items():
             label = "limit cp, twice" if name == "cp" else name
             note = f"{size:g} GB in /dev/shm; the median turn of {options.turns}; {beside}".rstrip("; ")

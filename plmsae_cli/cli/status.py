@@ -94,7 +94,7 @@ def _words(figures: dict[str, float]) -> str:
 
     found = [seconds(figures["seconds"])] if "seconds" in figures else []
     found += [f"{size(figures['memory'])} a GPU"] if "memory" in figures else []
-    found += [f"${figures['usd']:,.2f}"] if "usd" in figures else []
+    found += [dollars(figures["usd"])] if "usd" in figures else []
     return ", ".join(found)
 
 

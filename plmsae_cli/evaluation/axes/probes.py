@@ -163,7 +163,7 @@ def _fit(scope: Scope, options: Probes, task: Task, context: Context) -> list[Fi
     from plmsae_cli.evaluation.probes.features import read_sides
     from plmsae_cli.evaluation.probes.fits import null, one_thread, probe
     from plmsae_cli.evaluation.probes.planning import BOOTSTRAPS
-    from plmsae_cli.runtime.saved import load_sae_with_facts
+    from plmsae_cli.runtime.saved import read_sae_facts
     from plmsae_cli.store.tensorfile import TensorFile
 
     chosen = scope.read_table(AXIS, "chosen.parquet")
@@ -171,7 +171,7 @@ def _fit(scope: Scope, options: Probes, task: Task, context: Context) -> list[Fi
     lengths_P = torch.tensor([len(sequence) for sequence in chosen["sequence"].to_pylist()])
     hashes_P = chosen["hash"].to_numpy()
     owners = {"residue": torch.arange(len(test_P)).repeat_interleave(lengths_P), "protein": torch.arange(len(test_P))}
-    num_latents = load_sae_with_facts(scope.folder, scope.store).model.num_latents
+    num_latents = read_sae_facts(scope.folder, scope.store)["config"]["num_latents"]
     truth = TensorFile(scope.store, scope.path(AXIS, "targets.safetensors"))
     index, of = task.args["index"], task.args["of"]
     targets = list(enumerate(scope.read_json(AXIS, "prepared.json")["targets"]))[index::of]
@@ -206,7 +206,7 @@ def _report(scope: Scope, options: Probes, names: Sequence[str]) -> list[FileRec
 
     import numpy as np
 
-    from plmsae_cli.runtime.saved import load_sae_with_facts
+    from plmsae_cli.runtime.saved import read_sae_facts
 
     facts = scope.read_json(AXIS, "prepared.json")
     by_number: dict[str, Any] = {}
@@ -228,7 +228,7 @@ def _report(scope: Scope, options: Probes, names: Sequence[str]) -> list[FileRec
     best_of: dict[int, list[str]] = {}
     for row in found:
         best_of.setdefault(row["latent"], []).append(row["target"])
-    num_latents = load_sae_with_facts(scope.folder, scope.store).model.num_latents
+    num_latents = read_sae_facts(scope.folder, scope.store)["config"]["num_latents"]
     latents = {
         "latent": list(range(num_latents)),
         "probe_targets": ["; ".join(best_of[n]) if n in best_of else None for n in range(num_latents)],

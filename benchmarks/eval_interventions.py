@@ -38,6 +38,7 @@ SMALL = ESM2Config(4, 64, 4)
 SMALL_TRUNK = {
     "num_blocks": 2, "sequence_state_dim": 64, "pairwise_state_dim": 32, "sequence_head_width": 16, "pairwise_head_width": 16,
 }  # fmt: skip
+COMMAND = "python benchmarks/eval_interventions.py"
 MODES: tuple[Mode, ...] = ("isolated", "propagated")
 
 
@@ -61,9 +62,7 @@ def steering(timed: Timed, name: str, config: ESM2Config, layer: int, sae: TopK,
     steers = [Steer(latent, latent + 1, 1.0) for latent in range(0, 16, 2)]
     residues = sum(map(len, sequences))
     passes = len(steers) * len(VARIANTS)
-    with timed(
-        f"steering {name}", f"{passes} passes of {residues:,} residues in {len(sequences)} proteins, float32, clamp"
-    ):
+    with timed(name, f"{passes} passes of {residues:,} residues in {len(sequences)} proteins, float32, clamp"):
         for places in groups([len(sequence) + 2 for sequence in sequences], 16_384):
             chosen = [sequences[place] for place in places]
             packed = pack([encode(sequence) for sequence in chosen]).to(device)
@@ -85,43 +84,56 @@ def structure(timed: Timed, config: ESM2Config, sae: TopK, lengths: list[int], t
         if len(sequence) < max(lengths):
             continue
         for length in lengths:
-            with timed(f"structure, {length} residues", "one fold as it is"):
+            with timed(f"{length} residues", "one fold as it is"):
                 original = folder.fold(sequence[:length])
-            with timed(f"structure, {length} residues, spliced", f"a fold in each of {len(MODES)} modes, and metrics"):
+            with timed(f"{length} residues, spliced", f"a fold in each of {len(MODES)} modes, and metrics"):
                 for mode in MODES:
                     with spliced(folder.trunk, config.num_layers, mode, Reconstruction(sae, mean_D)):
                         compare(folder.fold(sequence[:length]).alpha_L3, original.alpha_L3)
         return
 
 
+def steer_all(timed: Timed, device: torch.device, small: bool) -> None:
+    if small:
+        steering(timed, "small", SMALL, 2, dictionary(SMALL.d, 256, 8, device), 4)
+        return
+    for name, layer, latents, k in (("650M", 24, 10_240, 64), ("3B", 36, 20_480, 32)):
+        config = published(name)
+        steering(timed, name, config, layer, dictionary(config.d, latents, k, device), 100)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def fold_all(timed: Timed, device: torch.device, small: bool) -> None:
+    if small:
+        structure(timed, SMALL, dictionary(SMALL.d, 256, 8, device), [20, 40], SMALL_TRUNK)
+        return
+    config = published("3B")
+    structure(timed, config, dictionary(config.d, 20_480, 32, device), [100, 200, 400], None)
+
+
+def published(name: str) -> ESM2Config:
+    return next(config for label, config in PUBLISHED.items() if name in label)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--axes", nargs="+", choices=["steering", "structure"], default=["steering", "structure"])
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl", help="file to add the figures to")
     options = parser.parse_args()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else cpu(torch.get_num_threads())
-    timed = Timed(
-        device, stamp("eval-interventions", where, "python benchmarks/eval_interventions.py"), "eval/interventions"
-    )
     torch.manual_seed(0)
     with torch.no_grad():
-        if options.small:
-            sae = dictionary(SMALL.d, 256, 8, device)
-            steering(timed, "small", SMALL, 2, sae, 4)
-            structure(timed, SMALL, sae, [20, 40], SMALL_TRUNK)
-            return
-        for name, layer, latents, k in (("650M", 24, 10_240, 64), ("3B", 36, 20_480, 32)):
-            config = next(config for label, config in PUBLISHED.items() if name in label)
-            sae = dictionary(config.d, latents, k, device)
-            steering(timed, name, config, layer, sae, 100)
-            gc.collect()
-            torch.cuda.empty_cache()
-        structure(timed, config, sae, [100, 200, 400], None)
-    add(options.out, timed.lines)
+        for axis in options.axes:
+            timed = Timed(device, stamp(f"eval-{axis}", where, COMMAND), f"eval/{axis}")
+            (steer_all if axis == "steering" else fold_all)(timed, device, options.small)
+            if not options.small:
+                add(options.out, timed.lines)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,13 @@ def _torchrun(gang: Gang, rendezvous: list[str], ranks: int, experiment: Experim
 
 
 def _killed(gang: Gang, said: str) -> TaskFailed | None:
-    """Which rank was killed, by torchrun's report: it leaves no word, but the others then fail in their next collective."""
-    for rank, number in re.findall(r"^\s*rank\s*:\s*(\d+).*\n\s*exitcode\s*:\s*-(\d+)", said, re.MULTILINE):
+    """Which rank was killed, by torchrun's report: it leaves no word, but the others then fail in their next collective, or hang
+    in it until torchrun ends them, whom its report then lists first."""
+    ended = set(re.findall(r"Sending process (\d+) closing signal", said))
+    entry = r"^\s*rank\s*:\s*(\d+).*\n\s*exitcode\s*:\s*-(\d+) \(pid: (\d+)\)"
+    for rank, number, process in re.findall(entry, said, re.MULTILINE):
+        if process in ended:
+            continue
         name = signal.Signals(int(number)).name
         why = "; the system kills what exceeds its memory" if name == "SIGKILL" else ""
         where = f"Its output is in {gang.logs}/rank-{rank}.log"

@@ -67,6 +67,14 @@ def test_a_killed_rank_is_named_even_if_others_failed_in_its_wake(run: RunFolder
     assert f"{log.parent}/rank-3.log" in str(found)
 
 
+def test_a_rank_that_torchrun_ended_is_not_the_one_that_was_killed(run: RunFolder) -> None:
+    """As a rank that hangs in a collective of GPUs: it hears no SIGTERM, and half a minute later is killed too."""
+    log = run.path / "logs" / "torchrun.log"
+    ended = "W0101 00:00:00.0 9 multiprocessing/api.py:1] Sending process 17 closing signal SIGTERM\n"
+    log.write_text(ended + KILLED.format(code=-9).replace("exitcode  : 1 (", "exitcode  : -9 ("))
+    assert "rank 3 was killed (SIGKILL)" in str(told(run, 0))
+
+
 def test_what_an_earlier_start_left_in_the_log_does_not_count(run: RunFolder) -> None:
     size = (run.path / "logs" / "torchrun.log").stat().st_size
     error(run, 1, 7.0, message="RuntimeError: later")

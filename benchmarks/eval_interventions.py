@@ -67,7 +67,7 @@ def steering(timed: Timed, name: str, config: ESM2Config, layer: int, sae: TopK,
             chosen = [sequences[place] for place in places]
             packed = pack([encode(sequence) for sequence in chosen]).to(device)
             batch = prepare(model, packed, masked_residues(packed, chosen, 0.15), layer)
-            measure(model, sae, layer, batch, steers, "clamp", steerable(batch, None), False)
+            measure(model, sae, batch, steers, "clamp", steerable(batch, None), False)
 
 
 def structure(timed: Timed, config: ESM2Config, sae: TopK, lengths: list[int], trunk: dict[str, Any] | None) -> None:

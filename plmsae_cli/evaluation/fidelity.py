@@ -152,7 +152,8 @@ def loss_recovered(
         found["unmasked"].append(_score(plm, layer, splices, packed, packed.tokens_T.long(), packed.residue_mask_T))
         if done == 0:
             plain = plm(packed.tokens_T, packed.documents, logits=True).logits
-            same = plm(packed.tokens_T, packed.documents, logits=True, splice={layer: lambda x: x.clone()}).logits
+            state = plm.below(packed.tokens_T, packed.documents, layer)
+            same = plm.head(plm.above(state, state.x_TD.clone()))
             identity = torch.equal(plain, same)
         progress(done + 1, len(batches), unit="batches")
     result: dict[str, Any] = {side: _summary(sums) for side, sums in found.items()}
@@ -193,9 +194,10 @@ def _score(
 
     log_p: dict[str, torch.Tensor] = {}
     ce = {}
+    state = plm.below(inputs_T, packed.documents, layer)
     for name, splice in splices.items():
-        logits = plm(inputs_T, packed.documents, logits=True, splice=None if splice is None else {layer: splice}).logits
-        chosen = F.log_softmax(logits[scored_T].double(), dim=-1)  # in float32 a small KL is all rounding
+        last_TD = plm.above(state, state.x_TD if splice is None else splice(state.x_TD))
+        chosen = F.log_softmax(plm.head(last_TD[scored_T]).double(), dim=-1)  # in float32 a small KL is all rounding
         if name in ("original", "sae"):
             log_p[name] = chosen
         ce[name] = per_protein(F.nll_loss(chosen, targets, reduction="none")).cpu()

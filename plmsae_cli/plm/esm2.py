@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,22 @@ class ESM2Output(NamedTuple):
     """Layer to [T, D], for the layers asked for; each as it was before its splice."""
     logits: Tensor | None
     """[T, V], or None if not asked for."""
+
+
+class Partway(NamedTuple):
+    """A pass that has come as far as a layer: what is computed once where passes differ above it alone."""
+
+    layer: int
+    x_TD: Tensor
+    """That layer."""
+    tokens_T: Tensor
+    """int64."""
+    documents: Documents
+    rope: Tables
+    kept: tuple[Tensor, ...] = ()
+    """Lower layers that blocks above read, too."""
+    tables: tuple[Tensor, ...] = ()
+    """Value tables in the dtype of the arithmetic."""
 
 
 class SelfAttention(nn.Module):
@@ -172,22 +188,47 @@ class ESM2(nn.Module):
         if not layers and not logits:
             raise ValueError("nothing asked for: name layers, or set logits=True")
 
-        documents = documents.tiled(tokens_T.shape[0])
-        document_T, position_T = documents.locate(tokens_T.shape[0])
-        if rope is None:
-            rope = self.rotary(position_T)
-        x_TD = self.embed(tokens_T.long(), documents, document_T)
+        state = self._begin(tokens_T, documents, rope)
         hidden: dict[int, Tensor] = {}
         for k in range((num_layers if logits else max(layers)) + 1):
             if k > 0:
-                x_TD = self.layers[k - 1](x_TD, rope, documents)
-            if k == num_layers:
-                x_TD = self.emb_layer_norm_after(x_TD)
+                state = self._next(state)
             if k in layers:
-                hidden[k] = x_TD
+                hidden[k] = state.x_TD
             if k in splice:
-                x_TD = splice[k](x_TD)
-        return ESM2Output(hidden, self.lm_head(x_TD, self.embed_tokens.weight) if logits else None)
+                state = state._replace(x_TD=splice[k](state.x_TD))
+        return ESM2Output(hidden, self.head(state.x_TD) if logits else None)
+
+    def below(self, tokens_T: Tensor, documents: Documents, layer: int) -> Partway:
+        """The pass up to a layer."""
+        state = self._begin(tokens_T, documents, None)
+        while state.layer < layer:
+            state = self._next(state)
+        return state
+
+    def above(self, state: Partway, x_TD: Tensor) -> Tensor:
+        """The last layer [T, D], `x_TD` being in the place of the layer that the pass has come to."""
+        state = state._replace(x_TD=x_TD)
+        while state.layer < self.config.num_layers:
+            state = self._next(state)
+        return state.x_TD
+
+    def head(self, x_MD: Tensor) -> Tensor:
+        """Logits [M, V] of rows of the last layer."""
+        return cast(Tensor, self.lm_head(x_MD, self.embed_tokens.weight))
+
+    def _begin(self, tokens_T: Tensor, documents: Documents, rope: Tables | None) -> Partway:
+        tokens_T, documents = tokens_T.long(), documents.tiled(tokens_T.shape[0])
+        document_T, position_T = documents.locate(tokens_T.shape[0])
+        x_TD = self.embed(tokens_T, documents, document_T)
+        return Partway(0, x_TD, tokens_T, documents, self.rotary(position_T) if rope is None else rope)
+
+    def _next(self, state: Partway) -> Partway:
+        x_TD = self.layers[state.layer](state.x_TD, state.rope, state.documents)
+        layer = state.layer + 1
+        if layer == self.config.num_layers:
+            x_TD = self.emb_layer_norm_after(x_TD)
+        return state._replace(layer=layer, x_TD=x_TD)
 
     def embed(self, tokens_T: Tensor, documents: Documents, document_T: Tensor) -> Tensor:
         """Layer 0: embeddings with `<pad>` zeroed and, under token dropout, `<mask>` zeroed and the rest

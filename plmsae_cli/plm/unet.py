@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from plmsae_cli.plm.alphabet import MASK
 from plmsae_cli.plm.attention import Documents, attention
-from plmsae_cli.plm.esm2 import ESM2Output, Splice
+from plmsae_cli.plm.esm2 import ESM2Output, Partway, Splice
 from plmsae_cli.plm.gradients import lookup, rms_norm, scaled
 from plmsae_cli.plm.rotary import Rotary, Tables, rotate
 from plmsae_cli.plm.unet_config import UNetConfig
@@ -175,18 +175,36 @@ class UNet(nn.Module):
                 raise ValueError(f"layer {k} asked of a model that has layers 0 to {num_layers}")
         if not layers and not logits:
             raise ValueError("nothing asked for: name layers, or set logits=True")
-        wanted = frozenset(layers)
         hidden: dict[int, Tensor] = {}
-        last = num_layers if logits else max(layers)
-        documents = documents.tiled(tokens_T.shape[0])
-        rope = self.rotary(documents.locate(tokens_T.shape[0])[1])
-        x_TD = self._run(tokens_T, documents, rope, last, window, wanted, splice, hidden)
-        return ESM2Output(hidden, self.head(x_TD) if logits else None)
+        state = self._begin(tokens_T, documents, None)
+        for k in range((num_layers if logits else max(layers)) + 1):
+            if k > 0:
+                state = self._next(state, window)
+            if k in layers:
+                hidden[k] = state.x_TD
+            if k in splice:
+                state = state._replace(x_TD=splice[k](state.x_TD))
+        return ESM2Output(hidden, self.head(state.x_TD) if logits else None)
+
+    def below(self, tokens_T: Tensor, documents: Documents, layer: int) -> Partway:
+        """As `ESM2.below`; kept are x0 and the skips, the highest last."""
+        state = self._begin(tokens_T, documents, None)
+        while state.layer < layer:
+            state = self._next(state, None)
+        return state
+
+    def above(self, state: Partway, x_TD: Tensor, window: int | None = None) -> Tensor:
+        """As `ESM2.above`; skips and x0 see `x_TD` too."""
+        state = state._replace(x_TD=x_TD)
+        while state.layer < self.config.num_layers:
+            state = self._next(state, window)
+        return state.x_TD
 
     def trunk(self, tokens_T: Tensor, documents: Documents, rope: Tables, window: int | None) -> Tensor:
         """The last layer [T, D]: what a training step compiles. `rope`: the tokens' tables, which a compiler would compute
         again in every kernel that turns by them."""
-        return self._run(tokens_T, documents, rope, self.config.num_layers, window, frozenset(), {}, {})
+        state = self._begin(tokens_T, documents, rope)
+        return self.above(state, state.x_TD, window)
 
     def embedded(self, tokens_T: Tensor, dtype: torch.dtype) -> Tensor:
         """Layer 0, [T, D], of int64 tokens."""
@@ -197,41 +215,27 @@ class UNet(nn.Module):
         """Logits [M, V], float32, of rows of the last layer."""
         return cast(Tensor, self.lm_head(x_MD, self.embedding_VD))
 
-    def _run(
-        self,
-        tokens_T: Tensor,
-        documents: Documents,
-        rope: Tables,
-        last: int,
-        window: int | None,
-        wanted: frozenset[int],
-        splice: Mapping[int, Splice],
-        hidden: dict[int, Tensor],
-    ) -> Tensor:
-        """Layer `last`, and on the way those wanted into `hidden`."""
-        tokens_T = tokens_T.long()
+    def _begin(self, tokens_T: Tensor, documents: Documents, rope: Tables | None) -> Partway:
+        tokens_T, documents = tokens_T.long(), documents.tiled(tokens_T.shape[0])
+        if rope is None:
+            rope = self.rotary(documents.locate(tokens_T.shape[0])[1])
         dtype = self.compute or self.embedding_VD.dtype
-        tables = [table.to(dtype) for table in self.value_tables]
+        tables = tuple(table.to(dtype) for table in self.value_tables)
+        return Partway(0, self.embedded(tokens_T, dtype), tokens_T, documents, rope, tables=tables)
+
+    def _next(self, state: Partway, window: int | None) -> Partway:
+        i, x_TD, kept = state.layer, state.x_TD, state.kept
         half = self.config.num_layers // 2
-        x_TD = x0_TD = self.embedded(tokens_T, dtype)
-        skips: list[Tensor] = []
-        for k in range(last + 1):
-            if k > 0:
-                i = k - 1
-                if self.skip_weights is not None and i >= half:
-                    x_TD = x_TD + scaled(skips.pop(), self.skip_weights[i - half])
-                # Looked up in each block: that costs nothing inside the kernel that mixes it in, a stored one memory.
-                embedded_TD = lookup(tables[min(i, 2 * half - 1 - i)], tokens_T) if tables else None
-                x_TD = self.layers[i](x_TD, x0_TD, embedded_TD, rope, documents, window)
-            if k in wanted:
-                hidden[k] = x_TD
-            if k in splice:
-                x_TD = splice[k](x_TD)
-            if k == 0:
-                x0_TD = x_TD
-            elif k <= half and self.skip_weights is not None:
-                skips.append(x_TD)
-        return x_TD
+        if i == 0 or (i <= half and self.skip_weights is not None):
+            kept = (*kept, x_TD)  # layer 0 is x0, the others are skips
+        x0_TD = kept[0]
+        if self.skip_weights is not None and i >= half:
+            kept, skip_TD = kept[:-1], kept[-1]
+            x_TD = x_TD + scaled(skip_TD, self.skip_weights[i - half])
+        # Looked up in each block: that costs nothing inside the kernel that mixes it in, a stored one memory.
+        embedded_TD = lookup(state.tables[min(i, 2 * half - 1 - i)], state.tokens_T) if state.tables else None
+        x_TD = self.layers[i](x_TD, x0_TD, embedded_TD, state.rope, state.documents, window)
+        return state._replace(layer=i + 1, x_TD=x_TD, kept=kept)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,9 +79,7 @@ class TrainedModel:
 
     def head(self, rows_MD: Tensor) -> Tensor:
         """Logits [M, V] of rows of the last layer."""
-        if isinstance(self.model, UNet):
-            return self.model.head(rows_MD)
-        return cast(Tensor, self.model.lm_head(rows_MD, self.model.embed_tokens.weight))
+        return self.model.head(rows_MD)
 
 
 def compiled_trunk(trained: TrainedModel) -> Callable[..., Tensor]:

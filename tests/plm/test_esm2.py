@@ -238,6 +238,15 @@ def test_a_splice_changes_the_layers_above_it_alone(gate_pair: Pair, proteins: l
         assert not torch.equal(spliced.logits, plain.logits)
 
 
+def test_a_pass_goes_on_from_any_layer_as_from_its_splice(gate_pair: Pair, proteins: list[str]) -> None:
+    _, model = gate_pair
+    packed = pack([encode(s) for s in proteins[:6]])
+    for k in range(7):
+        below = model.below(packed.tokens_T, packed.documents, k)
+        spliced = model(packed.tokens_T, packed.documents, splice={k: torch.sin}, logits=True)
+        assert torch.equal(model.head(model.above(below, below.x_TD.sin())), spliced.logits)
+
+
 def test_a_splice_at_the_last_layer_acts_after_the_final_layer_norm(gate_pair: Pair, proteins: list[str]) -> None:
     _, model = gate_pair
     packed = pack([encode(s) for s in proteins[:6]])

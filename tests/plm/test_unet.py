@@ -100,6 +100,14 @@ def test_flops_are_three_times_the_products_of_a_forward() -> None:
     assert net.config.train_flops(32, 1.0) * 128 == 3 * counter.get_total_flops()
 
 
+def test_a_pass_goes_on_from_any_layer_as_from_its_splice() -> None:
+    net, packed = model(), stream()
+    for k in range(5):
+        below = net.below(packed.tokens_T, packed.documents, k)
+        spliced = net(packed.tokens_T, packed.documents, splice={k: torch.sin}, logits=True)
+        assert torch.equal(net.head(net.above(below, below.x_TD.sin())), spliced.logits)
+
+
 def test_a_splice_is_what_the_layers_above_see_through_skips_too() -> None:
     net, packed = model(), stream()
     read = net(packed.tokens_T, packed.documents, layers=range(5)).hidden

@@ -178,9 +178,7 @@ def _part(scope: Scope, options: Steering, index: int, of: int, context: Context
             where_T1 = steerable(batch, positions)
             only_active = options.residues == "active"
             found.append(
-                measure(
-                    embedder.model, sae, layer, batch, mine, options.mode, where_T1, only_active, context.check_stop
-                )
+                measure(embedder.model, sae, batch, mine, options.mode, where_T1, only_active, context.check_stop)
             )
             done += len(batch.packed.lengths)
             context.progress(done, len(sequences))

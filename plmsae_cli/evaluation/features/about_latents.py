@@ -35,11 +35,9 @@ def letter_effects(plm: ESM2 | UNet, layer: int, mean_D: Tensor, added_CD: Tenso
     letters = slice(FIRST_LETTER, FIRST_LETTER + len(AMINO_ACIDS))
 
     def log_letters(x_BD: Tensor) -> Tensor:
-        if isinstance(plm, UNet):
-            return plm.head(x_BD)[:, letters].log_softmax(1)
-        if layer < plm.config.num_layers:
+        if not isinstance(plm, UNet) and layer < plm.config.num_layers:
             x_BD = plm.emb_layer_norm_after(x_BD)
-        return plm.lm_head(x_BD, plm.embed_tokens.weight)[:, letters].log_softmax(1)  # type: ignore[no-any-return]
+        return plm.head(x_BD)[:, letters].log_softmax(1)
 
     alone_CA = log_letters(added_CD)
     return log_letters(mean_D + added_CD) - log_letters(mean_D[None]), alone_CA - alone_CA.mean(1, keepdim=True)

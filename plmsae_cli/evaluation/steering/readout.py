@@ -10,6 +10,7 @@ from torch import Tensor
 
 from plmsae_cli.evaluation.steering.edits import VARIANTS, Mode, Steer, edit
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, MASK, Packed
+from plmsae_cli.plm.esm2 import Partway
 from plmsae_cli.sae.dictionary import Dictionary
 
 LETTERS = len(AMINO_ACIDS)
@@ -18,9 +19,9 @@ LETTERS = len(AMINO_ACIDS)
 class Batch(NamedTuple):
     """Packed proteins with masked residues, and what the model predicts there untouched."""
 
-    tokens_T: Tensor
-    """`<mask>` where predictions are read."""
     packed: Packed
+    below: Partway
+    """The pass up to the layer that is steered, with `<mask>` where predictions are read."""
     read_Q: Tensor
     """Places of the masked residues."""
     protein_Q: Tensor
@@ -29,12 +30,10 @@ class Batch(NamedTuple):
     """Log-probabilities of the 20 amino acids, among themselves, float64."""
 
 
-def log_letters(plm: Any, batch: Batch | tuple[Tensor, Packed, Tensor], layer: int, value: Any = None) -> Tensor:
-    """Log-probabilities [Q, 20] at the masked residues, layer `layer` replaced by `value` of it, all later ones anew."""
-    tokens_T, packed, read_Q = batch[:3]
-    splice = None if value is None else {layer: value}
-    logits_TV: Tensor = plm(tokens_T, packed.documents, splice=splice, logits=True).logits
-    return logits_TV[read_Q, FIRST_LETTER : FIRST_LETTER + LETTERS].double().log_softmax(-1)
+def log_letters(plm: Any, below: Partway, x_TD: Tensor, read_Q: Tensor) -> Tensor:
+    """Log-probabilities [Q, 20] at places `read_Q`, `x_TD` being in the place of the layer that the pass has come to."""
+    logits_QV: Tensor = plm.head(plm.above(below, x_TD)[read_Q])
+    return logits_QV[:, FIRST_LETTER : FIRST_LETTER + LETTERS].double().log_softmax(-1)
 
 
 def prepare(plm: Any, packed: Packed, masked_T: Tensor, layer: int) -> Batch:
@@ -42,8 +41,8 @@ def prepare(plm: Any, packed: Packed, masked_T: Tensor, layer: int) -> Batch:
     tokens_T = packed.tokens_T.long().masked_fill(masked_T, MASK)
     read_Q = masked_T.nonzero()[:, 0]
     document_T, _ = packed.documents.locate(tokens_T.shape[0])
-    base_QA = log_letters(plm, (tokens_T, packed, read_Q), layer)
-    return Batch(tokens_T, packed, read_Q, document_T[read_Q], base_QA)
+    below = plm.below(tokens_T, packed.documents, layer)
+    return Batch(packed, below, read_Q, document_T[read_Q], log_letters(plm, below, below.x_TD, read_Q))
 
 
 def steerable(batch: Batch, positions: Sequence[int] | None) -> Tensor:
@@ -60,7 +59,6 @@ def steerable(batch: Batch, positions: Sequence[int] | None) -> Tensor:
 def measure(
     plm: Any,
     sae: Dictionary,
-    layer: int,
     batch: Batch,
     steers: Sequence[Steer],
     mode: Mode,
@@ -77,7 +75,7 @@ def measure(
         check_stop()
         for variant in VARIANTS:
             value = edit(sae, steer, variant, mode, where_T1, only_active)
-            change_QA = log_letters(plm, batch, layer, value) - batch.base_QA
+            change_QA = log_letters(plm, batch.below, value(batch.below.x_TD), batch.read_Q) - batch.base_QA
             kl_Q1 = -(batch.base_QA.exp() * change_QA).sum(1, keepdim=True)
             sums_PR = torch.zeros(proteins, LETTERS + 1, dtype=torch.float64, device=change_QA.device)
             sums_PR.index_add_(0, batch.protein_Q, torch.cat([kl_Q1, change_QA], 1))

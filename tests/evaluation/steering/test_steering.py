@@ -13,7 +13,7 @@ from plmsae_cli.evaluation.steering.edits import VARIANTS, Steer, edit, equal_de
 from plmsae_cli.evaluation.steering.readout import Batch, measure, prepare, steerable
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, encode, pack
 from plmsae_cli.plm.attention import Documents
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config, ESM2Output
+from plmsae_cli.plm.esm2 import ESM2, ESM2Config, Partway
 from plmsae_cli.sae.relu_l1 import ReLUL1
 from plmsae_cli.sae.topk import TopK
 
@@ -98,7 +98,7 @@ def by_hand(
     model: ESM2, batch: Batch, layer: int, vector_D: torch.Tensor, skipped: tuple[int, ...] = ()
 ) -> torch.Tensor:
     """Blocks one after the other; those of `skipped` are left out, as a published notebook does."""
-    tokens, documents = batch.tokens_T, batch.packed.documents
+    tokens, documents = batch.below.tokens_T, batch.packed.documents
     document_T, place_T = documents.locate(len(tokens))
     rope = model.rotary(place_T)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_all_later_layers_are_computed_anew(model: ESM2) -> None:
     batch, sae = batch_of(model, sequences, 1), dictionary()
     where_T1 = steerable(batch, None)
     steer = Steer(3, 7, 2.0)
-    values = measure(model, sae, 1, batch, [steer], "add", where_T1, False)
+    values = measure(model, sae, batch, [steer], "add", where_T1, False)
     assert values.shape == (1, 4, 3, 21)
 
     def wanted(skipped: tuple[int, ...]) -> torch.Tensor:
@@ -145,11 +145,15 @@ def test_positions_are_counted_from_one_in_each_protein(model: ESM2) -> None:
 class Linear(torch.nn.Module):
     """Layer 0 is 0 everywhere, and the logits of amino acid a are the a-th number of it."""
 
-    def forward(self, tokens_T: Any, documents: Documents, splice: Any = None, logits: bool = False) -> ESM2Output:
-        x_TD = torch.zeros(len(tokens_T), D)
-        for value in (splice or {}).values():
-            x_TD = value(x_TD)
-        return ESM2Output({}, torch.nn.functional.pad(x_TD[:, :20], (4, 9)))
+    def below(self, tokens_T: torch.Tensor, documents: Documents, layer: int) -> Partway:
+        nothing = torch.zeros(0)
+        return Partway(layer, torch.zeros(len(tokens_T), D), tokens_T, documents, (nothing, nothing))
+
+    def above(self, state: Partway, x_TD: torch.Tensor) -> torch.Tensor:
+        return x_TD
+
+    def head(self, x_MD: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x_MD[:, :20], (4, 9))
 
 
 def test_a_planted_direction_has_the_effect_worked_out_by_hand_and_is_first() -> None:
@@ -160,7 +164,7 @@ def test_a_planted_direction_has_the_effect_worked_out_by_hand_and_is_first() ->
             sae.w_dec_ND[latent, AMINO_ACIDS.index(letter)] = 1.0
     batch = batch_of(model, ["MKTWAC", "ACDEFGHI"], 0)
     steers = [Steer(latent, 20, 1.0) for latent in range(20)]
-    values = measure(model, sae, 0, batch, steers, "add", steerable(batch, None), False).mean(2)
+    values = measure(model, sae, batch, steers, "add", steerable(batch, None), False).mean(2)
     # From uniform, the logit of W grows by strength x maximum = 2: log p by 2 - log((19 + e^2) / 20), all others' by less 2.
     total = math.log((19 + math.e**2) / 20)
     found = values[11, 0]
@@ -184,7 +188,7 @@ def test_packs_of_any_size_give_the_same(model: ESM2) -> None:
             packed = pack([encode(s) for s in group])
             masked = packed.residue_mask_T & (packed.tokens_T == 5)  # A
             batch = prepare(model, packed, masked, 2)
-            parts.append(measure(model, sae, 2, batch, [Steer(1, 2, 1.0)], "clamp", steerable(batch, None), False))
+            parts.append(measure(model, sae, batch, [Steer(1, 2, 1.0)], "clamp", steerable(batch, None), False))
         return torch.cat(parts, dim=2)
 
     np.testing.assert_allclose(found([sequences]), found([[s] for s in sequences]), rtol=1e-4, atol=1e-5)

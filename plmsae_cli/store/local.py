@@ -59,7 +59,8 @@ def _begin_writing(descriptor: int, start: int, size: int) -> None:
     """Have the disk at work while the next bytes are hashed and copied, instead of from `fsync` on: Linux begins to write what
     it is told nobody needs, and keeps pages that it has not written yet."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # it is advice
+            os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _make_folder(folder: Path) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 
 def _bundled_layers() -> int:
     config = files("plmsae_cli") / "data" / "bundled" / "config.json"
-    if not config.is_file():
-        return 6
     return int(json.loads(config.read_text(encoding="utf-8"))["config"]["num_layers"])
 
 

@@ -61,11 +61,6 @@ def encode(sequence: str | bytes, unknown: Literal["X", "error"] = "X") -> Token
     return np.frombuffer(bytearray(data).translate(_TO_X), dtype=np.uint8)
 
 
-def count_unknown(sequence: str | bytes) -> int:
-    """How many characters have no token of their own (X itself has one)."""
-    return _bytes(sequence).translate(_TO_NO_TOKEN).count(_NO_TOKEN)
-
-
 def decode(tokens: npt.NDArray[np.integer] | Sequence[int]) -> str:
     """The text of tokens: letters, and the special tokens by their names in angle brackets."""
     return "".join(TOKEN_NAMES[int(token)] for token in tokens)

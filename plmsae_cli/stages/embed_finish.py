@@ -51,12 +51,15 @@ def finish_embedding(task: Task, context: Context) -> Mapping[str, Result]:
         if folder in task.args["pairs"]:
             results[folder] = _finish_sorted(task, context, folder)
             continue
-        record, parts, facts = merge_shards(task, context, lineage, folder, task.args["layers"][folder])
+        layer: int = task.args["layers"][folder]
+        record, parts, facts = merge_shards(task, context, lineage, folder, layer)
         shards = [part.facts for part in parts]
         speed = summary(facts["figures"] for facts in shards if "figures" in facts)
         facts |= {
             "weights": {"name": lineage.weights.name, "sha256": lineage.weights.sha256},
             "fasta": {"sha256": lineage.scan.sha256, "name": lineage.fasta.name},
+            "convention": lineage.weights.convention,
+            "final_layer_norm": lineage.weights.final_layer_norm(layer),
             "kernel": _kernels(shards),
             "speed": speed,
         }

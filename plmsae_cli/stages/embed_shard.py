@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -70,8 +71,8 @@ def write_shard(task: Task, context: Context) -> Mapping[str, Result]:
             "weights": lineage.weights.name,
             "weights_sha256": lineage.weights.sha256,
             "layer": str(layer),
-            "convention": "residual stream after block k; 0 scaled embedding; last after final LayerNorm",
-            "final_layer_norm": str(layer == lineage.num_layers).lower(),
+            "convention": lineage.weights.convention,
+            "final_layer_norm": json.dumps(lineage.weights.final_layer_norm(layer)),
             "tokens": "residues only",
             "dtype": embed.dtype,
             "compute": embedder.compute,
@@ -102,7 +103,7 @@ def write_shard(task: Task, context: Context) -> Mapping[str, Result]:
         put,
         context.progress,
         context.check_stop,
-        window=embed.max_length if embed.long == "windows" else None,
+        window=embed.window,
         compile=embed.compile,
         typical=Typical(**task.args["typical"]),
     )

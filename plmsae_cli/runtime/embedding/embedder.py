@@ -258,6 +258,8 @@ class Embedder:
         batch_tokens: str | int,
         progress: Callable[..., None],
         check_stop: Callable[[], None],
+        *,
+        window: int | None = None,
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """`stream` into memory: layer -> (training rows [R, d], held-out rows [H, d]), in the order of the sequences."""
         stored, d = getattr(torch, dtype), self.d
@@ -274,7 +276,7 @@ class Embedder:
             start = places[protein] + first
             rows[layer][int(heldout[protein])][start : start + len(rows_RD)] = rows_RD
 
-        self.stream(sequences, layers, stored, batch_tokens, put, progress, check_stop).wait()
+        self.stream(sequences, layers, stored, batch_tokens, put, progress, check_stop, window=window).wait()
         return {layer: (training, held) for layer, (training, held) in rows.items()}
 
 

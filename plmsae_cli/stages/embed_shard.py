@@ -90,8 +90,6 @@ def write_shard(task: Task, context: Context) -> Mapping[str, Result]:
             task.args["kept"].get(folder),
         )
 
-    writers = {folder: writer_of(folder) for folder in task.folders}
-
     def put(layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
         rows_of[layer].put(heldout[protein], offsets[protein] + first, rows_RD)
 
@@ -107,6 +105,8 @@ def write_shard(task: Task, context: Context) -> Mapping[str, Result]:
         compile=embed.compile,
         typical=Typical(**task.args["typical"]),
     )
+    # What computed the rows is known only now: passes may have gone on without what does not compile here.
+    writers = {folder: writer_of(folder) for folder in task.folders}
     settled = _SETTLING.submit(stream.wait)
 
     def write(folder: str) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 import sys
 import threading
 import time
@@ -15,8 +16,10 @@ import pytest
 import torch
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.plm import attention
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
 from plmsae_cli.plm.esm2 import PUBLISHED
+from plmsae_cli.plm.reader import Reader
 from plmsae_cli.runtime.embedding import MOST_TOKENS, Embedder, Figures, summary
 from plmsae_cli.runtime.embedding.batches import Batch
 from plmsae_cli.runtime.embedding.budget import compiling_pays, tokens_in
@@ -156,8 +159,42 @@ def test_where_nothing_compiles_it_says_so_and_goes_on(
     assert not stream.compiled
     expected = embedder.run(sequences, [1], [False] * 20, "float32", 512, quiet, quiet)[1][0]
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
-    assert capsys.readouterr().err.count("torch.compile fails here, going on without it") == 1
+    assert capsys.readouterr().err.count("torch.compile fails here, going on without") == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        lambda: pytest.importorskip("triton.runtime.errors").OutOfResources(200_000, 101_376, "shared memory"),
+        lambda: RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+        lambda: subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+    ],
+)
+def test_where_our_kernels_do_not_compile_it_says_so_and_goes_on(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: Any
+) -> None:
+    """A reader that fails as on such a GPU, after layer 0; the next one is the plain one."""
+    error = failing()
+    monkeypatch.setattr(attention, "_forgone", False)
+
+    class Failing(Reader):
+        def layers(self, *arguments: Any, **options: Any) -> Any:
+            yield from super().layers(*arguments[:2], [0], **options)
+            raise error
+
+    fresh = Embedder("bundled", Store(), "float32")
+    fresh.reader = Failing(fresh.model)
+    sequences = random_proteins(3, 20, 60)
+    rows = fresh.run(sequences, [0, 1], [False] * 20, "float32", 512, quiet, quiet)
+    assert attention._forgone
+    expected = embedder.run(sequences, [0, 1], [False] * 20, "float32", 512, quiet, quiet)
+    for layer in (0, 1):
+        assert torch.equal(rows[layer][0], expected[layer][0])
+    assert capsys.readouterr().err.count("our own kernels do not compile here, going on without: ") == 1
+    fresh.reader = Failing(fresh.model)
+    with pytest.raises(type(error)):  # there is nothing left to do without
+        fresh.run(sequences, [0, 1], [False] * 20, "float32", 512, quiet, quiet)
 
 
 def test_rows_under_way_arrive_before_what_did_not_compile_is_read_again(

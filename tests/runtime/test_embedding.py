@@ -197,10 +197,9 @@ def test_where_our_kernels_do_not_compile_it_says_so_and_goes_on(
         fresh.run(sequences, [0, 1], [False] * 20, "float32", 512, quiet, quiet)
 
 
-def test_rows_under_way_arrive_before_what_did_not_compile_is_read_again(
-    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Layer 0 leaves before anything compiles: its rows must not come after those of the second attempt."""
+@pytest.mark.parametrize("memory", [False, True])
+def test_rows_under_way_arrive_before_their_pass_is_done_again(monkeypatch: pytest.MonkeyPatch, memory: bool) -> None:
+    """Layer 0 leaves before anything compiles, or memory runs out: its rows must not come after those of the second attempt."""
 
     failed = threading.Event()
 
@@ -229,13 +228,24 @@ def test_rows_under_way_arrive_before_what_did_not_compile_is_read_again(
     def broken(graph: Any, inputs: Any) -> Any:
         sent.append(len(transfer.under_way))
         failed.set()
-        raise RuntimeError("no compiler here")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory") if memory else RuntimeError("no compiler here")
 
     torch._dynamo.reset()
     fresh, sent = Embedder("bundled", Store(), "float32"), list[int]()
     fresh.transfer = transfer = Slow()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
-    fresh.stream(random_proteins(3, 20, 60), [0, 1], torch.float32, 512, quiet, quiet, quiet, compile=True).wait()
+    real = fresh._pass
+
+    def first_without_memory(batch: Batch, *rest: Any) -> Iterator[tuple[int, torch.Tensor]]:
+        for layer, rows_RD in real(batch, *rest):
+            if layer == 1 and not sent:
+                broken(None, None)
+            yield layer, rows_RD
+
+    if memory:
+        monkeypatch.setattr(fresh, "_pass", first_without_memory)
+    wanted = not memory
+    fresh.stream(random_proteins(3, 20, 60), [0, 1], torch.float32, 512, quiet, quiet, quiet, compile=wanted).wait()
     assert sent[0] > 0, "layer 0 had left"
     assert transfer.unfinished[sent[0]] == 0
     torch._dynamo.reset()

@@ -135,6 +135,17 @@ def test_rows_are_the_hidden_states(
         torch.testing.assert_close(rows_of(f"hf:{folder}", [layer])[layer], ours[layer], rtol=0, atol=0)
 
 
+def test_blocks_above_the_deepest_layer_are_not_run(transformers: Any, tmp_path: Path) -> None:
+    folder = save_bert(tmp_path / "model", transformers)
+    embedder = Embedder.shared(f"hf:{folder}", Store(), "float32")
+    assert isinstance(embedder, EncoderEmbedder)
+    seen: list[int] = []
+    for index, block in enumerate(embedder.encoder._blocks):
+        block.register_forward_hook(lambda *_, _index=index: seen.append(_index))
+    rows_of(f"hf:{folder}", [0, 2])
+    assert set(seen) == {0, 1}
+
+
 def test_our_own_reader_agrees_on_an_esm2_folder(transformers: Any, tmp_path: Path) -> None:
     folder = save_esm(tmp_path / "model", transformers)
     layers = [0, 1, 2, 3]

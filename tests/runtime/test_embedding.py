@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.executors.worker import Behind
 from plmsae_cli.plm import attention
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
 from plmsae_cli.plm.esm2 import PUBLISHED
@@ -289,6 +292,20 @@ def test_figures_add_up_to_shares() -> None:
     shares = {"busy": 0.9, "waited": 0.1, "writing": 0.5, "padding": 0.0333}
     assert found == {"residues_per_second": 100.0, **shares, "passes": 3}
     assert summary([]) == {}
+
+
+def test_one_model_is_kept_and_none_after_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in float32 beside the same in half precision, or beside a training, may not fit a GPU."""
+    monkeypatch.setattr(Embedder, "_shared", {})
+    first = weakref.ref(Embedder.shared("bundled", Store(), "float32"))
+    assert Embedder.shared("bundled", Store(), "float32") is first()
+    second = weakref.ref(Embedder.shared("bundled", Store(), "bfloat16"))
+    gc.collect()
+    assert first() is None
+    with Behind():
+        assert Embedder.shared("bundled", Store(), "bfloat16") is second()
+    gc.collect()
+    assert second() is None
 
 
 def test_the_path_of_older_cards_is_float16_with_sdpa(embedder: Embedder) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from functools import cached_property
 from itertools import accumulate
 
@@ -21,8 +19,8 @@ from plmsae_cli.runtime.embedding.batches import Batch, ahead, make_batch
 from plmsae_cli.runtime.embedding.budget import auto_tokens, compiling_pays
 from plmsae_cli.runtime.embedding.delivery import Put, delivery
 from plmsae_cli.runtime.embedding.fallback import compile_failed, kernels_failed
-from plmsae_cli.runtime.embedding.figures import Figures
 from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Shape, Typical, choose_shape, deal
+from plmsae_cli.runtime.embedding.stream import Stream
 from plmsae_cli.runtime.embedding.transfer import Stopwatch, Transfer, transfer_for
 from plmsae_cli.runtime.embedding.windows import Piece, pieces
 from plmsae_cli.runtime.models import load_plm
@@ -36,42 +34,6 @@ ANY_LENGTH = True
 of an artifact have the tokens that its largest shard needs, and padding grows with the spread of the shards."""
 _MOST_CONSTANT = 2048
 """Tokens of a document in constant packs: the attention kernel looks at every place for the longest, filled or not."""
-
-
-class Stream:
-    """An embedding whose kernels are queued; some of its rows may still be on their way."""
-
-    def __init__(self, embedder: Embedder, watch: Stopwatch) -> None:
-        self.figures = Figures()
-        self.budget = 0
-        self.compiled = False
-        self._embedder, self.watch = embedder, watch
-        self._begun, self._waited = time.monotonic(), embedder.transfer.wait_seconds
-        self.deliveries: list[Future[None]] = []
-
-    @property
-    def kernels(self) -> str:
-        """What runs between the attentions: our kernels, torch.compile's, or PyTorch's own."""
-        return "fused" if self._embedder.fused else "compiled" if self.compiled else "eager"
-
-    def settle(self) -> None:
-        """Wait until all rows sent so far are delivered; raises what a delivery raised."""
-        for sent in self.deliveries:
-            sent.result()
-        self.deliveries.clear()
-
-    def launched(self) -> None:
-        self.figures.wait_seconds = self._embedder.transfer.wait_seconds - self._waited
-
-    def wait(self) -> Figures:
-        """Wait until every row is delivered."""
-        self.settle()
-        self.figures.busy_seconds = self.watch.seconds()
-        now = time.monotonic()
-        # Streams overlap: what is counted for one is not counted for the next.
-        self.figures.seconds = now - max(self._begun, self._embedder.last_done)
-        self._embedder.last_done = now
-        return self.figures
 
 
 class Embedder:
@@ -100,9 +62,10 @@ class Embedder:
 
     @classmethod
     def shared(cls, weights: str, store: Store, compute: str) -> Embedder:
-        """The process's one instance for these weights."""
+        """The process's instance for these weights; it keeps one, since two may not fit the device."""
         key = (weights, compute)
         if key not in cls._shared:
+            cls.forget()
             if is_encoder(weights):
                 from plmsae_cli.runtime.embedding.encoder import EncoderEmbedder
 
@@ -110,6 +73,12 @@ class Embedder:
             else:
                 cls._shared[key] = cls(weights, store, compute)
         return cls._shared[key]
+
+    @classmethod
+    def forget(cls) -> None:
+        """Let go of the shared instance, and of its memory once nobody uses it any more."""
+        cls._shared.clear()
+        torch.cuda.empty_cache()
 
     @cached_property
     def reader(self) -> Reader | UNetReader:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.runtime.embedding.budget import CPU_TOKENS
 from plmsae_cli.runtime.embedding.delivery import Put, delivery
-from plmsae_cli.runtime.embedding.embedder import Embedder, Stream
+from plmsae_cli.runtime.embedding.embedder import Embedder
 from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Typical
+from plmsae_cli.runtime.embedding.stream import Stream
 from plmsae_cli.runtime.embedding.transfer import Stopwatch
 from plmsae_cli.runtime.embedding.windows import Piece, pieces
 from plmsae_cli.store.encoders import quietly, transformers_module

@@ -186,6 +186,17 @@ class Embed(Section):
     ordered_rows: Annotated[int, Field(ge=0)] = 20_000_000
     """With `layout: bucketed`: how many rows, from the first on, are kept in protein order as well. Fixed by the first start."""
 
+    @property
+    def window(self) -> int | None:
+        """Residues of the windows that longer proteins are read in; None where none is."""
+        return self.max_length if self.long == "windows" else None
+
+    @model_validator(mode="after")
+    def _each_layer_once(self) -> Embed:
+        if len(set(self.layers)) != len(self.layers):
+            raise rule("layers", f"embed.layers names a layer twice: {self.layers}", "list each layer once")
+        return self
+
     @model_validator(mode="after")
     def _slice_has_an_effect(self) -> Embed:
         if self.layout == "plain" and self.changed("ordered_rows"):

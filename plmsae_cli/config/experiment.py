@@ -229,8 +229,6 @@ class Experiment(Section):
         if self.train is None or self.embed is None or self.train.kind != "sae" or self.train.data is not None:
             return self
         layers = self.embed.layers
-        if len(set(layers)) != len(layers):
-            raise rule("embed.layers", f"embed.layers names a layer twice: {layers}", "list each layer once")
         if self.train.layer is None and len(layers) > 1:
             raise rule(
                 "train", f"embed.layers has {len(layers)} layers: train.layer must name one", f"add layer: {layers[-1]}"

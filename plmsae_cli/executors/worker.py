@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -96,6 +97,9 @@ class Behind:
             self.settle()
         finally:
             BUFFERS.clear()
+            # What comes next may want the device whole: a training in this process, ranks on the same GPU.
+            if (loaded := sys.modules.get("plmsae_cli.runtime.embedding.embedder")) is not None:
+                loaded.Embedder.forget()
 
 
 def work_on(task: Task, context: LocalContext) -> Mapping[str, Result]:

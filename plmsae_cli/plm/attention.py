@@ -76,10 +76,25 @@ def _varlen_capable(device_index: int | None) -> bool:
     return torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
+_forgone = False
+
+
+def forgo_kernels() -> bool:
+    """Have this process do without kernels of our own from here on, for models read anew; false if it does already."""
+    global _forgone
+    before, _forgone = _forgone, True
+    return not before
+
+
+def has_kernels() -> bool:
+    """Whether there is anything to compile our own kernels with, as far as this process has found."""
+    return find_spec("triton") is not None and not _forgone
+
+
 @constant
 def _kernels(device_type: str, device_index: int | None) -> bool:
     """Whether our own kernels run there."""
-    return device_type == "cuda" and _varlen_capable(device_index) and find_spec("triton") is not None
+    return device_type == "cuda" and _varlen_capable(device_index) and has_kernels()
 
 
 @constant

@@ -10,14 +10,13 @@ Shape letters: T tokens of the pack, D residual width, F feed-forward width, H h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plmsae_cli.plm.attention import Documents, attention
+from plmsae_cli.plm.attention import Documents, attention, has_kernels
 from plmsae_cli.plm.esm2 import ESM2, Block
 from plmsae_cli.plm.rotary import Tables, rotate
 
@@ -119,7 +118,7 @@ def let_vary(*tensors: Tensor) -> None:
 def _fused(weight: Tensor) -> _Steps | None:
     """Our kernels, where they run: in half precision, at widths whose rows begin at multiples of 16 bytes."""
     half = weight.dtype in (torch.float16, torch.bfloat16)
-    if not (weight.is_cuda and half and weight.shape[-1] % 8 == 0 and find_spec("triton") is not None):
+    if not (weight.is_cuda and half and weight.shape[-1] % 8 == 0 and has_kernels()):
         return None
     from plmsae_cli.plm import fused
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from plmsae_cli.config.data import Embed
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.task import Artifact, Result, Task
@@ -107,6 +108,13 @@ def price_figures(experiment: Experiment, folder: str, requests: int, bytes_writ
     if price.tb_day is not None:
         found["usd_storage_a_day"] = round(bytes_written / 1e12 * price.tb_day, 2)
     return found
+
+
+def embedded_files(embed: Embed, shards: int, with_rows: int) -> int:
+    """Files of one layer's activations, where `with_rows` of the shards have a file of training rows."""
+    # A shard: held-out rows, statistics, its record, perhaps means; once: proteins and statistics, two records, plan,
+    # manifest; of int8 the calibration and its record.
+    return with_rows + (3 + embed.pooled) * shards + 6 + 2 * (embed.dtype == "int8")
 
 
 def measured_speed(store: Store, folder: str, before: str | None = None) -> float | None:

@@ -21,6 +21,7 @@ from plmsae_cli.stages.common import (
     CALIBRATION_ROWS,
     FINISH,
     artifact,
+    embedded_files,
     finish_task,
     passes_json,
     price_figures,
@@ -124,13 +125,11 @@ def plan(experiment: Experiment, store: Store, layers: Sequence[int] | None = No
     means = embed.pooled * scan.num_proteins * d * 4
     for layer, ref in refs.items():
         ordered = scan.num_rows if passes is None else min(kept[ref.folder], scan.num_rows)
-        own = (ordered + scan.num_heldout_rows) * row_bytes
-        # A shard: rows of both sides, statistics, its record, perhaps means; once: proteins and statistics, two records,
-        # plan, manifest.
-        objects += (3 + embed.pooled) * len(ranges) + sum(o < ordered or passes is None for o, _ in offsets) + 6
+        own = (ordered + scan.num_heldout_rows) * row_bytes + means
+        objects += embedded_files(embed, len(ranges), sum(o < ordered or passes is None for o, _ in offsets))
         body = {"ranges": ranges} | ({"ordered_rows": kept[ref.folder]} if passes else {})
         artifacts[f"layer-{layer}"] = artifact(store, ref, scan.num_rows, own, body)
-        size += own + means
+        size += own
         if passes is not None:
             placed = scan.num_rows * (row_bytes + PLACE_BYTES)
             # A shard: its map file and record; once: a record, plan, manifest.
@@ -254,6 +253,7 @@ def _calibrate(task: Task, context: Context) -> Mapping[str, Result]:
             embed.batch_tokens,
             seen,
             context.check_stop,
+            window=embed.window,
         )
         for folder, layer in layer_of.items():
             statistics[folder].update(embedded[layer][0])

@@ -47,17 +47,22 @@ def finish_embedding(task: Task, context: Context) -> Mapping[str, Result]:
     lineage = Lineage(context.experiment, context.store)
     results = {}
     speed: Mapping[str, float] = {}
+    kernel: Mapping[str, list[Any]] = {}
     for folder in task.folders:
         if folder in task.args["pairs"]:
             results[folder] = _finish_sorted(task, context, folder)
             continue
-        record, parts, facts = merge_shards(task, context, lineage, folder, task.args["layers"][folder])
+        layer: int = task.args["layers"][folder]
+        record, parts, facts = merge_shards(task, context, lineage, folder, layer)
         shards = [part.facts for part in parts]
         speed = summary(facts["figures"] for facts in shards if "figures" in facts)
+        kernel = _kernels(shards)
         facts |= {
             "weights": {"name": lineage.weights.name, "sha256": lineage.weights.sha256},
             "fasta": {"sha256": lineage.scan.sha256, "name": lineage.fasta.name},
-            "kernel": _kernels(shards),
+            "convention": lineage.weights.convention,
+            "final_layer_norm": lineage.weights.final_layer_norm(layer),
+            "kernel": kernel,
             "speed": speed,
         }
         if folder in task.args["kept"]:
@@ -68,7 +73,7 @@ def finish_embedding(task: Task, context: Context) -> Mapping[str, Result]:
             facts["row_sum"] = joined(found["row_sum"] for found in shards)
         results[folder] = Result([record], manifest_facts(task, folder, facts).facts)
     if speed:
-        context.progress(1, 1, note=_told(speed))
+        context.progress(1, 1, note=_told(speed, kernel))
     return results
 
 
@@ -93,8 +98,10 @@ def _kernels(shards: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: sorted({facts[name] for facts in shards if name in facts}) for name in names}
 
 
-def _told(speed: Mapping[str, float]) -> str:
+def _told(speed: Mapping[str, float], kernel: Mapping[str, list[Any]]) -> str:
+    compute, attention, kernels = (" and ".join(kernel[name]) for name in ("compute", "attention", "kernels"))
     return (
         f"embed: {speed['residues_per_second']:,.0f} residues/s a process, device busy {speed['busy']:.1%}, waited for rows "
-        f"to leave {speed['waited']:.1%}, files being written {speed['writing']:.0%}, padding {speed['padding']:.2%}"
+        f"to leave {speed['waited']:.1%}, files being written {speed['writing']:.0%}, padding {speed['padding']:.2%}; "
+        f"{compute}, attention {attention}, {kernels}"
     )

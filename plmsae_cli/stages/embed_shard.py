@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -70,8 +71,8 @@ def write_shard(task: Task, context: Context) -> Mapping[str, Result]:
             "weights": lineage.weights.name,
             "weights_sha256": lineage.weights.sha256,
             "layer": str(layer),
-            "convention": "residual stream after block k; 0 scaled embedding; last after final LayerNorm",
-            "final_layer_norm": str(layer == lineage.num_layers).lower(),
+            "convention": lineage.weights.convention,
+            "final_layer_norm": json.dumps(lineage.weights.final_layer_norm(layer)),
             "tokens": "residues only",
             "dtype": embed.dtype,
             "compute": embedder.compute,
@@ -89,8 +90,6 @@ def write_shard(task: Task, context: Context) -> Mapping[str, Result]:
             task.args["kept"].get(folder),
         )
 
-    writers = {folder: writer_of(folder) for folder in task.folders}
-
     def put(layer: int, protein: int, first: int, rows_RD: torch.Tensor) -> None:
         rows_of[layer].put(heldout[protein], offsets[protein] + first, rows_RD)
 
@@ -102,10 +101,12 @@ def write_shard(task: Task, context: Context) -> Mapping[str, Result]:
         put,
         context.progress,
         context.check_stop,
-        window=embed.max_length if embed.long == "windows" else None,
+        window=embed.window,
         compile=embed.compile,
         typical=Typical(**task.args["typical"]),
     )
+    # What computed the rows is known only now: passes may have gone on without what does not compile here.
+    writers = {folder: writer_of(folder) for folder in task.folders}
     settled = _SETTLING.submit(stream.wait)
 
     def write(folder: str) -> Result:

@@ -15,17 +15,22 @@ from plmsae_cli.stages.common import (
     CALIBRATION_ROWS,
     FINISH,
     artifact,
+    embedded_files,
     finish_task,
     manifest_facts,
+    price_figures,
     remaining,
     shard_ranges,
 )
 from plmsae_cli.stages.embed_finish import calibration, merge_shards
 from plmsae_cli.store.fs import join
 from plmsae_cli.store.lineage import Lineage, Ref
+from plmsae_cli.store.passes import puts
 
 _PIECE_NUMBERS = 1 << 23
 """Numbers read from the source at a time."""
+_CONVENTION = "as imported"
+"""What layer k is: the other program's business."""
 
 
 def plan(lineage: Lineage, refs: Mapping[int, Ref]) -> Plan:
@@ -63,11 +68,13 @@ def plan(lineage: Lineage, refs: Mapping[int, Ref]) -> Plan:
         **common,
     }
     tasks = [*first, *shards, finish_task("embed", list(refs.values()), [*first, *shards], facts)]
+    size = rows * row_bytes + embed.pooled * scan.num_proteins * lineage.d * 4
+    objects, all_bytes = len(refs) * embedded_files(embed, len(ranges), len(ranges)), len(refs) * size
     return Plan(
         "embed",
         remaining(store, tasks),
         {
-            f"layer-{layer}": artifact(store, ref, scan.num_rows, rows * row_bytes, {"ranges": ranges})
+            f"layer-{layer}": artifact(store, ref, scan.num_rows, size, {"ranges": ranges})
             for layer, ref in refs.items()
         },
         {
@@ -81,7 +88,9 @@ def plan(lineage: Lineage, refs: Mapping[int, Ref]) -> Plan:
             "d": lineage.d,
             "bytes_per_layer": rows * row_bytes,
             "layers": list(refs),
-            "bytes": len(refs) * rows * row_bytes,
+            "bytes": all_bytes,
+            "objects": objects,
+            **price_figures(lineage.experiment, lineage.experiment.data_folder(), puts(objects, all_bytes), all_bytes),
             "shards": len(ranges),
         },
     )
@@ -169,7 +178,7 @@ def _shard(task: Task, context: Context, lineage: Lineage, layer: int, folder: s
         f"shard-{task.args['index']:05d}.safetensors",
         source.d,
         rows,
-        {"imported": source.format, "layer": str(layer), "convention": "as imported", "dtype": embed.dtype},
+        {"imported": source.format, "layer": str(layer), "convention": _CONVENTION, "dtype": embed.dtype},
         pooled,
     )
     stored = torch.float32 if embed.dtype == "int8" else getattr(torch, embed.dtype)
@@ -205,6 +214,7 @@ def _finish(task: Task, context: Context, lineage: Lineage, layer: int, folder: 
     facts |= {
         "weights": weights,
         "fasta": fasta,
+        "convention": _CONVENTION,
         "imported": {"format": (source := lineage.source(layer)).format, "path": str(source.path)},
         "row_sum": joined(part.facts["row_sum"] for part in parts),
     }

@@ -189,6 +189,6 @@ def _finish(task: Task, context: Context) -> Mapping[str, Result]:
     records = [*copies, store.write(join(folder, "index.json"), [index])]
     keep = ("layer", "num_layers", "weights", "fasta", "dtype", "heldout_rows", "counts")
     facts |= {"rows": rows, "d": task.args["d"], "chunk_rows": per_chunk, **{k: activations[k] for k in keep}}
-    facts |= {k: activations[k] for k in ("imported",) if k in activations}
+    facts |= {k: activations[k] for k in ("imported", "convention", "final_layer_norm") if k in activations}
     shuffled = {"seed": context.experiment.shuffle.seed} if context.experiment.shuffle else {}
     return {folder: Result(records, manifest_facts(task, folder, {**facts, **shuffled}).facts)}

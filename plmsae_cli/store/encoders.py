@@ -12,6 +12,7 @@ from typing import Any
 
 from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.store.digests import remembered_sha256
+from plmsae_cli.store.weight_files import require_sound
 
 PREFIX = "hf:"
 _TOKENIZER_FILES = (
@@ -98,7 +99,8 @@ def resolve_encoder(weights: str, cache: Path) -> tuple[str, Path, str, dict[str
     """Name, folder, sha256 of the weight files, and what else decides the rows: layers, width, and hashes of the
     configuration and of the tokeniser's files.
 
-    Raises UserError where the model is absent, holds its weights in pickles alone, or does not say its shape.
+    Raises UserError where the model is absent, damaged or without a tokeniser, holds its weights in pickles alone, or does not
+    say its shape.
     """
     folder = encoder_folder(weights)
     files = sorted(folder.glob("*.safetensors"))
@@ -107,6 +109,7 @@ def resolve_encoder(weights: str, cache: Path) -> tuple[str, Path, str, dict[str
             f"model.weights: {folder} has no .safetensors file",
             "save the model with safe_serialization; pytorch_model.bin is a pickle and is not read",
         )
+    require_sound(files)
     auto = transformers_module().AutoConfig
     about = quietly(lambda: auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False), str(folder))
     shape = {"num_layers": getattr(about, "num_hidden_layers", None), "d": getattr(about, "hidden_size", None)}
@@ -120,6 +123,11 @@ def resolve_encoder(weights: str, cache: Path) -> tuple[str, Path, str, dict[str
     tokeniser = [
         (file.name, remembered_sha256(file, cache)) for n in _TOKENIZER_FILES if (file := folder / n).is_file()
     ]
+    if not tokeniser:
+        raise UserError(
+            f"model.weights: {folder} has no tokeniser: none of {', '.join(_TOKENIZER_FILES[:3])}, ...",
+            "copy the tokeniser's files into it (`tokeniser.save_pretrained`), or leave `hf:` out for an ESM-2",
+        )
     settings = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     config = {**shape, "settings": settings, "tokeniser": hashlib.sha256(json.dumps(tokeniser).encode()).hexdigest()}
     name = weights.removeprefix(PREFIX).rstrip("/")

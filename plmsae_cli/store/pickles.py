@@ -37,7 +37,7 @@ def read_pickle(path: Path, allowed: Sequence[type], named: Sequence[str] = ()) 
                 hint="a pickle can run any code; use weights from a source you trust",
             ) from error
         # Only the first sentence: torch goes on to advise loading without its safety.
-        reason = first_line(error).split(". ")[0]
+        reason = f"{type(error).__name__}: {first_line(error).split('. ')[0]}"
         raise UserError(
             f"{path} is not a checkpoint that torch can read: {reason}", hint="delete it and fetch it again"
         ) from error

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.digests import remembered_sha256
@@ -30,6 +30,7 @@ from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.pickles import read_pickle
 from plmsae_cli.store.sources import ESM2_URL, mirrored
 from plmsae_cli.store.tensorfile import write_tensors
+from plmsae_cli.store.weight_files import read_tensors, require_sound, tensor_files
 from plmsae_cli.store.weight_names import State, check_state, from_fair_esm, from_hugging_face
 
 PUBLISHED = {
@@ -59,6 +60,21 @@ class WeightsInfo:
     config: dict[str, Any]
     """`num_layers`, `d`, `num_heads`, `token_dropout`, `vocab`; of a UNet the fields of its configuration; of an `encoder`
     (`hf:`) the first two, and hashes of its settings and its tokeniser."""
+
+    @property
+    def convention(self) -> str:
+        """What layer k is, in words, as manifests have it."""
+        if self.format == "encoder":
+            return "hidden states as transformers counts them; 0 embedding; last what the encoder returns"
+        if self.config.get("architecture") == "unet":
+            return "residual stream after block k; 0 normalised embedding; last without a norm"
+        return "residual stream after block k; 0 scaled embedding; last after final LayerNorm"
+
+    def final_layer_norm(self, layer: int) -> bool | None:
+        """Whether ESM-2's last LayerNorm was applied to the layer; None of an `encoder`, which may have one or not."""
+        if self.format == "encoder":
+            return None
+        return layer == self.config["num_layers"] and self.config.get("architecture") != "unet"
 
 
 def cache_folder() -> Path:
@@ -112,7 +128,7 @@ def load_state(info: WeightsInfo) -> State:
             f"model.weights: hf:{info.name} can be embedded, but not taken apart as this needs",
             "name an ESM-2 model without hf:, or leave this out",
         )
-    state = _read_tensors(info.path)
+    state = read_tensors(info.path)
     if info.format == "hf":
         state = from_hugging_face(state, str(info.path))
     check_state(state, info.config, str(info.path))
@@ -222,10 +238,12 @@ def _from_folder(folder: str, name: str, store: Store, cache: Path) -> WeightsIn
         config = dict(about["config"]) if kind == "plmsae" else _hugging_face_config(about, where)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{where} does not describe an ESM-2 model: {error}") from error
-    for file in ("model.safetensors", "model.safetensors.index.json"):
-        if store.exists(join(folder, file)):
-            path = store.local(join(folder, file))
-            hashes = [remembered_sha256(part, cache) for part in _files(path)]
+    for name_of_file in ("model.safetensors", "model.safetensors.index.json"):
+        if store.exists(join(folder, name_of_file)):
+            path = store.local(join(folder, name_of_file))
+            files = tensor_files(path)
+            require_sound(files)
+            hashes = [remembered_sha256(file, cache) for file in files]
             sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
             return WeightsInfo(str(facts.get("name", name)), path, sha256, kind, config)
     raise UserError(
@@ -255,28 +273,3 @@ def _hugging_face_config(about: Mapping[str, Any], where: str) -> dict[str, Any]
         "token_dropout": about["token_dropout"],
         "vocab": about["vocab_size"],
     }
-
-
-def _files(path: Path) -> list[Path]:
-    """The safetensors files that `path` stands for: itself, or those of a Hugging Face index beside it."""
-    if path.suffix != ".json":
-        return [path]
-    try:
-        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        files = [path.with_name(Path(name).name) for name in names]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is not an index of safetensors files: {error}") from error
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{path} names {file.name}, which is not beside it")
-    return files
-
-
-def _read_tensors(path: Path) -> State:
-    state: State = {}
-    for file in _files(path):
-        try:
-            state |= load_file(file)
-        except Exception as error:  # safetensors raises its own kinds
-            raise UserError(f"{file} is not a sound safetensors file: {error}") from error
-    return state

@@ -91,6 +91,9 @@ def test_the_kernel_follows_device_and_dtype(
     monkeypatch.setattr(module, "find_spec", lambda name: name)  # as if triton were there
     assert attention_backend(torch.device("cuda", 0), dtype, head_dim) == expected
     assert attention_backend(torch.device("cpu"), dtype, head_dim) == "sdpa"
+    monkeypatch.setattr(module, "_forgone", True)  # ours do not compile there: torch's take their place
+    without = "varlen" if expected == "tiles" else expected
+    assert attention_backend(torch.device("cuda", 0), dtype, head_dim) == without
     module._varlen_capable.cache_clear()
 
 

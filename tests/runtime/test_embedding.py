@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
+import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,8 +18,11 @@ import pytest
 import torch
 
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.executors.worker import Behind
+from plmsae_cli.plm import attention
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
 from plmsae_cli.plm.esm2 import PUBLISHED
+from plmsae_cli.plm.reader import Reader
 from plmsae_cli.runtime.embedding import MOST_TOKENS, Embedder, Figures, summary
 from plmsae_cli.runtime.embedding.batches import Batch
 from plmsae_cli.runtime.embedding.budget import compiling_pays, tokens_in
@@ -156,14 +162,47 @@ def test_where_nothing_compiles_it_says_so_and_goes_on(
     assert not stream.compiled
     expected = embedder.run(sequences, [1], [False] * 20, "float32", 512, quiet, quiet)[1][0]
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
-    assert capsys.readouterr().err.count("torch.compile fails here, going on without it") == 1
+    assert capsys.readouterr().err.count("torch.compile fails here, going on without") == 1
     torch._dynamo.reset()
 
 
-def test_rows_under_way_arrive_before_what_did_not_compile_is_read_again(
-    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "failing",
+    [
+        lambda: pytest.importorskip("triton.runtime.errors").OutOfResources(200_000, 101_376, "shared memory"),
+        lambda: RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+        lambda: subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+    ],
+)
+def test_where_our_kernels_do_not_compile_it_says_so_and_goes_on(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: Any
 ) -> None:
-    """Layer 0 leaves before anything compiles: its rows must not come after those of the second attempt."""
+    """A reader that fails as on such a GPU, after layer 0; the next one is the plain one."""
+    error = failing()
+    monkeypatch.setattr(attention, "_forgone", False)
+
+    class Failing(Reader):
+        def layers(self, *arguments: Any, **options: Any) -> Any:
+            yield from super().layers(*arguments[:2], [0], **options)
+            raise error
+
+    fresh = Embedder("bundled", Store(), "float32")
+    fresh.reader = Failing(fresh.model)
+    sequences = random_proteins(3, 20, 60)
+    rows = fresh.run(sequences, [0, 1], [False] * 20, "float32", 512, quiet, quiet)
+    assert attention._forgone
+    expected = embedder.run(sequences, [0, 1], [False] * 20, "float32", 512, quiet, quiet)
+    for layer in (0, 1):
+        assert torch.equal(rows[layer][0], expected[layer][0])
+    assert capsys.readouterr().err.count("our own kernels do not compile here, going on without: ") == 1
+    fresh.reader = Failing(fresh.model)
+    with pytest.raises(type(error)):  # there is nothing left to do without
+        fresh.run(sequences, [0, 1], [False] * 20, "float32", 512, quiet, quiet)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_rows_under_way_arrive_before_their_pass_is_done_again(monkeypatch: pytest.MonkeyPatch, memory: bool) -> None:
+    """Layer 0 leaves before anything compiles, or memory runs out: its rows must not come after those of the second attempt."""
 
     failed = threading.Event()
 
@@ -192,13 +231,24 @@ def test_rows_under_way_arrive_before_what_did_not_compile_is_read_again(
     def broken(graph: Any, inputs: Any) -> Any:
         sent.append(len(transfer.under_way))
         failed.set()
-        raise RuntimeError("no compiler here")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory") if memory else RuntimeError("no compiler here")
 
     torch._dynamo.reset()
     fresh, sent = Embedder("bundled", Store(), "float32"), list[int]()
     fresh.transfer = transfer = Slow()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
-    fresh.stream(random_proteins(3, 20, 60), [0, 1], torch.float32, 512, quiet, quiet, quiet, compile=True).wait()
+    real = fresh._pass
+
+    def first_without_memory(batch: Batch, *rest: Any) -> Iterator[tuple[int, torch.Tensor]]:
+        for layer, rows_RD in real(batch, *rest):
+            if layer == 1 and not sent:
+                broken(None, None)
+            yield layer, rows_RD
+
+    if memory:
+        monkeypatch.setattr(fresh, "_pass", first_without_memory)
+    wanted = not memory
+    fresh.stream(random_proteins(3, 20, 60), [0, 1], torch.float32, 512, quiet, quiet, quiet, compile=wanted).wait()
     assert sent[0] > 0, "layer 0 had left"
     assert transfer.unfinished[sent[0]] == 0
     torch._dynamo.reset()
@@ -242,6 +292,20 @@ def test_figures_add_up_to_shares() -> None:
     shares = {"busy": 0.9, "waited": 0.1, "writing": 0.5, "padding": 0.0333}
     assert found == {"residues_per_second": 100.0, **shares, "passes": 3}
     assert summary([]) == {}
+
+
+def test_one_model_is_kept_and_none_after_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in float32 beside the same in half precision, or beside a training, may not fit a GPU."""
+    monkeypatch.setattr(Embedder, "_shared", {})
+    first = weakref.ref(Embedder.shared("bundled", Store(), "float32"))
+    assert Embedder.shared("bundled", Store(), "float32") is first()
+    second = weakref.ref(Embedder.shared("bundled", Store(), "bfloat16"))
+    gc.collect()
+    assert first() is None
+    with Behind():
+        assert Embedder.shared("bundled", Store(), "bfloat16") is second()
+    gc.collect()
+    assert second() is None
 
 
 def test_the_path_of_older_cards_is_float16_with_sdpa(embedder: Embedder) -> None:

@@ -49,6 +49,16 @@ def test_each_residue_is_from_its_most_central_window(length: int, window: int) 
     assert owners == most_central(length, window)
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=20), st.integers(1, 60), st.integers(0, 20))
+def test_what_is_foretold_are_the_tokens_of_the_windows(lengths: list[int], window: int, cut: int) -> None:
+    ranges = [(start, stop) for start, stop in ((0, cut), (cut, len(lengths))) if start < min(stop, len(lengths))]
+    sizes = [[p.stop - p.start + 2 for p in pieces(lengths[start:stop], window)] for start, stop in ranges]
+    assert typical(np.array(lengths, np.int32), window, ranges) == Typical(
+        max(map(sum, sizes)), max(map(len, sizes)), max(map(max, sizes)), sum(map(sum, sizes))
+    )
+
+
 def test_windows_overlap_by_half_and_leave_context() -> None:
     for length in range(1023, 6000, 97):
         found = pieces([length], 1022)

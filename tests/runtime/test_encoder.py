@@ -15,7 +15,7 @@ import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.runtime.embedding import Embedder
+from plmsae_cli.runtime.embedding import SPECIAL_TOKENS, Embedder, Typical
 from plmsae_cli.runtime.embedding.encoder import EncoderEmbedder
 from plmsae_cli.store.encoders import hide_broken_torchvision
 from plmsae_cli.store.fs import Store
@@ -135,6 +135,17 @@ def test_rows_are_the_hidden_states(
         torch.testing.assert_close(rows_of(f"hf:{folder}", [layer])[layer], ours[layer], rtol=0, atol=0)
 
 
+def test_blocks_above_the_deepest_layer_are_not_run(transformers: Any, tmp_path: Path) -> None:
+    folder = save_bert(tmp_path / "model", transformers)
+    embedder = Embedder.shared(f"hf:{folder}", Store(), "float32")
+    assert isinstance(embedder, EncoderEmbedder)
+    seen: list[int] = []
+    for index, block in enumerate(embedder.encoder._blocks):
+        block.register_forward_hook(lambda *_, _index=index: seen.append(_index))
+    rows_of(f"hf:{folder}", [0, 2])
+    assert set(seen) == {0, 1}
+
+
 def test_our_own_reader_agrees_on_an_esm2_folder(transformers: Any, tmp_path: Path) -> None:
     folder = save_esm(tmp_path / "model", transformers)
     layers = [0, 1, 2, 3]
@@ -192,6 +203,8 @@ def test_the_stage_stores_what_the_model_says(
     manifest = read_manifest(store, made)
     assert manifest is not None
     assert (manifest["d"], manifest["num_layers"], manifest["weights"]["name"]) == (24, 4, "model")
+    assert manifest["convention"].startswith("hidden states as transformers counts them")
+    assert manifest["final_layer_norm"] is None
     sides = {held: ActivationShards(store, made, heldout=held) for held in (False, True)}
     whole = hidden_states(folder, transformers, " ")[2]
     row = 0
@@ -219,6 +232,20 @@ def without_safetensors(folder: Path, tf: Any) -> Path:
     return folder
 
 
+def without_tokeniser(folder: Path, tf: Any) -> Path:
+    save_bert(folder, tf)
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    return folder
+
+
+def cut_short(folder: Path, tf: Any) -> Path:
+    file = save_bert(folder, tf) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    return folder
+
+
 def of_no_kind(folder: Path, tf: Any) -> Path:
     save_bert(folder, tf)
     (folder / "config.json").write_text("{}")
@@ -237,6 +264,8 @@ def deeper_than_its_files(folder: Path, tf: Any) -> Path:
     (words, "does not make exactly one token of each residue"),
     (lambda folder, tf: save_bert(folder, tf, "LAGVSERTIDPKQ"), "does not make exactly one token of each residue"),
     (without_safetensors, "has no .safetensors file"),
+    (without_tokeniser, "has no tokeniser: none of tokenizer.json"),
+    (cut_short, r"model\.safetensors is not a sound safetensors file"),
     (of_no_kind, "model.weights"),
     (lambda folder, tf: Path("nobody/nothing"), "is no folder, and not in the local Hugging Face cache"),
 ])  # fmt: skip
@@ -255,6 +284,9 @@ def test_limits_of_encoders_are_named(experiment: Callable[..., Experiment], tra
     with pytest.raises(UserError, match=r"reads at most 78 residues, a protein has 79"):
         embedder.run(["A" * 79], [1], [False], "float32", "auto", nothing, nothing)
     assert len(embedder.run(["A" * 78], [1], [False], "float32", "auto", nothing, nothing)[1][0]) == 78
+    elsewhere = Typical(tokens=500, documents=9, longest=79 + SPECIAL_TOKENS, all_tokens=900)
+    with pytest.raises(UserError, match=r"reads at most 78 residues, a protein has 79"):  # of another shard
+        embedder.stream(["A"], [1], torch.float32, "auto", nothing, nothing, nothing, typical=elsewhere)
     with pytest.raises(UserError, match="not taken apart"):
         load_state(resolve_weights(f"hf:{folder}", Store()))
     with pytest.raises(ValueError, match="no effect on hf: weights"):

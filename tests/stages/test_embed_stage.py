@@ -104,10 +104,17 @@ def test_windows_keep_every_residue_of_long_proteins(build: Build, go: Go) -> No
 
 
 def test_the_manifest_says_what_computed_it_and_how_well(build: Build, go: Go) -> None:
-    experiment = build()
+    experiment = build(embed__layers=[2, 3], train__layer=2)
     go(experiment, ["embed"])
-    manifest = read_manifest(Store(), folder_of(experiment))
-    assert manifest is not None
+    inner, last = (read_manifest(Store(), folder_of(experiment, layer)) for layer in (2, 3))
+    assert inner is not None
+    assert last is not None
+    for layer, made in ((2, inner), (3, last)):
+        header = TensorFile(Store(), join(folder_of(experiment, layer), "shard-00000.safetensors")).metadata
+        assert made["convention"] == header["convention"]
+        assert made["convention"].endswith("last after final LayerNorm")
+        assert made["final_layer_norm"] is (layer == 3) is (header["final_layer_norm"] == "true")
+    manifest = inner
     assert manifest["kernel"] == {
         "attention": ["sdpa"],
         "batch_tokens": [4096],
@@ -120,9 +127,12 @@ def test_the_manifest_says_what_computed_it_and_how_well(build: Build, go: Go) -
     assert speed["residues_per_second"] > 0
 
 
-def test_the_plan_foretells_bytes_and_objects(build: Build, go: Go) -> None:
-    experiment = build(embed__pooled=True, embed__layers=[1, 2], train__layer=2)
-    figures = plan_stage("embed", experiment, Store()).figures
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_the_plan_foretells_bytes_and_objects(build: Build, go: Go, dtype: str) -> None:
+    experiment = build(embed__pooled=True, embed__layers=[1, 2], embed__dtype=dtype, train__layer=2)
+    plan = plan_stage("embed", experiment, Store())
+    figures = plan.figures
+    assert sum(made.bytes for made in plan.artifacts.values()) == figures["bytes"]
     go(experiment, ["embed"])
     files = [p for layer in (1, 2) for p in Path(folder_of(experiment, layer)).rglob("*") if p.is_file()]
     assert figures["objects"] == len(files)

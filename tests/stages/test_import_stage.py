@@ -160,9 +160,13 @@ def test_workers_and_files_do_not_change_the_bytes(imported: Build, go: Go, acts
 
 
 def test_int8_is_calibrated_on_the_rows_themselves(imported: Build, go: Go) -> None:
-    exact, coded = imported(), imported(embed__dtype="int8")
+    exact, coded = imported(), imported(embed__dtype="int8", price={"tb_day": 1e6})
+    figures = plan_stage("embed", coded, Store()).figures
     for experiment in (exact, coded):
         go(experiment, ["embed"])
+    files = [file for file in Path(folder_of(coded)).rglob("*") if file.is_file()]
+    assert figures["objects"] == len(files)
+    assert figures["usd_storage_a_day"] == round(figures["bytes"] / 1e6, 2)
     rows = ActivationShards(Store(), folder_of(coded)).read(0, 5000)
     error = (rows - ActivationShards(Store(), folder_of(exact)).read(0, 5000)).square().mean()
     assert error < 1e-3

@@ -137,3 +137,17 @@ def test_calibration_is_the_same_for_any_workers_and_sampled_by_hash(build: Buil
     assert len(sets[0]) == 1
     assert sets[0] < sets[1] < sets[2] < sets[3]  # more rows only add proteins
     assert sum(map(len, chosen)) == scan.num_rows  # training proteins alone
+
+
+def test_calibration_reads_long_proteins_in_windows_too(build: Build, go: Go, tmp_path: Path) -> None:
+    """There are fewer rows than it samples: their mean and deviation are those of all windows' rows, as float32 stores them."""
+    folders = {}
+    for dtype in ("float32", "int8"):
+        made = build(embed__dtype=dtype, embed__max_length=24, embed__long="windows", root=str(tmp_path / dtype))
+        go(made, ["embed"])
+        folders[dtype] = Lineage(made, Store()).embed(2).folder
+    exact = Statistics.read(Store(), join(folders["float32"], "stats.safetensors"))
+    frozen = Quantiser.read(Store(), join(folders["int8"], CALIBRATION))
+    assert frozen.count == exact.count
+    torch.testing.assert_close(frozen.mean_D, exact.mean_D.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(frozen.deviation_D, exact.variance_D.sqrt().float(), rtol=1e-4, atol=1e-5)

@@ -24,6 +24,7 @@ from plmsae_cli.store.activations import ActivationShards
 from plmsae_cli.store.checkpoint import Restored, load_newest
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage
+from plmsae_cli.store.manifest import read_manifest
 from plmsae_cli.store.proteins import read_proteins
 from plmsae_cli.training import loop
 
@@ -153,6 +154,10 @@ def test_it_learns_and_embed_reads_it(unet: Unet, go: Go, tmp_path: Path) -> Non
     assert all(torch.equal(p, trained[f"model.{name}"]) for name, p in own.named_parameters())
     for layer in (0, 1, 2):
         folder = Lineage(embedded, Store()).embed(layer).folder
+        made = read_manifest(Store(), folder)
+        assert made is not None
+        assert made["final_layer_norm"] is False  # the last layer too has none
+        assert made["convention"].endswith("last without a norm")
         table = read_proteins(Store(), join(folder, "proteins.parquet"), split="train")
         shards = ActivationShards(Store(), folder)
         rows = torch.empty(shards.stop, 32)

@@ -274,10 +274,13 @@ def test_damaged_files_are_named(tmp_path: Path, peer: torch.nn.Module) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"cut\.pt is not a checkpoint"):
         resolve_weights(str(path), Store())
+    path.write_text("no pickle")
+    with pytest.raises(UserError, match=r"torch can read: [A-Z]\w+Error: "):
+        resolve_weights(str(path), Store())
     folder = write_hugging_face(tmp_path / "esm2", peer)
-    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4])
     with pytest.raises(UserError, match=r"model\.safetensors is not a sound"):
-        load_plm(str(folder), Store())
+        resolve_weights(str(folder), Store())  # before anything is planned
     (folder / "config.json").write_text("[1")
     with pytest.raises(UserError, match=r"config\.json does not describe"):
         resolve_weights(str(folder), Store())

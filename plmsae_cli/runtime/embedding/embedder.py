@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from functools import cached_property
 from itertools import accumulate
 
 import torch
 
-from plmsae_cli.config.errors import UserError
-from plmsae_cli.plm.attention import attention_backend
+from plmsae_cli.config.errors import UserError, first_line
+from plmsae_cli.plm.attention import attention_backend, forgo_kernels
 from plmsae_cli.plm.reader import Reader
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.plm.unet_reader import UNetReader
@@ -20,8 +18,9 @@ from plmsae_cli.runtime.device import compute_dtype, pick_device
 from plmsae_cli.runtime.embedding.batches import Batch, ahead, make_batch
 from plmsae_cli.runtime.embedding.budget import auto_tokens, compiling_pays
 from plmsae_cli.runtime.embedding.delivery import Put, delivery
-from plmsae_cli.runtime.embedding.figures import Figures
+from plmsae_cli.runtime.embedding.fallback import compile_failed, kernels_failed
 from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Shape, Typical, choose_shape, deal
+from plmsae_cli.runtime.embedding.stream import Stream
 from plmsae_cli.runtime.embedding.transfer import Stopwatch, Transfer, transfer_for
 from plmsae_cli.runtime.embedding.windows import Piece, pieces
 from plmsae_cli.runtime.models import load_plm
@@ -30,47 +29,11 @@ from plmsae_cli.store.fs import Store
 
 COMPILE_MODE: str | None = None
 """Mode of torch.compile. CUDA graphs are none of them: one region runs for longer than it takes to launch."""
-
-
 ANY_LENGTH = True
 """Compile for any number of tokens, so that each shard's packs share its tokens without a remainder; otherwise all packs
 of an artifact have the tokens that its largest shard needs, and padding grows with the spread of the shards."""
-
-
-class Stream:
-    """An embedding whose kernels are queued; some of its rows may still be on their way."""
-
-    def __init__(self, embedder: Embedder, watch: Stopwatch) -> None:
-        self.figures = Figures()
-        self.budget = 0
-        self.compiled = False
-        self._embedder, self.watch = embedder, watch
-        self._begun, self._waited = time.monotonic(), embedder.transfer.wait_seconds
-        self.deliveries: list[Future[None]] = []
-
-    @property
-    def kernels(self) -> str:
-        """What runs between the attentions: our kernels, torch.compile's, or PyTorch's own."""
-        return "fused" if self._embedder.fused else "compiled" if self.compiled else "eager"
-
-    def settle(self) -> None:
-        """Wait until all rows sent so far are delivered; raises what a delivery raised."""
-        for sent in self.deliveries:
-            sent.result()
-        self.deliveries.clear()
-
-    def launched(self) -> None:
-        self.figures.wait_seconds = self._embedder.transfer.wait_seconds - self._waited
-
-    def wait(self) -> Figures:
-        """Wait until every row is delivered."""
-        self.settle()
-        self.figures.busy_seconds = self.watch.seconds()
-        now = time.monotonic()
-        # Streams overlap: what is counted for one is not counted for the next.
-        self.figures.seconds = now - max(self._begun, self._embedder.last_done)
-        self._embedder.last_done = now
-        return self.figures
+_MOST_CONSTANT = 2048
+"""Tokens of a document in constant packs: the attention kernel looks at every place for the longest, filled or not."""
 
 
 class Embedder:
@@ -99,9 +62,10 @@ class Embedder:
 
     @classmethod
     def shared(cls, weights: str, store: Store, compute: str) -> Embedder:
-        """The process's one instance for these weights."""
+        """The process's instance for these weights; it keeps one, since two may not fit the device."""
         key = (weights, compute)
         if key not in cls._shared:
+            cls.forget()
             if is_encoder(weights):
                 from plmsae_cli.runtime.embedding.encoder import EncoderEmbedder
 
@@ -109,6 +73,12 @@ class Embedder:
             else:
                 cls._shared[key] = cls(weights, store, compute)
         return cls._shared[key]
+
+    @classmethod
+    def forget(cls) -> None:
+        """Let go of the shared instance, and of its memory once nobody uses it any more."""
+        cls._shared.clear()
+        torch.cuda.empty_cache()
 
     @cached_property
     def reader(self) -> Reader | UNetReader:
@@ -173,7 +143,9 @@ class Embedder:
         while left:
             stream.budget = min(self.budget(batch_tokens, len(set(layers))), self._backed_off)
             largest = own if self.any_length else typical
-            shape = choose_shape(largest, stream.budget, _longest(largest.longest)) if stream.compiled else None
+            shape = (
+                choose_shape(largest, stream.budget, min(largest.longest, _MOST_CONSTANT)) if stream.compiled else None
+            )
             told = (progress, total)
             left = self._passes(stream, sequences, left, sorted(set(layers)), stored, shape, put, told, check_stop)
         stream.launched()
@@ -209,10 +181,9 @@ class Embedder:
                 failed = None
             except torch.cuda.OutOfMemoryError as error:
                 failed = error.with_traceback(None)  # the traceback holds the pass's tensors
-            except _compile_errors() as error:
-                first = str(error).strip().splitlines()[0]
-                print(f"torch.compile fails here, going on without it: {first}", file=sys.stderr, flush=True)
-                self._compiles = stream.compiled = False
+            except Exception as error:
+                if not self._goes_on_without(error, stream):
+                    raise
                 stream.settle()  # shallower layers of this pass may be on their way
                 return [left[i] for chosen, _ in order[done:] for i in chosen]
             stream.watch.end()
@@ -225,6 +196,20 @@ class Embedder:
             figures.pad_tokens += batch.num_padding
             progress[0](figures.residues, progress[1], unit="residues")
         return []
+
+    def _goes_on_without(self, error: Exception, stream: Stream) -> bool:
+        """Where something does not compile on this machine, say so and do without it; false for any other error."""
+        if compile_failed(error):
+            what = "torch.compile fails here"
+            self._compiles = stream.compiled = False
+        elif kernels_failed(error) and forgo_kernels():
+            what = "our own kernels do not compile here"
+            self.__dict__.pop("reader", None)
+            self.attention = attention_backend(self.device, self.dtype, self.model.config.head_dim)
+        else:
+            return False
+        print(f"{what}, going on without: {first_line(error)}", file=sys.stderr, flush=True)
+        return True
 
     def back_off(self, stream: Stream, documents: int, longest: int, failed: Exception) -> None:
         """Halve the budget after memory ran out on so many documents. Raises UserError where it was one alone."""
@@ -258,6 +243,8 @@ class Embedder:
         batch_tokens: str | int,
         progress: Callable[..., None],
         check_stop: Callable[[], None],
+        *,
+        window: int | None = None,
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """`stream` into memory: layer -> (training rows [R, d], held-out rows [H, d]), in the order of the sequences."""
         stored, d = getattr(torch, dtype), self.d
@@ -274,21 +261,5 @@ class Embedder:
             start = places[protein] + first
             rows[layer][int(heldout[protein])][start : start + len(rows_RD)] = rows_RD
 
-        self.stream(sequences, layers, stored, batch_tokens, put, progress, check_stop).wait()
+        self.stream(sequences, layers, stored, batch_tokens, put, progress, check_stop, window=window).wait()
         return {layer: (training, held) for layer, (training, held) in rows.items()}
-
-
-def _compile_errors() -> tuple[type[Exception], ...]:
-    # Imported when something failed: they bring all of the compiler.
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-
-    return TorchDynamoException, InductorError
-
-
-_MOST_CONSTANT = 2048
-"""Tokens of a document in constant packs: the attention kernel looks at every place for the longest, filled or not."""
-
-
-def _longest(tokens: int) -> int:
-    return min(tokens, _MOST_CONSTANT)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.runtime.embedding.budget import CPU_TOKENS
 from plmsae_cli.runtime.embedding.delivery import Put, delivery
-from plmsae_cli.runtime.embedding.embedder import Embedder, Stream
-from plmsae_cli.runtime.embedding.packing import Typical
+from plmsae_cli.runtime.embedding.embedder import Embedder
+from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Typical
+from plmsae_cli.runtime.embedding.stream import Stream
 from plmsae_cli.runtime.embedding.transfer import Stopwatch
 from plmsae_cli.runtime.embedding.windows import Piece, pieces
 from plmsae_cli.store.encoders import quietly, transformers_module
@@ -105,9 +106,8 @@ class Encoder:
         _require_weights(info.name, report["missing_keys"])
         if hasattr(model, "decoder"):  # also where only the encoder was saved, whose configuration denies it
             model = model.get_encoder()
-        for (
-            parameter
-        ) in model.parameters():  # buffers stay: rotary frequencies in bfloat16 are far off past position 1,000
+        # Buffers stay: rotary frequencies in bfloat16 are far off past position 1,000.
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(dtype)
         self.model: nn.Module = model.to(device).eval()
@@ -229,7 +229,11 @@ class EncoderEmbedder(Embedder):
         compile: str | bool = "auto",
         typical: Typical | None = None,
     ) -> Stream:
-        """As `Embedder.stream`; `compile` and `typical` are of no use here."""
+        """As `Embedder.stream`; `compile` is of no use here.
+
+        Raises:
+            UserError: as there, and where a protein of these, or with `typical` of any part, is longer than the model reads.
+        """
         stream, wanted = Stream(self, Stopwatch(self.device)), sorted(set(layers))
         left = sorted(
             (p for p in pieces([len(s) for s in sequences], window) if p.stop > p.start), key=lambda p: p.start - p.stop
@@ -239,29 +243,32 @@ class EncoderEmbedder(Embedder):
             self.encoder.tokens.special,
             self.encoder.most_tokens,
         )
-        if left and most is not None and left[0].stop - left[0].start + special > most:
+        longest = left[0].stop - left[0].start if left else 0
+        if typical is not None:  # the first part to run tells, not hours later the one that has the protein
+            longest = max(longest, typical.longest - SPECIAL_TOKENS)
+        if most is not None and longest + special > most:
             raise UserError(
                 f"model.weights: hf:{self.encoder.name} reads at most {most - special:,} residues, a protein has "
-                f"{left[0].stop - left[0].start:,}",
+                f"{longest:,}",
                 f"set embed.max_length to {most - special} or less",
             )
         while left:
             check_stop()
             stream.budget = min(self.budget(batch_tokens), self._backed_off)
-            longest = left[0].stop - left[0].start + special
-            chosen = left[: max(1, stream.budget // longest)]
+            width = left[0].stop - left[0].start + special
+            chosen = left[: max(1, stream.budget // width)]
             stream.watch.begin()
             try:
                 self._batch(stream, sequences, chosen, wanted, stored, put)
             except torch.cuda.OutOfMemoryError as error:
-                self.back_off(stream, len(chosen), longest - special, error.with_traceback(None))
+                self.back_off(stream, len(chosen), width - special, error.with_traceback(None))
                 continue
             stream.watch.end()
             left = left[len(chosen) :]
             stream.figures.passes += 1
             stream.figures.residues += sum(p.last - p.first for p in chosen)
-            stream.figures.tokens += longest * len(chosen)
-            stream.figures.pad_tokens += sum(longest - (p.stop - p.start + special) for p in chosen)
+            stream.figures.tokens += width * len(chosen)
+            stream.figures.pad_tokens += sum(width - (p.stop - p.start + special) for p in chosen)
             progress(stream.figures.residues, total, unit="residues")
         stream.launched()
         return stream

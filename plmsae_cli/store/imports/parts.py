@@ -104,7 +104,9 @@ class SafetensorsPart:
         try:
             self._file = TensorFile(Store(), str(path))
         except StoreError as error:
-            raise refuse(path, f"cannot be read: {error.message}", "activations are F64, F32, F16 or BF16") from error
+            raise refuse(
+                path, f"cannot be read: {error.message}", "copy it again; rows are F64, F32, F16 or BF16"
+            ) from error
         names = self._file.names()
         if len(names) != 1:
             listed = ", ".join(names[:8]) or "none"

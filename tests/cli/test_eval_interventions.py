@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -143,6 +144,7 @@ def test_contacts_of_a_dictionary_that_loses_nothing(
     assert pairs[0]["distance"] == pytest.approx(np.linalg.norm(places[0][0] - places[0][24]), abs=1e-3)
     # The other number of pieces, another order of packs: the same bytes.
     first = (folder / "contacts" / "result.json").read_bytes()
+    shutil.rmtree(folder / "contacts")
     path.write_text(path.read_text().replace("tasks: 2", "tasks: 1"))
     assert plmsae("eval", path, "--no-progress").code == 0
     assert (folder / "contacts" / "result.json").read_bytes() == first
@@ -209,6 +211,7 @@ def test_a_steering_direction_of_known_effect_is_first(
     assert latents[PLANTED]["steering_up_effect"] == pytest.approx(best["effect"])
     assert latents[0]["steering_kl"] is None
     first = (folder / "steering" / "effects.parquet").read_bytes()
+    shutil.rmtree(folder / "steering")
     path.write_text(path.read_text().replace("tasks: 5", "tasks: 1"))
     assert plmsae("eval", path, "--no-progress").code == 0
     assert (folder / "steering" / "effects.parquet").read_bytes() == first
@@ -236,8 +239,6 @@ def test_killed_between_pieces_it_ends_the_same(
     assert plmsae("eval", path, "--no-progress").code == 0
     folder = tmp_path / "runs" / "one" / "eval"
     killed = {name: (folder / name).read_bytes() for name in ("latents.parquet", "steering/effects.parquet")}
-    import shutil
-
     shutil.rmtree(folder)
     assert plmsae("eval", path, "--no-progress").code == 0
     assert {name: (folder / name).read_bytes() for name in killed} == killed

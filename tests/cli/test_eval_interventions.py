@@ -24,7 +24,7 @@ from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.sae.export import to_state
 from plmsae_cli.sae.topk import TopK
 from plmsae_cli.store.fs import Store
-from plmsae_cli.store.tensorfile import write_tensors
+from plmsae_cli.store.tensorfile import TensorFile, write_tensors
 from plmsae_cli.store.weights import save_model
 
 pytest.importorskip("biotite")
@@ -222,6 +222,15 @@ def test_a_steering_direction_of_known_effect_is_first(
     refused = plmsae("eval", path, "--no-progress")
     assert refused.code != 0
     assert "names 128, the dictionary has 128" in refused.err
+    # And so is one that never fired: nothing says how far it would be steered.
+    weights = str(tmp_path / "runs" / "one" / "sae" / "sae.safetensors")
+    file = TensorFile(Store(), weights)
+    state = {name: file.read(name) for name in file.names()}
+    state["maximum_N"][3] = 0.0
+    write_tensors(Store(), weights, state, dict(file.metadata))
+    path.write_text(path.read_text().replace("128]", "91]"))
+    refused = plmsae("eval", path, "--no-progress")
+    assert "eval.steering.latents: 3 never fired on training rows" in refused.err
 
 
 def test_killed_between_pieces_it_ends_the_same(

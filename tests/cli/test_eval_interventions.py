@@ -119,8 +119,10 @@ def test_contacts_of_a_dictionary_that_loses_nothing(
     plmsae: Plmsae, trained: Callable[..., Path], shared: dict[str, Path], tmp_path: Path
 ) -> None:
     texts = sequences(2, 40)
-    places = [write_structure(tmp_path / f"s{n}.pdb", text, n) for n, text in enumerate(texts)]
-    listed = ", ".join(f"'{tmp_path}/s{n}.pdb:A'" for n in range(2))
+    files = [tmp_path / "s.pdb", tmp_path / "other" / "s.pdb"]  # of one name, and two structures all the same
+    files[1].parent.mkdir()
+    places = [write_structure(file, text, n) for n, (file, text) in enumerate(zip(files, texts, strict=True))]
+    listed = ", ".join(f"'{file}:A'" for file in files) + f", '{files[0]}'"  # the first once more, without its chain
     path = trained(f"  contacts: {{structures: [{listed}], tasks: 2, batch_tokens: 1500}}\n")
     done = plmsae("eval", path, "--no-progress")
     assert done.code == 0, done.err

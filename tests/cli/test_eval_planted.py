@@ -174,6 +174,13 @@ def test_planted_concepts_are_found_first_with_the_scores_of_counting(
     assert table.count("<svg") == 2
     assert not re.search(r"(src|href)=\"https?:", page)
 
+    # A table too small, and one without columns of features, are told apart.
+    path.write_text(path.read_text().replace("min_instances: 10", "min_instances: 1000"))
+    assert "occurs 1000 times in the 40 proteins" in plmsae("eval", path, "--no-progress").err
+    lines = ["Entry\tSequence", *(f"{one['id']}\t{one['sequence']}" for one in made)]
+    (tmp_path / "table.tsv").write_text("\n".join(lines) + "\n")
+    assert "nothing is known of the residues of the 40" in plmsae("eval", path, "--no-progress").err
+
 
 def test_the_number_of_pieces_redoes_nothing_and_one_axis_does_not_redo_another(
     plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path

@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -358,6 +359,27 @@ def test_structures_of_a_dictionary_that_loses_nothing(
         refused = plmsae("eval", path, "--no-progress")
         assert refused.code == 2
         assert words in refused.err
+
+
+@pytest.mark.parametrize(("package", "axis"), [
+    ("biotite", "contacts: {structures: [x.pdb]}"),
+    ("tmtools", "structure: {fasta: x.fasta, esmfold: random}"),
+    ("transformers", "steering: {esmfold: random}"),
+    ("Bio", "concepts: {annotations: x.dat}"),
+])  # fmt: skip
+def test_a_package_that_is_absent_is_named_before_anything_starts(
+    plmsae: Plmsae, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, axis: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    for name, text in (("x.pdb", "END"), ("x.fasta", ">a\nMKV"), ("x.dat", "ID   X   Reviewed;   1 AA.")):
+        (tmp_path / name).write_text(text + "\n")
+    path = write(evaluation=f"\neval:\n  {axis}\n")
+    done = plmsae("run", path, "--no-progress")
+    assert done.code == 2
+    assert "not installed" in done.err
+    assert f"pip install 'plmsae[{'annotations' if package == 'Bio' else 'fold'}]'" in done.err
+    assert not list(tmp_path.glob("runs/data/*"))
 
 
 def looking_model(folder: Path, seeker: str, sought: str) -> None:

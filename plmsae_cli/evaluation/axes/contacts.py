@@ -23,9 +23,12 @@ VARIANTS = ("original", "sae", "zero")
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     """The tasks, and figures for people."""
+    from plmsae_cli.evaluation.contacts.structure import require_biotite
+
     options = scope.options.contacts
     assert options is not None
     scope.require_same_model("remove eval.contacts")
+    require_biotite()
     if "head" in options.methods:
         _require_head(scope)
     inputs = {f"structure-{n}": _content(scope, text) for n, text in enumerate(options.structures)}

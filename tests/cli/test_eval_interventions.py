@@ -351,6 +351,9 @@ def test_structures_of_a_dictionary_that_loses_nothing(
         {k: v for k, v in row.items() if "reference" not in k} for row in rows
     ]
     right = path.read_text()
+    shutil.copy(references / "p2.pdb", references / "p0.pdb")
+    misnamed = plmsae("eval", path, "--no-progress")
+    assert "p0.pdb is no structure of p0" in misnamed.err
     for wrong, words in (
         ("esmfold: nowhere", "hf download nowhere"),
         ("esmfold: random, prefixes: groups", "no nested"),

@@ -58,10 +58,31 @@ def _fidelity(body: Mapping[str, Any]) -> Iterator[str]:
     yield f"FVU {body['fvu']:.3f} [{low:.3f}, {high:.3f}], mean L0 {body['l0_mean']:.1f},"
     yield f"dead latents {100 * body['dead_share']:.1f} %,"
     yield f"on {body['heldout_rows']:,} held-out residues."
-    masked = body.get("loss", {}).get("masked", {})
-    for ablation in ("zero", "mean"):
-        if f"recovered_{ablation}" in masked:
-            yield f"Loss recovered, {ablation} ablation, masked: {100 * masked[f'recovered_{ablation}']:.1f} %."
+    if "loss" not in body:
+        return
+    yield from (
+        f"Cross-entropy in nats on {body['loss']['proteins']:,} held-out proteins; recovered: (ablated - dictionary) / (ablated -"
+        " original); 95 % intervals over proteins.",
+        "",
+        "| inputs | original | dictionary | zero ablation | mean ablation | KL | recovered, zero | recovered, mean |",
+        "|---|---|---|---|---|---|---|---|",
+    )
+    for inputs in ("masked", "unmasked"):
+        row = body["loss"][inputs]
+        losses = " | ".join(f"{row[name]:.3f}" for name in ("ce", "ce_sae", "ce_zero", "ce_mean"))
+        yield f"| {inputs} | {losses} | {row['kl']:.4f} | {_share(row, 'recovered_zero')} | {_share(row, 'recovered_mean')} |"
+
+
+def _share(row: Mapping[str, Any], name: str) -> str:
+    """A share in percent with its interval, as far as they are known."""
+    if name not in row:
+        return ""
+    return f"{100 * row[name]:.1f} %" + _interval(row, name, 100.0, 1)
+
+
+def _interval(row: Mapping[str, Any], name: str, scale: float, places: int) -> str:
+    ends = row.get(f"interval_{name}")
+    return " [{}]".format(", ".join(f"{scale * end:.{places}f}" for end in ends)) if ends else ""
 
 
 def _concepts(body: Mapping[str, Any]) -> Iterator[str]:
@@ -103,7 +124,7 @@ def _probes(body: Mapping[str, Any]) -> Iterator[str]:
 
 def _contacts(body: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## Contacts", "")
-    yield f"{len(body['proteins']):,} structures, long range; {body['in_training']:,} of their sequences were in training."
+    yield f"Structures: {len(body['proteins']):,}, long range; {body['in_training']:,} of their sequences were in training."
     yield f"By chance {body['chance']:.3f}. Recovered: (dictionary - zero) / (original - zero)."
     yield from (
         "",
@@ -112,8 +133,8 @@ def _contacts(body: Mapping[str, Any]) -> Iterator[str]:
     )
     for method, cuts in body["methods"].items():
         for cut, row in cuts.items():
-            share = f"{100 * row['recovered']:.1f} %" if "recovered" in row else ""
-            yield f"| {method} | {cut} | {row['original']:.3f} | {row['sae']:.3f} | {row['zero']:.3f} | {share} |"
+            found = [f"{row[name]:.3f}{_interval(row, name, 1.0, 3)}" for name in ("original", "sae", "zero")]
+            yield f"| {method} | {cut} | {' | '.join(found)} | {_share(row, 'recovered')} |"
 
 
 def _structure(body: Mapping[str, Any]) -> Iterator[str]:
@@ -129,7 +150,10 @@ def _structure(body: Mapping[str, Any]) -> Iterator[str]:
     )
     for row in body["folds"]:
         name = row["variant"] if row["number"] is None else f"{row['variant']} {row['number']}"
-        figures = [f"{row[key]:.{places}f}" if key in row else "" for key, places in _STRUCTURE_COLUMNS]
+        figures = [
+            f"{row[key]:.{places}f}{_interval(row, key, 1.0, places)}" if key in row else ""
+            for key, places in _STRUCTURE_COLUMNS
+        ]
         yield f"| {row['mode']} | {name} | {' | '.join(figures)} |"
 
 

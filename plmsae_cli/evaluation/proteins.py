@@ -89,15 +89,23 @@ def choose(entries: Iterable[Entry], store: Store, dataset: str, max_length: int
 
 def in_training(store: Store, dataset: str) -> Callable[[str], bool]:
     """Whether a protein's sequence, or the part of it that was embedded, is among the dataset's training proteins."""
-    from plmsae_cli.store.proteins import read_proteins  # pulls pyarrow in, which encoding proteins can do without
+    from plmsae_cli.store.proteins import sequences_of  # pulls pyarrow in, which encoding proteins can do without
 
-    table = read_proteins(store, join(dataset, "proteins.parquet"), split="train", columns=["sequence"])
-    marks = {(len(text), split_hash(text)) for batch in table.to_batches() for text in batch["sequence"].to_pylist()}
-    longest = max((length for length, _ in marks), default=0)
+    longest = 0
+
+    def hashes() -> Iterator[int]:
+        nonlocal longest
+        for text in sequences_of(store, join(dataset, "proteins.parquet"), "train"):
+            longest = max(longest, len(text))
+            yield split_hash(text)
+
+    marks_P = np.fromiter(hashes(), dtype=np.uint64)  # 8 bytes a protein: training sets have millions
+    marks_P.sort()
 
     def known(sequence: str) -> bool:
-        cut = sequence[:longest]
-        return (len(cut), split_hash(cut)) in marks
+        mark = np.uint64(split_hash(sequence[:longest]))
+        place = int(np.searchsorted(marks_P, mark))
+        return place < len(marks_P) and bool(marks_P[place] == mark)
 
     return known
 

@@ -35,10 +35,12 @@ from plmsae_cli.store.split import heldout, split_hash
 
 __all__ = [
     "Policies", "Protein", "Scan", "as_embedded", "fasta_sha256", "heldout", "kept_proteins", "locate",
-    "locate_rows", "read_proteins", "scan", "split_hash", "write_proteins",
+    "locate_rows", "read_proteins", "scan", "sequences_of", "split_hash", "write_proteins",
     "write_table",
 ]  # fmt: skip
 
+_BATCH = 4096
+"""Proteins read at a time where they are read one after the other."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -147,12 +149,30 @@ def read_proteins(
             else:
                 raise StoreError(f"{path} has {file.num_row_groups} shards, there is no number {row_group}")
     except pa.ArrowException as error:
-        raise StoreError(
-            f"{path} is not a sound Parquet file: {error}", "remove its folder and start again: it is made anew"
-        ) from error
+        raise _unsound(path, error) from error
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))
     return table.select(wanted)
+
+
+def sequences_of(store: Store, path: str, split: str) -> Iterator[str]:
+    """Sequences of one side ('train' or 'heldout') in order, some thousands in memory at a time.
+
+    A damaged file is a StoreError.
+    """
+    source = pa.PythonFile(_Ranges(store, path), mode="r")
+    try:
+        with pq.ParquetFile(source, pre_buffer=False) as file:
+            for batch in file.iter_batches(_BATCH, columns=["sequence", "split"], use_threads=False):
+                yield from batch.filter(pc.equal(batch["split"], split))["sequence"].to_pylist()
+    except pa.ArrowException as error:
+        raise _unsound(path, error) from error
+
+
+def _unsound(path: str, error: Exception) -> StoreError:
+    return StoreError(
+        f"{path} is not a sound Parquet file: {error}", "remove its folder and start again: it is made anew"
+    )
 
 
 class _Ranges(io.RawIOBase):

@@ -35,6 +35,9 @@ def test_they_plan(
     plmsae: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, layers: int, axes: list[str]
 ) -> None:
     """A narrow model of as many layers stands for the weights, which are gigabytes."""
+    if {"contacts", "structure"} & set(axes):
+        for package in ("biotite", "tmtools", "transformers"):
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     config = ESM2Config(num_layers=layers, d=8, num_heads=2)
     model = ESM2(config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +25,7 @@ from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.sae.export import to_state
 from plmsae_cli.sae.topk import TopK
 from plmsae_cli.store.fs import Store
-from plmsae_cli.store.tensorfile import write_tensors
+from plmsae_cli.store.tensorfile import TensorFile, write_tensors
 from plmsae_cli.store.weights import save_model
 
 pytest.importorskip("biotite")
@@ -118,8 +120,10 @@ def test_contacts_of_a_dictionary_that_loses_nothing(
     plmsae: Plmsae, trained: Callable[..., Path], shared: dict[str, Path], tmp_path: Path
 ) -> None:
     texts = sequences(2, 40)
-    places = [write_structure(tmp_path / f"s{n}.pdb", text, n) for n, text in enumerate(texts)]
-    listed = ", ".join(f"'{tmp_path}/s{n}.pdb:A'" for n in range(2))
+    files = [tmp_path / "s.pdb", tmp_path / "other" / "s.pdb"]  # of one name, and two structures all the same
+    files[1].parent.mkdir()
+    places = [write_structure(file, text, n) for n, (file, text) in enumerate(zip(files, texts, strict=True))]
+    listed = ", ".join(f"'{file}:A'" for file in files) + f", '{files[0]}'"  # the first once more, without its chain
     path = trained(f"  contacts: {{structures: [{listed}], tasks: 2, batch_tokens: 1500}}\n")
     done = plmsae("eval", path, "--no-progress")
     assert done.code == 0, done.err
@@ -143,6 +147,7 @@ def test_contacts_of_a_dictionary_that_loses_nothing(
     assert pairs[0]["distance"] == pytest.approx(np.linalg.norm(places[0][0] - places[0][24]), abs=1e-3)
     # The other number of pieces, another order of packs: the same bytes.
     first = (folder / "contacts" / "result.json").read_bytes()
+    shutil.rmtree(folder / "contacts")
     path.write_text(path.read_text().replace("tasks: 2", "tasks: 1"))
     assert plmsae("eval", path, "--no-progress").code == 0
     assert (folder / "contacts" / "result.json").read_bytes() == first
@@ -209,6 +214,7 @@ def test_a_steering_direction_of_known_effect_is_first(
     assert latents[PLANTED]["steering_up_effect"] == pytest.approx(best["effect"])
     assert latents[0]["steering_kl"] is None
     first = (folder / "steering" / "effects.parquet").read_bytes()
+    shutil.rmtree(folder / "steering")
     path.write_text(path.read_text().replace("tasks: 5", "tasks: 1"))
     assert plmsae("eval", path, "--no-progress").code == 0
     assert (folder / "steering" / "effects.parquet").read_bytes() == first
@@ -219,6 +225,15 @@ def test_a_steering_direction_of_known_effect_is_first(
     refused = plmsae("eval", path, "--no-progress")
     assert refused.code != 0
     assert "names 128, the dictionary has 128" in refused.err
+    # And so is one that never fired: nothing says how far it would be steered.
+    weights = str(tmp_path / "runs" / "one" / "sae" / "sae.safetensors")
+    file = TensorFile(Store(), weights)
+    state = {name: file.read(name) for name in file.names()}
+    state["maximum_N"][3] = 0.0
+    write_tensors(Store(), weights, state, dict(file.metadata))
+    path.write_text(path.read_text().replace("128]", "91]"))
+    refused = plmsae("eval", path, "--no-progress")
+    assert "eval.steering.latents: 3 never fired on training rows" in refused.err
 
 
 def test_killed_between_pieces_it_ends_the_same(
@@ -236,8 +251,6 @@ def test_killed_between_pieces_it_ends_the_same(
     assert plmsae("eval", path, "--no-progress").code == 0
     folder = tmp_path / "runs" / "one" / "eval"
     killed = {name: (folder / name).read_bytes() for name in ("latents.parquet", "steering/effects.parquet")}
-    import shutil
-
     shutil.rmtree(folder)
     assert plmsae("eval", path, "--no-progress").code == 0
     assert {name: (folder / name).read_bytes() for name in killed} == killed
@@ -338,6 +351,9 @@ def test_structures_of_a_dictionary_that_loses_nothing(
         {k: v for k, v in row.items() if "reference" not in k} for row in rows
     ]
     right = path.read_text()
+    shutil.copy(references / "p2.pdb", references / "p0.pdb")
+    misnamed = plmsae("eval", path, "--no-progress")
+    assert "p0.pdb is no structure of p0" in misnamed.err
     for wrong, words in (
         ("esmfold: nowhere", "hf download nowhere"),
         ("esmfold: random, prefixes: groups", "no nested"),
@@ -346,6 +362,27 @@ def test_structures_of_a_dictionary_that_loses_nothing(
         refused = plmsae("eval", path, "--no-progress")
         assert refused.code == 2
         assert words in refused.err
+
+
+@pytest.mark.parametrize(("package", "axis"), [
+    ("biotite", "contacts: {structures: [x.pdb]}"),
+    ("tmtools", "structure: {fasta: x.fasta, esmfold: random}"),
+    ("transformers", "steering: {esmfold: random}"),
+    ("Bio", "concepts: {annotations: x.dat}"),
+])  # fmt: skip
+def test_a_package_that_is_absent_is_named_before_anything_starts(
+    plmsae: Plmsae, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, axis: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    for name, text in (("x.pdb", "END"), ("x.fasta", ">a\nMKV"), ("x.dat", "ID   X   Reviewed;   1 AA.")):
+        (tmp_path / name).write_text(text + "\n")
+    path = write(evaluation=f"\neval:\n  {axis}\n")
+    done = plmsae("run", path, "--no-progress")
+    assert done.code == 2
+    assert "not installed" in done.err
+    assert f"pip install 'plmsae[{'annotations' if package == 'Bio' else 'fold'}]'" in done.err
+    assert not list(tmp_path.glob("runs/data/*"))
 
 
 def looking_model(folder: Path, seeker: str, sought: str) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from plmsae_cli.config.yaml import load
 from plmsae_cli.executors.pipeline import plan_stage
+from plmsae_cli.executors.worker import LocalContext, run_task
 from plmsae_cli.plm.alphabet import encode, pack
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.runtime.task import Task
@@ -173,8 +174,15 @@ def test_planted_concepts_are_found_first_with_the_scores_of_counting(
     assert table.count("<svg") == 2
     assert not re.search(r"(src|href)=\"https?:", page)
 
+    # A table too small, and one without columns of features, are told apart.
+    path.write_text(path.read_text().replace("min_instances: 10", "min_instances: 1000"))
+    assert "occurs 1000 times in the 40 proteins" in plmsae("eval", path, "--no-progress").err
+    lines = ["Entry\tSequence", *(f"{one['id']}\t{one['sequence']}" for one in made)]
+    (tmp_path / "table.tsv").write_text("\n".join(lines) + "\n")
+    assert "nothing is known of the residues of the 40" in plmsae("eval", path, "--no-progress").err
 
-def test_pieces_and_memory_change_nothing_and_one_axis_does_not_redo_another(
+
+def test_the_number_of_pieces_redoes_nothing_and_one_axis_does_not_redo_another(
     plmsae: Plmsae, trained: Callable[..., Path], tmp_path: Path
 ) -> None:
     write_table(tmp_path / "table.tsv", proteins(30))
@@ -182,15 +190,17 @@ def test_pieces_and_memory_change_nothing_and_one_axis_does_not_redo_another(
     path = trained(CONCEPTS.format(**fill, tasks=1))
     assert plmsae("eval", path, "--no-progress").code == 0
     folder = tmp_path / "runs" / "one"
-    first = (folder / "eval" / "concepts" / "result.json").read_bytes()
     times = {name: (folder / "parts" / name).stat().st_mtime_ns for name in _parts(folder, "fidelity")}
-    # Three pieces, and counts of a few latents at a time.
-    path = trained(CONCEPTS.format(**fill, tasks=3).replace("tasks: 3", "tasks: 3, memory: 20kB"))
+    path = trained(CONCEPTS.format(**fill, tasks=3))
+    again = plmsae("eval", path, "--no-progress")
+    assert "nothing to do" in again.err + again.out
+    # A piece that was lost is another matter, whatever the number asked for.
+    path = trained(CONCEPTS.format(**fill, tasks=1))
+    lost = next((folder / "eval" / "concepts" / "counts").glob("sae-*"))
+    counts = lost.read_bytes()
+    lost.unlink()
     assert plmsae("eval", path, "--no-progress").code == 0
-    assert (folder / "eval" / "concepts" / "result.json").read_bytes() == first
-    assert len(list((folder / "eval" / "concepts" / "counts").glob("sae-*-0of3.safetensors"))) > 2
-    assert {name: (folder / "parts" / name).stat().st_mtime_ns for name in _parts(folder, "fidelity")} == times
-    assert "nothing to do" in plmsae("eval", path, "--no-progress").err + plmsae("eval", path, "--no-progress").out
+    assert lost.read_bytes() == counts
     # Without the axis its tables go, and fidelity stays as it was.
     path = trained("\neval: {fidelity: {loss_recovered: false}}\n")
     assert plmsae("eval", path, "--no-progress").code == 0
@@ -248,6 +258,7 @@ def test_a_planted_family_is_found_first_with_the_scores_of_counting(
     assert best[0]["interval_f1"][0] < best[0]["f1"] < best[0]["interval_f1"][1]
     assert result["patterns"]["dead"] == LATENTS - len(BACKGROUND) - 1
     first = (folder / "families" / "result.json").read_bytes()
+    shutil.rmtree(folder / "families")
     path.write_text(path.read_text().replace("tasks: 2", "tasks: 1"))
     assert plmsae("eval", path, "--no-progress").code == 0
     assert (folder / "families" / "result.json").read_bytes() == first
@@ -313,6 +324,17 @@ def test_own_proteins_are_encoded_residue_by_residue(
     assert all(row["concept"] == concept[row["latent"]] for row in top)
     body = json.loads((folder / "metrics.json").read_text())["encode"]
     assert body == {"proteins": 3, "in_training": 0, "cut": 1, "residues": 17, "active": 17}
+    # Another file, begun in three pieces and ended in one: the folder holds what was asked for last.
+    kept = folder / "encode" / "activations"
+    (tmp_path / "mine.fasta").write_text(">four\nWWA\n" + (tmp_path / "mine.fasta").read_text())
+    path.write_text(path.read_text().replace("top: 2, tasks: 2", "top: 2, tasks: 3"))
+    piece = next(task for task in planned(path) if task.args["step"] == "part-0of3")
+    run_task(piece, LocalContext(load(path).experiment, lambda *_, **__: None))
+    assert {place.name.partition("-")[0] for place in kept.iterdir()} >= {"0of2", "0of3"}
+    path.write_text(path.read_text().replace("top: 2, tasks: 3", "top: 2, tasks: 1"))
+    assert plmsae("eval", path, "--no-progress").code == 0
+    assert {place.name.partition("-")[0] for place in kept.iterdir()} == {"0of1"}
+    assert len(pq.read_table(kept)) == 20
 
 
 def test_the_latents_of_the_best_concepts_are_steered(

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.proteins import choose, groups, read_any
-from plmsae_cli.store.fs import Store
+from plmsae_cli.evaluation.proteins import choose, groups, in_training, read_any
+from plmsae_cli.store import proteins
+from plmsae_cli.store.fs import Store, StoreError
 from plmsae_cli.store.proteins import SCHEMA
 
 
@@ -52,8 +53,22 @@ def test_training_proteins_are_counted_and_left_out_in_strict(dataset: str, tmp_
     kept = choose(read_any(path), Store(), dataset, 20, leave_out=False)
     assert [entry.accession for entry in kept.entries] == ["P1", "P2", "P3", "P6"]
     assert kept.trained_P.tolist() == [True, True, False, False]
+    known = in_training(Store(), dataset)
+    assert [known(text) for text in ("MKVLA", "MKVL", "ACDEFGHI", "ACDEFGH", "WWWW", "")] == [True, False, True] + [
+        False
+    ] * 3
     with pytest.raises(UserError, match="no protein is left to evaluate on: 6 read, 6 empty or longer than 3"):
         choose(read_any(path), Store(), dataset, 3, leave_out=True)
+
+
+def test_sequences_of_a_side_are_read_batch_by_batch(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proteins, "_BATCH", 1)
+    path = f"{dataset}/proteins.parquet"
+    assert list(proteins.sequences_of(Store(), path, "train")) == ["MKVLA", "ACDEFGHI"]
+    assert list(proteins.sequences_of(Store(), path, "heldout")) == ["WWWW"]
+    Path(path).write_bytes(b"PAR1 not any more PAR1")
+    with pytest.raises(StoreError, match="not a sound Parquet file"):
+        next(proteins.sequences_of(Store(), path, "train"))
 
 
 def test_groups_hold_whole_proteins_in_order() -> None:

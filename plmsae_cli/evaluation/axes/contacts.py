@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError
@@ -23,9 +23,12 @@ VARIANTS = ("original", "sae", "zero")
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     """The tasks, and figures for people."""
+    from plmsae_cli.evaluation.contacts.structure import require_biotite
+
     options = scope.options.contacts
     assert options is not None
     scope.require_same_model("remove eval.contacts")
+    require_biotite()
     if "head" in options.methods:
         _require_head(scope)
     inputs = {f"structure-{n}": _content(scope, text) for n, text in enumerate(options.structures)}
@@ -61,15 +64,18 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     assert options is not None
     if task.args["step"] == "report":
         return _report(scope, options)
-    rows: dict[int, dict[str, Any]] = {}
     files = []
     mine = range(task.args["index"], len(options.structures), task.args["of"])
     measure = _Measure(scope, options, context)
     for done, place in enumerate(mine):
-        rows[place], pairs = measure.protein(options.structures[place])
+
+        def progress(share: float, done: int = done) -> None:  # one Jacobian may take minutes
+            context.progress(done + share, len(mine))
+
+        row, pairs = measure.protein(options.structures[place], progress)
         files.append(scope.write_table(AXIS, f"pairs/{place:05}.parquet", pairs))
-        files.append(scope.write_json(AXIS, f"proteins/{place:05}.json", rows[place]))
-        context.progress(done + 1, len(mine))
+        files.append(scope.write_json(AXIS, f"proteins/{place:05}.json", row))
+        progress(1.0)
     return Result(files)
 
 
@@ -106,8 +112,8 @@ class _Measure:
             self.head = weight_M.to(self.device), bias.to(self.device)
         self.trained = in_training(scope.store, scope.dataset)
 
-    def protein(self, structure: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Its row, and a table of its long-range pairs."""
+    def protein(self, structure: str, progress: Callable[[float], None]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Its row, and a table of its long-range pairs; `progress` is told the share of the scores that are done."""
         import numpy as np
 
         from plmsae_cli.evaluation.contacts.precision import eligible, precision
@@ -134,6 +140,8 @@ class _Measure:
             for variant, score_LL in self._scores(method, chain):
                 row["precision"][method][variant] = precision(score_LL, contact_LL, chain.known_L)
                 pairs[f"{method}_{variant}"] = score_LL[pairs_LL].astype(np.float32)
+                done = sum(map(len, row["precision"].values()))
+                progress(done / (len(self.options.methods) * len(VARIANTS)))
         return row, pairs
 
     def _chain(self, structure: str) -> Chain:
@@ -190,7 +198,9 @@ def _report(scope: Scope, options: Contacts) -> Result:
     from plmsae_cli.evaluation.contacts.precision import CUTS, summary
 
     rows = [scope.read_json(AXIS, f"proteins/{place:05}.json") for place in range(len(options.structures))]
-    rows = list({row["id"]: row for row in rows}.values())
+    rows = [
+        row for n, row in enumerate(rows) if row not in rows[:n]
+    ]  # a chain may be named twice, with and without letter
     body = {
         "sequence": options.sequence,
         "chance": sum(row["contacts"] / row["pairs"] for row in rows) / len(rows),

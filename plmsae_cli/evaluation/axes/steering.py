@@ -98,12 +98,13 @@ def _prepare(scope: Scope, options: Steering, context: Context) -> Result:
     for _, latents in rows.encoded(sae, sequences):
         fired_N.index_add_(0, latents.indices_BK.flatten(), (latents.acts_BK > 0).flatten().double())
     density_N = fired_N.cpu() / sum(len(s) for s in sequences)
-    alive_N = (sae.maximum_N.cpu() > 0) & (density_N > 0)
-    chosen = _choose(scope, options, density_N * alive_N)
+    alive_N = sae.maximum_N.cpu() > 0
+    usable_N = density_N.masked_fill(~alive_N, 0.0)
+    chosen = _choose(scope, options, usable_N, alive_N.tolist())
     body = {
         "latents": chosen,
         "density": [float(density_N[n]) for n in chosen],
-        "other": [equal_density(density_N.masked_fill(~alive_N, 0.0), n, set(chosen)) for n in chosen],
+        "other": [equal_density(usable_N, n, set(chosen)) for n in chosen],
     }
     about = {"id": ids, "length": [len(s) for s in sequences], "in_training": trained}
     return Result(
@@ -115,25 +116,37 @@ def _prepare(scope: Scope, options: Steering, context: Context) -> Result:
     )
 
 
-def _choose(scope: Scope, options: Steering, density_N: Any) -> list[int]:
+def _choose(scope: Scope, options: Steering, density_N: Any, alive_N: list[bool]) -> list[int]:
+    """The latents steered. `density_N` is on the proteins, `alive_N` says which have a maximum."""
     number = len(density_N)
     if isinstance(options.latents, list):
         if (most := max(options.latents)) >= number:
             raise UserError(
                 f"eval.steering.latents names {most}, the dictionary has {number:,}", f"the last is {number - 1}"
             )
+        if dead := [n for n in options.latents if not alive_N[n]]:
+            raise UserError(
+                f"eval.steering.latents: {', '.join(map(str, dead))} never fired on training rows, so there is no maximum to"
+                " steer by",
+                "leave out what is dead: column `max` of eval/latents.parquet is 0",
+            )
         found = list(options.latents)
     elif options.latents == "concepts":
         score = scope.read_table(concepts.AXIS, "latents.parquet")["concept_f1"].to_pylist()
-        known = [n for n in range(number) if score[n] is not None]
+        known = [n for n in range(number) if score[n] is not None and alive_N[n]]
         found = sorted(known, key=lambda n: -score[n])[: options.top]
     else:
         order = density_N.argsort(descending=True, stable=True).tolist()
         found = [n for n in order if density_N[n] > 0][: options.top]
     if not found:
         raise UserError("no latent to steer: none is alive on the proteins", "list some in eval.steering.latents")
-    if len(found) >= number:
-        raise UserError(f"all {number} latents are steered, so none is left to compare with", "lower eval.steering.top")
+    others = density_N > 0
+    others[found] = False
+    if not others.any():
+        raise UserError(
+            "every latent that fires on the proteins is steered, so none is left to compare with",
+            "steer fewer (eval.steering.top or latents), or on more proteins",
+        )
     return found
 
 

@@ -45,7 +45,7 @@ def prepare(scope: Scope, options: Concepts) -> list[FileRecord]:
     """Read the annotations and fix proteins, halves and concepts.
 
     Raises:
-        UserError: no protein is left, or no concept is frequent enough.
+        UserError: no protein is left, nothing is known of any, or no concept is frequent enough.
     """
     strict = options.mode == "strict"
     path = scope.store.local(options.annotations)
@@ -59,6 +59,11 @@ def prepare(scope: Scope, options: Concepts) -> list[FileRecord]:
         cluster_P, by = np.arange(len(sequences)), "protein"
     lengths_P = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     test_P = halves(cluster_P, chosen.hashes_P, lengths_P)
+    if not any(entry.features for entry in chosen.entries):
+        raise UserError(
+            f"nothing is known of the residues of the {len(sequences):,} proteins of {options.annotations}",
+            "a table needs columns of features (ft_domain or Domain [FT], ft_binding, ...): ask UniProt for them",
+        )
     found = find_concepts(chosen.entries, options.mode, options.min_instances)
     labels, total_CH, positive_CH = keep(found, sequences, chosen.hashes_P, test_P, options)
     facts = {
@@ -109,6 +114,11 @@ def keep(
     count = len(found.concepts)
     enough_C = (instance_CH.sum(1) > options.keep_instances) | (positive_CH.sum(1) > options.keep_residues)
     enough_C &= (positive_CH > 0).all(1)
+    if not count:
+        raise UserError(
+            f"no annotation occurs {options.min_instances} times in the {len(sequences):,} proteins",
+            "lower eval.concepts.min_instances, or name more proteins",
+        )
     if not enough_C[:count].any():
         raise UserError(
             f"none of {count} concepts has more than {options.keep_instances} instances or {options.keep_residues} residues,"

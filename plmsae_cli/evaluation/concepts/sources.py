@@ -121,11 +121,10 @@ def _random_weights(scope: Scope) -> Iterator[str]:
 
 def _training_sequences(scope: Scope) -> list[str]:
     """The first training proteins, up to a tenth of the sample's rows: a forward pass a row, not a read."""
-    from plmsae_cli.store.proteins import read_proteins  # pulls pyarrow in, which counting can do without
+    from plmsae_cli.store.proteins import sequences_of  # pulls pyarrow in, which counting can do without
 
-    table = read_proteins(scope.store, join(scope.dataset, "proteins.parquet"), split="train", columns=["sequence"])
     chosen, used = [], 0
-    for sequence in table["sequence"].to_pylist():
+    for sequence in sequences_of(scope.store, join(scope.dataset, "proteins.parquet"), "train"):
         chosen.append(sequence)
         used += len(sequence)
         if used >= SAMPLE_ROWS // 10:

@@ -6,6 +6,7 @@ import gzip
 import io
 import platform
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,12 @@ def _spread(places: Coordinates, where: npt.NDArray[np.int64], length: int) -> C
     found = np.full((length, *places.shape[1:]), np.nan)
     found[where] = places
     return found
+
+
+def require_biotite() -> None:
+    """Raises UserError, before anything is made, where structures could not be read later."""
+    if find_spec("biotite") is None:
+        raise _without_biotite()
 
 
 def _without_biotite() -> UserError:

@@ -47,9 +47,12 @@ def random_direction(like_D: Tensor, latent: int) -> Tensor:
 
 
 def equal_density(density_N: Tensor, latent: int, chosen: set[int], among: int = 10) -> int:
-    """One of the `among` latents outside `chosen` whose density is nearest in logarithm, drawn by a hash of the latent."""
+    """One of the `among` latents outside `chosen` that fire (density above 0) and whose density is nearest in logarithm, drawn
+    by a hash of the latent."""
     distance_N = ((density_N + 1e-12).log() - (density_N[latent] + 1e-12).log()).abs()
-    usable: list[int] = [n for n in distance_N.argsort(stable=True).tolist() if n not in chosen and n != latent]
+    usable: list[int] = [
+        n for n in distance_N.argsort(stable=True).tolist() if n not in chosen and n != latent and density_N[n] > 0
+    ]
     near = usable[:among]
     return near[int.from_bytes(hashlib.sha256(b"other %d" % latent).digest()[:7]) % len(near)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ RANDOM = "random"
 _CA = 1
 """Place of CA among the 14 atoms of a residue, and among the 37."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_EXTRA = "pip install 'plmsae[fold]'"
 _SMALL_HEAD = {
     "fp16_esm": False,
     "lddt_head_hid_dim": 16,
@@ -91,7 +93,7 @@ def folding_class() -> Any:
         import_module("tmtools")
         from transformers.models.esm.modeling_esmfold import EsmForProteinFolding
     except ImportError as error:
-        raise UserError(f"folding does not work here: {first_line(error)}", "pip install 'plmsae[fold]'") from error
+        raise UserError(f"folding does not work here: {first_line(error)}", _EXTRA) from error
     return EsmForProteinFolding
 
 
@@ -99,8 +101,11 @@ def identity(esmfold: str, weights: str, store: Store, field: str) -> str:
     """A hash that stands for the folding model.
 
     Raises:
-        UserError: naming `field`, where its weights are not on this machine.
+        UserError: naming `field`, where its weights are not on this machine; where a package that folding needs is not installed.
     """
+    for package in ("transformers", "tmtools", "biotite"):
+        if find_spec(package) is None:
+            raise UserError(f"folding does not work here: {package} is not installed", _EXTRA)
     if esmfold == RANDOM:
         return f"{RANDOM}-{resolve_weights(weights, store, download=False).sha256}"
     return "-".join(remembered_sha256(file, cache_folder()) for file in _weight_files(_folder(esmfold, field), field))

@@ -56,7 +56,7 @@ def proteins(scope: Scope, options: Structure) -> list[Protein]:
     """Those of `structures`, then those of `fasta`, each sequence once.
 
     Raises:
-        UserError: a structure cannot be read or is too long, an id is not in the file, or no protein is left.
+        UserError: a structure cannot be read, is too long or of another protein, an id is not in the file, or no protein is left.
     """
     trained = in_training(scope.store, scope.dataset)
     found = [_of_structure(scope, options, structure, trained) for structure in options.structures]
@@ -96,7 +96,13 @@ def _of_fasta(scope: Scope, options: Structure) -> list[Protein]:
         reference = None
         if (path := known.get(entry.accession)) is not None:
             chain = read_chain(scope.store.local(path), path, None, "resolved")
-            reference = onto(chain, entry.sequence).alpha_L3
+            try:
+                reference = onto(chain, entry.sequence).alpha_L3
+            except UserError as error:
+                raise UserError(
+                    f"{path} is no structure of {entry.accession}: residues of its first chain have no place in that sequence",
+                    "take it out of eval.structure.references, or give it the name of its protein",
+                ) from error
         found.append(Protein(entry.accession, entry.sequence, trained, reference))
     return found
 

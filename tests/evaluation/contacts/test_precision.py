@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -76,3 +77,6 @@ def test_what_is_recovered_and_its_intervals() -> None:
     low, high = several["interval_original"]  # type: ignore[misc]
     assert 0.4 <= low < 0.5 < high <= 0.6
     assert "recovered" not in summary([one(0.3, 0.3, 0.3)], 100)["L"]
+    with warnings.catch_warnings():  # draws whose ablation costs nothing are no one's warning
+        warnings.simplefilter("error")
+        assert "interval_recovered" not in summary([one(0.3, 0.2, 0.3), one(0.5, 0.4, 0.3)], 100)["L"]

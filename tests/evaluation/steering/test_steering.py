@@ -76,6 +76,9 @@ def test_the_other_latent_is_of_equal_density_and_none_of_the_chosen() -> None:
     density = torch.tensor([0.1, 0.1001, 0.1002, 0.0, 1e-4] + [0.01] * 20)
     assert equal_density(density, 0, {0, 1}, among=1) == 2
     assert equal_density(density, 0, {0, 1, 2}, among=5) >= 5
+    # Latent 3 fires nowhere here: nearest are the rarest that do, never another silent one.
+    silent = torch.cat([density, torch.zeros(10)])
+    assert equal_density(silent, 3, {3}, among=1) == 4
 
 
 @pytest.fixture(scope="module")

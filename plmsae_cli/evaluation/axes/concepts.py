@@ -18,9 +18,8 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.concepts
     assert options is not None
     scope.require_same_model("remove eval.concepts")
-    next(
-        read_entries(scope.store.local(options.annotations)), None
-    )  # a file that cannot be read is known before training
+    # A file that cannot be read is known before training.
+    next(read_entries(scope.store.local(options.annotations)), None)
     identity = scope.identity(AXIS, options.science(), scope.contents(annotations=options.annotations))
     counting = scope.pieces(AXIS, identity, "count", options.tasks, 20.0, ["prepare"])
     scoring = scope.pieces(AXIS, identity, "score", options.tasks, 8.0, ["choose"])

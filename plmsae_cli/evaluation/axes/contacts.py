@@ -198,9 +198,8 @@ def _report(scope: Scope, options: Contacts) -> Result:
     from plmsae_cli.evaluation.contacts.precision import CUTS, summary
 
     rows = [scope.read_json(AXIS, f"proteins/{place:05}.json") for place in range(len(options.structures))]
-    rows = [
-        row for n, row in enumerate(rows) if row not in rows[:n]
-    ]  # a chain may be named twice, with and without letter
+    # A chain may be named twice, with its letter and without.
+    rows = [row for n, row in enumerate(rows) if row not in rows[:n]]
     body = {
         "sequence": options.sequence,
         "chance": sum(row["contacts"] / row["pairs"] for row in rows) / len(rows),

@@ -40,6 +40,7 @@ class Gang:
         text: str | None = None,
     ) -> None:
         self.run, self.name, self.logs = run, "train" if task is None else task.id, run.path / "logs"
+        self._folders = [str(run.path)] if task is None else list(task.folders)
         self._report, self._patience = report, experiment.launch.patience
         self.logs.mkdir(parents=True, exist_ok=True)
         for old in ("gang-status.json", "error-rank-*.json", "alive-rank-*"):
@@ -49,6 +50,13 @@ class Gang:
         write_json(self.logs / "gang.json", body)
         self._asked, self._told = False, 0
         self._signs: dict[str, tuple[int, float]] = {}
+
+    def waits(self, what: str | None) -> None:
+        """Say what the ranks wait for before they can begin, here and in status.json; None: they need not any more."""
+        if what is not None:
+            self._report(None, None, note=what)
+        for folder in self._folders:
+            RunFolder(folder).status(waiting=what)
 
     def look(self) -> None:
         """Pass on how far it is, and a wish to stop.

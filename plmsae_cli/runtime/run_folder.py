@@ -148,6 +148,8 @@ class RunFolder:
             spent = body.setdefault("stage_seconds", {})
             for stage, seconds in changes.pop("stage_seconds", {}).items():
                 spent[stage] = round(spent.get(stage, 0.0) + seconds, 2)
+            if "state" in changes:
+                body.pop("waiting", None)  # a start that was killed may have left it
             body.update(changes, updated=time.time(), **me())
             write_json(path, body)
 

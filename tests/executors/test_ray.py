@@ -69,8 +69,20 @@ def stopped_processes(mark: str) -> list[int]:
     return found
 
 
+def all_cores(cluster: Any) -> Any:
+    """The cores there are, taken: a placement group."""
+    cluster.wait_for_nodes(60)  # one that was killed counts as alive until its signs of life have been missed
+    group = ray.util.placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
+    assert group.wait(30)
+    return group
+
+
 def lose_a_node(cluster: Any, points: list[str]) -> threading.Thread:
-    """Add a node whose workers stop dead in the task they get; when one has, take the node away."""
+    """Add a node whose workers stop dead in the task they get; when one has, take the node away.
+
+    The others are kept busy until then: theirs are warm, and might do all before one has started here.
+    """
+    busy = all_cores(cluster)
     mark = ";".join(f"stop:{point}.begin" for point in points)
     node = cluster.add_node(**SMALL, env_vars={"PLMSAE_FAULT": mark})
 
@@ -79,6 +91,7 @@ def lose_a_node(cluster: Any, points: list[str]) -> threading.Thread:
         while not (hit := stopped_processes(mark)) and time.monotonic() < deadline:
             time.sleep(0.1)
         cluster.remove_node(node, allow_graceful=False)
+        ray.util.remove_placement_group(busy)
         lost.extend(hit)
         for process in hit:
             os.kill(process, signal.SIGKILL)
@@ -179,9 +192,7 @@ def test_no_cluster_at_the_address(prepared: Prepared, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def taken(cluster: Any) -> Iterator[Any]:
-    """All but one of the cores there are, kept from others: a placement group."""
-    group = ray.util.placement_group([{"CPU": 1}])
-    assert group.wait(30)
+    group = all_cores(cluster)
     yield group
     ray.util.remove_placement_group(group)
 
@@ -191,7 +202,7 @@ def test_a_gang_says_what_it_waits_for_and_begins_when_it_is_there(
 ) -> None:
     for name, seconds in {"SAY_AFTER_S": 0.0, "SAY_CHANGES_EVERY_S": 0.0, "SAY_EVERY_S": 2.0}.items():
         monkeypatch.setattr(ray_room, name, seconds)
-    cores, nodes = int(ray.cluster_resources()["CPU"]), len([node for node in ray.nodes() if node["Alive"]])
+    cores, nodes = len(taken.bundle_specs), sum(node["Alive"] for node in ray.nodes())
     said: list[str | None] = []
 
     def say(what: str | None) -> None:
@@ -206,7 +217,7 @@ def test_a_gang_says_what_it_waits_for_and_begins_when_it_is_there(
     finally:
         ray.util.remove_placement_group(group)
     line = f"waiting for room in the Ray cluster: {cores} rank{'s' * (cores > 1)} with 1 CPU each; {nodes} nodes with "
-    assert said[:2] == [f"{line}{cores} CPU (1 taken)"] * 2, "the same again after a while"
+    assert said[:2] == [f"{line}{cores} CPU ({cores} taken)"] * 2, "the same again after a while"
     assert said[-1] is None
 
 
@@ -228,7 +239,7 @@ def test_a_gang_that_can_never_have_its_place_is_refused(cluster: Any) -> None:
 def test_the_run_of_a_gang_that_waits_says_so_and_can_be_stopped(
     cluster: Any, taken: Any, trained: Callable[..., Experiment], tmp_path: Path
 ) -> None:
-    launch = {"executor": "ray", "ranks": int(ray.cluster_resources()["CPU"]), "ray": {"address": cluster.address}}
+    launch = {"executor": "ray", "ranks": len(taken.bundle_specs), "ray": {"address": cluster.address}}
     experiment = trained("ray-waiting", "ray-train", **launch)
     (tmp_path / "exp.yaml").write_text(json.dumps(experiment.dump()))
     command = [sys.executable, "-c", "from plmsae_cli.cli.app import main; main()"]
@@ -261,7 +272,7 @@ def test_ranks_train_in_a_placement_group_and_trials_side_by_side(
     cluster: Any, one_thread: None, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
 ) -> None:
     """A gang of two, and two trials, on two nodes with a core each; losses are those of lone runs."""
-    cluster.wait_for_nodes(60)  # one that was killed counts as alive until its signs of life have been missed
+    cluster.wait_for_nodes(60)
     if ray.cluster_resources()["CPU"] < 2:
         cluster.add_node(**SMALL)
     alone = trained("ray-alone", "ray-train")

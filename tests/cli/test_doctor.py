@@ -22,6 +22,7 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.trouble import failing_check
 from plmsae_cli.runtime import checks, device
+from plmsae_cli.runtime.run_folder import write_json
 
 Plmsae = Callable[..., Any]
 Write = Callable[..., Path]
@@ -128,6 +129,28 @@ def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:
     assert missed.code == 2
     assert "rank-1.log, run.log" in missed.err
     assert plmsae("logs", tmp_path / "nowhere").code == 2
+
+
+@pytest.mark.parametrize(
+    ("named", "hint"),
+    [
+        ("frist", "did you mean first?"),
+        ("sweeps/other", "did you mean sweep/other?"),
+        ("zzz", "`plmsae ls` lists the runs"),
+        ("first.yaml", "name the run and not its YAML: first, unless it has a name of its own"),
+    ],
+)
+def test_a_run_that_is_not_there_is_told_with_those_that_may_be_meant(
+    named: str, hint: str, plmsae: Plmsae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = plmsae("logs", "zzz")
+    assert told.err.endswith("no run has begun in runs/ yet; one elsewhere is named by its folder\n")
+    for name in ("first", "sweep/other"):
+        write_json(Path("runs", name, "status.json"), {"state": "done"})
+    for verb in ("status", "logs"):
+        told = plmsae(verb, named)
+        assert (told.code, told.err) == (2, f"error: {named} is not a run (no status.json)\nhint: {hint}\n")
 
 
 def test_a_driver_that_hangs_is_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,8 +136,9 @@ class RayExecutor:
             lost = self._ranks(task, gang, folder, again=left < retries)
             if lost is None:
                 return
-            if gang.failed or left == 0 or STOP.requested():
-                gang.end(lost)
+            own = gang.failed_by_itself()
+            if own or left == 0 or STOP.requested():
+                gang.end(lost, killed=None if own else lost)
             report(None, None, note=f"{lost}; trying again from the newest checkpoint")
 
     def _ranks(self, task: Task, gang: Gang, folder: str, again: bool) -> TaskFailed | None:

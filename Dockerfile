@@ -23,8 +23,10 @@ RUN apt-get update \
 WORKDIR /opt/plmsae
 # Gigabytes in a layer of their own, which a change of the code leaves as it is.
 COPY constraints.txt ./
+# torchvision, which litdata asks for, must be of torch's build.
 RUN pip install -c constraints.txt setuptools \
-    && if [ -n "$TORCH_INDEX" ]; then pip install --no-deps --index-url "$TORCH_INDEX" "$(grep ^torch== constraints.txt)"; \
+    && case ",$EXTRAS," in *,litdata,*) builds="torch|torchvision" ;; *) builds=torch ;; esac \
+    && if [ -n "$TORCH_INDEX" ]; then pip install --no-deps --index-url "$TORCH_INDEX" $(grep -E "^($builds)==" constraints.txt); \
        else pip install -c constraints.txt torch; fi
 COPY pyproject.toml README.md LICENSE ./
 COPY plmsae_cli ./plmsae_cli

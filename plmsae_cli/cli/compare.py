@@ -107,16 +107,15 @@ def _has_fvu(found: Comparison) -> bool:
 
 def _named(target: Path) -> list[Side]:
     """The runs of a folder, of a name under runs/, or of a YAML; the trials of a sweep one by one."""
-    from plmsae_cli.config.errors import UserError
     from plmsae_cli.config.files import is_experiment
     from plmsae_cli.report.compare import Side
-    from plmsae_cli.runtime.run_folder import read_json
+    from plmsae_cli.runtime.run_folder import no_run, read_json
 
     if is_experiment(target):
         return _sides(target, None)
     folder = next((each for each in (target, Path("runs") / target) if (each / "resolved.yaml").is_file()), None)
     if folder is None:
-        raise UserError(f"{target} is not a run (no resolved.yaml)", "`plmsae ls` lists the runs")
+        raise no_run(target, "resolved.yaml")
     sweep: dict[str, Any] | None = read_json(folder / "sweep.json")
     if sweep is None:
         return [Side(folder.name, str(target), folder)]

@@ -139,13 +139,14 @@ def _compiler() -> Check:
 
 def _all_reduce(experiment: Experiment) -> Check:
     """Over the GPUs present by NCCL, else over two ranks of the CPU by gloo."""
+    from plmsae_cli.executors.torchrun import ONE_MACHINE
     from plmsae_cli.runtime.checks import Check
 
     gpus = _visible() if experiment.launch.gpus != 0 else 0
     ranks, amount, by = (gpus, _GPU_BYTES, "NCCL") if gpus > 1 else (2, _CPU_BYTES, "gloo")
     name = f"all-reduce ({by}, {ranks} {'GPUs' if by == 'NCCL' else 'ranks on the CPU'})"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+        sys.executable, "-m", "torch.distributed.run", *ONE_MACHINE, f"--nproc-per-node={ranks}",
         "-m", "plmsae_cli.runtime.all_reduce", str(amount),
     ]  # fmt: skip
     chosen = ",".join(map(str, range(ranks))) if by == "NCCL" else ""

@@ -27,7 +27,9 @@ def report_root(root: Path, as_json: bool) -> int:
             page = build_sweep_report(one) if (one / "sweep.json").is_file() else build_report(one)
             found = [str(one)]
         elif not root.is_dir():
-            raise UserError(f"{root} is not a folder", "name the root of your runs: `plmsae report my-root`")
+            raise UserError(
+                f"{root} is not a folder", "`plmsae run` makes runs/; another root is named: `plmsae report my-root`"
+            )
         else:
             folders = run_folders(root)
             if not folders:

@@ -20,7 +20,9 @@ def show_leaderboard(root: Path, track: str, as_json: bool) -> int:
         if track not in TRACKS:
             raise UserError(f"--leaderboard: there is no track {track}", f"one of: {', '.join(TRACKS)}")
         if not root.is_dir():
-            raise UserError(f"{root} is not a folder", "name the root of your runs: `plmsae ls my-root`")
+            raise UserError(
+                f"{root} is not a folder", "`plmsae run` makes runs/; another root is named: `plmsae ls my-root`"
+            )
         found = leaderboard(root, track)
         if as_json:
             print(json.dumps({"schema": 1, "track": track, "runs": [entry.dump() for entry in found]}))

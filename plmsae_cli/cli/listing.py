@@ -25,7 +25,9 @@ def list_root(root: Path, as_json: bool) -> int:
         from plmsae_cli.config.errors import UserError
 
         if not root.is_dir():
-            raise UserError(f"{root} is not a folder", "name the root of your runs: `plmsae ls my-root`")
+            raise UserError(
+                f"{root} is not a folder", "`plmsae run` makes runs/; another root is named: `plmsae ls my-root`"
+            )
         if (root / "MANIFEST.json").is_file():
             return show_data(root, as_json)
         runs = [_run(folder, root) for folder in run_folders(root)]

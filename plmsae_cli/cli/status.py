@@ -23,6 +23,8 @@ def show_status(run: Path, as_json: bool) -> int:
 
         folder = find_run(run)
         status = read_json(folder / "status.json") or {}
+        if live_state(status) != "running":
+            status.pop("waiting", None)
         told = compared(folder, status.get("stage_seconds", {}))
         last, best = last_metrics(folder), best_trial(folder)
         usd = cost(folder, status.get("stage_seconds", {}))
@@ -43,6 +45,8 @@ def show_status(run: Path, as_json: bool) -> int:
             )
             return DONE
         print(f"{folder}: {state_words(status)}" + (f", in {status['stage']}" if status.get("stage") else ""))
+        if status.get("waiting"):
+            print(f"  {status['waiting']}")
         if status.get("together", 1) > 1:
             print(f"  trains with {status['together'] - 1} other SAE(s) on one reading of the dataset")
         if counts := _trial_states(folder):

@@ -6,7 +6,7 @@ Launchers of other people's making turn every exit code into 1, and ranks may be
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from plmsae_cli.config.errors import UserError
@@ -40,6 +40,7 @@ class Gang:
         text: str | None = None,
     ) -> None:
         self.run, self.name, self.logs = run, "train" if task is None else task.id, run.path / "logs"
+        self._folders = [str(run.path)] if task is None else list(task.folders)
         self._report, self._patience = report, experiment.launch.patience
         self.logs.mkdir(parents=True, exist_ok=True)
         for old in ("gang-status.json", "error-rank-*.json", "alive-rank-*"):
@@ -49,6 +50,13 @@ class Gang:
         write_json(self.logs / "gang.json", body)
         self._asked, self._told = False, 0
         self._signs: dict[str, tuple[int, float]] = {}
+
+    def waits(self, what: str | None) -> None:
+        """Say what the ranks wait for before they can begin, here and in status.json; None: they need not any more."""
+        if what is not None:
+            self._report(None, None, note=what)
+        for folder in self._folders:
+            RunFolder(folder).status(waiting=what)
 
     def look(self) -> None:
         """Pass on how far it is, and a wish to stop.
@@ -102,6 +110,11 @@ class Gang:
         """Whether a rank has left an error."""
         return any(self.logs.glob("error-rank-*.json"))
 
+    def failed_by_itself(self) -> bool:
+        """Whether a rank has left an error that is not about another one's going away; some seconds are given to find it."""
+        first = self._first_error()
+        return first is not None and not _in_the_wake(first)
+
     @property
     def interrupted(self) -> bool:
         """Whether the ranks have stopped at a checkpoint."""
@@ -112,9 +125,9 @@ class Gang:
         end = time.monotonic() + WAKE_S
         while True:
             found = [body for file in self.logs.glob("error-rank-*.json") if (body := read_json(file)) is not None]
-            found.sort(key=lambda body: (any(words in body["message"] for words in IN_THE_WAKE), body["time"]))
+            found.sort(key=lambda body: (_in_the_wake(body), body["time"]))
             first = found[0] if found else None
-            if first is None or not any(words in first["message"] for words in IN_THE_WAKE) or time.monotonic() > end:
+            if first is None or not _in_the_wake(first) or time.monotonic() > end:
                 return first
             time.sleep(LOOK_S)
 
@@ -139,3 +152,7 @@ class Gang:
         if first["user"]:
             raise UserError(first["message"], first["hint"])
         raise TaskFailed(self.name, f"rank {first['rank']}: {first['message']}", first["trace"])
+
+
+def _in_the_wake(error: Mapping[str, Any]) -> bool:
+    return any(words in error["message"] for words in IN_THE_WAKE)

@@ -17,6 +17,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.executor import fix_plans, is_gang, load_extra, report_within, run_far
 from plmsae_cli.executors.gang import LOOK_S, Gang
 from plmsae_cli.executors.rank import far_rank
+from plmsae_cli.executors.ray_room import Amounts, grows, nodes, places, refuse, wait_for_room
 from plmsae_cli.executors.torchrun import MARGIN_S
 from plmsae_cli.runtime.dist import PATIENCE
 from plmsae_cli.runtime.run_folder import RunFolder
@@ -58,26 +59,31 @@ class RayExecutor:
             if self._ours:
                 # Without an address a driver would join whatever RAY_ADDRESS names.
                 options = {"include_dashboard": False} if address is None else {}
-                self.ray.init(address="local" if address is None else address, log_to_driver=False, **options)
+                with STOP.keeping_handlers():  # Ray would end a driver at once on SIGTERM
+                    self.ray.init(address="local" if address is None else address, log_to_driver=False, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"launch.ray.address: {address} cannot be used: {first_line(error)}",
                 "start a cluster with `ray start --head`, name its address, or use address: null for this machine alone",
             ) from error
-        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        self.slots = max(1, sum(int(node.get("CPU", 0)) for node in nodes) // experiment.launch.ray.cpus)
-        self._nodes = nodes
-        self.has_gpus = experiment.launch.gpus != 0 and any(node.get("GPU", 0) for node in nodes)
+        found = nodes(self.ray)
+        self.slots = max(1, sum(int(node.get("CPU", 0)) for node in found) // experiment.launch.ray.cpus)
+        self.has_gpus = experiment.launch.gpus != 0 and any(node.get("GPU", 0) for node in found)
         # `max_calls=0` keeps a worker, and the model in its GPU, for the next task.
         self._work = self.ray.remote(max_calls=0)(run_far)
 
     def run(self, plan: Plan, report: Callable[..., None]) -> None:
         """All tasks of the plan; see `Executor`."""
         fix_plans(plan, Store(self.experiment.storage))
-        for task in plan.tasks:
-            self._check_fits(task)
-        settings, folder = self.ray.put(self.experiment.dump()), os.getcwd()
         alone, gangs = [t for t in plan.tasks if not is_gang(t)], [t for t in plan.tasks if is_gang(t)]
+        for task in alone:
+            needs = self._needs(task)
+            wanted = {"CPU": needs["num_cpus"], "GPU": needs["num_gpus"], "memory": needs["memory"] or 0}
+            hint = (
+                "lower launch.ray.cpus, shuffle.memory or embed.shard (fixed by the first start), or add a larger node"
+            )
+            self.check_fits(f"task {task.id} of {task.stage}", wanted, hint)
+        settings, folder = self.ray.put(self.experiment.dump()), os.getcwd()
         total = sum(task.cost for task in plan.tasks)
         self._each(alone, settings, folder, total, report)
         spent = sum(task.cost for task in alone)
@@ -124,29 +130,33 @@ class RayExecutor:
         Raises:
             Interrupted, UserError, TaskFailed: as the ranks do.
         """
-        for left in range(self.experiment.launch.ray.retries, -1, -1):
+        retries = self.experiment.launch.ray.retries
+        for left in range(retries, -1, -1):
             gang = Gang(RunFolder(task.folders[0]), task, self.experiment, report)
-            lost = self._ranks(task, gang, folder)
+            lost = self._ranks(task, gang, folder, again=left < retries)
             if lost is None:
                 return
-            if gang.failed or left == 0 or STOP.requested():
-                gang.end(lost)
+            own = gang.failed_by_itself()
+            if own or left == 0 or STOP.requested():
+                gang.end(lost, killed=None if own else lost)
             report(None, None, note=f"{lost}; trying again from the newest checkpoint")
 
-    def _ranks(self, task: Task, gang: Gang, folder: str) -> TaskFailed | None:
-        """Run the ranks; what took one of them away, where one was."""
+    def _ranks(self, task: Task, gang: Gang, folder: str, again: bool) -> TaskFailed | None:
+        """Run the ranks; what took one of them away, where one was.
+
+        Args:
+            again: after a node was lost, in whose place another may come.
+        """
         ray, cpus = self.ray, self.experiment.launch.ray.cpus
         gpus = 1 if task.resources.gpus and self.has_gpus else 0
-        bundles = [{"CPU": cpus, **({"GPU": 1} if gpus else {})}] * task.resources.gang
-        group = ray.util.placement_group(bundles, strategy="PACK")
+        bundle = {"CPU": cpus, **({"GPU": 1} if gpus else {})}
+        group = ray.util.placement_group([bundle] * task.resources.gang, strategy="PACK")
         ranks: list[Any] = []
         try:
-            while not group.wait(1):
-                if STOP.requested():
-                    raise Interrupted
+            wait_for_room(ray, group, bundle, task.resources.gang, gang.waits, may_join=again)
             kind = ray.remote(num_cpus=cpus, num_gpus=gpus)(FarRank)
-            for bundle in range(task.resources.gang):
-                where = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, bundle)
+            for number in range(task.resources.gang):
+                where = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, number)
                 ranks.append(kind.options(scheduling_strategy=where).remote())
             address, port = ray.get(ranks[0].address.remote())
             common = {
@@ -190,20 +200,10 @@ class RayExecutor:
             "max_retries": self.experiment.launch.ray.retries,
         }
 
-    def _check_fits(self, task: Task) -> None:
-        """Ray would wait for ever for a machine that can hold a task that none can."""
-        needs = self._needs(task)
-        wanted = {"CPU": needs["num_cpus"], "GPU": needs["num_gpus"], "memory": needs["memory"] or 0}
-        if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in self._nodes):
-            return
-        most = {name: max((node.get(name, 0) for node in self._nodes), default=0) for name in wanted}
-        listed = ", ".join(
-            f"{name} {amount:,.0f} (most on one node {most[name]:,.0f})" for name, amount in wanted.items()
-        )
-        raise UserError(
-            f"no node of the Ray cluster can hold task {task.id} of {task.stage}: it asks for {listed}",
-            "lower launch.ray.cpus, shuffle.memory or embed.shard (fixed by the first start), or add a larger node",
-        )
+    def check_fits(self, what: str, wanted: Amounts, hint: str) -> None:
+        """Refuse what Ray would wait for a machine for ever to hold. Raises UserError."""
+        if not places(found := nodes(self.ray), wanted) and not grows(self.ray):
+            raise refuse(what, wanted, found, hint=hint)
 
     def close(self) -> None:
         if self._ours:

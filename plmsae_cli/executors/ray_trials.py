@@ -26,9 +26,15 @@ def run_trials(
 
     Raises:
         Interrupted: those at work have saved.
+        UserError: no node can hold a trial.
     """
     ray, gpus = executor.ray, executor.has_gpus
     waiting: dict[Any, Trial] = {}
+    for trial in points:
+        ranks = trial_ranks(trial.experiment.launch)
+        wanted = {"CPU": trial.experiment.launch.ray.cpus * ranks, "GPU": ranks if gpus else 0}
+        hint = "lower launch.ray.cpus or launch.ranks (a trial has all its ranks on one node), or add a larger node"
+        executor.check_fits(f"trial {trial.hash}", wanted, hint)
     for trial in points:
         launch = trial.experiment.launch
         ranks = trial_ranks(launch)

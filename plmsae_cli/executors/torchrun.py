@@ -23,6 +23,8 @@ from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Task, TaskFailed
 
+ONE_MACHINE = ("--standalone", "--local-addr=127.0.0.1")
+"""By itself torchrun has ranks meet under the machine's name, which a container may not be able to resolve."""
 MARGIN_S = 60
 """Collectives wait so much longer than the launcher, which can name the rank that is waited for."""
 
@@ -35,7 +37,7 @@ def launch_gang(task: Task, experiment: Experiment, report: Callable[..., None])
         TaskFailed, UserError: a rank failed; the message is its first error.
     """
     gang = Gang(RunFolder(task.folders[0]), task, experiment, report)
-    _torchrun(gang, ["--standalone"], task.resources.gang, experiment)
+    _torchrun(gang, list(ONE_MACHINE), task.resources.gang, experiment)
 
 
 def join_machines(

@@ -69,8 +69,10 @@ def live_state(status: Mapping[str, Any]) -> str:
 
 
 def state_words(status: Mapping[str, Any]) -> str:
-    """`live_state` for people: of a silent run since when."""
+    """`live_state` for people: of a silent run since when, of one that waits for its turn that it does."""
     state = live_state(status)
+    if state == "running" and status.get("waiting"):
+        return "running (waiting)"
     if state != "silent":
         return state
     return f"no word since {time.strftime('%Y-%m-%d %H:%M', time.localtime(status['updated']))} from {status['host']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import os
@@ -148,6 +149,8 @@ class RunFolder:
             spent = body.setdefault("stage_seconds", {})
             for stage, seconds in changes.pop("stage_seconds", {}).items():
                 spent[stage] = round(spent.get(stage, 0.0) + seconds, 2)
+            if "state" in changes:
+                body.pop("waiting", None)  # a start that was killed may have left it
             body.update(changes, updated=time.time(), **me())
             write_json(path, body)
 
@@ -222,10 +225,25 @@ def find_run(run: Path) -> Path:
     """The folder of a run named by its path, or by its name under `runs/`. Raises UserError where there is none."""
     folder = run if (run / "status.json").exists() else Path("runs") / run
     if not (folder / "status.json").exists():
-        of_yaml = is_experiment(run)
-        hint = f"name the run and not its YAML: {run.stem}, unless it has a name of its own" if of_yaml else None
-        raise UserError(f"{run} is not a run (no status.json)", hint or "`plmsae ls` lists the runs")
+        raise no_run(run, "status.json")
     return folder
+
+
+def no_run(named: Path, lacks: str) -> UserError:
+    """The error of a name that no run has, with what may be meant."""
+    begun = [*Path("runs").glob("*/status.json"), *Path("runs").glob("*/*/status.json")]
+    names = sorted(path.parent.relative_to("runs").as_posix() for path in begun)
+    if is_experiment(named):
+        hint = f"name the run and not its YAML: {named.stem}, unless it has a name of its own"
+    elif close := difflib.get_close_matches(str(named), names, 3, 0.5):
+        hint = f"did you mean {' or '.join(close)}?"
+    else:
+        hint = (
+            "`plmsae ls` lists the runs"
+            if names
+            else "no run has begun in runs/ yet; one elsewhere is named by its folder"
+        )
+    return UserError(f"{named} is not a run (no {lacks})", hint)
 
 
 def _ends_later(where: str, old: Any, new: Any) -> bool:

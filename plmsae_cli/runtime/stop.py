@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,6 +59,17 @@ class Stop:
             yield
         finally:
             self._last_acts.remove(act)
+
+    @contextmanager
+    def keeping_handlers(self) -> Iterator[None]:
+        """Within, a library may take signals for itself; behind it they are handled as before."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():  # in others nobody can set one
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def install(self, quiet: bool = False) -> None:
         """Handle SIGINT and SIGTERM in this process: ask first, leave at once on the second."""

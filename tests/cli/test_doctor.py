@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 import sysconfig
 from collections import namedtuple
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.trouble import failing_check
 from plmsae_cli.runtime import checks, device
+from plmsae_cli.runtime.run_folder import write_json
 
 Plmsae = Callable[..., Any]
 Write = Callable[..., Path]
@@ -30,10 +34,26 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_DISK_BYTES", 4 << 20)
 
 
+def _python_behind(command: list[str], folder: Path) -> str:
+    """An interpreter that is started by `command`."""
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join([*command, sys.executable])} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 def test_a_sound_machine_passes_and_leaves_nothing_behind(
-    plmsae: Plmsae, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plmsae: Plmsae,
+    write: Write,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The all-reduce really runs: a wrong sum would fail its ranks."""
+    """The all-reduce really runs: a wrong sum would fail its ranks. So would their meeting under the machine's name, where
+    nobody can resolve it, as in some containers."""
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname no-such-name.invalid; exec "$@"', "-"]
+    if subprocess.run([*renamed, "true"], capture_output=True, check=False).returncode == 0:  # root may
+        monkeypatch.setattr(sys, "executable", _python_behind(renamed, tmp_path_factory.mktemp("renamed")))
     monkeypatch.setenv("WANDB_API_KEY", "0123456789secret")
     path = write("one.yaml")
     told = plmsae("doctor", path, "--json")
@@ -109,6 +129,28 @@ def test_logs_of_a_run_and_of_its_ranks(plmsae: Plmsae, tmp_path: Path) -> None:
     assert missed.code == 2
     assert "rank-1.log, run.log" in missed.err
     assert plmsae("logs", tmp_path / "nowhere").code == 2
+
+
+@pytest.mark.parametrize(
+    ("named", "hint"),
+    [
+        ("frist", "did you mean first?"),
+        ("sweeps/other", "did you mean sweep/other?"),
+        ("zzz", "`plmsae ls` lists the runs"),
+        ("first.yaml", "name the run and not its YAML: first, unless it has a name of its own"),
+    ],
+)
+def test_a_run_that_is_not_there_is_told_with_those_that_may_be_meant(
+    named: str, hint: str, plmsae: Plmsae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = plmsae("logs", "zzz")
+    assert told.err.endswith("no run has begun in runs/ yet; one elsewhere is named by its folder\n")
+    for name in ("first", "sweep/other"):
+        write_json(Path("runs", name, "status.json"), {"state": "done"})
+    for verb in ("status", "logs"):
+        told = plmsae(verb, named)
+        assert (told.code, told.err) == (2, f"error: {named} is not a run (no status.json)\nhint: {hint}\n")
 
 
 def test_a_driver_that_hangs_is_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

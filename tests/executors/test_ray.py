@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import pytest
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors import ray_room
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage, run_experiment
 from plmsae_cli.executors.ray import RayExecutor
@@ -66,8 +69,20 @@ def stopped_processes(mark: str) -> list[int]:
     return found
 
 
+def all_cores(cluster: Any) -> Any:
+    """The cores there are, taken: a placement group."""
+    cluster.wait_for_nodes(60)  # one that was killed counts as alive until its signs of life have been missed
+    group = ray.util.placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
+    assert group.wait(30)
+    return group
+
+
 def lose_a_node(cluster: Any, points: list[str]) -> threading.Thread:
-    """Add a node whose workers stop dead in the task they get; when one has, take the node away."""
+    """Add a node whose workers stop dead in the task they get; when one has, take the node away.
+
+    The others are kept busy until then: theirs are warm, and might do all before one has started here.
+    """
+    busy = all_cores(cluster)
     mark = ";".join(f"stop:{point}.begin" for point in points)
     node = cluster.add_node(**SMALL, env_vars={"PLMSAE_FAULT": mark})
 
@@ -76,6 +91,7 @@ def lose_a_node(cluster: Any, points: list[str]) -> threading.Thread:
         while not (hit := stopped_processes(mark)) and time.monotonic() < deadline:
             time.sleep(0.1)
         cluster.remove_node(node, allow_graceful=False)
+        ray.util.remove_placement_group(busy)
         lost.extend(hit)
         for process in hit:
             os.kill(process, signal.SIGKILL)
@@ -174,12 +190,115 @@ def test_no_cluster_at_the_address(prepared: Prepared, monkeypatch: pytest.Monke
     assert "ray start --head" in str(error.value.hint)
 
 
+@pytest.fixture
+def taken(cluster: Any) -> Iterator[Any]:
+    group = all_cores(cluster)
+    yield group
+    ray.util.remove_placement_group(group)
+
+
+def test_a_gang_says_what_it_waits_for_and_begins_when_it_is_there(
+    cluster: Any, taken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"SAY_AFTER_S": 0.0, "SAY_CHANGES_EVERY_S": 0.0, "SAY_EVERY_S": 2.0}.items():
+        monkeypatch.setattr(ray_room, name, seconds)
+    cores, nodes = len(taken.bundle_specs), sum(node["Alive"] for node in ray.nodes())
+    said: list[str | None] = []
+
+    def say(what: str | None) -> None:
+        said.append(what)
+        if len(said) == 2:
+            ray.util.remove_placement_group(taken)
+
+    group = ray.util.placement_group([{"CPU": 1}] * cores)
+    try:
+        ray_room.wait_for_room(ray, group, {"CPU": 1}, cores, say, may_join=False)
+        assert ray.util.placement_group_table(group)["state"] == "CREATED"
+    finally:
+        ray.util.remove_placement_group(group)
+    line = f"waiting for room in the Ray cluster: {cores} rank{'s' * (cores > 1)} with 1 CPU each; {nodes} nodes with "
+    assert said[:2] == [f"{line}{cores} CPU ({cores} taken)"] * 2, "the same again after a while"
+    assert said[-1] is None
+
+
+def test_a_gang_that_can_never_have_its_place_is_refused(cluster: Any) -> None:
+    """Not before the cluster has said that nothing adds nodes, which takes seconds after its start."""
+    cores = int(ray.cluster_resources()["CPU"])
+    group = ray.util.placement_group([{"CPU": 1}] * 64)
+    words = (
+        rf"can never hold the 64 ranks of train: each asks for CPU 1 \(most on one node 1\).* room for {cores} of 64"
+    )
+    try:
+        with pytest.raises(UserError, match=words):
+            ray_room.wait_for_room(ray, group, {"CPU": 1}, 64, lambda _: None, may_join=False)
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+@pytest.mark.slow
+def test_the_run_of_a_gang_that_waits_says_so_and_can_be_stopped(
+    cluster: Any, taken: Any, trained: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    launch = {"executor": "ray", "ranks": len(taken.bundle_specs), "ray": {"address": cluster.address}}
+    experiment = trained("ray-waiting", "ray-train", **launch)
+    (tmp_path / "exp.yaml").write_text(json.dumps(experiment.dump()))
+    command = [sys.executable, "-c", "from plmsae_cli.cli.app import main; main()"]
+    folder = Path(experiment.root) / "ray-waiting"
+    training = subprocess.Popen(
+        [*command, "train", str(tmp_path / "exp.yaml")], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert training.stderr is not None
+        said = next(line for line in training.stderr if line.startswith("waiting for room"))
+        deadline = time.monotonic() + 20
+        while "waiting" not in (status := json.loads((folder / "status.json").read_text())):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert (status["state"], status["stage"], status["waiting"] + "\n") == ("running", "train", said)
+        shown = subprocess.run([*command, "status", str(folder)], capture_output=True, text=True, check=True).stdout
+        assert shown.startswith(f"{folder}: running (waiting), in train\n  {said}")
+        asked = time.monotonic()
+        training.send_signal(signal.SIGTERM)
+        training.communicate(timeout=60)
+        assert (training.returncode, time.monotonic() - asked < 20) == (75, True)
+    finally:
+        training.kill()
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], "waiting" in status) == ("interrupted", False)
+
+
+@pytest.mark.slow
+def test_a_gang_that_lost_a_node_waits_for_another_and_begins_again(
+    cluster: Any, one_thread: None, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
+) -> None:
+    cluster.wait_for_nodes(60)
+    assert ray.cluster_resources()["CPU"] == 1, "tests that add nodes for good come behind"
+    lost = [cluster.add_node(**SMALL)]
+    alone = trained("ray-alone-long", "ray-train", "128_000")
+    LocalExecutor(alone).run(plan_stage("train", alone, Store()), lambda *_, **__: None)
+    gang = trained("ray-lost-rank", "ray-train", "128_000", executor="ray", ranks=2)
+    notes: list[str] = []
+
+    def report(done: float | None, total: float | None, note: str | None = None, **_: Any) -> None:
+        notes.extend([] if note is None else [note])
+        if lost and done:
+            cluster.remove_node(lost.pop(), allow_graceful=False)
+        if note is not None and note.endswith("a node has to join first"):
+            cluster.add_node(**SMALL)
+
+    RayExecutor(gang).run(plan_stage("train", gang, Store()), report)
+    assert [note for note in notes if "trying again from the newest checkpoint" in note], notes
+    assert [note for note in notes if note.endswith("a node has to join first")], notes
+    assert losses(gang) == pytest.approx(losses(alone), rel=1e-3)
+
+
 @pytest.mark.slow
 def test_ranks_train_in_a_placement_group_and_trials_side_by_side(
     cluster: Any, one_thread: None, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
 ) -> None:
     """A gang of two, and two trials, on two nodes with a core each; losses are those of lone runs."""
-    if sum(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]) < 2:
+    cluster.wait_for_nodes(60)
+    if ray.cluster_resources()["CPU"] < 2:
         cluster.add_node(**SMALL)
     alone = trained("ray-alone", "ray-train")
     LocalExecutor(alone).run(plan_stage("train", alone, Store()), lambda *_, **__: None)

@@ -57,7 +57,7 @@ def logs(
         int | None, typer.Option("--rank", metavar="N", help="The output of one rank of a training on several.")
     ] = None,
     lines: Annotated[
-        int, typer.Option("--lines", metavar="N", min=0, help="Lines to begin with; 200 unless set.")
+        int, typer.Option("-n", "--lines", metavar="N", min=0, help="Lines to begin with; 200 unless set.")
     ] = 200,
 ) -> None:
     """Show what a run has said, and how it failed."""

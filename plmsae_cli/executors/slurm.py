@@ -7,6 +7,7 @@ killed is reported; the same command fills the gaps.
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,6 +28,8 @@ from plmsae_cli.store.fs import Store
 
 LARGEST_ARRAY = 1000
 """SLURM refuses arrays of more than MaxArraySize - 1 jobs, 1,000 unless the cluster was set up otherwise."""
+QUEUE_LOOK_S = 20.0
+"""Between two questions about a job that waits: one controller answers all of a cluster's users."""
 BASE_MEMORY = 2 << 30
 """Bytes of a process beside what its task holds."""
 
@@ -50,6 +53,17 @@ class FarRank:
         place = submitit.helpers.TorchDistributedEnvironment()
         place.export(set_cuda_visible_devices=False, overwrite=True)
         far_rank(run, folder, environment)
+
+
+def _waiting(number: str) -> str:
+    """What a job waits for in the queue; empty where it does not, or SLURM does not say."""
+    asked = ["squeue", "--noheader", "--jobs", number, "--format", "%T %r"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    state, _, reason = said.strip().partition(" ")
+    return f"job {number} waits in SLURM's queue: {reason}" if state == "PENDING" else ""
 
 
 class SlurmExecutor:
@@ -105,10 +119,16 @@ class SlurmExecutor:
                     None, None, note=f"job {number} was told to leave and has saved; submitted again as {job.job_id}"
                 )
             number = str(job.job_id)
+            asked, waits = time.monotonic(), ""
             try:
                 while not (job.done() or gang.failed or gang.interrupted):
                     time.sleep(self._poll)
                     gang.look()
+                    if (waits or not gang.begun) and time.monotonic() - asked > QUEUE_LOOK_S:
+                        asked, before = time.monotonic(), waits
+                        waits = "" if gang.begun else _waiting(number)
+                        if waits != before:
+                            gang.waits(waits or None)
                     if STOP.requested() and not gang.begun and not job.done():
                         raise Interrupted  # it waits for its turn, or has just begun
             except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors import slurm
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.slurm import SlurmExecutor
@@ -57,8 +59,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def test_a_training_whose_place_is_taken_goes_on_where_it_was(
-    cluster: None, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
+    cluster: None,
+    trained: Callable[..., Experiment],
+    losses: Callable[[Experiment], list[float]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(slurm, "QUEUE_LOOK_S", 1.0)
     alone = trained("cluster-alone", "cluster", "128_000", ranks=2)
     LocalExecutor(alone).run(plan_stage("train", alone, Store()), lambda *_, **__: None)
     options = {"partition": "low", "cpus": 1, "time": 10}
@@ -72,9 +78,17 @@ def test_a_training_whose_place_is_taken_goes_on_where_it_was(
             taken.set()
             subprocess.Popen(["srun", "--partition=high", "--ntasks=4", "sleep", "5"])
 
+    # The training finds no room at first.
+    first = subprocess.Popen(["srun", "--partition=high", "--ntasks=4", "sleep", "8"])
+    while not subprocess.check_output(["squeue", "--noheader", "--states=running"]):
+        time.sleep(0.2)
     begun = time.monotonic()
     SlurmExecutor(experiment).run(plan_stage("train", experiment, Store()), report)
     assert time.monotonic() - begun > 5
-    assert len(notes) == 1
-    assert "was told to leave and has saved; submitted again as" in notes[0]
+    assert first.wait() == 0
+    assert "waits in SLURM's queue: " in notes[0]
+    [left] = [note for note in notes if "waits" not in note]
+    assert "was told to leave and has saved; submitted again as" in left
+    status = json.loads((Path(experiment.root) / "cluster-gang" / "status.json").read_text())
+    assert status.get("waiting") is None
     assert losses(experiment) == losses(alone), "the same number of ranks: the same bits"

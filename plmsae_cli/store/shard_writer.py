@@ -185,9 +185,10 @@ class ShardWriter:
         self._rows, self._metadata, self._proteins, self._kept = rows, metadata, proteins, kept
 
     def finish(self) -> list[FileRecord]:
-        # Beside the writing: over a gigabyte of bfloat16 they take as long as the disk. Parts of a fixed size, merged in
-        # order, so that the threads change no bit.
+        # Beside the writing: over a gigabyte of bfloat16 statistics take as long as the disk. Parts of a fixed size, merged
+        # in order, so that the threads change no bit.
         train_RW = self._rows.side(False)
+        checksum = _COUNTING.submit(row_sum, bytes_of(train_RW))
         parts = [_COUNTING.submit(self._statistics_of, part) for part in torch.split(train_RW, _PART_ROWS)]
         files = []
         for heldout, place in ((False, ()), (True, ("heldout",))):
@@ -208,7 +209,7 @@ class ShardWriter:
         if self._proteins is not None:
             path = join(self._folder, POOLED, self._name)
             files.append(write_tensors(self._store, path, {"mean": self._means(self._proteins)}, self._metadata))
-        self.row_sum = row_sum(bytes_of(train_RW))
+        self.row_sum = checksum.result()
         self._rows.done()
         return files
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from plmsae_cli.cli.show import size
 
 if TYPE_CHECKING:
-    from plmsae_cli.config.data import Price
     from plmsae_cli.config.experiment import Experiment
+    from plmsae_cli.config.launching import Price
     from plmsae_cli.runtime.task import Plan
     from plmsae_cli.store.fs import Store
 
@@ -62,8 +62,8 @@ def refuse_beyond(experiment: Experiment, stages: Sequence[str]) -> None:
     Raises:
         UserError: a figure is beyond its limit.
     """
-    from plmsae_cli.config.data import Limits
     from plmsae_cli.config.errors import UserError
+    from plmsae_cli.config.launching import Limits
     from plmsae_cli.executors.pipeline import DATA_STAGES, plan_stage, wanted_layers
     from plmsae_cli.runtime.device import count_gpus
     from plmsae_cli.store.fs import Store

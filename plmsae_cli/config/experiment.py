@@ -7,9 +7,10 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from plmsae_cli.config.base import Name, Section, rule
-from plmsae_cli.config.data import Embed, Imported, Keep, Launch, Limits, Model, Optimize, Price, Shuffle, Storage
+from plmsae_cli.config.data import Embed, Imported, Keep, Model, Optimize, Shuffle, Storage
 from plmsae_cli.config.evaluation import Concepts, Encode, Eval, Families, Fidelity, Probes
 from plmsae_cli.config.language_models import TRAINED, LanguageModels, Representations
+from plmsae_cli.config.launching import Launch, Limits, Price
 from plmsae_cli.config.plm import PLM
 from plmsae_cli.config.sae import SAE
 from plmsae_cli.config.sweep import Sweep

@@ -16,7 +16,7 @@ from plmsae_cli.config.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from plmsae_cli.config.data import Launch
+    from plmsae_cli.config.launching import Launch
 
 
 DRIVER_SECONDS = 30

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from plmsae_cli.cli.limits import beyond, forecast
-from plmsae_cli.config.data import Price
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.config.launching import Price
 from plmsae_cli.runtime.task import Artifact, Plan, Task
 
 TASK = Task("t", "embed", ("f",))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from plmsae_cli.config.data import Launch
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.launching import Launch
 from plmsae_cli.runtime import device
 
 

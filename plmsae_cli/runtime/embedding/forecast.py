@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from plmsae_cli.config.data import Launch
+from plmsae_cli.config.launching import Launch
 from plmsae_cli.plm.cost import Config, forward_flops
 from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Typical
 

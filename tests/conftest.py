@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,10 +44,26 @@ def s3_endpoint() -> Iterator[str]:
     """Address of a moto server that lives as long as the test session."""
     server_module = pytest.importorskip("moto.server")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        _write_conditionally(patch)
+        server.start()
+        _, port = server.get_host_and_port()
+        yield f"http://127.0.0.1:{port}"
+        server.stop()
+
+
+def _write_conditionally(patch: pytest.MonkeyPatch) -> None:
+    """One write after the other: between moto's look for an object and its writing, another thread may have written it, which
+    S3 rules out for `If-None-Match`."""
+    from moto.s3.responses import S3Response
+
+    lock, put_object = threading.Lock(), S3Response.put_object
+
+    def locked(response: Any) -> Any:
+        with lock:
+            return put_object(response)
+
+    patch.setattr(S3Response, "put_object", locked)
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from plmsae_cli.evaluation.proteins import groups
 from plmsae_cli.evaluation.splices import at_residues
 from plmsae_cli.plm.alphabet import MASK, Packed, encode, pack
-from plmsae_cli.plm.esm2 import ESM2, Splice
+from plmsae_cli.plm.esm2 import ESM2
+from plmsae_cli.plm.passes import Splice
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.runtime.device import pick_device
 from plmsae_cli.runtime.masked_scores import masks

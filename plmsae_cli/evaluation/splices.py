@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plmsae_cli.plm.esm2 import Splice
+from plmsae_cli.plm.passes import Splice
 
 
 def at_residues(residue_T1: Tensor, value: Splice) -> Splice:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.plm.attention import Documents
-from plmsae_cli.plm.esm2 import ESM2, Block, Splice
+from plmsae_cli.plm.esm2 import ESM2, Block
+from plmsae_cli.plm.passes import Splice
 from plmsae_cli.plm.rotary import rotate
 
 

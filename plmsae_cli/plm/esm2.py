@@ -13,9 +13,9 @@ N is the stream after the last block and the final LayerNorm. The same tensor as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from plmsae_cli.plm.alphabet import MASK, PAD, VOCAB_SIZE
 from plmsae_cli.plm.attention import Documents, attention
+from plmsae_cli.plm.passes import ESM2Output, Layers, Partway, Splice
 from plmsae_cli.plm.rotary import Rotary, Tables, rotate
 
 # Training masked 15 % of the tokens and zeroed 80 % of those, so embeddings are scaled to that share of
 # zeros.
 _KEPT_IN_TRAINING = 1 - 0.15 * 0.8
-
-Splice = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,29 +76,6 @@ PUBLISHED: dict[str, ESM2Config] = {
     "esm2_t36_3B_UR50D": ESM2Config(36, 2560, 40),
     "esm2_t48_15B_UR50D": ESM2Config(48, 5120, 40),
 }
-
-
-class ESM2Output(NamedTuple):
-    hidden: dict[int, Tensor]
-    """Layer to [T, D], for the layers asked for; each as it was before its splice."""
-    logits: Tensor | None
-    """[T, V], or None if not asked for."""
-
-
-class Partway(NamedTuple):
-    """A pass that has come as far as a layer: what is computed once where passes differ above it alone."""
-
-    layer: int
-    x_TD: Tensor
-    """That layer."""
-    tokens_T: Tensor
-    """int64."""
-    documents: Documents
-    rope: Tables
-    kept: tuple[Tensor, ...] = ()
-    """Lower layers that blocks above read, too."""
-    tables: tuple[Tensor, ...] = ()
-    """Value tables in the dtype of the arithmetic."""
 
 
 class SelfAttention(nn.Module):
@@ -150,7 +126,7 @@ class LMHead(nn.Module):
         return F.linear(self.layer_norm(F.gelu(self.dense(x_TD))), embedding_VD, self.bias)
 
 
-class ESM2(nn.Module):
+class ESM2(Layers):
     """The protein language model. Parameters are torch's defaults until loaded or `init_weights` is
     called."""
 
@@ -180,44 +156,15 @@ class ESM2(nn.Module):
         a layer the model does not have, and if nothing is asked for. `rope`: the tokens' rotary tables, where they are
         known.
         """
-        num_layers = self.config.num_layers
-        splice = splice or {}
-        for k in (*layers, *splice):
-            if not 0 <= k <= num_layers:
-                raise ValueError(f"layer {k} asked of a model that has layers 0 to {num_layers}")
-        if not layers and not logits:
-            raise ValueError("nothing asked for: name layers, or set logits=True")
-
-        state = self._begin(tokens_T, documents, rope)
-        hidden: dict[int, Tensor] = {}
-        for k in range((num_layers if logits else max(layers)) + 1):
-            if k > 0:
-                state = self._next(state)
-            if k in layers:
-                hidden[k] = state.x_TD
-            if k in splice:
-                state = state._replace(x_TD=splice[k](state.x_TD))
-        return ESM2Output(hidden, self.head(state.x_TD) if logits else None)
-
-    def below(self, tokens_T: Tensor, documents: Documents, layer: int) -> Partway:
-        """The pass up to a layer."""
-        state = self._begin(tokens_T, documents, None)
-        while state.layer < layer:
-            state = self._next(state)
-        return state
-
-    def above(self, state: Partway, x_TD: Tensor) -> Tensor:
-        """The last layer [T, D], `x_TD` being in the place of the layer that the pass has come to."""
-        state = state._replace(x_TD=x_TD)
-        while state.layer < self.config.num_layers:
-            state = self._next(state)
-        return state.x_TD
+        return self._read(tokens_T, documents, layers, splice, logits, rope=rope)
 
     def head(self, x_MD: Tensor) -> Tensor:
-        """Logits [M, V] of rows of the last layer."""
         return cast(Tensor, self.lm_head(x_MD, self.embed_tokens.weight))
 
-    def _begin(self, tokens_T: Tensor, documents: Documents, rope: Tables | None) -> Partway:
+    def _begin(
+        self, tokens_T: Tensor, documents: Documents, rope: Tables | None = None, window: int | None = None
+    ) -> Partway:
+        assert window is None, "ESM-2 attends to whole documents"
         tokens_T, documents = tokens_T.long(), documents.tiled(tokens_T.shape[0])
         document_T, position_T = documents.locate(tokens_T.shape[0])
         x_TD = self.embed(tokens_T, documents, document_T)

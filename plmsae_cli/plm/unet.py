@@ -22,8 +22,8 @@ from torch.nn import Parameter
 
 from plmsae_cli.plm.alphabet import MASK
 from plmsae_cli.plm.attention import Documents, attention
-from plmsae_cli.plm.esm2 import ESM2Output, Partway, Splice
 from plmsae_cli.plm.gradients import lookup, rms_norm, scaled
+from plmsae_cli.plm.passes import ESM2Output, Layers, Partway, Splice
 from plmsae_cli.plm.rotary import Rotary, Tables, rotate
 from plmsae_cli.plm.unet_config import UNetConfig
 
@@ -137,7 +137,7 @@ class Head(nn.Module):
         return self.cap * torch.tanh(z_MV / self.cap)
 
 
-class UNet(nn.Module):
+class UNet(Layers):
     """The protein language model. Weights are undefined until loaded or `init_weights` is called.
 
     Arithmetic is in the dtype of `compute`, by default that of the parameters, which may stay float32 masters.
@@ -168,43 +168,13 @@ class UNet(nn.Module):
 
         What `splice[k]` gives is what all layers above see, through skips too. `window`: as in `attention`.
         """
-        num_layers = self.config.num_layers
-        splice = splice or {}
-        for k in (*layers, *splice):
-            if not 0 <= k <= num_layers:
-                raise ValueError(f"layer {k} asked of a model that has layers 0 to {num_layers}")
-        if not layers and not logits:
-            raise ValueError("nothing asked for: name layers, or set logits=True")
-        hidden: dict[int, Tensor] = {}
-        state = self._begin(tokens_T, documents, None)
-        for k in range((num_layers if logits else max(layers)) + 1):
-            if k > 0:
-                state = self._next(state, window)
-            if k in layers:
-                hidden[k] = state.x_TD
-            if k in splice:
-                state = state._replace(x_TD=splice[k](state.x_TD))
-        return ESM2Output(hidden, self.head(state.x_TD) if logits else None)
-
-    def below(self, tokens_T: Tensor, documents: Documents, layer: int) -> Partway:
-        """As `ESM2.below`; kept are x0 and the skips, the highest last."""
-        state = self._begin(tokens_T, documents, None)
-        while state.layer < layer:
-            state = self._next(state, None)
-        return state
-
-    def above(self, state: Partway, x_TD: Tensor, window: int | None = None) -> Tensor:
-        """As `ESM2.above`; skips and x0 see `x_TD` too."""
-        state = state._replace(x_TD=x_TD)
-        while state.layer < self.config.num_layers:
-            state = self._next(state, window)
-        return state.x_TD
+        return self._read(tokens_T, documents, layers, splice, logits, window=window)
 
     def trunk(self, tokens_T: Tensor, documents: Documents, rope: Tables, window: int | None) -> Tensor:
         """The last layer [T, D]: what a training step compiles. `rope`: the tokens' tables, which a compiler would compute
         again in every kernel that turns by them."""
-        state = self._begin(tokens_T, documents, rope)
-        return self.above(state, state.x_TD, window)
+        state = self._begin(tokens_T, documents, rope, window)
+        return self.above(state, state.x_TD)
 
     def embedded(self, tokens_T: Tensor, dtype: torch.dtype) -> Tensor:
         """Layer 0, [T, D], of int64 tokens."""
@@ -215,26 +185,28 @@ class UNet(nn.Module):
         """Logits [M, V], float32, of rows of the last layer."""
         return cast(Tensor, self.lm_head(x_MD, self.embedding_VD))
 
-    def _begin(self, tokens_T: Tensor, documents: Documents, rope: Tables | None) -> Partway:
+    def _begin(
+        self, tokens_T: Tensor, documents: Documents, rope: Tables | None = None, window: int | None = None
+    ) -> Partway:
         tokens_T, documents = tokens_T.long(), documents.tiled(tokens_T.shape[0])
         if rope is None:
             rope = self.rotary(documents.locate(tokens_T.shape[0])[1])
         dtype = self.compute or self.embedding_VD.dtype
         tables = tuple(table.to(dtype) for table in self.value_tables)
-        return Partway(0, self.embedded(tokens_T, dtype), tokens_T, documents, rope, tables=tables)
+        return Partway(0, self.embedded(tokens_T, dtype), tokens_T, documents, rope, window, tables=tables)
 
-    def _next(self, state: Partway, window: int | None) -> Partway:
+    def _next(self, state: Partway) -> Partway:
         i, x_TD, kept = state.layer, state.x_TD, state.kept
         half = self.config.num_layers // 2
         if i == 0 or (i <= half and self.skip_weights is not None):
-            kept = (*kept, x_TD)  # layer 0 is x0, the others are skips
+            kept = (*kept, x_TD)  # layer 0 is x0, the others are skips, the highest last
         x0_TD = kept[0]
         if self.skip_weights is not None and i >= half:
             kept, skip_TD = kept[:-1], kept[-1]
             x_TD = x_TD + scaled(skip_TD, self.skip_weights[i - half])
         # Looked up in each block: that costs nothing inside the kernel that mixes it in, a stored one memory.
         embedded_TD = lookup(state.tables[min(i, 2 * half - 1 - i)], state.tokens_T) if state.tables else None
-        x_TD = self.layers[i](x_TD, x0_TD, embedded_TD, state.rope, state.documents, window)
+        x_TD = self.layers[i](x_TD, x0_TD, embedded_TD, state.rope, state.documents, state.window)
         return state._replace(layer=i + 1, x_TD=x_TD, kept=kept)
 
     @torch.no_grad()

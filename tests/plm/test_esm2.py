@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.plm.alphabet import MASK, PAD, Packed, encode, pack
-from plmsae_cli.plm.esm2 import ESM2, PUBLISHED, ESM2Config, ESM2Output
+from plmsae_cli.plm.esm2 import ESM2, PUBLISHED, ESM2Config
+from plmsae_cli.plm.passes import ESM2Output
 from plmsae_cli.plm.rotary import inverse_frequencies
 
 Pair = tuple[torch.nn.Module, ESM2]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from plmsae_cli.config.evaluation import Contacts
     from plmsae_cli.evaluation.contacts.structure import Chain
-    from plmsae_cli.plm.esm2 import Splice
+    from plmsae_cli.plm.passes import Splice
 
 AXIS = "contacts"
 VARIANTS = ("original", "sae", "zero")

@@ -16,7 +16,7 @@ from plmsae_cli.evaluation.splices import at_residues
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, Tokens, wrap
 from plmsae_cli.plm.attention import Documents
 from plmsae_cli.plm.contacts import apc
-from plmsae_cli.plm.esm2 import ESM2Output, Splice
+from plmsae_cli.plm.passes import ESM2Output, Splice
 
 LETTERS = len(AMINO_ACIDS)
 _BLOCK_BYTES = 256_000_000

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plmsae_cli.evaluation.steering.edits import VARIANTS, Mode, Steer, edit
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, MASK, Packed
-from plmsae_cli.plm.esm2 import Partway
+from plmsae_cli.plm.passes import Partway
 from plmsae_cli.sae.dictionary import Dictionary
 
 LETTERS = len(AMINO_ACIDS)

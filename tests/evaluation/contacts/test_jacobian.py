@@ -12,7 +12,8 @@ from plmsae_cli.evaluation.contacts.jacobian import coupling, jacobian, letter_l
 from plmsae_cli.evaluation.contacts.precision import precision
 from plmsae_cli.plm.alphabet import CLS, EOS, VOCAB_SIZE, encode, pack
 from plmsae_cli.plm.contacts import apc
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config, ESM2Output
+from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.plm.passes import ESM2Output
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,8 @@ from plmsae_cli.evaluation.steering.edits import VARIANTS, Steer, edit, equal_de
 from plmsae_cli.evaluation.steering.readout import Batch, measure, prepare, steerable
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, encode, pack
 from plmsae_cli.plm.attention import Documents
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config, Partway
+from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.plm.passes import Partway
 from plmsae_cli.sae.relu_l1 import ReLUL1
 from plmsae_cli.sae.topk import TopK
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plmsae_cli.cli.exits import DONE, checked, complain
-from plmsae_cli.cli.listing import DAMAGED, run_folders
+from plmsae_cli.cli.listing import DAMAGED, require_root, run_folders
 from plmsae_cli.cli.stage import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -26,11 +26,8 @@ def report_root(root: Path, as_json: bool) -> int:
         if one is not None:
             page = build_sweep_report(one) if (one / "sweep.json").is_file() else build_report(one)
             found = [str(one)]
-        elif not root.is_dir():
-            raise UserError(
-                f"{root} is not a folder", "`plmsae run` makes runs/; another root is named: `plmsae report my-root`"
-            )
         else:
+            require_root(root, "report")
             folders = run_folders(root)
             if not folders:
                 raise UserError(f"no runs in {root} yet", "`plmsae run experiments/` makes some")

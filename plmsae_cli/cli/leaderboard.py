@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from plmsae_cli.cli.exits import DONE, checked
+from plmsae_cli.cli.listing import require_root
 from plmsae_cli.cli.show import table
 
 
@@ -19,10 +20,7 @@ def show_leaderboard(root: Path, track: str, as_json: bool) -> int:
 
         if track not in TRACKS:
             raise UserError(f"--leaderboard: there is no track {track}", f"one of: {', '.join(TRACKS)}")
-        if not root.is_dir():
-            raise UserError(
-                f"{root} is not a folder", "`plmsae run` makes runs/; another root is named: `plmsae ls my-root`"
-            )
+        require_root(root, "ls")
         found = leaderboard(root, track)
         if as_json:
             print(json.dumps({"schema": 1, "track": track, "runs": [entry.dump() for entry in found]}))

@@ -22,12 +22,8 @@ def list_root(root: Path, as_json: bool) -> int:
     """Runs under a root (trials of sweeps included) and data folders, with who uses which."""
 
     def work() -> int:
-        from plmsae_cli.config.errors import UserError
 
-        if not root.is_dir():
-            raise UserError(
-                f"{root} is not a folder", "`plmsae run` makes runs/; another root is named: `plmsae ls my-root`"
-            )
+        require_root(root, "ls")
         if (root / "MANIFEST.json").is_file():
             return show_data(root, as_json)
         runs = [_run(folder, root) for folder in run_folders(root)]
@@ -68,6 +64,16 @@ def list_root(root: Path, as_json: bool) -> int:
         return DONE
 
     return checked(work)
+
+
+def require_root(root: Path, verb: str) -> None:
+    """Raises UserError where the root that a verb was given is no folder."""
+    from plmsae_cli.config.errors import UserError
+
+    if not root.is_dir():
+        raise UserError(
+            f"{root} is not a folder", f"`plmsae run` makes runs/; another root is named: `plmsae {verb} my-root`"
+        )
 
 
 def run_folders(root: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,10 @@ class Place:
         write_part(self.store, self.folder, task, records, {"rows": len(records)})
         return records
 
-    def manifest(self, records: list[FileRecord]) -> None:
+    def manifest(self, records: list[FileRecord], created: str = "now") -> None:
         prefix = len(self.folder) + 1
         files = [{"name": r.name[prefix:], "size": r.size, "xxh3": r.xxh3} for r in records]
-        head = {"format": "f/1", "stage": "embed", "key": "k", "config": {}, "inputs": {}, "created": "now"}
+        head = {"format": "f/1", "stage": "embed", "key": "k", "config": {}, "inputs": {}, "created": created}
         write_manifest(self.store, self.folder, head | {"files": files})
 
 
@@ -123,6 +124,23 @@ def test_a_record_says_what_lies_there_after_an_attempt_that_rounds_differently(
     place.part("embed-0", a=b"aa", b=b"BB")
     write_part(place.store, place.folder, "embed-0", late, {})
     assert [f.xxh3 for f in read_parts(place.store, place.folder)["embed-0"].files] == [r.xxh3 for r in records]
+
+
+def test_of_two_that_finish_at_once_the_first_stands(place: Place) -> None:
+    first = place.part("embed-0", a=b"aa")
+    place.manifest(first, created="first")
+    place.manifest(first, created="second")
+    assert (read_manifest(place.store, place.folder) or {})["created"] == "first"
+    for _ in range(20):
+        place.store.delete(join(place.folder, MANIFEST))
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda number: place.manifest(first, created=f"by {number}"), range(3)))
+    # One of other files, and one that is damaged, does not.
+    place.manifest([place.write("shards/a", b"other")], created="third")
+    assert (read_manifest(place.store, place.folder) or {})["created"] == "third"
+    place.write(MANIFEST, b"{")
+    place.manifest(first, created="fourth")
+    assert (read_manifest(place.store, place.folder) or {})["created"] == "fourth"
 
 
 def test_done_tasks_lists_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

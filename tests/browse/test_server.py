@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 def ask(
     server: Server, path: str, method: str = "GET", body: str | None = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
     connection.putrequest(method, path, skip_host="Host" in headers)
     for name, value in headers.items():
         connection.putheader(name.replace("_", "-"), value)
@@ -122,7 +122,7 @@ def test_a_port_in_use_is_said(folder: Path) -> None:
 
 
 def raw(server: Server, request: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=60) as connection:
         connection.sendall(request)
         return connection.makefile("rb").read(64)
 
@@ -141,7 +141,7 @@ def test_what_is_no_request_is_told_so(folder: Path, capfd: pytest.CaptureFixtur
         # A body that nobody read is no next request.
         smuggled = b"GET /secret HTTP/1.1\r\nHost: localhost\r\n\r\n"
         refused = b"POST / HTTP/1.1\r\nHost: other\r\nContent-Length: %d\r\n\r\n" % len(smuggled)
-        with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=5) as connection:
+        with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=60) as connection:
             connection.sendall(refused + smuggled)
             assert connection.makefile("rb").read().count(b"HTTP/1.1 ") == 1
     assert capfd.readouterr().err == ""

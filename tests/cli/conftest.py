@@ -25,6 +25,8 @@ from plmsae_cli.store.weights import save_model
 
 REPOSITORY = Path(plmsae_cli.__file__).parents[1]
 ASSETS = Path(plmsae_cli.__file__).parent / "data"
+PATIENCE_S = 240.0
+"""Only what hangs takes so long, on any machine."""
 COMMAND = [sys.executable, "-c", "from plmsae_cli.cli.app import main; main()"]
 
 YAML = """
@@ -146,7 +148,7 @@ class Process:
     def log(self) -> str:
         return self._log.read_text()
 
-    def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
         """Wait until something is so; the process must be alive till then."""
         end = time.monotonic() + seconds
         while not condition():
@@ -154,7 +156,7 @@ class Process:
             assert time.monotonic() < end, self.log
             time.sleep(0.02)
 
-    def wait(self, seconds: float = 60.0) -> int:
+    def wait(self, seconds: float = PATIENCE_S) -> int:
         return self.popen.wait(seconds)
 
     def family(self) -> list[int]:
@@ -172,7 +174,7 @@ class Process:
                 found.append(int(entry.name))
         return found
 
-    def gone(self, seconds: float = 20.0) -> bool:
+    def gone(self, seconds: float = PATIENCE_S) -> bool:
         """Whether every process of the family leaves in time."""
         end = time.monotonic() + seconds
         while self.family():

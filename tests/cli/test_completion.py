@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,9 +22,8 @@ finally: print(' '.join(sys.modules), file=sys.stderr)
 """
 
 
-def offered(folder: Path, words: str) -> tuple[list[str], set[str], float]:
-    """The words that bash is given, the packages that were imported, and the seconds it took."""
-    begun = time.monotonic()
+def offered(folder: Path, words: str) -> tuple[list[str], set[str]]:
+    """The words that bash is given, and the packages that were imported."""
     environment = {
         **os.environ, "PYTHONPATH": str(Path(plmsae_cli.__file__).parents[1]), "_PLMSAE_COMPLETE": "complete_bash",
         "COMP_WORDS": f"plmsae {words}", "COMP_CWORD": str(len(words.split(" "))),
@@ -36,11 +34,10 @@ def offered(folder: Path, words: str) -> tuple[list[str], set[str], float]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
     modules = {name.split(".")[0] for name in done.stderr.split()}
-    return done.stdout.split(), modules, time.monotonic() - begun
+    return done.stdout.split(), modules
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("run a.yaml --set train.profile=t", ["train.profile=true"]),
 ])  # fmt: skip
 def test_tab(folder: Path, words: str, expected: list[str]) -> None:
-    found, modules, seconds = offered(folder, words)
+    found, modules = offered(folder, words)
     assert found == expected
-    assert not modules & {"torch", "numpy", "wandb", "pyarrow", "obstore", "optuna"}
-    assert seconds < 10  # of a second or less where nothing else runs
+    assert not modules & {"torch", "numpy", "wandb", "pyarrow", "obstore", "optuna"}, "which take seconds to import"
 
 
 def test_every_field_is_reached_a_section_at_a_time() -> None:
@@ -109,7 +105,7 @@ def test_bash_which_cuts_words_at_the_equals_sign_is_given_what_stands_behind_it
         "PYTHONPATH": str(Path(plmsae_cli.__file__).parents[1]),
     }
     done = subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=True
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
         "float16,float32,",

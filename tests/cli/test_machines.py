@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.conftest import free_port
 
 Plmsae = Callable[..., Any]
 Write = Callable[..., Path]
@@ -18,9 +19,7 @@ Write = Callable[..., Path]
 @pytest.fixture
 def several() -> str:
     """A `launch` section of two nodes and a port that is free."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"launch: {{nodes: 2, gpus: 0, patience: 60, rendezvous: '127.0.0.1:{free.getsockname()[1]}'}}\n"
+    return f"launch: {{nodes: 2, gpus: 0, patience: 60, rendezvous: '127.0.0.1:{free_port()}'}}\n"
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -39,7 +38,7 @@ def test_two_machines_train_as_one_and_end_together(
     assert refused.code == 1
     assert "is for `plmsae train` alone" in refused.err
     machines = [start("train", path, "--no-progress") for _ in range(2)]
-    assert [machine.wait(120) for machine in machines] == [0, 0], machines[0].log + machines[1].log
+    assert [machine.wait() for machine in machines] == [0, 0], machines[0].log + machines[1].log
     run = tmp_path / "runs" / "both"
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     expected = [line["loss"] for line in lines(tmp_path / "runs" / "alone")]
@@ -55,9 +54,9 @@ def test_ctrl_c_on_one_machine_stops_both_at_one_checkpoint(
     path = write("both.yaml", evaluation="", more=several, tokens=128_000_000)
     run = tmp_path / "runs" / "both"
     machines = [start("train", path, "--no-progress") for _ in range(2)]
-    machines[0].until(lambda: len(lines(run)) > 5, seconds=120)
+    machines[0].until(lambda: len(lines(run)) > 5)
     machines[1].popen.send_signal(signal.SIGINT)
-    assert [machine.wait(60) for machine in machines] == [75, 75], machines[0].log + machines[1].log
-    assert all(machine.gone(5) for machine in machines)
+    assert [machine.wait() for machine in machines] == [75, 75], machines[0].log + machines[1].log
+    assert all(machine.gone() for machine in machines)
     assert (run / "checkpoints" / f"step-{lines(run)[-1]['step']:08d}").is_dir()
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,19 @@ def state(run: Path) -> str:
 
 def training(run: Path) -> Callable[[], bool]:
     """Whether the run has some steps behind it."""
-    return lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) > 5
+    return lambda: step_of(run) > 5
+
+
+def step_of(run: Path) -> int:
+    """The step of the last whole line of metrics.jsonl: the next one may be half written."""
+    path = run / "metrics.jsonl"
+    whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
+def at_work(process: Any, run: Path) -> Callable[[], bool]:
+    """Whether the launcher, torchrun and both ranks are there, and the ranks have told how far they are."""
+    return lambda: len(process.family()) == 4 and (run / "logs" / "gang-status.json").exists()
 
 
 def rank_of(process: Any, rank: int) -> int:
@@ -76,8 +87,7 @@ def test_a_running_queue_is_locked_and_leaves_with_75_at_the_first_sigterm(
     assert [line.split()[:2] for line in table[1:3]] == [["a.yaml", "interrupted"], ["b.yaml", "pending"]]
     # The checkpoint is of the last step that metrics.jsonl tells of.
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert int(newest.name.removeprefix("step-")) == last["step"]
+    assert int(newest.name.removeprefix("step-")) == step_of(run)
     assert not (tmp_path / "queue" / ".queue.json").exists()
 
 
@@ -119,38 +129,36 @@ def test_a_gang_is_interrupted_continued_and_leaves_nobody_behind_whoever_is_kil
     assert rank_of(process, 0) != rank_of(process, 1)
     process.popen.send_signal(signal.SIGINT)
     assert process.wait() == 75, process.log
-    assert process.gone(5)
+    assert process.gone()
     assert state(run) == "interrupted"
-    reached = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    reached = step_of(run)
     assert (run / "checkpoints" / f"step-{reached:08d}").is_dir()
 
     # One rank is killed: the other leaves, the message names the one.
     process = start("train", path, "--no-progress")
-    process.until(lambda: json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] > reached + 5)
+    process.until(lambda: step_of(run) > reached + 5)
     os.kill(rank_of(process, 1), signal.SIGKILL)
     assert process.wait() == 1, process.log
     assert "rank 1 was killed (SIGKILL)" in process.log
-    assert process.gone(5)
+    assert process.gone()
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], "rank 1 was killed" in status["error"]) == ("failed", True)
 
-    # One rank is stopped: it is named in time, and nobody is left, not even the one that cannot notice anything.
-    path.write_text(path.read_text().replace("ranks: 2", "ranks: 2, patience: 3"))
+    # One rank is stopped: it is named, and nobody is left, not even the one that cannot notice anything.
+    path.write_text(path.read_text().replace("ranks: 2", "ranks: 2, patience: 8"))
     process = start("train", path, "--no-progress")
-    process.until(lambda: len(process.family()) == 4 and (run / "logs" / "gang-status.json").exists())
+    process.until(at_work(process, run))
     stopped = rank_of(process, 1)
-    begun = time.monotonic()
     os.kill(stopped, signal.SIGSTOP)
     assert process.wait() == 1, process.log
-    assert time.monotonic() - begun < 10
     assert f"rank 1 (pid {stopped} on " in process.log
-    assert "gave no sign of life for 3 s (launch.patience)" in process.log
-    assert process.gone(5)
+    assert "gave no sign of life for 8 s (launch.patience)" in process.log
+    assert process.gone()
     assert "rank 1 (pid" in json.loads((run / "status.json").read_text())["error"]
 
     # The launcher is killed: the ranks notice.
     process = start("train", path, "--no-progress")
-    process.until(lambda: len(process.family()) == 4 and (run / "logs" / "gang-status.json").exists())
+    process.until(at_work(process, run))
     os.kill(process.popen.pid, signal.SIGKILL)
     assert process.wait() == -9
     assert process.gone()
@@ -159,11 +167,11 @@ def test_a_gang_is_interrupted_continued_and_leaves_nobody_behind_whoever_is_kil
 
     # The run is moved: no rank goes on writing to where nobody sees it.
     process = start("train", path, "--no-progress")
-    process.until(lambda: len(process.family()) == 4 and (run / "logs" / "gang-status.json").exists())
+    process.until(at_work(process, run))
     run.rename(tmp_path / "elsewhere")
     assert process.wait() == 1, process.log
     assert "error: " + str(run / "metrics.jsonl") + " is gone: its run was deleted or moved" in process.log
-    assert process.gone(5)
+    assert process.gone()
 
 
 @pytest.mark.usefixtures("data")
@@ -178,10 +186,11 @@ def test_a_failing_stage_is_1_and_says_so_in_the_status(
     assert json.loads(failed.out) == {"schema": 1, "state": "failed", "run": str(tmp_path / "runs" / "fails")}
     status = json.loads((tmp_path / "runs" / "fails" / "status.json").read_text())
     assert (status["state"], status["error"]) == ("failed", "injected fault at train.step")
+    failed_at = status["updated"]
     monkeypatch.delenv("PLMSAE_FAULT")
     assert plmsae("train", path).code == 0
     status = json.loads((tmp_path / "runs" / "fails" / "status.json").read_text())
-    assert (status["state"], status["error"], time.time() - status["updated"] < 60) == ("done", None, True)
+    assert (status["state"], status["error"], status["updated"] > failed_at) == ("done", None, True)
 
 
 @pytest.mark.usefixtures("data")

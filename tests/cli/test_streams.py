@@ -35,5 +35,5 @@ def test_a_run_whose_tee_goes_with_the_same_ctrl_c_is_interrupted_and_not_failed
                 break
         process.stdout.close()
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 75
+        assert process.wait() == 75
     assert json.loads((tmp_path / "runs" / "one" / "status.json").read_text())["state"] == "interrupted"

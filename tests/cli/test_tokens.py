@@ -43,7 +43,7 @@ def at_terminal(command: list[str], folder: Path, answer: str, **environment: st
         command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=own, start_new_session=True
     )
     os.close(theirs)
-    shown, answered, end = "", False, time.monotonic() + 90
+    shown, answered, end = "", False, time.monotonic() + 240
     while time.monotonic() < end:
         if select.select([ours], [], [], 0.1)[0]:
             try:
@@ -56,7 +56,7 @@ def at_terminal(command: list[str], folder: Path, answer: str, **environment: st
             answered = True
             os.write(ours, answer.encode() + b"\n")
     os.close(ours)
-    return process.wait(10), shown
+    return process.wait(240), shown
 
 
 def wanting(box: Path, write: Write) -> None:

@@ -32,7 +32,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             raise Interrupted
 
         def write() -> Result:
-            module.open_.wait(10)
+            module.open_.wait(240)
             if task.args.get("fails"):
                 raise StoreError("the disk is full")
             return Result([context.store.write(join(folder, task.id), [b"x"])])

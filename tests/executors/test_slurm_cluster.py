@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -23,6 +22,7 @@ from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.slurm import SlurmExecutor
 from plmsae_cli.store.fs import Store
+from tests.conftest import free_port
 
 pytest.importorskip("submitit")
 ABSENT = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name) is None]
@@ -37,12 +37,11 @@ pytestmark = [
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """`sbatch` and `srun` of this process reach a cluster of its own."""
     folder = tmp_path_factory.mktemp("slurm")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     script = Path(__file__).with_name("slurm.sh")
     try:
-        started = subprocess.run([str(script), str(folder), str(port)], capture_output=True, text=True, timeout=60)
+        started = subprocess.run(
+            [str(script), str(folder), str(free_port())], capture_output=True, text=True, timeout=60
+        )
         assert started.returncode == 0, started.stderr
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))

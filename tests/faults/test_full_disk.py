@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 import plmsae_cli
 from plmsae_cli.store.fs import Store
@@ -25,39 +23,25 @@ optimize: {{chunk: 1MB, block_rows: 64}}
 """
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for the activations and little more."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("this user may not mount a tmpfs")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
-def test_a_full_disk_in_shuffle_loses_nothing(plmsae: Run, small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_in_shuffle_loses_nothing(plmsae: Run, small_disk: Callable[[int], Path], tmp_path: Path) -> None:
+    disk = small_disk(64)  # room for the activations and little more
     path = tmp_path / "one.yaml"
-    path.write_text(YAML.format(root=tmp_path / "runs", data=small_disk, fasta=ASSETS / "smoke.fasta.gz"))
+    path.write_text(YAML.format(root=tmp_path / "runs", data=disk, fasta=ASSETS / "smoke.fasta.gz"))
     assert plmsae("embed", str(path)).returncode == 0
-    (embedded,) = small_disk.glob("embed-*")
+    (embedded,) = disk.glob("embed-*")
     data = sum(path.stat().st_size for path in embedded.glob("shard-*"))
-    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    (small_disk / "ballast").write_bytes(bytes(free - data * 2 // 3))
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "ballast").write_bytes(bytes(free - data * 2 // 3))
     full = plmsae("shuffle", str(path))
     assert full.returncode == 1
     assert "the disk is full" in full.stderr
     assert "bytes needed" in full.stderr
-    (shuffled,) = small_disk.glob("shuffle-*")
+    (shuffled,) = disk.glob("shuffle-*")
     assert not [name for name in os.listdir(shuffled) if name.endswith(".tmp")]
     assert damages(Store(), str(shuffled)) == damages(Store(), str(embedded)) == []
     made = {p: p.stat().st_mtime_ns for p in shuffled.glob("map-*")}
     assert made
-    (small_disk / "ballast").unlink()
+    (disk / "ballast").unlink()
     assert plmsae("shuffle", str(path)).returncode == 0
     assert {p: p.stat().st_mtime_ns for p in made} == made  # what was complete was not made again
     assert damages(Store(), str(shuffled)) == []

@@ -17,6 +17,7 @@ from plmsae_cli.plm.alphabet import AMINO_ACIDS, MASK, encode, pack
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.dist import gang
 from plmsae_cli.runtime.masked_scores import MaskedScores, figures, mask, masks, masks_of_pack
+from tests.conftest import free_port
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 
@@ -117,15 +118,11 @@ def _rank_scores(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_every_rank_of_two_or_four_has_the_number_of_one(tmp_path: Path) -> None:
-    import socket
-
     import torch.multiprocessing as mp
 
     alone = repr(score(small_model(), random_proteins(30), 0.15, 200, torch.float32).figures())
     for world in (2, 4):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            (tmp_path / "port").write_text(str(free.getsockname()[1]))
+        (tmp_path / "port").write_text(str(free_port()))
         mp.spawn(_rank_scores, (world, str(tmp_path)), nprocs=world)
         assert [(tmp_path / f"{world}-{rank}").read_text() for rank in range(world)] == [alone] * world
 

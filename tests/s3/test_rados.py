@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.store.fs import MissingError, Store, StoreError
 from plmsae_cli.store.manifest import verify
 from plmsae_cli.store.range_cache import CachingStore
+from tests.conftest import free_port
 
 NEEDED = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool", "ceph-authtool")
 ABSENT = [name for name in NEEDED if shutil.which(name) is None]
@@ -39,9 +39,7 @@ DATA = np.random.default_rng(2).bytes(40 << 20)
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a gateway that knows one user."""
     folder = tmp_path_factory.mktemp("rados")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = Path(__file__).with_name("rados.sh")
     try:
         started = subprocess.run(

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plmsae_cli.sae.batch_selection import keep_largest, nth_largest
 from plmsae_cli.sae.interface import Reduce, one_process
 
-QUICK = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(deadline=None, max_examples=40)
 
 
 def on_ranks(world: int, work: Callable[[int, Reduce], object]) -> list[object]:
@@ -25,9 +25,9 @@ def on_ranks(world: int, work: Callable[[int, Reduce], object]) -> list[object]:
     def run(rank: int) -> None:
         def reduce(tensor: torch.Tensor) -> torch.Tensor:
             handed[rank] = tensor
-            meeting.wait(20)
+            meeting.wait(240)
             total = torch.stack(handed).sum(0)
-            meeting.wait(20)
+            meeting.wait(240)
             return total.to(tensor.dtype)
 
         try:

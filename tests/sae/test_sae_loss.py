@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from plmsae_cli.sae.dictionary import Dictionary
@@ -15,7 +15,7 @@ from plmsae_cli.sae.interface import Losses, one_process
 from plmsae_cli.sae.matryoshka import MatryoshkaTopK
 from plmsae_cli.sae.topk import TopK
 
-QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(deadline=None, max_examples=60)
 PARAMETERS = ("w_enc_ND", "b_enc_N", "w_dec_ND", "b_dec_D")
 
 

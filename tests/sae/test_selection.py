@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plmsae_cli.sae import selection
 from plmsae_cli.sae.selection import encode_top_k, top_k
 
-QUICK = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(deadline=None, max_examples=40)
 
 
 def definition(scores_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from plmsae_cli.config.experiment import Experiment
@@ -168,7 +167,7 @@ def test_tiny_budgets_bring_middle_passes_by_themselves() -> None:
     assert counts[0] == 2 < counts[-1]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None)
 @example(count=1021, width=5, dtype=torch.bfloat16, memory=10**9, task_bytes=2_000, chunk_rows=7)
 @example(count=0, width=5, dtype=torch.bfloat16, memory=10**9, task_bytes=2_000, chunk_rows=7)
 @given(
@@ -346,10 +345,8 @@ def test_a_task_stays_within_its_memory(tmp_path: Path) -> None:
     assert bucket_rows(len(rows)) == 1024
     del rows
     line = Line(tmp_path, source, 640, passes, memory // 4)
-    begun = time.monotonic()
     line.shuffle()
     line.optimize(65_536)
-    assert time.monotonic() - begun < 120
     for folder in (line.shuffled, line.blocks):
         manifest = read_manifest(Store(), folder)
         assert manifest is not None

@@ -38,7 +38,7 @@ def save_by(world: int, folder: Path, checkpoint: Checkpoint, keep: int = 2) -> 
 
     def rank(number: int) -> None:
         try:
-            save(folder, checkpoint, keep, number, world, lambda: barrier.wait(30) and None)
+            save(folder, checkpoint, keep, number, world, lambda: barrier.wait(240) and None)
         except BaseException as error:
             errors.append(error)
             barrier.abort()

@@ -82,7 +82,7 @@ print(store.hits, store.misses)
 def test_two_processes_share_a_folder(s3: Any, url: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROCESS, s3.endpoint_url, url, str(tmp_path / "c")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in "ab"]
-    counts = [tuple(map(int, process.communicate(timeout=60)[0].split())) for process in both]
+    counts = [tuple(map(int, process.communicate()[0].split())) for process in both]
     assert sum(misses for _, misses in counts) == 30, counts
     assert sum(hits for hits, _ in counts) == 30
 
@@ -154,7 +154,7 @@ def test_local_files_pass_by(tmp_path: Path) -> None:
 def test_threads_that_lack_different_ranges_do_not_wait_for_each_other(s3: Any, url: str, tmp_path: Path) -> None:
     store = CachingStore(s3.storage(), str(tmp_path / "c"), 1 << 20)
     read(store, url, 0, 1)
-    gate = threading.Barrier(2, timeout=20)
+    gate = threading.Barrier(2, timeout=240)
     real = S3Objects.read_into
 
     def met(self: S3Objects, *arguments: Any) -> None:

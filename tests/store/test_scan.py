@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plmsae_cli
@@ -231,7 +231,7 @@ def test_ranges_of_many_proteins_are_exact_integers() -> None:
     assert {stop - start for start, stop in ranges} == {1000}
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=80),
     rows_per_shard=st.integers(1, 50_000),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.blocks import Blocks, chunk_name, write_chunk, write_index
 from plmsae_cli.store.fs import Store, StoreError
+from plmsae_cli.training import stream as stream_module
 from plmsae_cli.training.stream import BlockStream, steps_per_epoch
 
 NUM_ROWS, D = 101, 2
@@ -43,7 +45,7 @@ class GatedBlocks(Blocks):
         self.reads: list[int] = []
 
     def read_into(self, row_start: int, out_RD: torch.Tensor) -> None:
-        assert self.gate.wait(timeout=30)
+        assert self.gate.wait(timeout=240)
         super().read_into(row_start, out_RD)
         self.reads.append(row_start)
 
@@ -182,17 +184,25 @@ def test_close_joins_the_threads(blocks: Blocks) -> None:
     assert not any(thread.is_alive() for thread in started)
 
 
-def test_wait_seconds(folder: str) -> None:
-    gated = GatedBlocks(Store(), folder)
+def test_wait_seconds_are_those_from_asking_until_the_rows_are_there(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that moves where rows are read, which they are not before the stream has looked at it."""
+    gated, clock = GatedBlocks(Store(), folder), [0.0]
+
+    def now() -> float:
+        asked = clock[0]
+        if not gated.gate.is_set():
+            clock[0] += 2.5
+            gated.gate.set()
+        return asked
+
+    monkeypatch.setattr(stream_module, "time", SimpleNamespace(perf_counter=now))
     with BlockStream(gated, 8, seed=0, prefetch=4) as stream:
-        threading.Timer(0.2, gated.gate.set).start()
         stream.rows(0)
-        assert stream.wait_seconds > 0.1
-        waited = stream.wait_seconds
-        while len(gated.reads) < 5:
-            time.sleep(0.01)
+        assert stream.wait_seconds == 2.5
         stream.rows(1)
-        assert stream.wait_seconds - waited < 0.1
+        assert stream.wait_seconds == 2.5
 
 
 def test_unseen_rows(blocks: Blocks) -> None:

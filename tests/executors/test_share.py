@@ -42,14 +42,14 @@ def test_five_processes_of_which_two_are_killed_and_a_second_round(
     path.write_text(json.dumps({**experiment.dump(), "root": str(tmp_path / "runs")}))
     faults = {2: "kill:embed.shard-00001.begin", 4: "kill:embed.shard-00003.written"}
     first = {i: start(path, "embed", f"{i}/5", faults.get(i)) for i in range(1, 6)}
-    told = {i: process.communicate(timeout=120)[1] for i, process in first.items()}
+    told = {i: process.communicate()[1] for i, process in first.items()}
     codes = {i: process.returncode for i, process in first.items()}
     assert codes == {1: 0, 2: -signal.SIGKILL, 3: 0, 4: -signal.SIGKILL, 5: 0}, told
     left = {task.id for task in plan_stage("embed", experiment, Store()).tasks}
     assert {"shard-00001", "shard-00003", FINISH} <= left
     assert not files(experiment)
     second = {i: start(path, "embed", f"{i}/5") for i in (2, 4)}
-    told = {i: process.communicate(timeout=120)[1] for i, process in second.items()}
+    told = {i: process.communicate()[1] for i, process in second.items()}
     assert [process.returncode for process in second.values()] == [0, 0], told
     assert any("embed is complete" in text for text in told.values())
     assert not (tmp_path / "runs" / "shares").exists(), "only storage is shared"
@@ -87,7 +87,7 @@ def test_a_share_is_of_one_stage(prepared: Callable[..., Experiment], tmp_path: 
     path = tmp_path / "one.yaml"
     path.write_text(json.dumps(prepared("one").dump()))
     process = start(path, "embed", "1/2 --bugfix")
-    assert process.communicate(timeout=60)[1].startswith("error: --tasks 1/2 --bugfix is not a share")
+    assert process.communicate()[1].startswith("error: --tasks 1/2 --bugfix is not a share")
     assert process.returncode == 2
 
 

@@ -39,9 +39,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("slurm")
     script = Path(__file__).with_name("slurm.sh")
     try:
-        started = subprocess.run(
-            [str(script), str(folder), str(free_port())], capture_output=True, text=True, timeout=60
-        )
+        started = subprocess.run([str(script), str(folder), str(free_port())], capture_output=True, text=True)
         assert started.returncode == 0, started.stderr
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))

@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "short" and self.command == "PUT":
             body = body[: len(body) // 2]
-        server = http.client.HTTPConnection(self.server.behind, timeout=30)
+        server = http.client.HTTPConnection(self.server.behind, timeout=240)
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("content-length", "expect", "connection")}
         server.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
         answer = server.getresponse()

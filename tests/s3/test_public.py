@@ -62,7 +62,7 @@ def test_training_needs_no_credentials_no_model_and_no_proteins(
         path.write_text(json.dumps({"root": str(tmp_path / "runs"), "launch": {"gpus": 0}, **body}))
         done = subprocess.run(
             [sys.executable, "-c", "from plmsae_cli.cli.app import main; main()", "run", str(path)],
-            capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False,
+            capture_output=True, text=True, cwd=tmp_path, check=False,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranks = [
         subprocess.Popen([sys.executable, str(SCRIPT), str(rank), str(path)], env=environment) for rank in range(4)
     ]
-    assert [rank.wait(200) for rank in ranks] == [0] * 4
+    assert [rank.wait() for rank in ranks] == [0] * 4
     return path
 
 

@@ -259,7 +259,7 @@ def test_kill_around_the_rename(tmp_path: Path, point: str, content: bytes, old:
     if old:
         path.write_bytes(b"old")
     env = os.environ | {"PLMSAE_FAULT": f"kill:store.write.{point}-rename", "PYTHONPATH": str(ROOT)}
-    child = subprocess.run([sys.executable, "-c", WRITE, str(path)], env=env, capture_output=True, timeout=60)
+    child = subprocess.run([sys.executable, "-c", WRITE, str(path)], env=env, capture_output=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
     if content == b"old" and not old:
         assert Store().list(str(tmp_path)) == {}

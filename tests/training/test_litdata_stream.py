@@ -65,7 +65,6 @@ def test_two_ranks_read_every_row_once(folder: str, tmp_path: Path) -> None:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "fine" in done.stdout

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for rank, world in places
     ]
-    errors = [rank.communicate(timeout=500)[1] for rank in ranks]
+    errors = [rank.communicate()[1] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)[-3000:]
     return path
 

@@ -89,18 +89,19 @@ def test_seed_domain_and_n_separate() -> None:
 
 
 @cache
-def order_counts(num_rounds: int, n: int = 6) -> np.ndarray:
-    """How often each of the n! orders occurs under NUM_KEYS seeds, by the code that `Permutation` runs."""
-    counts = np.zeros(n**n, dtype=np.int64)
+def order_counts(n: int = 6) -> dict[int, np.ndarray]:
+    """How often each of the n! orders occurs under NUM_KEYS seeds, by the number of rounds: by the code that `Permutation` runs."""
+    counts = {num_rounds: np.zeros(n**n, dtype=np.int64) for num_rounds in (2, 10, 24)}
     for first in range(0, NUM_KEYS, 10_000):
         keys_SRW = np.stack([round_keys(n, seed, "") for seed in range(first, first + 10_000)])
-        keys_RWC = np.repeat(keys_SRW[:, :num_rounds].transpose(1, 2, 0), n, axis=2)
+        keys_RWC = np.repeat(keys_SRW.transpose(1, 2, 0), n, axis=2)
         index = np.tile(np.arange(n, dtype=np.uint64), 10_000)
-        orders = permute(index, keys_RWC, n).reshape(-1, n).astype(np.int64)
-        counts += np.bincount(orders @ n ** np.arange(n), minlength=n**n)
+        for num_rounds, found in counts.items():
+            orders = permute(index, keys_RWC[:num_rounds], n).reshape(-1, n).astype(np.int64)
+            found += np.bincount(orders @ n ** np.arange(n), minlength=n**n)
     codes = [sum(value * n**i for i, value in enumerate(order)) for order in itertools.permutations(range(n))]
-    assert counts.sum() == counts[codes].sum() == NUM_KEYS
-    return counts[codes]
+    assert all(found.sum() == found[codes].sum() == NUM_KEYS for found in counts.values())
+    return {num_rounds: found[codes] for num_rounds, found in counts.items()}
 
 
 def chi_square_z(counts: np.ndarray) -> float:
@@ -110,7 +111,7 @@ def chi_square_z(counts: np.ndarray) -> float:
 
 
 def test_acceptance_all_orders_of_six_rows() -> None:
-    assert abs(chi_square_z(order_counts(24))) < 4
+    assert abs(chi_square_z(order_counts()[24])) < 4
 
 
 def test_keys_of_the_acceptance_test_are_those_of_the_class() -> None:
@@ -144,8 +145,8 @@ def test_acceptance_can_fail_and_fails_as_predicted() -> None:
     predicted = exact_z(10, NUM_KEYS)
     spread = math.sqrt(1 + 2 * predicted * math.sqrt(2 * 719) / 719)
     assert predicted > 200
-    assert abs(chi_square_z(order_counts(10)) - predicted) < 4 * spread
-    assert chi_square_z(order_counts(2)) > 10_000
+    assert abs(chi_square_z(order_counts()[10]) - predicted) < 4 * spread
+    assert chi_square_z(order_counts()[2]) > 10_000
     assert exact_z(24, NUM_KEYS) < 0.05
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import signal
 import socket
 import subprocess
 import threading
@@ -19,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from plmsae_cli.config.experiment import Storage
+from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.store.fs import Store
 
 if not torch.cuda.is_available():
@@ -42,6 +44,16 @@ def free_port() -> int:
         with socket.socket() as found, suppress(OSError):
             found.bind(("127.0.0.1", port))
             return port
+
+
+@pytest.fixture(autouse=True)
+def _nobody_asks_to_stop() -> Iterator[None]:
+    """A wish to stop, of which a process has one, ends with its test; signals are as they were."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    STOP.asked = False
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

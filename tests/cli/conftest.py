@@ -19,7 +19,6 @@ import pytest
 
 import plmsae_cli
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
-from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.weights import save_model
 
@@ -70,17 +69,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No colour, a cache of the tests' own, and signals as they were."""
+def _surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No colour, and a cache of the tests' own."""
     monkeypatch.setenv("PLMSAE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    STOP.asked = False
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -79,7 +79,9 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     shown = subprocess.run([sys.executable, "-c", ASK_HELP], capture_output=True, text=True, check=True)
     assert "Stages, in pipeline order" in shown.stdout
     assert not HEAVY & set(shown.stderr.split())
-    assert cpu_seconds(ASK_HELP) < 2 * cpu_seconds("import typer, typer.rich_utils"), "little more than what it is made of"
+    assert cpu_seconds(ASK_HELP) < 2 * cpu_seconds("import typer, typer.rich_utils"), (
+        "little more than what it is made of"
+    )
 
 
 def test_version() -> None:

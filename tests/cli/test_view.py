@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from plmsae_cli.cli.view import AROUND, QueueView
 from plmsae_cli.executors.queue import Entry
 from plmsae_cli.runtime.stop import STOP
-
-
-@pytest.fixture(autouse=True)
-def _no_stop() -> Iterator[None]:
-    yield
-    STOP.asked = False
 
 
 def drawn(view: QueueView) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,10 @@ GRID = {"grid": {"train.sae.k": [2, 4, 9999, 8]}}
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[None]:
+def _surroundings(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    STOP.asked = False
-    yield
-    STOP.asked = False
 
 
 @pytest.fixture

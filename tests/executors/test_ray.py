@@ -49,13 +49,6 @@ def cluster() -> Iterator[Any]:
         found.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def _no_stop() -> Any:
-    STOP.asked = False
-    yield
-    STOP.asked = False
-
-
 def stopped_processes(mark: str) -> list[int]:
     """Stopped processes that were given this mark in their environment."""
     found = []

@@ -28,12 +28,9 @@ Prepared = Callable[..., Experiment]
 
 
 @pytest.fixture(autouse=True)
-def _no_stop(monkeypatch: pytest.MonkeyPatch) -> Any:
+def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    STOP.asked = False
-    yield
-    STOP.asked = False
 
 
 def local(experiment: Experiment) -> SlurmExecutor:

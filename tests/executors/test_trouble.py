@@ -6,7 +6,7 @@ import errno
 import shutil
 import threading
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -31,12 +31,9 @@ OWN = UserError("train.sae.k is larger than the dictionary", "lower k")
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trouble, "BACKOFF_S", (0.0, 0.0))
     monkeypatch.setattr(trouble, "CHECK_EVERY_S", 0.01)
-    STOP.asked = False
-    yield
-    STOP.asked = False
 
 
 @pytest.fixture

@@ -38,13 +38,6 @@ Go = Callable[..., Done]
 CLOCK = {"tokens_per_second", "loader_wait", "step_ms", "loader_share", "train_seconds"}
 
 
-@pytest.fixture(autouse=True)
-def _no_stop() -> Any:
-    STOP.asked = False
-    yield
-    STOP.asked = False
-
-
 @pytest.fixture(scope="session")
 def repeats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 proteins that each walk one and the same circle of the 20 amino acids, from anywhere on it."""

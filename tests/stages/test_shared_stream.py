@@ -40,13 +40,6 @@ SAES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_stop() -> Any:
-    STOP.asked = False
-    yield
-    STOP.asked = False
-
-
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
 

@@ -59,13 +59,6 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "fault", fault)
 
 
-@pytest.fixture(autouse=True)
-def _no_stop() -> Any:
-    STOP.asked = False
-    yield
-    STOP.asked = False
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"train__moments": "bfloat16"}, {"train__optimizer": "muon"}, {"train__optimizer": "signum"}],

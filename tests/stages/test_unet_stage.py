@@ -33,13 +33,6 @@ Unet = Callable[..., Experiment]
 CLOCK = {"tokens_per_second", "loader_wait", "step_ms", "loader_share", "train_seconds"}
 
 
-@pytest.fixture(autouse=True)
-def _no_stop() -> Any:
-    STOP.asked = False
-    yield
-    STOP.asked = False
-
-
 @pytest.fixture
 def unet(tmp_path: Path) -> Unet:
     """A tiny UNet by Muon on proteins that walk one circle of the amino acids; `plm__x` changes the plm section."""

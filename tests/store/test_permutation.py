@@ -90,7 +90,7 @@ def test_seed_domain_and_n_separate() -> None:
 
 @cache
 def order_counts(n: int = 6) -> dict[int, np.ndarray]:
-    """How often each of the n! orders occurs under NUM_KEYS seeds, by the number of rounds: by the code that `Permutation` runs."""
+    """How often each of the n! orders occurs under NUM_KEYS seeds, by the number of rounds; in the code of `Permutation`."""
     counts = {num_rounds: np.zeros(n**n, dtype=np.int64) for num_rounds in (2, 10, 24)}
     for first in range(0, NUM_KEYS, 10_000):
         keys_SRW = np.stack([round_keys(n, seed, "") for seed in range(first, first + 10_000)])

@@ -67,13 +67,6 @@ class Counting:
         return False
 
 
-@pytest.fixture(autouse=True)
-def _no_stop() -> Any:
-    STOP.asked = False
-    yield
-    STOP.asked = False
-
-
 def train(
     folder: Path, objective: Counting, steps: int = 20, notes: list[str] | None = None, **train: Any
 ) -> list[tuple[float, float]]:

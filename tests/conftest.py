@@ -11,7 +11,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from plmsae_cli.config.experiment import Storage
+from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.store.fs import Store
+from plmsae_cli.store.weights import save_model
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which other tests' modules may do
@@ -44,6 +46,15 @@ def free_port() -> int:
         with socket.socket() as found, suppress(OSError):
             found.bind(("127.0.0.1", port))
             return port
+
+
+def random_esm2(folder: Path, num_layers: int = 3, d: int = 32, num_heads: int = 2, seed: int = 7) -> Path:
+    """The folder, with weights of a tiny language model drawn at random."""
+    config = ESM2Config(num_layers=num_layers, d=d, num_heads=num_heads)
+    model = ESM2(config)
+    model.init_weights(seed)
+    save_model(Store(), str(folder), dict(model.state_dict()), asdict(config), {})
+    return folder
 
 
 @pytest.fixture(autouse=True)

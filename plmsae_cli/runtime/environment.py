@@ -87,9 +87,17 @@ def _git(*arguments: str) -> str | None:
     folder = _PACKAGE.parent
     if not (folder / ".git").exists():
         return None
+    # A refreshed index gains nothing here, and its lock would outlive a process that is killed meanwhile.
+    quiet = ("--no-optional-locks", "-c", "diff.autoRefreshIndex=false")
     try:
         answer = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, errors="replace", timeout=10, check=False
+            ["git", *quiet, *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -11,16 +11,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import plmsae_cli
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config
-from plmsae_cli.store.fs import Store
-from plmsae_cli.store.weights import save_model
+from tests.conftest import random_esm2
 
 REPOSITORY = Path(plmsae_cli.__file__).parents[1]
 ASSETS = Path(plmsae_cli.__file__).parent / "data"
@@ -61,11 +59,7 @@ Plmsae = Callable[..., Outcome]
 def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Weights of a tiny model, and a data root that all experiments of these tests share."""
     folder = tmp_path_factory.mktemp("shared")
-    config = ESM2Config(num_layers=3, d=32, num_heads=2)
-    model = ESM2(config)
-    model.init_weights(7)
-    save_model(Store(), str(folder / "weights"), dict(model.state_dict()), asdict(config), {})
-    return {"weights": folder / "weights", "data": folder / "data", "fasta": ASSETS / "smoke.fasta.gz"}
+    return {"weights": random_esm2(folder / "weights"), "data": folder / "data", "fasta": ASSETS / "smoke.fasta.gz"}
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.executor import Executor
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.store.fs import Store
-from plmsae_cli.store.weights import save_model
+from tests.conftest import random_esm2
 
 STAGES = ("embed", "shuffle", "optimize")
 Prepared = Callable[..., Experiment]
@@ -40,10 +38,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """An experiment with data of its own at each call: `prepared("name", launch={...})`."""
     folder = tmp_path_factory.mktemp("executors")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    config = ESM2Config(num_layers=2, d=16, num_heads=2)
-    model = ESM2(config)
-    model.init_weights(1)
-    save_model(Store(), str(folder / "weights"), dict(model.state_dict()), asdict(config), {})
+    random_esm2(folder / "weights", num_layers=2, d=16)
     text = gzip.decompress((Path(plmsae_cli.__file__).parent / "data" / "smoke.fasta.gz").read_bytes())
     (folder / "x.fasta").write_bytes(text)
 

@@ -7,7 +7,6 @@ import gzip
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,20 +19,16 @@ from plmsae_cli.executors import worker
 from plmsae_cli.executors.executor import PlanChanged
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task, TaskFailed
 from plmsae_cli.store.fs import Store
-from plmsae_cli.store.weights import save_model
+from tests.conftest import random_esm2
 
 
 @pytest.fixture
 def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     monkeypatch.setenv("PLMSAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    config = ESM2Config(num_layers=2, d=16, num_heads=2)
-    model = ESM2(config)
-    model.init_weights(1)
-    save_model(Store(), str(tmp_path / "weights"), dict(model.state_dict()), asdict(config), {})
+    random_esm2(tmp_path / "weights", num_layers=2, d=16)
     text = gzip.decompress((Path(plmsae_cli.__file__).parent / "data" / "smoke.fasta.gz").read_bytes())
     (tmp_path / "x.fasta").write_bytes(text)
     return _experiment(tmp_path, 1)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import plmsae_cli
 from plmsae_cli.config.yaml import load
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.saved import load_sae
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.lineage import Lineage
 from plmsae_cli.store.manifest import verify
-from plmsae_cli.store.weights import save_model
+from tests.conftest import random_esm2
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ASSETS = Path(plmsae_cli.__file__).parent / "data"
@@ -63,11 +61,7 @@ def write(folder: Path, name: str, **values: object) -> Path:
 
 
 def test_killed_in_every_stage_and_continued(plmsae: Run, s3: object, tmp_path: Path) -> None:
-    weights = tmp_path / "weights"
-    config = ESM2Config(num_layers=3, d=32, num_heads=2)
-    model = ESM2(config)
-    model.init_weights(7)
-    save_model(Store(), str(weights), dict(model.state_dict()), asdict(config), {})
+    weights = random_esm2(tmp_path / "weights")
     fasta = ASSETS / "smoke.fasta.gz"
     common = {"endpoint": s3.endpoint_url, "weights": weights, "fasta": fasta}  # type: ignore[attr-defined]
     data, calm = (s3.url(name) for name in ("killed", "calm"))  # type: ignore[attr-defined]

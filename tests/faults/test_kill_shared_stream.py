@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ import torch
 
 import plmsae_cli
 from plmsae_cli.config.yaml import load
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.stages.sweep import trials
 from plmsae_cli.store.checkpoint import load_newest
-from plmsae_cli.store.fs import Store
-from plmsae_cli.store.weights import save_model
+from tests.conftest import random_esm2
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ASSETS = Path(plmsae_cli.__file__).parent / "data"
@@ -63,11 +60,7 @@ def steps(run: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_between_members_and_continued(plmsae: Run, tmp_path: Path) -> None:
-    weights = tmp_path / "weights"
-    config = ESM2Config(num_layers=3, d=32, num_heads=2)
-    model = ESM2(config)
-    model.init_weights(7)
-    save_model(Store(), str(weights), dict(model.state_dict()), asdict(config), {})
+    weights = random_esm2(tmp_path / "weights")
     common = {"data": tmp_path / "data", "weights": weights, "fasta": ASSETS / "smoke.fasta.gz"}
     path = tmp_path / "many.yaml"
     path.write_text(EXPERIMENT.format(root=tmp_path / "runs", **common) + SAES)

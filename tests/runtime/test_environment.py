@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def test_a_long_one_is_cut_and_says_so_new_files_are_named_and_secrets_starred(c
     cut = environment.uncommitted(longest=200)
     assert cut.startswith(whole[:200])
     assert cut[200:] == f"\n[cut: {len(whole):,} characters, of which the first 200 are kept]\n"
+
+
+def test_the_index_of_the_checkout_is_left_alone(checkout: Path) -> None:
+    """Git would refresh it on the way, and leave its lock there if this process were killed meanwhile."""
+    index = checkout.parent / ".git" / "index"
+    before = index.read_bytes()
+    os.utime(checkout / "code.py", (1, 1))
+    assert environment.environment()["dirty"] is False
+    assert environment.uncommitted() == ""
+    assert index.read_bytes() == before
 
 
 def test_no_checkout_has_no_diff(checkout: Path) -> None:

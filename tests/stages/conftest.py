@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ import plmsae_cli
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.overrides import apply
 from plmsae_cli.executors.pipeline import Done, run_experiment
-from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.store.activations import ActivationShards
 from plmsae_cli.store.fs import Store
-from plmsae_cli.store.weights import save_model
+from tests.conftest import random_esm2
 
 ASSETS = Path(plmsae_cli.__file__).parent / "data"
-CONFIG = ESM2Config(num_layers=3, d=32, num_heads=2)
 
 
 def rows_of(folder: str, heldout: bool) -> torch.Tensor:
@@ -47,11 +44,7 @@ class Quiet(PlainReporter):
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of random weights of a three-layer model."""
-    folder = tmp_path_factory.mktemp("weights")
-    model = ESM2(CONFIG)
-    model.init_weights(7)
-    save_model(Store(), str(folder), dict(model.state_dict()), asdict(CONFIG), {})
-    return str(folder)
+    return str(random_esm2(tmp_path_factory.mktemp("weights")))
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from plmsae_cli.store.weights import resolve_weights
 
 LATENTS, D, LAYER = 48, 192, 5
 EFFECTS = [0.1 * (i - 8) for i in range(20)]
+PATIENCE_MS = 240_000
 HOSTILE = '<img src=x onerror="window.hacked=1"></script><script>window.hacked=1</script>\u2028=1+1'
 CHROMIUM = Path(os.environ.get("PLMSAE_CHROMIUM", "/usr/bin/chromium"))
 PROTEINS = Path(plmsae_cli.__file__).parent / "data" / "proteins.fasta.gz"
@@ -273,10 +274,20 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+@pytest.fixture
+def plain_page(browser: Any) -> Iterator[Any]:
+    """An empty page of some size, which may complain."""
+    context = browser.new_context()
+    context.set_default_timeout(PATIENCE_MS)
+    yield context.new_page()
+    context.close()
+
+
 @pytest.fixture(params=[1280, 390], ids=["wide", "phone"])
 def page(request: pytest.FixtureRequest, browser: Any) -> Iterator[Any]:
     """An empty page; at its end nothing was reported by the browser, and no script of a header ran."""
     context = browser.new_context(viewport={"width": request.param, "height": 850})
+    context.set_default_timeout(PATIENCE_MS)
     opened = context.new_page()
     complaints: list[str] = []
     opened.on("pageerror", lambda error: complaints.append(str(error)))

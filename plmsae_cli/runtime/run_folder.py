@@ -72,6 +72,11 @@ def read_yaml(path: Path) -> Any:
         ) from error
 
 
+def files_named(root: Path, name: str) -> list[Path]:
+    """Files of a name below a root, in order. Unlike `rglob` it passes over folders that vanish meanwhile."""
+    return sorted(Path(parent, name) for parent, _, names in os.walk(root) if name in names)
+
+
 def pointing_runs(root: Path) -> Iterator[tuple[Path, dict[str, dict[str, Any]]]]:
     """Runs under `root` that use data, with what they point to: name -> `folder`, `key` and `rows`.
 

@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,8 @@ _writing = threading.RLock()
 def write_text(path: Path, text: str) -> None:
     """Replace a small local file atomically. Raises OSError that names it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share a folder may have processes of one number, containers most of all.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)

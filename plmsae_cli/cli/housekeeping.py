@@ -68,9 +68,8 @@ def _folders(target: str) -> Iterator[tuple[Store, str]]:
         raise UserError(
             f"{target} is not a folder", "name an artifact's folder, a root of runs, or an experiment's YAML"
         )
-    found = {path.parent for path in Path(target).rglob("MANIFEST.json")}
-    found |= {path.parent for path in Path(target).rglob("parts") if path.is_dir()}
-    found |= {path.parent for path in Path(target).rglob("status.json")}
+    marks = {"MANIFEST.json", "status.json", "parts"}
+    found = [Path(parent) for parent, below, names in os.walk(target) if marks & {*below, *names}]
     if not found:
         raise UserError(f"{target} holds nothing that plmsae wrote", "`plmsae ls` lists what there is")
     for folder in sorted(found):
@@ -120,7 +119,10 @@ def clean_root(target: str, yes: bool, older_hours: float, unused: bool, as_json
             print(table([[one.path, size(one.bytes), one.why] for one in found], ["path", "size", "why"]))
         if yes:
             for one in found:
-                remove(one, store)
+                if one.whole and os.path.basename(one.path) in (_used(Path(root)) or ()):
+                    print(f"kept {one.path}: a run has begun to use it", file=sys.stderr)
+                else:
+                    remove(one, store)
         said = f"{len(found)} thing(s), {size(total)}" + (f", ${total / 1e12 * tb_day:,.2f} a day" if tb_day else "")
         print(
             f"deleted {said}" if yes else f"{said}; nothing was deleted (--yes deletes what is listed)", file=sys.stderr

@@ -22,6 +22,7 @@ def list_root(root: Path, as_json: bool) -> int:
     """Runs under a root (trials of sweeps included) and data folders, with who uses which."""
 
     def work() -> int:
+        from plmsae_cli.runtime.run_folder import files_named
 
         require_root(root, "ls")
         if (root / "MANIFEST.json").is_file():
@@ -31,7 +32,7 @@ def list_root(root: Path, as_json: bool) -> int:
         for found in runs:
             for pointer in found["artifacts"].values():
                 users.setdefault(os.path.basename(pointer["folder"].rstrip("/")), []).append(found["name"])
-        finished = {path.parent: path for name in ("FREED.json", "MANIFEST.json") for path in root.rglob(name)}
+        finished = {path.parent: path for name in ("FREED.json", "MANIFEST.json") for path in files_named(root, name)}
         data = [sound for _, path in sorted(finished.items()) if (sound := _sound(path, users))]
         if as_json:
             print(json.dumps({"schema": 1, "runs": runs, "data": data}))
@@ -78,7 +79,9 @@ def require_root(root: Path, verb: str) -> None:
 
 def run_folders(root: Path) -> list[Path]:
     """Runs under a root, trials of sweeps included."""
-    return [path.parent for path in sorted(root.rglob("status.json")) if "logs" not in path.parts]
+    from plmsae_cli.runtime.run_folder import files_named
+
+    return [path.parent for path in files_named(root, "status.json") if "logs" not in path.parts]
 
 
 def _run(folder: Path, root: Path) -> dict[str, Any]:
@@ -123,7 +126,8 @@ def _sound(path: Path, users: dict[str, list[str]]) -> dict[str, Any] | None:
     try:
         return _data(path, users)
     except UserError as error:
-        complain(error.message, error.hint)
+        if path.exists():  # else it was freed or deleted just now
+            complain(error.message, error.hint)
         return None
 
 

@@ -173,8 +173,9 @@ class Scope:
 
     def files_of(self, task: Task, steps: Sequence[str]) -> list[str]:
         """Names, relative to the run's folder, of what these steps of the task's axis left."""
-        parts = read_parts(self.store, self.folder)
-        return [file.name for step in steps for file in parts[f"{task.args['stem']}-{step}"].files]
+        wanted = [f"{task.args['stem']}-{step}" for step in steps]
+        parts = read_parts(self.store, self.folder, known=wanted)
+        return [file.name for name in wanted for file in parts[name].files]
 
     def write_json(self, axis: str, name: str, body: Mapping[str, Any]) -> FileRecord:
         return self.store.write(self.path(axis, name), [canonical_json(body)])

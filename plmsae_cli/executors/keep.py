@@ -39,24 +39,31 @@ def free_unkept(experiment: Experiment, store: Store, reporter: Reporter, later:
         if "optimize" in chain and read_manifest(store, chain["optimize"]) is not None:
             there = [chain[stage] for stage in unwanted if read_manifest(store, chain[stage]) is not None]
             candidates |= dict.fromkeys(there, chain["optimize"])
-    if not candidates:
-        return
-    try:
-        readers = _readers(experiment, [*owners, *later], store)
-    except UserError as error:
-        reporter.say(f"freed nothing (keep): {error}")
-        return
-    for folder, dataset in candidates.items():
-        if (reader := readers.get(os.path.basename(folder))) is not None:
+
+    def is_read(folder: str) -> bool:
+        try:
+            reader = _readers(experiment, [*owners, *later], store).get(os.path.basename(folder))
+        except UserError as error:
+            reporter.say(f"kept {folder} (keep): {error}")
+            return True
+        if reader is not None:
             reporter.say(f"kept {folder} for now: {reader} still reads it (keep)")
+        return reader is not None
+
+    for folder, dataset in candidates.items():
+        if is_read(folder):
             continue
-        if dataset not in verified and (problems := verify(store, dataset)):
-            raise UserError(
-                "the dataset is damaged, so nothing it was made from is freed:\n  " + "\n  ".join(problems),
-                f"`plmsae verify {dataset}` says how to make a file again",
-            )
-        verified.add(dataset)
-        reporter.say(f"freed {free(store, folder):,} bytes: {folder} (keep)")
+        if dataset not in verified:
+            if problems := verify(store, dataset):
+                raise UserError(
+                    "the dataset is damaged, so nothing it was made from is freed:\n  " + "\n  ".join(problems),
+                    f"`plmsae verify {dataset}` says how to make a file again",
+                )
+            verified.add(dataset)
+            if is_read(folder):  # to read the dataset took its time
+                continue
+        if (freed := free(store, folder)) is not None:
+            reporter.say(f"freed {freed:,} bytes: {folder} (keep)")
 
 
 def _trials_with_data_of_their_own(experiment: Experiment) -> Iterator[Experiment]:

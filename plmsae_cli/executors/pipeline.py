@@ -235,6 +235,9 @@ def _stage(
     plan = plan_stage(stage, experiment, store, layers)
     # Before the work: `clean` must know what a run under way uses.
     run.point({name: pointer for name, pointer in _pointers(plan).items() if pointer["folder"] != str(run.path)})
+    own = [a for a in plan.artifacts.values() if a.done and a.folder != str(run.path)]
+    if any(read_manifest(store, a.folder) is None for a in own):
+        plan = plan_stage(stage, experiment, store, layers)  # another run's `keep` was quicker than the pointer
     if plan.done:
         why = f" ({plan.note})" if plan.note else ""
         reporter.say(f"{stage}: nothing to do, {_where(plan) or 'a later artifact exists'}{why}")

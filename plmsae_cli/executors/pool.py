@@ -92,7 +92,8 @@ class Pool:
                     waiting.remove(ready)
                     worker.task = ready
                     attempts[ready.id, ready.folders] += 1
-                    worker.pipe.send(ready.to_json())
+                    with suppress(OSError):  # it died just now, as the end of its pipe will tell
+                        worker.pipe.send(ready.to_json())
             busy = {w.pipe: w for w in self._workers if w.task is not None or w.writing is not None}
             if not busy:
                 break

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def open_study(experiment: Experiment, folder: Path) -> optuna.Study:
 def _drop_half_line(journal: Path) -> None:
     """A line that a killed process left half written would spoil the next one."""
     if journal.exists() and not (content := journal.read_bytes()).endswith(b"\n"):
-        journal.write_bytes(content[: content.rfind(b"\n") + 1])
+        os.truncate(journal, content.rfind(b"\n") + 1)  # in one piece: written anew, a second kill could lose all
 
 
 def ask(

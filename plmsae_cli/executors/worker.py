@@ -15,9 +15,9 @@ from plmsae_cli.config.faults import fault
 from plmsae_cli.runtime.foretold import keep_peak
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Pending, Result, Task, Work
-from plmsae_cli.stages.common import FINISH
+from plmsae_cli.stages.common import FINISH, made_parts
 from plmsae_cli.store.fs import Store
-from plmsae_cli.store.manifest import read_parts, write_manifest, write_part
+from plmsae_cli.store.manifest import write_manifest, write_part
 
 # Imported when first needed: a queue of embeddings never loads what evaluation needs.
 STAGE_MODULES = {
@@ -119,7 +119,7 @@ def publish(task: Task, context: LocalContext, results: Mapping[str, Result]) ->
         write_part(context.store, folder, task.id, result.files, {} if task.id == FINISH else result.facts)
         if task.id == FINISH:
             fault(f"{task.stage}.manifest")
-            parts = read_parts(context.store, folder)
+            parts = made_parts(task, context.store, folder)
             files = [
                 {"name": f.name, "size": f.size, "xxh3": f.xxh3} for name in sorted(parts) for f in parts[name].files
             ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def bucket(experiment: Experiment, place: str, write: bool) -> Check:
         store.probe(place, write)
         if not write:
             return Check(name, "ok", "answers")
-        path = f"{place}/.doctor.tmp"
+        path = f"{place}/.doctor-{secrets.token_hex(4)}.tmp"
         store.write(path, [b"plmsae"])
         came = store.read(path)
         store.delete(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.plm import raced
-from plmsae_cli.runtime.run_folder import read_json
+from plmsae_cli.runtime.run_folder import files_named, read_json
 
 TARGET_LOSS = 2.1
 """Nats: what the speed track asks for where a run names no target of its own."""
@@ -42,7 +42,7 @@ def leaderboard(root: Path, track: str) -> list[Entry]:
     """The runs below a folder, best first: `speed`, those that reached their target, by time; `quality`, all that were validated,
     by what their representations are worth where all have it measured, else by loss."""
     found = [
-        entry for path in sorted(root.rglob("metrics.jsonl")) if (entry := _entry(path.parent, root, track)) is not None
+        entry for path in files_named(root, "metrics.jsonl") if (entry := _entry(path.parent, root, track)) is not None
     ]
     if track == "speed":
         return sorted(found, key=lambda entry: (entry.seconds is None, entry.seconds, entry.loss))

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TextIO
 
 from plmsae_cli.config.errors import UserError, first_line
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.runtime.run_folder import write_text
 
 INIT_TIMEOUT_S = 30.0
 """How long a run waits for W&B to know it."""
@@ -148,7 +149,7 @@ def _run_id(folder: Path) -> str:
     """The same W&B run after a resume."""
     path = folder / "wandb-id"
     if not path.exists():
-        path.write_text(os.urandom(6).hex())
+        write_text(path, os.urandom(6).hex())
     return path.read_text().strip()
 
 

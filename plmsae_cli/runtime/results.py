@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +34,12 @@ def of_models(run: Path) -> dict[str, Any]:
 
 def last_metrics(run: Path) -> dict[str, Any] | None:
     """The last whole line of metrics.jsonl, which may be being written, or damaged since; None before the first."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
         return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
-        lines = file.read().split(b"\n")[:-1]
     return next((line for text in reversed(lines) if (line := metrics_line(text)) is not None), None)
 
 

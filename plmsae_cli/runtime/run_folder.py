@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,8 @@ _writing = threading.RLock()
 def write_text(path: Path, text: str) -> None:
     """Replace a small local file atomically. Raises OSError that names it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share a folder may have processes of one number, containers most of all.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -70,6 +72,11 @@ def read_yaml(path: Path) -> Any:
         raise UserError(
             f"{path} is damaged: {error}", "move it aside; the same `plmsae run` then writes it anew"
         ) from error
+
+
+def files_named(root: Path, name: str) -> list[Path]:
+    """Files of a name below a root, in order. Unlike `rglob` it passes over folders that vanish meanwhile."""
+    return sorted(Path(parent, name) for parent, _, names in os.walk(root) if name in names)
 
 
 def pointing_runs(root: Path) -> Iterator[tuple[Path, dict[str, dict[str, Any]]]]:

@@ -11,7 +11,7 @@ from plmsae_cli.config.data import Embed
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.task import Artifact, Result, Task
-from plmsae_cli.store.fs import DamagedError, Store, is_remote, join
+from plmsae_cli.store.fs import DamagedError, Store, StoreError, is_remote, join
 from plmsae_cli.store.lineage import Lineage, Ref
 from plmsae_cli.store.manifest import Part, done_tasks, read_manifest, read_parts, verify
 from plmsae_cli.store.passes import Effort, Passes, divide, sorted_shards
@@ -55,14 +55,31 @@ def artifact(store: Store, ref: Ref, rows: int, size: int, plan: Mapping[str, An
 
 def finish_task(stage: str, refs: Sequence[Ref], tasks: Sequence[Task], facts: Mapping[str, Any]) -> Task:
     """The last task of a stage: merges and writes the manifest of each folder."""
+    freed = {name for task in tasks for name in task.args.get("freed", ())}
+    made = {ref.folder: [t.id for t in tasks if ref.folder in t.folders and t.id not in freed] for ref in refs}
     return Task(
         id=FINISH,
         stage=stage,
         folders=tuple(ref.folder for ref in refs),
         needs=tuple(task.id for task in tasks),
         cost=1.0,
-        args={"provenance": {ref.folder: ref.provenance() for ref in refs}, **facts},
+        args={"provenance": {ref.folder: ref.provenance() for ref in refs}, "made": made, **facts},
     )
+
+
+def made_parts(task: Task, store: Store, folder: str) -> dict[str, Part]:
+    """What a finish task finds done: the record of every task of its folder, and its own where it is there.
+
+    Raises:
+        StoreError: one is not there, though its task was done: whoever freed or cleaned the folder has deleted it.
+    """
+    parts = read_parts(store, folder, known=[*task.args["made"][folder], FINISH])
+    if lacking := [name for name in task.args["made"][folder] if name not in parts]:
+        raise StoreError(
+            f"{folder} has no record of {lacking[0]} any more ({len(lacking)} missing)",
+            "start again: what is gone is made anew",
+        )
+    return parts
 
 
 def manifest_facts(task: Task, folder: str, facts: Mapping[str, Any]) -> Result:

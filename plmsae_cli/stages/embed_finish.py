@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.runtime.task import Context, Result, Task
-from plmsae_cli.stages.common import manifest_facts, require_same_rows
+from plmsae_cli.stages.common import made_parts, manifest_facts, require_same_rows
 from plmsae_cli.store.fs import FileRecord, join
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.manifest import Part, read_parts
+from plmsae_cli.store.manifest import Part
 
 if TYPE_CHECKING:
     from plmsae_cli.store.activations import Statistics
@@ -31,7 +31,7 @@ def merge_shards(
 
     embed = context.experiment.embed
     assert embed is not None
-    parts = read_parts(context.store, folder)
+    parts = made_parts(task, context.store, folder)
     names = sorted(name for name in parts if name.startswith("shard-"))
     merged = Statistics.of_shards(context.store, folder, lineage.d, names)
     record = merged.write(context.store, join(folder, "stats.safetensors"))
@@ -80,7 +80,7 @@ def finish_embedding(task: Task, context: Context) -> Mapping[str, Result]:
 def _finish_sorted(task: Task, context: Context, folder: str) -> Result:
     """The manifest of map files, as `shuffle` would write it."""
 
-    parts = [part for name, part in read_parts(context.store, folder).items() if name.startswith("shard-")]
+    parts = [part for name, part in made_parts(task, context.store, folder).items() if name.startswith("shard-")]
     source = task.args["pairs"][folder]
     facts = {
         **{name: value for name, value in task.args["shape"].items() if name != "seed"},

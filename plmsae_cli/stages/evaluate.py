@@ -85,7 +85,7 @@ def _delete_leavings(store: Store, folder: str, planned: Mapping[str, Sequence[s
     """What other options, proteins and numbers of pieces left of these axes: folders such as `encode/activations` are read as a
     whole. Of `features` files stay: those with answers may lie beside them.
     """
-    parts = read_parts(store, folder)
+    parts = read_parts(store, folder, known=[name for ids in planned.values() for name in ids])
     for axis, ids in planned.items():
         recorded = {name for name in parts if name.startswith(f"{axis}-")}
         if recorded.issuperset(ids):  # else it was finished in another number of pieces

@@ -18,6 +18,7 @@ from plmsae_cli.stages.common import (
     as_passes,
     effort_figures,
     finish_task,
+    made_parts,
     manifest_facts,
     measured_facts,
     measured_speed,
@@ -169,14 +170,14 @@ def _finish(task: Task, context: Context) -> Mapping[str, Result]:
     import torch
 
     from plmsae_cli.store.blocks import index_json
-    from plmsae_cli.store.manifest import file_records, read_parts
+    from plmsae_cli.store.manifest import file_records
     from plmsae_cli.store.quantise import CALIBRATION
 
     store = context.store
     (folder,) = task.folders
     source = task.args["activations"]
     activations = require_manifest(store, source)
-    parts = [part for part in read_parts(store, folder).values() if part.task.startswith("reduce-")]
+    parts = [part for part in made_parts(task, store, folder).values() if part.task.startswith("reduce-")]
     before = require_manifest(store, task.args["source"]).get("row_sum")
     facts = require_same_rows(store, task.args["source"], before, parts)
     beside = ("proteins.parquet", "stats.safetensors", CALIBRATION)

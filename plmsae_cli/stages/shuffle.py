@@ -24,6 +24,7 @@ from plmsae_cli.stages.common import (
     as_passes,
     effort_figures,
     finish_task,
+    made_parts,
     manifest_facts,
     measured_facts,
     measured_speed,
@@ -227,13 +228,11 @@ def _written(task: Task, context: Context, rows_RD: Any, places_R: Any, begun: f
 
 
 def _finish(task: Task, context: Context) -> Mapping[str, Result]:
-    from plmsae_cli.store.manifest import read_parts
-
     results = {}
     for folder in task.folders:
         last = as_passes(task.args).levels()[-1]
         stem = "map-" if last.number == 0 else f"merge{last.number}-"
-        parts = [part for part in read_parts(context.store, folder).values() if part.task.startswith(stem)]
+        parts = [part for part in made_parts(task, context.store, folder).values() if part.task.startswith(stem)]
         if (found := sum(part.facts["rows"] for part in parts)) != task.args["rows"]:
             raise UserError(
                 f"{folder} has {found:,} of {task.args['rows']:,} rows",

@@ -10,10 +10,18 @@ from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment, Train
 from plmsae_cli.runtime.device import count_gpus
 from plmsae_cli.runtime.task import Artifact, Context, Plan, Resources, Result, Task
-from plmsae_cli.stages.common import FINISH, artifact, finish_task, manifest_facts, remaining, require_manifest
+from plmsae_cli.stages.common import (
+    FINISH,
+    artifact,
+    finish_task,
+    made_parts,
+    manifest_facts,
+    remaining,
+    require_manifest,
+)
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.lineage import Lineage
-from plmsae_cli.store.manifest import read_manifest, read_parts
+from plmsae_cli.store.manifest import read_manifest
 
 if TYPE_CHECKING:
     from plmsae_cli.sae.dictionary import Dictionary
@@ -230,7 +238,7 @@ def work(task: Task, context: Context) -> Mapping[str, Result]:
     if task.id == FINISH:
         (folder,) = task.folders
         planned = {k: task.args[k] for k in ("tokens", "proteins")}
-        return {folder: manifest_facts(task, folder, planned | read_parts(context.store, folder)["tokens"].facts)}
+        return {folder: manifest_facts(task, folder, planned | made_parts(task, context.store, folder)["tokens"].facts)}
     train = context.experiment.train
     assert train is not None
     if train.kind == "plm":

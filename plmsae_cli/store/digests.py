@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import xxhash
+
+from plmsae_cli.store.fs import Store, StoreError
 
 _PIECE = 4 << 20
 
@@ -34,8 +35,7 @@ def remembered_xxh3(path: Path, cache: Path) -> str:
 
 def _remembered(path: Path, cache: Path, kind: str, digest: Callable[[io.BufferedReader], str]) -> str:
     path = path.resolve()
-    status = path.stat()
-    facts = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    facts = _facts(path)
     note = cache / kind / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError):
         known = json.loads(note.read_bytes())
@@ -43,10 +43,12 @@ def _remembered(path: Path, cache: Path, kind: str, digest: Callable[[io.Buffere
             return str(known[kind])
     with path.open("rb") as file:
         found = digest(file)
-    # A cache that cannot be written costs time, not the run.
-    with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        part = note.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"facts": facts, kind: found}))
-        os.replace(part, note)
+    if _facts(path) == facts:  # else it was written to meanwhile
+        with suppress(StoreError):  # a cache that cannot be written costs time, not the run
+            Store().write(str(note), [json.dumps({"facts": facts, kind: found}).encode()])
     return found
+
+
+def _facts(path: Path) -> dict[str, str | int]:
+    status = path.stat()
+    return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}

@@ -144,6 +144,8 @@ class _Transfer:
             if self.size is not None and total is not None and total != self.size:
                 self._forget()
                 raise UserError(f"{self.url} has {total:,} bytes, {self.size:,} are published")
+            if not done:
+                self._forget()  # before the new mark, which what came of an earlier file must never stand under
             keepable = self._remember(reply.headers.get("ETag"), reply.headers.get("Last-Modified"))
             try:
                 self._receive(reply, done, total)

@@ -7,10 +7,11 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from plmsae_cli.store.fs import DamagedError, FileRecord, Store, StoreError, join
+from plmsae_cli.store.fs import DamagedError, FileRecord, MissingError, Store, StoreError, join
 from plmsae_cli.store.manifest import MANIFEST, canonical_json, differs, file_records, read_manifest, read_parts
 from plmsae_cli.store.records import is_temporary
 
@@ -78,17 +79,26 @@ def _checkpoints(store: Store, folder: str) -> list[tuple[str, str]]:
             ranks = json.loads(store.read(join(folder, name)))["commit"]["ranks"]
             stem = f"{CHECKPOINTS}/{step}/rank"
             records = [FileRecord(f"{stem}-{i}.safetensors", r["size"], r["xxh3"]) for i, r in enumerate(ranks)]
+        except MissingError:
+            continue
         except (KeyError, TypeError, ValueError) as error:
             found.append((name, f"not a checkpoint's record ({error})"))
             continue
-        found += [(r.name, problem) for r in records if (problem := differs(store, folder, r)) is not None]
+        problems = [(r.name, problem) for r in records if (problem := differs(store, folder, r)) is not None]
+        if store.exists(join(folder, name)):  # else training has dropped it for newer ones meanwhile
+            found += problems
     return found
 
 
-def free(store: Store, folder: str) -> int:
-    """Give up an artifact's data, its manifest first; a record of what it was stays. Returns the bytes freed."""
+def free(store: Store, folder: str) -> int | None:
+    """Give up an artifact's data, its manifest first; a record of what it was stays.
+
+    Returns:
+        The bytes freed; None where another process was first.
+    """
     manifest = read_manifest(store, folder)
-    assert manifest is not None, "only finished artifacts are freed"
+    if manifest is None:
+        return None
     freed = sum(int(file["size"]) for file in manifest["files"])
     kept = {k: v for k, v in manifest.items() if k not in ("files", "parts")}
     # Record, then manifest, then data: wherever this is cut short, the next `clean` finds a record and what to delete.
@@ -247,5 +257,5 @@ def remove(leaving: Leaving, store: Store | None = None) -> None:
 def _prune(folder: str) -> None:
     """Remove the empty folders of a local artifact; S3 has none."""
     for parent, _, _ in os.walk(folder, topdown=False):
-        if not os.listdir(parent):
+        with suppress(OSError):  # it is not empty, or another process has removed it
             os.rmdir(parent)

@@ -47,6 +47,30 @@ def _explained(action: str, path: str) -> Iterator[None]:
         raise StoreError(f"cannot {action} {path}: {error.strerror or error}", hint) from error
 
 
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """The file's descriptor, for reading."""
+    with _explained("read", path):
+        descriptor = os.open(os.path.expanduser(path), os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _fill(descriptor: int, path: str, start: int, buffer: memoryview) -> None:
+    """The file's bytes from byte `start` on. Raises DamagedError where it ends too early."""
+    done = 0
+    while done < buffer.nbytes:  # one call suffices below 2 GiB
+        got = os.preadv(descriptor, [buffer[done:]], start + done)
+        if got == 0:
+            raise DamagedError(
+                f"{path} is cut short: bytes {start} to {start + buffer.nbytes} were asked for,"
+                f" it has {os.fstat(descriptor).st_size}"
+            )
+        done += got
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -100,27 +124,17 @@ class LocalFiles:
             return os.stat(os.path.expanduser(path)).st_size
 
     def read(self, path: str, start: int, length: int | None) -> bytes:
-        if length is None:
-            length = max(self.size(path) - start, 0)
-        data = bytearray(length)
-        self.read_into(path, start, memoryview(data))
+        with _opened(path) as descriptor:
+            # Of the open file: under its name another one, of another size, may lie a moment later.
+            if length is None:
+                length = max(os.fstat(descriptor).st_size - start, 0)
+            data = bytearray(length)
+            _fill(descriptor, path, start, memoryview(data))
         return bytes(data)
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-        with _explained("read", path):
-            descriptor = os.open(os.path.expanduser(path), os.O_RDONLY)
-            try:
-                done = 0
-                while done < buffer.nbytes:  # one call suffices below 2 GiB
-                    got = os.preadv(descriptor, [buffer[done:]], start + done)
-                    if got == 0:
-                        raise DamagedError(
-                            f"{path} is cut short: bytes {start} to {start + buffer.nbytes} were asked for,"
-                            f" it has {os.fstat(descriptor).st_size}"
-                        )
-                    done += got
-            finally:
-                os.close(descriptor)
+        with _opened(path) as descriptor:
+            _fill(descriptor, path, start, buffer)
 
     def prefetch(self, path: str, start: int, length: int) -> None:
         with suppress(OSError):  # whoever reads it in earnest will tell

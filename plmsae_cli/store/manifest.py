@@ -61,8 +61,14 @@ def write_part(store: Store, folder: str, task_id: str, files: Sequence[FileReco
         store.write(path, [data])
 
 
-def read_parts(store: Store, folder: str, most: int | None = None) -> dict[str, Part]:
-    """Every task's part by the task's id, or of the first `most` of them. A damaged record is a DamagedError."""
+def read_parts(store: Store, folder: str, most: int | None = None, known: Iterable[str] = ()) -> dict[str, Part]:
+    """Every task's part by the task's id. A damaged record is a DamagedError.
+
+    Args:
+        most: of the first so many alone.
+        known: tasks whose records are looked for by name, too: a list of a network disk may lag behind what another machine
+            has written. One without a record is absent all the same.
+    """
 
     def load(name: str) -> Part | None:
         path = join(folder, _PARTS, name)
@@ -71,7 +77,8 @@ def read_parts(store: Store, folder: str, most: int | None = None) -> dict[str, 
         except MissingError:  # withdrawn since it was listed, by a worker that does its task again
             return None
 
-    names = [name for name in store.list(join(folder, _PARTS)) if name.endswith(".json")]
+    names = {name for name in store.list(join(folder, _PARTS)) if name.endswith(".json")}
+    names |= {f"{task}.json" for task in known}
     found = [part for part in each(folder, load, sorted(names)[:most]) if part is not None]
     return {part.task: part for part in found}
 
@@ -117,19 +124,44 @@ def write_manifest(store: Store, folder: str, body: Mapping[str, Any]) -> None:
 
     `body` has at least format, stage, key, config, inputs, created and files: [{name, size, xxh3}]. Of several that finish the
     same artifact at once the first one's manifest stands.
+
+    Raises:
+        StoreError: a file is not there any more, or the manifest came back different.
     """
     path = join(folder, MANIFEST)
+    _require_files(store, folder, file_records(path, body))
     data = canonical_json(body)
     if not store.write_once(path, data):
         if _says_the_same(store, path, body):
             return
         store.write(path, [data])
-    if store.read(path) != data:
+    if store.read(path) != data and not _says_the_same(store, path, body):
         store.delete(path)
         raise StoreError(
             f"{path} came back different from what was written; it was removed",
             hint="the disk or the server is faulty: check it, then start again",
         )
+
+
+def _require_files(store: Store, folder: str, files: Sequence[FileRecord]) -> None:
+    """Raises StoreError where what a task has recorded is gone, or other bytes are there: whoever is late may find the folder
+    freed, cleaned, or made anew."""
+    sizes = store.list(folder)
+
+    def lacks(file: FileRecord) -> bool:
+        if sizes.get(file.name) == file.size:
+            return False
+        try:  # a list may lag behind what another machine has written
+            return store.size(join(folder, file.name)) != file.size
+        except MissingError:
+            return True
+
+    for file in files:
+        if lacks(file):
+            raise StoreError(
+                f"{join(folder, file.name)} is not there as its task wrote it: it was deleted or replaced meanwhile",
+                hint="start again: what is gone is made anew",
+            )
 
 
 def _says_the_same(store: Store, path: str, body: Mapping[str, Any]) -> bool:

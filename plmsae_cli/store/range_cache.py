@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,16 +153,14 @@ class CachingStore(Store):
     @contextmanager
     def _one_at_a_time(self, name: str) -> Iterator[None]:
         stripe = int(name[:8], 16) % _STRIPES
-        with self._threads[stripe]:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            except OSError:
-                self._full = True
-            if self._full:  # nothing will be kept, so nobody need wait
-                yield
-                return
-            with self._locked(f"fetch-{stripe}.lock"):
-                yield
+        with self._threads[stripe], ExitStack() as held:
+            if not self._full:  # else nothing will be kept, so nobody need wait
+                try:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(self._locked(f"fetch-{stripe}.lock"))
+                except OSError:  # another user's, full, or on a disk that cannot lock
+                    self._full = True
+            yield
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import obstore
 import xxhash
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError
 
 from plmsae_cli.config.faults import fault
 from plmsae_cli.store.local import LocalFiles
@@ -34,8 +33,8 @@ from plmsae_cli.store.records import (
     flat,
     is_temporary,
 )
-from plmsae_cli.store.s3_client import claim_process, connect, endpoint_of, split_url
-from plmsae_cli.store.s3_errors import NO_LEAVE, again, check_length, checked, explained
+from plmsae_cli.store.s3_client import claim_process, connect, endpoint_of, probe, split_url
+from plmsae_cli.store.s3_errors import again, check_length, checked, explained
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult
@@ -163,15 +162,17 @@ class S3Objects:
         second = next(source, None)
         with explained("write", path, self._endpoint):
             if second is None:
-                again(lambda: obstore.put(client, key, first, use_multipart=False))
+                put = again(lambda: obstore.put(client, key, first, use_multipart=False))
             else:
                 whole = chain((first, second), source)
-                obstore.put(client, key, whole, chunk_size=_PART, max_concurrency=_PARTS_IN_FLIGHT)
+                put = obstore.put(client, key, whole, chunk_size=_PART, max_concurrency=_PARTS_IN_FLIGHT)
         assert size is None or size == written, f"{path}: {size} bytes announced, {written} came"
-        if (stored := self.size(path)) != written:
+        stored = self._head(path)
+        # With another etag it is what somebody else has written there since, and theirs to judge.
+        if stored["size"] != written and stored["e_tag"] == put["e_tag"]:
             self.delete(path)
             raise StoreError(
-                f"{path} was stored short and removed: {written} bytes were sent, {stored} kept",
+                f"{path} was stored short and removed: {written} bytes were sent, {stored['size']} kept",
                 hint="start again; if it happens again, the server or a proxy in front of it is faulty",
             )
         fault("store.write.after-rename", path=path)
@@ -223,26 +224,7 @@ class S3Objects:
         return target
 
     def probe(self, folder: str, write: bool) -> None:
-        bucket, prefix = split_url(folder)
-        claim_process()
-        client = connect(bucket, self._storage, self._endpoint, hasty=True)
-        try:
-            with explained("list", folder, self._endpoint):
-                next(iter(obstore.list(client, prefix or None)), None)
-        except StoreError as error:
-            public = self._storage is not None and self._storage.anonymous
-            if write or not public or error.message != f"cannot list {folder}: {NO_LEAVE}":
-                raise
-            # A public dataset may be for reading by name alone.
-            try:
-                obstore.head(client, f"{prefix}/MANIFEST.json".lstrip("/"))
-            except (BaseError, FileNotFoundError):
-                raise error from None
-        if write:
-            key = f"{prefix}/.probe-{secrets.token_hex(4)}.tmp".lstrip("/")
-            with explained("write to", folder, self._endpoint):
-                obstore.put(client, key, b"", use_multipart=False)
-                obstore.delete(client, key)
+        probe(folder, self._storage, self._endpoint, write)
 
     def _head(self, path: str) -> Any:
         client, key = self._client(path)

@@ -1,17 +1,21 @@
-"""Making an S3 client out of the user's settings: address, credentials, bounds."""
+"""Making an S3 client out of the user's settings: address, credentials, bounds; and whether it gets an answer."""
 
 from __future__ import annotations
 
 import os
+import secrets
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import boto3
+import obstore
 from botocore.exceptions import BotoCoreError
 from obstore.auth.boto3 import Boto3CredentialProvider
+from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from plmsae_cli.store.records import StoreError
+from plmsae_cli.store.s3_errors import NO_LEAVE, explained
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config
@@ -87,3 +91,27 @@ def connect(bucket: str, storage: Storage | None, endpoint: str | None, hasty: b
         retry_config=_HASTY_RETRY if hasty else _RETRY,
         credential_provider=provider,
     )
+
+
+def probe(folder: str, storage: Storage | None, endpoint: str | None, write: bool) -> None:
+    """Find out in seconds whether a folder can be listed and, with `write`, written to. Raises StoreError."""
+    bucket, prefix = split_url(folder)
+    claim_process()
+    client = connect(bucket, storage, endpoint, hasty=True)
+    try:
+        with explained("list", folder, endpoint):
+            next(iter(obstore.list(client, prefix or None)), None)
+    except StoreError as error:
+        public = storage is not None and storage.anonymous
+        if write or not public or error.message != f"cannot list {folder}: {NO_LEAVE}":
+            raise
+        # A public dataset may be for reading by name alone.
+        try:
+            obstore.head(client, f"{prefix}/MANIFEST.json".lstrip("/"))
+        except (BaseError, FileNotFoundError):
+            raise error from None
+    if write:
+        key = f"{prefix}/.probe-{secrets.token_hex(4)}.tmp".lstrip("/")
+        with explained("write to", folder, endpoint):
+            obstore.put(client, key, b"", use_multipart=False)
+            obstore.delete(client, key)

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.store.digests import remembered_sha256
@@ -193,7 +192,7 @@ def _from_pt(path: Path, name: str, cache: Path) -> WeightsInfo:
 
 
 def _convert(path: Path, converted: Path) -> None:
-    """A fair-esm checkpoint as safetensors, under a temporary name until it is whole.
+    """A fair-esm checkpoint as safetensors.
 
     Published files keep the settings in `cfg.model` (ESM-2) or in `args` (fairseq's older layout).
     """
@@ -215,16 +214,7 @@ def _convert(path: Path, converted: Path) -> None:
             hint="ESM-1, ESM-1v, MSA Transformer and contact-regression files are of another kind",
         ) from error
     check_state(state, config, str(path))
-    part = converted.with_name(f".{converted.name}.{os.getpid()}.part")
-    try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in state.items()},
-            part,
-            {"config": json.dumps(config)},
-        )
-        os.replace(part, converted)
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(Store(), str(converted), state, {"config": json.dumps(config)})
 
 
 def _from_folder(folder: str, name: str, store: Store, cache: Path) -> WeightsInfo:

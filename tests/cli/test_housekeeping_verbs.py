@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ import pytest
 
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.stages.common import effort_figures
+from plmsae_cli.store import housekeeping
+from plmsae_cli.store.fs import Store
+from plmsae_cli.store.housekeeping import Leaving
+from plmsae_cli.store.manifest import write_manifest
 from plmsae_cli.store.passes import Effort
 
 Plmsae = Callable[..., Any]
@@ -103,6 +107,31 @@ def test_used_data_are_known_from_anywhere_by_any_name_of_the_root(
     damaged = plmsae("clean", "--older", "0", "--unused")
     assert damaged.code == 2
     assert "artifacts.json is damaged" in damaged.err
+
+
+def test_clean_leaves_what_a_run_begins_to_use_after_it_was_listed(
+    plmsae: Plmsae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / "data" / f"embed-{number:016x}" for number in range(2)]
+    head = {"format": "f", "stage": "embed", "key": "k", "config": {}, "inputs": {}, "created": 1.0, "files": []}
+    for folder in folders:
+        write_manifest(Store(), str(folder), head)
+        os.utime(folder / "MANIFEST.json", (1, 1))
+    for name in ("before", "late"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "before" / "artifacts.json").write_text("{}")
+    real = housekeeping.leavings
+
+    def listed(*arguments: Any) -> Iterator[Leaving]:
+        yield from real(*arguments)
+        pointer = {"embed": {"folder": str(folders[1]), "key": "k", "rows": 1}}
+        (tmp_path / "late" / "artifacts.json").write_text(json.dumps(pointer))
+
+    monkeypatch.setattr(housekeeping, "leavings", listed)
+    cleaned = plmsae("clean", tmp_path, "--older", "0", "--unused", "--yes")
+    assert cleaned.code == 0
+    assert f"kept {folders[1]}: a run has begun to use it" in cleaned.err
+    assert [folder.exists() for folder in folders] == [False, True]
 
 
 def test_unused_is_refused_where_no_run_says_what_is_used(plmsae: Plmsae, write: Write, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from plmsae_cli.executors import worker
 from plmsae_cli.executors.executor import PlanChanged
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
+from plmsae_cli.executors.pool import Pool
 from plmsae_cli.runtime.task import Context, Plan, Resources, Result, Task, TaskFailed
 from plmsae_cli.store.fs import Store
 from tests.conftest import random_esm2
@@ -122,6 +123,24 @@ def test_a_worker_that_dies_as_it_publishes_beside_the_next_task_loses_nothing_e
     assert {"shard-00002", "finish"} <= {task.id for task in rest.tasks}
     executors(pooled).run(rest, Notes())
     assert made(pooled) == made(experiment)
+
+
+def test_a_worker_that_died_after_it_was_looked_at_is_replaced(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first, *_) = plan_stage("embed", experiment, Store()).tasks
+    pool, seen = Pool(experiment, 1, ()), Notes()
+    process = pool._workers[0].process
+    process.kill()
+    process.join()
+    answers = iter([True])
+    monkeypatch.setattr(process, "is_alive", lambda: next(answers, False))
+    try:
+        pool.run([first], seen)
+    finally:
+        pool.close()
+    assert seen.notes == ["proteins: its worker died (-9); trying again"]
+    assert "proteins" not in {task.id for task in plan_stage("embed", experiment, Store()).tasks}
 
 
 def test_idle_workers_leave_the_gpus_to_a_task_outside_the_pool(

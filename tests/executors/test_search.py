@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,24 @@ def test_a_search_that_was_stopped_chooses_what_it_would_have(tmp_path: Path) ->
     # Names come from the values alone, so `ls`, `eval` and `compare` find them.
     one = experiment(tmp_path / "b", trials=14)
     assert {trial.hash for trial in trials(one)} >= {each["hash"] for each in stopped["trials"]}
+
+
+def test_a_kill_while_half_a_line_is_dropped_loses_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = experiment(tmp_path, trials=3)
+    hunt(one, lambda trial, tell: bowl(trial))
+    journal = tmp_path / "hunt" / JOURNAL
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 4, "wor')
+
+    def killed(path: Path, data: bytes) -> int:
+        path.open("wb").close()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Path, "write_bytes", killed)
+        open_study(one, journal.parent)
+    open_study(one, journal.parent)
+    assert journal.read_bytes().startswith(whole)
 
 
 @pytest.mark.parametrize("goal", ["minimize", "maximize"])

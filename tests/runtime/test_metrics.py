@@ -213,6 +213,21 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, fake: FakeWandb) -> None:
     assert fake.runs[2].arguments["id"] != first["id"]
 
 
+def test_a_run_that_was_killed_as_it_got_its_name_gets_a_whole_one(
+    tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, text: str, **_: Any) -> int:
+        path.write_bytes(b"")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            WandbSink(experiment(), tmp_path)
+    WandbSink(experiment(), tmp_path)
+    assert len(fake.runs[0].arguments["id"]) == 12
+
+
 @pytest.mark.parametrize("fake", ["init", "log", "finish"], indirect=True)
 def test_its_failures_are_told_once_and_cost_nothing(
     tmp_path: Path, fake: FakeWandb, capsys: pytest.CaptureFixture[str]

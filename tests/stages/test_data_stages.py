@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors import worker
 from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.plm.alphabet import encode, pack
 from plmsae_cli.runtime.models import load_plm
@@ -102,6 +104,41 @@ def test_one_two_and_five_workers_write_the_same_bytes(build: Build, go: Go, tmp
         of_one, *of_more = (content(getattr(lineage, stage)(2).folder) for lineage in lineages)
         assert len(of_one) > 1
         assert all(made == of_one for made in of_more)
+
+
+def test_a_finish_finds_the_records_that_a_list_does_not_have_yet(
+    build: Build, go: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network disk, a moment after other machines have written them."""
+    real = Store.list
+    monkeypatch.setattr(Store, "list", lambda self, at: {} if at.endswith("/parts") else real(self, at))
+    experiment = build()
+    go(experiment, DATA)
+    for stage in DATA:
+        folder = getattr(Lineage(experiment, Store()), stage)(2).folder
+        manifest = read_manifest(Store(), folder)
+        assert manifest is not None
+        assert set(content(folder)) == {f["name"] for f in manifest["files"]} - {"index.json"}
+
+
+def test_data_that_are_deleted_while_their_manifest_is_written_are_not_finished(
+    build: Build, go: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = build()
+    folder = Lineage(experiment, Store()).embed(2).folder
+
+    def deleted(point: str, **_: object) -> None:
+        if point == "embed.finish.written":
+            Store().delete(join(folder, "parts", "shard-00001.json"))
+
+    monkeypatch.setattr(worker, "fault", deleted)
+    with pytest.raises(UserError, match=r"has no record of shard-00001 any more") as caught:
+        go(experiment, ["embed"])
+    assert "start again" in (caught.value.hint or "")
+    assert read_manifest(Store(), folder) is None
+    monkeypatch.undo()
+    go(experiment, ["embed"])
+    assert verify(Store(), folder) == []
 
 
 def test_memory_decides_the_tasks_and_not_the_blocks(build: Build, go: Go, tmp_path: Path) -> None:

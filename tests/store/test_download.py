@@ -154,6 +154,21 @@ def test_a_file_that_changed_meanwhile_is_begun_anew(server: Server, target: Pat
     assert target.read_bytes() == BODY[::-1]
 
 
+def test_a_kill_between_the_new_mark_and_the_new_bytes_joins_no_two_files(
+    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.moods = [("cut", 1_200_000), 500, 500, 500, 500]
+    with pytest.raises(UserError):
+        download(f"{server.url}/file", target)
+    server.tag, server.files["/file"] = '"two"', BODY[::-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Transfer, "_receive", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            download(f"{server.url}/file", target)
+    download(f"{server.url}/file", target)
+    assert target.read_bytes() == BODY[::-1]
+
+
 def test_without_a_mark_nothing_is_pieced_together(server: Server, target: Path) -> None:
     server.ranges = False
     server.moods = [("cut", 1_200_000)] * module.ATTEMPTS

@@ -57,6 +57,30 @@ def test_written_bytes_are_read_back_and_recorded(place: Place, size: int) -> No
     assert place.store.local(path).read_bytes() == data
 
 
+@pytest.mark.parametrize("new", [b"longer than it was", b"x"])
+@pytest.mark.parametrize("when", ["before it is opened", "after"])
+def test_a_file_replaced_while_it_is_read_is_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: bytes, when: str
+) -> None:
+    path, other = tmp_path / "record.json", tmp_path / "other"
+    path.write_bytes(b"as it was")
+    other.write_bytes(new)
+    real = os.open
+
+    def opened(name: str, *arguments: int) -> int:
+        monkeypatch.undo()
+        if when == "before it is opened":
+            os.replace(other, path)
+            return real(name, *arguments)
+        descriptor = real(name, *arguments)
+        os.replace(other, path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", opened)
+    assert Store().read(str(path)) == (b"as it was" if when == "after" else new)
+    assert Store().read(str(path)) == new
+
+
 def test_ranges(place: Place) -> None:
     data = random_bytes(12 << 20)  # on S3 several parallel requests
     path = join(place.folder, "x")

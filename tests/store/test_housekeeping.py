@@ -8,9 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from plmsae_cli.store import checkpoint as checkpoints
+from plmsae_cli.store.checkpoint import Checkpoint
 from plmsae_cli.store.fs import Store, join
 from plmsae_cli.store.housekeeping import FREED, Leaving, damages, free, leavings, remove
 from plmsae_cli.store.manifest import read_manifest, read_parts, write_manifest, write_part
@@ -147,10 +151,45 @@ def test_a_freed_artifact_leaves_a_record_and_nothing_else(tmp_path: Path) -> No
     assert read_parts(Store(), root) == {}
     assert sorted(Store().list(root)) == [FREED]
     assert found(tmp_path, older=-DAY, unused=True) == {}
+    assert free(Store(), root) is None, "another process was first"
     # Cut short in the middle: what is left is listed.
     (Path(root) / "shard-1.bin").write_bytes(b"x")
     aged(Path(root) / "shard-1.bin", 60)
     assert found(tmp_path) == {f"embed-{KEY}/shard-1.bin": "its folder was freed"}
+
+
+@pytest.mark.parametrize("other", [lambda f: (f / "new").write_bytes(b"x"), lambda f: shutil.rmtree(f / "parts")])
+def test_what_another_process_does_in_a_folder_that_is_freed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: Damage
+) -> None:
+    root = Path(made(tmp_path / f"embed-{KEY}"))
+    real = Store.delete
+
+    def meanwhile(store: Store, path: str) -> None:
+        real(store, path)
+        if path.endswith("plan.json"):
+            other(root)
+
+    monkeypatch.setattr(Store, "delete", meanwhile)
+    assert free(Store(), str(root)) == 2000
+    assert FREED in Store().list(str(root))
+
+
+@pytest.mark.parametrize("at", ["read", "hash"])
+def test_a_checkpoint_that_training_drops_while_it_is_verified_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    for step in (1, 2):
+        checkpoint = Checkpoint(step, {"w": torch.ones(2)}, {})
+        checkpoints.save(tmp_path / "checkpoints", checkpoint, keep=2)
+    real = getattr(Store, at)
+
+    def dropped(store: Store, path: str) -> Any:
+        shutil.rmtree(tmp_path / "checkpoints" / "step-00000001", ignore_errors=True)
+        return real(store, path)
+
+    monkeypatch.setattr(Store, at, dropped)
+    assert damages(Store(), str(tmp_path)) == []
 
 
 def test_an_artifact_that_is_made_again_after_it_was_freed_is_no_rest_of_it(tmp_path: Path) -> None:

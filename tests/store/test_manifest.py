@@ -139,8 +139,57 @@ def test_of_two_that_finish_at_once_the_first_stands(place: Place) -> None:
     place.manifest([place.write("shards/a", b"other")], created="third")
     assert (read_manifest(place.store, place.folder) or {})["created"] == "third"
     place.write(MANIFEST, b"{")
+    place.write("shards/a", b"aa")
     place.manifest(first, created="fourth")
     assert (read_manifest(place.store, place.folder) or {})["created"] == "fourth"
+
+
+def test_a_manifest_of_the_same_files_that_took_the_place_of_ours_is_no_damage(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found a manifest of other files, and each writes its own over it."""
+    old = [place.write("shards/a", b"other")]
+    place.manifest(old, created="stale")
+    files = [place.write("shards/a", b"aa")]
+    original = Store.write
+
+    def then_another(self: Store, path: str, *arguments: Any, **more: Any) -> FileRecord:
+        record = original(self, path, *arguments, **more)
+        monkeypatch.setattr(Store, "write", original)
+        place.store.delete(join(place.folder, MANIFEST))
+        place.manifest(files, created="theirs")
+        return record
+
+    monkeypatch.setattr(Store, "write", then_another)
+    place.manifest(files, created="ours")
+    assert (read_manifest(place.store, place.folder) or {})["created"] == "theirs"
+
+
+@pytest.mark.parametrize("damage", ["gone", "replaced"])
+def test_no_manifest_lists_a_file_that_is_not_there(place: Place, damage: str) -> None:
+    records = place.part("embed-0", a=b"aa", b=b"bb")
+    if damage == "gone":  # by `keep` or `clean` of another process
+        place.store.delete(records[0].name)
+    else:
+        place.write("shards/a", b"another")
+    with pytest.raises(StoreError, match=r"shards/a is not there as its task wrote it") as caught:
+        place.manifest(records)
+    assert "start again" in (caught.value.hint or "")
+    assert read_manifest(place.store, place.folder) is None
+    assert done_tasks(place.store, place.folder) == set(), "the next start makes it anew"
+    place.manifest(place.part("embed-0", a=b"aa", b=b"bb"))
+    assert verify(place.store, place.folder) == []
+
+
+def test_records_and_files_that_a_list_does_not_have_yet_are_found_by_name(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = place.part("embed-0", a=b"aa") + place.part("embed-1", b=b"b")
+    monkeypatch.setattr(Store, "list", lambda *_: {})
+    assert read_parts(place.store, place.folder) == {}
+    assert list(read_parts(place.store, place.folder, known=["embed-1", "embed-7"])) == ["embed-1"]
+    place.manifest(records)
+    assert verify(place.store, place.folder) == []
 
 
 def test_done_tasks_lists_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,19 @@ def test_a_folder_that_cannot_be_written_costs_only_speed(s3: Any, url: str, tmp
     assert read(store, url, 5, 100) == read(store, url, 5, 100) == DATA[5:105]
 
 
+def test_a_lock_that_cannot_be_had_costs_only_speed(s3: Any, url: str, tmp_path: Path) -> None:
+    """Another user's, say, or the disk is full. A folder stands for it, which stops root too."""
+    store = CachingStore(s3.storage(), str(tmp_path / "c"), 1 << 20)
+    assert read(store, url, 0, 10) == DATA[:10]
+    for stripe in range(1024):
+        lock = tmp_path / "c" / f"fetch-{stripe}.lock"
+        lock.unlink(missing_ok=True)
+        lock.mkdir()
+    assert read(store, url, 20, 30) == DATA[20:50]
+    assert read(store, url, 0, 10) == DATA[:10]
+    assert (store.hits, store.misses) == (1, 2)
+
+
 def test_local_files_pass_by(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(DATA)
     store = CachingStore(None, str(tmp_path / "c"), 1 << 20)

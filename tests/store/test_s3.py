@@ -21,6 +21,7 @@ import pytest
 from plmsae_cli.config.experiment import Storage
 from plmsae_cli.store import s3_client
 from plmsae_cli.store.fs import DamagedError, MissingError, Store, StoreError
+from plmsae_cli.store.s3 import S3Objects
 
 ROOT = Path(__file__).parents[2]
 
@@ -165,6 +166,22 @@ def test_uploads_survive_the_same(unruly: Unruly, fault: str) -> None:
     unruly.script = [fault, fault]
     assert store_at(unruly).write("s3://b/x", [DATA]).size == len(DATA)
     assert unruly.objects == {"/b/x": DATA}
+
+
+def test_what_another_process_has_written_there_since_is_not_taken_for_ours_cut_short(
+    s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two attempts at one task, whose records differ in their times."""
+    url, real = s3.url("parts/a.json"), S3Objects._head
+
+    def replaced(self: S3Objects, path: str) -> Any:
+        monkeypatch.setattr(S3Objects, "_head", real)
+        s3.store().write(url, [b"another attempt's"])
+        return real(self, path)
+
+    monkeypatch.setattr(S3Objects, "_head", replaced)
+    assert s3.store().write(url, [b"ours"]).size == 4
+    assert s3.store().read(url) == b"another attempt's"
 
 
 def test_an_object_stored_short_is_caught_and_removed(unruly: Unruly) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import esm
 import pytest
@@ -25,6 +26,7 @@ from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.plm.esm2 import PUBLISHED as PUBLISHED_SHAPES
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.store import weights as module
+from plmsae_cli.store.digests import remembered_sha256
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.weight_names import state_shapes
 from plmsae_cli.store.weights import PUBLISHED, load_state, resolve_weights, save_model
@@ -191,6 +193,25 @@ def test_a_changed_file_is_another_model(tmp_path: Path, peer: torch.nn.Module) 
     info = resolve_weights(str(path), Store())
     assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != before
     assert torch.equal(load_state(info)["lm_head.bias"], state["encoder.lm_head.bias"])
+
+
+def test_a_hash_of_a_file_that_was_written_to_meanwhile_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "weights", hashlib.file_digest
+    path.write_bytes(b"one")
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.setattr(hashlib, "file_digest", real)
+        found = real(*arguments)
+        path.write_bytes(b"and more")
+        return found
+
+    monkeypatch.setattr(hashlib, "file_digest", late)
+    remembered_sha256(path, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    assert remembered_sha256(path, tmp_path / "cache") == hashlib.sha256(b"and more").hexdigest()
+    assert len(list((tmp_path / "cache" / "sha256").iterdir())) == 1
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -36,8 +36,9 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     assert options is not None
     if task.args["step"] != "report":
         return _part(scope, options, task.args["index"], task.args["of"], context)
-    parts = read_parts(context.store, scope.folder)
-    mine = [parts[f"{task.args['stem']}-{step}"] for step in task.args["steps"]]
+    wanted = [f"{task.args['stem']}-{step}" for step in task.args["steps"]]
+    parts = read_parts(context.store, scope.folder, known=wanted)
+    mine = [parts[name] for name in wanted]
     files = [file.name for part in mine for file in part.files]
     body = {
         key: sum(part.facts[key] for part in mine) for key in ("proteins", "in_training", "cut", "residues", "active")

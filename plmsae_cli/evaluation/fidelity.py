@@ -12,18 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from plmsae_cli.evaluation.proteins import groups
 from plmsae_cli.evaluation.splices import at_residues
-from plmsae_cli.plm.alphabet import MASK, Packed, encode, pack
+from plmsae_cli.plm.alphabet import Packed, encode, pack
 from plmsae_cli.plm.esm2 import ESM2
 from plmsae_cli.plm.passes import Splice
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.runtime.device import pick_device
-from plmsae_cli.runtime.masked_scores import masks
+from plmsae_cli.runtime.masked_scores import mask, masks_of_pack
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.fidelity import Fidelity
 from plmsae_cli.store.activations import ActivationShards
@@ -98,14 +97,6 @@ def _resampled(table_VP: torch.Tensor) -> torch.Tensor:
     return torch.stack(draws, dim=1)
 
 
-def masked_residues(packed: Packed, sequences: Sequence[str], rate: float) -> torch.Tensor:
-    """Which tokens [T] of the proteins' pack are masked."""
-    masked_T = torch.zeros_like(packed.residue_mask_T)
-    flags = np.concatenate([masks(sequence, rate) for sequence in sequences])
-    masked_T[packed.residue_mask_T] = torch.from_numpy(flags).to(masked_T.device)
-    return masked_T
-
-
 @dataclass(frozen=True)
 class Sums:
     """Per protein: scored residues, and summed cross-entropy (nats) by variant, and KL(original || spliced)."""
@@ -144,12 +135,11 @@ def loss_recovered(
     identity = True
     for done, chosen in enumerate(batches):
         check_stop()
-        packed = pack([encode(sequences[i]) for i in chosen]).to(device)
-        masked = masked_residues(packed, [sequences[i] for i in chosen], mask_rate)
+        packed = pack([encode(sequences[i]) for i in chosen])
+        masked_T = masks_of_pack(packed, mask_rate).to(device)
+        packed = packed.to(device)
         splices = _splices(sae, mean_D, packed)
-        found["masked"].append(
-            _score(plm, layer, splices, packed, packed.tokens_T.long().masked_fill(masked, MASK), masked)
-        )
+        found["masked"].append(_score(plm, layer, splices, packed, mask(packed.tokens_T, masked_T), masked_T))
         found["unmasked"].append(_score(plm, layer, splices, packed, packed.tokens_T.long(), packed.residue_mask_T))
         if done == 0:
             plain = plm(packed.tokens_T, packed.documents, logits=True).logits

@@ -171,6 +171,10 @@ class Scope:
             for index in range(of)
         ]
 
+    def recorded(self, task: Task) -> bool:
+        """Whether the task was done."""
+        return self.store.exists(join(self.folder, "parts", f"{task.id}.json"))
+
     def files_of(self, task: Task, steps: Sequence[str]) -> list[str]:
         """Names, relative to the run's folder, of what these steps of the task's axis left."""
         wanted = [f"{task.args['stem']}-{step}" for step in steps]

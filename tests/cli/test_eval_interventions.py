@@ -385,6 +385,25 @@ def test_a_package_that_is_absent_is_named_before_anything_starts(
     assert not list(tmp_path.glob("runs/data/*"))
 
 
+@pytest.mark.parametrize(("axis", "words"), [
+    ("contacts: {{structures: ['{0}/s.pdb:Z']}}", "s.pdb has no chain 'Z'"),
+    ("contacts: {{structures: ['{0}/s.pdb'], max_length: 9}}", "more than eval.contacts.max_length"),
+    ("contacts: {{structures: ['{0}/short.pdb']}}", "24 apart"),
+    ("structure: {{structures: ['{0}/s.pdb:Z'], esmfold: random}}", "s.pdb has no chain 'Z'"),
+    ("structure: {{fasta: '{0}/p.fasta', ids: [a, c], esmfold: random}}", "has no c"),
+])  # fmt: skip
+def test_a_chain_that_is_not_there_is_known_before_anything_starts(
+    plmsae: Plmsae, write: Callable[..., Path], tmp_path: Path, axis: str, words: str
+) -> None:
+    write_structure(tmp_path / "s.pdb", sequences(1, 30)[0], 0)
+    write_structure(tmp_path / "short.pdb", sequences(1, 20)[0], 0)
+    (tmp_path / "p.fasta").write_text(">a\nMKVLA\n")
+    path = write(evaluation=f"\neval:\n  {axis.format(tmp_path)}\n")
+    done = plmsae("run", path, "--dry-run")
+    assert (done.code, words in done.err) == (2, True), done.err
+    assert not (tmp_path / "runs").exists()
+
+
 def looking_model(folder: Path, seeker: str, sought: str) -> None:
     """One block, whose attention at one letter goes to another wherever it stands, and writes what it finds there."""
     model = ESM2(ESM2Config(num_layers=1, d=D, num_heads=1, token_dropout=False))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from plmsae_cli.evaluation import strongest as module
 from plmsae_cli.evaluation.families.largest import largest
 from plmsae_cli.evaluation.strongest import strongest
 from plmsae_cli.sae.interface import Latents
 
 
-def test_they_are_those_of_a_scan() -> None:
+@pytest.mark.parametrize("pairs", [1 << 25, 2 * 12, 1])
+def test_they_are_those_of_a_scan(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAIRS", pairs)  # all four proteins at once, two, one
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([1, 7, 30, 2])
     rows, width, k = 40, 12, 3

@@ -23,6 +23,7 @@ VARIANTS = ("original", "sae", "zero")
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     """The tasks, and figures for people."""
+    from plmsae_cli.evaluation.chains import contents
     from plmsae_cli.evaluation.contacts.structure import require_biotite
 
     options = scope.options.contacts
@@ -31,18 +32,26 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     require_biotite()
     if "head" in options.methods:
         _require_head(scope)
-    inputs = {f"structure-{n}": _content(scope, text) for n, text in enumerate(options.structures)}
-    identity = scope.identity(AXIS, options.science(), inputs)
+    identity = scope.identity(AXIS, options.science(), contents(scope, options.structures))
     pieces = scope.pieces(AXIS, identity, "part", options.tasks, 30.0)
-    tasks = [*pieces, scope.task(AXIS, identity, "report", [piece.args["step"] for piece in pieces])]
-    return tasks, {"structures": len(options.structures), "methods": ", ".join(options.methods)}
+    report = scope.task(AXIS, identity, "report", [piece.args["step"] for piece in pieces])
+    if not scope.recorded(report):  # a chain that is not there, or of no use, is known before training
+        for structure in options.structures:
+            _chain(scope, options, structure)
+    return [*pieces, report], {"structures": len(options.structures), "methods": ", ".join(options.methods)}
 
 
-def _content(scope: Scope, structure: str) -> str:
-    from plmsae_cli.evaluation.contacts.structure import split_chain
+def _chain(scope: Scope, options: Contacts, structure: str) -> Chain:
+    """Raises UserError where it cannot be read, is too long, or has no pair of residues that counts."""
+    from plmsae_cli.evaluation.chains import named_chain
+    from plmsae_cli.evaluation.contacts.precision import SEPARATION, eligible
 
-    file, chain = split_chain(structure)
-    return f"{scope.content(file)}:{chain or ''}"
+    chain = named_chain(scope, AXIS, structure, options.sequence, options.max_length)
+    if not eligible(chain.known_L).any():
+        raise UserError(
+            f"{structure} has no two resolved residues that are {SEPARATION} apart", "leave it out: it is too short"
+        )
+    return chain
 
 
 def _require_head(scope: Scope) -> None:
@@ -118,7 +127,7 @@ class _Measure:
 
         from plmsae_cli.evaluation.contacts.precision import eligible, precision
 
-        chain = self._chain(structure)
+        chain = _chain(self.scope, self.options, structure)
         contact_LL, pairs_LL = chain.contacts(), eligible(chain.known_L)
         i_P, j_P = np.nonzero(pairs_LL)
         pairs: dict[str, Any] = {
@@ -143,23 +152,6 @@ class _Measure:
                 done = sum(map(len, row["precision"].values()))
                 progress(done / (len(self.options.methods) * len(VARIANTS)))
         return row, pairs
-
-    def _chain(self, structure: str) -> Chain:
-        from plmsae_cli.evaluation.contacts.precision import SEPARATION, eligible
-        from plmsae_cli.evaluation.contacts.structure import read_chain, split_chain
-
-        file, name = split_chain(structure)
-        chain = read_chain(self.scope.store.local(file), file, name, self.options.sequence)
-        if len(chain.sequence) > self.options.max_length:
-            raise UserError(
-                f"{structure} has {len(chain.sequence)} residues, more than eval.contacts.max_length",
-                "raise max_length, or leave it out",
-            )
-        if not eligible(chain.known_L).any():
-            raise UserError(
-                f"{structure} has no two resolved residues that are {SEPARATION} apart", "leave it out: it is too short"
-            )
-        return chain
 
     def _scores(self, method: str, chain: Chain) -> Iterator[tuple[str, Any]]:
         """Each variant's scores [L, L]: one Jacobian is held at a time."""

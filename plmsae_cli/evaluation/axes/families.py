@@ -82,10 +82,6 @@ def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
     else:
         table = read_labels(scope.store.local(options.labels))
         labels = labels_of([entry.accession for entry in chosen.entries], table)
-    method = choose_method(options.clusters)
-    cluster_P = cluster(sequences, method)
-    lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
-    test_P = halves(cluster_P, chosen.hashes_P, np.ones_like(lengths_P))
     if not any(labels):
         raise UserError(
             f"none of the {len(sequences):,} proteins of {options.proteins} has a label",
@@ -93,6 +89,9 @@ def _prepare(scope: Scope, options: Families) -> list[FileRecord]:
             if options.labels
             else "a FASTA has no Pfam families: set eval.families.labels to a table of ids and labels",
         )
+    method = choose_method(options.clusters)
+    cluster_P = cluster(sequences, method)
+    test_P = halves(cluster_P, chosen.hashes_P, np.ones(len(sequences), dtype=np.int64))
     names, y_PL = classes(labels, options.min_proteins)
     if options.mode == "strict":
         enough_L = np.minimum(y_PL[test_P].sum(0), y_PL[~test_P].sum(0)) >= EACH_HALF * options.min_proteins

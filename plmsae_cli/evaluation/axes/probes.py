@@ -86,10 +86,6 @@ def _prepare(scope: Scope, options: Probes) -> list[FileRecord]:
     chosen = choose(entries, scope.store, scope.dataset, options.max_length, leave_out=True)
     sampled = _sample(chosen.hashes_P, [len(entry.sequence) for entry in chosen.entries], options.residues)
     kept = [chosen.entries[p] for p in sampled]
-    sequences = [entry.sequence for entry in kept]
-    lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
-    test_P = halves(cluster(sequences, method), chosen.hashes_P[sampled], lengths_P, TEST_SHARE)
-    targets = find_targets(kept, labels, torch.from_numpy(test_P), options.min_instances)[: options.targets]
     if not any(entry.features or (labels is not None and labels.get(entry.accession)) for entry in kept):
         raise UserError(
             f"nothing is known of the {len(kept):,} sampled proteins of {options.proteins}",
@@ -97,6 +93,10 @@ def _prepare(scope: Scope, options: Probes) -> list[FileRecord]:
             if labels is None
             else "check that ids in eval.probes.labels are those of the proteins",
         )
+    sequences = [entry.sequence for entry in kept]
+    lengths_P = np.array([len(s) for s in sequences], dtype=np.int64)
+    test_P = halves(cluster(sequences, method), chosen.hashes_P[sampled], lengths_P, TEST_SHARE)
+    targets = find_targets(kept, labels, torch.from_numpy(test_P), options.min_instances)[: options.targets]
     if not targets:
         raise UserError(
             f"no annotation and no label occurs {options.min_instances} times in {len(kept):,} sampled proteins,"

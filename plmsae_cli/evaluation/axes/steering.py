@@ -154,15 +154,15 @@ def _batches(
     sequences: list[str], options: Steering, plm: Any, layer: int, budget: int, device: Any
 ) -> Iterator[Batch]:
     """Packs in the proteins' order."""
-    from plmsae_cli.evaluation.fidelity import masked_residues
     from plmsae_cli.evaluation.proteins import groups
     from plmsae_cli.evaluation.steering.readout import prepare
     from plmsae_cli.plm.alphabet import encode, pack
+    from plmsae_cli.runtime.masked_scores import masks_of_pack
 
     for places in groups([len(s) + 2 for s in sequences], budget):
-        chosen = [sequences[p] for p in places]
-        packed = pack([encode(sequence) for sequence in chosen]).to(device)
-        yield prepare(plm, packed, masked_residues(packed, chosen, options.mask_rate), layer)
+        packed = pack([encode(sequences[p]) for p in places])
+        masked_T = masks_of_pack(packed, options.mask_rate).to(device)
+        yield prepare(plm, packed.to(device), masked_T, layer)
 
 
 def _part(scope: Scope, options: Steering, index: int, of: int, context: Context) -> Result:

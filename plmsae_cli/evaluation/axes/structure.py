@@ -29,7 +29,7 @@ COLUMNS = ("id", "length", "in_training", *KEYS, *FIGURES)
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     """The tasks, and figures for people."""
     from plmsae_cli.evaluation.structure.esmfold import identity as folder_identity
-    from plmsae_cli.evaluation.structure.proteins import contents, pieces
+    from plmsae_cli.evaluation.structure.proteins import contents, pieces, require_named
 
     options = scope.options.structure
     assert options is not None
@@ -38,9 +38,15 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     model = folder_identity(options.esmfold, scope.experiment.model.weights, scope.store, FIELD)
     identity = scope.identity(AXIS, options.science(), {"esmfold": model, **contents(scope, options)})
     parts = scope.pieces(AXIS, identity, "part", pieces(scope, options), 60.0)
-    tasks = [*parts, scope.task(AXIS, identity, "report", [part.args["step"] for part in parts], of=len(parts))]
+    report = scope.task(AXIS, identity, "report", [part.args["step"] for part in parts], of=len(parts))
+    if not scope.recorded(report):
+        require_named(scope, options)
     sources = [*options.structures, *([options.fasta] if options.fasta else [])]
-    return tasks, {"proteins of": ", ".join(sources), "esmfold": options.esmfold, "modes": ", ".join(options.modes)}
+    return [*parts, report], {
+        "proteins of": ", ".join(sources),
+        "esmfold": options.esmfold,
+        "modes": ", ".join(options.modes),
+    }
 
 
 def _require_sweeps(scope: Scope, options: Structure) -> None:

@@ -10,10 +10,13 @@ import torch
 
 from plmsae_cli.evaluation.concepts.counts import BatchLabels
 from plmsae_cli.evaluation.concepts.vocabulary import Concept, Labels
+from plmsae_cli.evaluation.proteins import groups
 from plmsae_cli.plm.alphabet import AMINO_ACIDS
 from plmsae_cli.store.permutation import counter_hash
 
 ROTATION_SEED = 1
+_TOGETHER = 65_536
+"""Residues whose labels are counted at a time."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -108,11 +111,10 @@ def instance_ranks(concepts: Sequence[Concept]) -> Ints:
 def totals(labelled: Labelled, proteins: Sequence[int]) -> tuple[Ints, Ints]:
     """Residues and instances of each concept [C] in the proteins."""
     count = labelled.num_annotated + (len(AMINO_ACIDS) if labelled.amino_acids else 0)
-    residues_C, instances_C = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
-    for protein in proteins:
-        batch = labelled.batch([protein], "cpu")
+    residues_C = np.zeros(count, dtype=np.int64)
+    for places in groups([len(labelled.sequences[protein]) for protein in proteins], _TOGETHER):
+        batch = labelled.batch([proteins[place] for place in places], "cpu")
         residues_C += np.bincount(batch.concept_E.numpy(), minlength=count)
     inside = np.isin(labelled.protein_M, np.asarray(proteins, dtype=np.int64))
     _, firsts = np.unique(labelled.instance_M[inside], return_index=True)
-    instances_C += np.bincount(labelled.concept_M[inside][firsts], minlength=count)
-    return residues_C, instances_C
+    return residues_C, np.bincount(labelled.concept_M[inside][firsts], minlength=count)

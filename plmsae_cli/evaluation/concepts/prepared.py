@@ -51,6 +51,11 @@ def prepare(scope: Scope, options: Concepts) -> list[FileRecord]:
     path = scope.store.local(options.annotations)
     chosen = choose(read_entries(path), scope.store, scope.dataset, options.max_length, leave_out=strict)
     sequences = [entry.sequence for entry in chosen.entries]
+    if not any(entry.features for entry in chosen.entries):
+        raise UserError(
+            f"nothing is known of the residues of the {len(sequences):,} proteins of {options.annotations}",
+            "a table needs columns of features (ft_domain or Domain [FT], ft_binding, ...): ask UniProt for them",
+        )
     split = options.split if options.split != "auto" else ("cluster" if strict else "random")
     if split == "cluster":
         method = choose_method(options.clusters)
@@ -59,11 +64,6 @@ def prepare(scope: Scope, options: Concepts) -> list[FileRecord]:
         cluster_P, by = np.arange(len(sequences)), "protein"
     lengths_P = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     test_P = halves(cluster_P, chosen.hashes_P, lengths_P)
-    if not any(entry.features for entry in chosen.entries):
-        raise UserError(
-            f"nothing is known of the residues of the {len(sequences):,} proteins of {options.annotations}",
-            "a table needs columns of features (ft_domain or Domain [FT], ft_binding, ...): ask UniProt for them",
-        )
     found = find_concepts(chosen.entries, options.mode, options.min_instances)
     labels, total_CH, positive_CH = keep(found, sequences, chosen.hashes_P, test_P, options)
     facts = {

@@ -42,7 +42,7 @@ class PairScores:
         self.rank_C = rank_C.to(device)
         self.by_instance_I = (self.rank_C >= 0).nonzero(as_tuple=True)[0]
         count = len(latent_C)
-        self.table_P4C = torch.zeros(proteins, 4, count, dtype=torch.int64, device=device)
+        self.table_P4C = torch.zeros(proteins, 4, count, dtype=torch.int32, device=device)  # the largest thing held
         self.positive_CB = torch.zeros(count, BINS, dtype=torch.int64, device=device)
         self.all_UB = torch.zeros(len(self.latent_U), BINS, dtype=torch.int64, device=device)
 
@@ -58,10 +58,10 @@ class PairScores:
         level_RU, bin_RU = level_RU[:, :-1], bins(acts_RU[:, :-1], self.maximum_U)
 
         fires_RC = level_RU[:, self.place_C] >= self.least_C
-        self.table_P4C[:, 1].index_add_(0, protein_R, fires_RC.long())
-        hit_E = fires_RC[labels.row_E, labels.concept_E].long()
+        self.table_P4C[:, 1].index_add_(0, protein_R, fires_RC.int())
+        hit_E = fires_RC[labels.row_E, labels.concept_E].int()
         owner_E = protein_R[labels.row_E]
-        by_residue_E = (self.rank_C[labels.concept_E] < 0).long()
+        by_residue_E = (self.rank_C[labels.concept_E] < 0).int()
         for column, value_E in ((0, hit_E), (2, hit_E * by_residue_E), (3, by_residue_E)):
             self._count(column, owner_E, labels.concept_E, value_E)
         self._instances(fires_RC, labels, protein_R)
@@ -75,10 +75,10 @@ class PairScores:
         if not len(labels.concept_J):
             return
         concept_J = self.by_instance_I[labels.concept_J]
-        found_J = torch.zeros(len(concept_J), dtype=torch.int64, device=protein_R.device)
-        fires_S = fires_RC[labels.row_S, concept_J[labels.instance_S]].long()
+        found_J = torch.zeros_like(concept_J, dtype=torch.int32)
+        fires_S = fires_RC[labels.row_S, concept_J[labels.instance_S]].int()
         found_J.scatter_reduce_(0, labels.instance_S, fires_S, "amax")
-        owner_J = torch.zeros_like(found_J).scatter_(0, labels.instance_S, protein_R[labels.row_S])
+        owner_J = torch.zeros_like(concept_J).scatter_(0, labels.instance_S, protein_R[labels.row_S])
         self._count(2, owner_J, concept_J, found_J)
         self._count(3, owner_J, concept_J, torch.ones_like(found_J))
 
@@ -118,7 +118,7 @@ def score(
             scope.path(AXIS, "scores", f"{name}-{index}of{of}.safetensors"),
             {
                 "place": torch.tensor(mine, dtype=torch.int64),
-                "table": pair.table_P4C.int().cpu(),
+                "table": pair.table_P4C.cpu(),
                 "positive": pair.positive_CB.cpu(),
                 "negative": pair.negative_CB.cpu().contiguous(),
             },

@@ -31,7 +31,7 @@ def largest(latents: Latents, maximum_N: Tensor, lengths: Tensor) -> Tensor:
     best = torch.zeros(len(lengths) * width, device=device)
     key_RK = owner_R[:, None] * width + latents.indices_BK
     best.scatter_reduce_(0, key_RK.flatten(), latents.acts_BK.flatten(), "amax")
-    return (best.view(len(lengths), width) / scale_N).half().cpu()
+    return best.view(len(lengths), width).div_(scale_N).half().cpu()
 
 
 class Writer:

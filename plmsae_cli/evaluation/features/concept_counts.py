@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -159,21 +160,17 @@ def concepts_table(job: Job, counted: list[str]) -> FileRecord:
             for name, values in (("inside", inside_JL), ("outside", outside_JL), ("found", found_JL))
         },
     }
-    import pyarrow as pa
-
     return write_table(job.scope.store, job.path(layout.CONCEPTS), pa.table(columns, schema=layout.CONCEPTS_SCHEMA))
 
 
-def _lists(values_JL: Any) -> Any:
-    import pyarrow as pa
-
+def _lists(values_JL: Any) -> pa.Array:
     ends = np.arange(0, values_JL.size + 1, values_JL.shape[1], dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.ascontiguousarray(values_JL).ravel().astype(np.int32)))
 
 
 def facts(job: Job) -> dict[str, Any]:
     """For index.json."""
-    found = load(job.scope).facts
+    found = job.scope.read_json(CONCEPTS, "prepared.json")
     return {
         "thresholds": list(THRESHOLDS),
         "proteins": found["proteins"]["test"],

@@ -35,7 +35,7 @@ def finish(job: Job, written: list[str]) -> list[FileRecord]:
     parts = [name for name, there in _parts(job, table).items() if there]
     files = [write_table(store, job.path(layout.LATENTS), table)]
     length_P = side.length_P
-    letters = np.bincount(side.letter_R, minlength=len(AMINO_ACIDS) + 1)[: len(AMINO_ACIDS)]
+    letters = np.array([np.count_nonzero(side.letter_R == number) for number in range(len(AMINO_ACIDS))])
     manifest, facts = job.scope.made(), job.saved.facts
     figures: dict[str, Any] = {
         "rows": side.rows,

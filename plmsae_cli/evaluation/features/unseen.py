@@ -121,9 +121,10 @@ def correlations(latent_Q: Ints, predicted_Q: Any, truth_Q: Any) -> dict[int, tu
 
     Spearman's is Pearson's of the ranks, equal values sharing their mean rank.
     """
+    order = np.argsort(latent_Q, kind="stable")
+    names, starts = np.unique(latent_Q[order], return_index=True)
     found = {}
-    for latent in np.unique(latent_Q).tolist():
-        mine = latent_Q == latent
+    for latent, mine in zip(names.tolist(), np.split(order, starts[1:]), strict=True):
         pair = predicted_Q[mine].astype(np.float64), truth_Q[mine].astype(np.float64)
         found[latent] = (_pearson(*pair), _pearson(*(_ranks(values) for values in pair)))
     return found

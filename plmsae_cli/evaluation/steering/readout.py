@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from plmsae_cli.evaluation.steering.edits import VARIANTS, Mode, Steer, edit
-from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, MASK, Packed
+from plmsae_cli.plm.alphabet import AMINO_ACIDS, FIRST_LETTER, Packed
 from plmsae_cli.plm.passes import Partway
+from plmsae_cli.runtime.masked_scores import mask
 from plmsae_cli.sae.dictionary import Dictionary
 
 LETTERS = len(AMINO_ACIDS)
@@ -38,7 +39,7 @@ def log_letters(plm: Any, below: Partway, x_TD: Tensor, read_Q: Tensor) -> Tenso
 
 def prepare(plm: Any, packed: Packed, masked_T: Tensor, layer: int) -> Batch:
     """A batch with its untouched predictions; `masked_T` marks the residues masked."""
-    tokens_T = packed.tokens_T.long().masked_fill(masked_T, MASK)
+    tokens_T = mask(packed.tokens_T, masked_T)
     read_Q = masked_T.nonzero()[:, 0]
     document_T, _ = packed.documents.locate(tokens_T.shape[0])
     below = plm.below(tokens_T, packed.documents, layer)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.structure import Structure
-from plmsae_cli.evaluation.contacts.structure import ENDINGS, Coordinates, onto, read_chain, split_chain
+from plmsae_cli.evaluation import chains
+from plmsae_cli.evaluation.annotations.entries import Entry
+from plmsae_cli.evaluation.contacts.structure import ENDINGS, Chain, Coordinates, onto, read_chain
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.evaluation.proteins import choose, in_training, read_any
 from plmsae_cli.evaluation.structure.metrics import FEWEST
@@ -30,10 +32,7 @@ class Protein:
 
 def contents(scope: Scope, options: Structure) -> dict[str, str]:
     """Hashes of the files that decide the result, by name."""
-    found = scope.contents(fasta=options.fasta)
-    for number, structure in enumerate(options.structures):
-        file, chain = split_chain(structure)
-        found[f"structure-{number}"] = f"{scope.content(file)}:{chain or ''}"
+    found = scope.contents(fasta=options.fasta) | chains.contents(scope, options.structures)
     if options.references is not None:
         found |= {f"reference-{name}": scope.content(path) for name, path in _references(scope, options).items()}
     return found
@@ -52,6 +51,14 @@ def pieces(scope: Scope, options: Structure) -> int:
     return max(1, min(number, most))
 
 
+def require_named(scope: Scope, options: Structure) -> None:
+    """Raises UserError, before anything is trained, where `proteins` will not find what `structures` and `ids` name."""
+    for structure in options.structures:
+        _chain(scope, options, structure)
+    if options.ids is not None:
+        _entries(scope, options)
+
+
 def proteins(scope: Scope, options: Structure) -> list[Protein]:
     """Those of `structures`, then those of `fasta`, each sequence once.
 
@@ -62,34 +69,39 @@ def proteins(scope: Scope, options: Structure) -> list[Protein]:
     found = [_of_structure(scope, options, structure, trained) for structure in options.structures]
     if options.fasta is not None:
         found += _of_fasta(scope, options)
-    once = list({protein.sequence: protein for protein in reversed(found)}.values())[::-1]
-    folded = [protein for protein in once if len(protein.sequence) >= FEWEST][: options.proteins]
+    once: dict[str, Protein] = {}
+    for protein in found:
+        once.setdefault(protein.sequence, protein)
+    folded = [protein for protein in once.values() if len(protein.sequence) >= FEWEST][: options.proteins]
     if not folded:
         raise UserError(f"eval.structure has no protein of at least {FEWEST} residues", "name others")
     return folded
 
 
+def _chain(scope: Scope, options: Structure, structure: str) -> Chain:
+    return chains.named_chain(scope, "structure", structure, options.sequence, options.max_length)
+
+
 def _of_structure(scope: Scope, options: Structure, structure: str, trained: Callable[[str], bool]) -> Protein:
-    file, name = split_chain(structure)
-    chain = read_chain(scope.store.local(file), file, name, options.sequence)
-    if len(chain.sequence) > options.max_length:
-        raise UserError(
-            f"{structure} has {len(chain.sequence)} residues, more than eval.structure.max_length",
-            "raise max_length, or leave it out",
-        )
+    chain = _chain(scope, options, structure)
     return Protein(chain.name, chain.sequence, trained(chain.sequence), chain.alpha_L3)
 
 
-def _of_fasta(scope: Scope, options: Structure) -> list[Protein]:
+def _entries(scope: Scope, options: Structure) -> Iterable[Entry]:
+    """Those of `fasta`, or those of them that `ids` names."""
     assert options.fasta is not None
     entries = read_any(scope.store.local(options.fasta))
-    if options.ids is not None:
-        wanted = set(options.ids)
-        kept = [entry for entry in entries if entry.accession in wanted]
-        if absent := sorted(wanted - {entry.accession for entry in kept}):
-            raise UserError(f"eval.structure.ids: {options.fasta} has no {', '.join(absent)}", "remove it from ids")
-        entries = iter(kept)
-    chosen = choose(entries, scope.store, scope.dataset, options.max_length, leave_out=False)
+    if options.ids is None:
+        return entries
+    wanted = set(options.ids)
+    kept = [entry for entry in entries if entry.accession in wanted]
+    if absent := sorted(wanted - {entry.accession for entry in kept}):
+        raise UserError(f"eval.structure.ids: {options.fasta} has no {', '.join(absent)}", "remove it from ids")
+    return kept
+
+
+def _of_fasta(scope: Scope, options: Structure) -> list[Protein]:
+    chosen = choose(_entries(scope, options), scope.store, scope.dataset, options.max_length, leave_out=False)
     known = _references(scope, options) if options.references is not None else {}
     found = []
     for entry, trained in zip(chosen.entries, chosen.trained_P.tolist(), strict=True):

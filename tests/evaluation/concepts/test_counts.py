@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plmsae_cli.evaluation.concepts import counts as module
+from plmsae_cli.evaluation.concepts import labelling
 from plmsae_cli.evaluation.concepts.counts import THRESHOLDS, Counts
 from plmsae_cli.evaluation.concepts.labelling import Labelled, totals
 from plmsae_cli.evaluation.concepts.vocabulary import Concept, Labels
@@ -141,6 +142,19 @@ def test_the_two_ends_of_a_bond_are_one_instance_and_two_residues() -> None:
     of = labelled(["MCKKC"], bond, [(0, 0, 1, 2, 0), (0, 0, 4, 5, 0)])
     residues_C, instances_C = totals(of, [0])
     assert (residues_C.tolist(), instances_C.tolist()) == ([2], [1])
+
+
+@pytest.mark.parametrize("together", [1, 8, 1000])
+def test_totals_are_the_same_however_many_proteins_are_counted_together(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labelling, "_TOGETHER", together)
+    ranges = [(0, 0, 2, 4, 0), (1, 2, 0, 1, 1), (2, 0, 0, 6, 2), (2, 0, 3, 6, 3), (3, 1, 0, 1, 4)]
+    of = labelled(["MKVM", "A", "GGHHGG", "LL"], CONCEPTS, ranges, amino_acids=True)
+    residues_C, instances_C = totals(of, [0, 2, 3])
+    assert residues_C[:3].tolist() == [2 + 6, 1, 0]
+    assert instances_C[:3].tolist() == [3, 1, 0]
+    assert residues_C[3:].sum() == 4 + 6 + 2
 
 
 def test_amino_acids_are_read_from_the_sequence() -> None:

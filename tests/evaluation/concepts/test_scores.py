@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from plmsae_cli.evaluation.concepts import scores as module
 from plmsae_cli.evaluation.concepts.choice import choose
 from plmsae_cli.evaluation.concepts.scores import BINS, auprc, auroc, bins, bootstrap_f1, interval, scores
 
@@ -85,7 +86,9 @@ def test_each_latent_lists_its_best_concepts_in_order_and_none_it_never_hits() -
         assert (int(best.latent_C[c]), int(best.threshold_C[c])) == (n, t)
 
 
-def test_intervals_are_those_of_drawing_proteins_one_by_one() -> None:
+@pytest.mark.parametrize("together", [1, 4, 1000])
+def test_intervals_are_those_of_drawing_proteins_one_by_one(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TOGETHER", together)
     generator = torch.Generator().manual_seed(3)
     table = torch.randint(1, 6, (9, 4, 2), generator=generator)
     drawn = bootstrap_f1(table, 200, seed=5, chunk=64)

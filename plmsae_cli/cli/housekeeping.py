@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plmsae_cli.cli.exits import DONE, FAILED, checked
-from plmsae_cli.cli.show import size, table
-from plmsae_cli.cli.stage import SCHEMA_VERSION
+from plmsae_cli.cli.show import print_json, size, table
 from plmsae_cli.config.files import is_experiment
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ def verify_targets(targets: list[str], as_json: bool) -> int:
                 for one in found:
                     print(f"  {one.path}: {one.problem}\n    {one.remedy}")
         if as_json:
-            print(json.dumps({"schema": SCHEMA_VERSION, "verified": bodies}))
+            print_json(verified=bodies)
         return FAILED if damaged else DONE
 
     return checked(work)
@@ -114,8 +112,7 @@ def clean_root(target: str, yes: bool, older_hours: float, unused: bool, as_json
         total = sum(one.bytes for one in found)
         if as_json:
             listed = [{"path": one.path, "bytes": one.bytes, "why": one.why} for one in found]
-            body: dict[str, Any] = {"schema": SCHEMA_VERSION, "deleted": yes, "bytes": total, "found": listed}
-            print(json.dumps(body | ({"note": note} if note else {})))
+            print_json(deleted=yes, bytes=total, found=listed, **({"note": note} if note else {}))
         elif found:
             print(table([[one.path, size(one.bytes), one.why] for one in found], ["path", "size", "why"]))
         if yes:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from plmsae_cli.cli.exits import DONE, checked, complain
-from plmsae_cli.cli.show import dollars, size, table
+from plmsae_cli.cli.show import dollars, print_json, size, table
 
 _SHOWN = {"fvu": "fvu", "l0_mean": "l0", "dead_share": "dead", "recovered_zero": None, "loss": "loss"}
 """Figures of an evaluation, and what training calls them."""
@@ -22,7 +21,6 @@ def list_root(root: Path, as_json: bool) -> int:
     """Runs under a root (trials of sweeps included) and data folders, with who uses which."""
 
     def work() -> int:
-
         require_root(root, "ls")
         if (root / "MANIFEST.json").is_file():
             return show_data(root, as_json)
@@ -34,7 +32,7 @@ def list_root(root: Path, as_json: bool) -> int:
         finished = {path.parent: path for name in ("FREED.json", "MANIFEST.json") for path in root.rglob(name)}
         data = [sound for _, path in sorted(finished.items()) if (sound := _sound(path, users))]
         if as_json:
-            print(json.dumps({"schema": 1, "runs": runs, "data": data}))
+            print_json(runs=runs, data=data)
             return DONE
         if not runs and not data:
             print(f"no runs in {root} yet; `plmsae run experiments/` makes some")
@@ -166,7 +164,7 @@ def show_data(folder: Path, as_json: bool) -> int:
     """One artifact: how much, in which form, from where."""
     found = _data(folder / "MANIFEST.json", {})
     if as_json:
-        print(json.dumps({"schema": 1, **found}))
+        print_json(**found)
         return DONE
     weights, fasta = found.get("weights"), found.get("fasta")
     sorted_in = found.get("sorted_in")

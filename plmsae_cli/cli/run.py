@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.cli.ahead import lacks
 from plmsae_cli.cli.exits import DONE, INTERRUPTED, QUEUE_FAILED, USAGE, checked, failure
-from plmsae_cli.cli.stage import SCHEMA_VERSION, dry, listen_for_signals, load_for, outcome, preflight
+from plmsae_cli.cli.show import print_json, table
+from plmsae_cli.cli.stage import dry, listen_for_signals, load_for, outcome, preflight
 from plmsae_cli.cli.tokens import ask, keyed
 
 if TYPE_CHECKING:
@@ -198,8 +198,7 @@ class _Queue:
     def _end(self) -> int:
         if self._wishes.json:
             states = [{"path": str(e.path), "state": e.state, "seconds": round(e.seconds, 1)} for e in self._entries]
-            results = list(self._results.values())
-            print(json.dumps({"schema": SCHEMA_VERSION, "queue": states, "experiments": results}))
+            print_json(queue=states, experiments=list(self._results.values()))
         elif self._entries:
             _print_table(self._entries)
         if any(entry.state in ("interrupted", "pending") for entry in self._entries):
@@ -237,7 +236,6 @@ def _indented(lines: Sequence[str]) -> list[str]:
 
 
 def _print_table(entries: Sequence[Entry]) -> None:
-    from plmsae_cli.cli.show import table
     from plmsae_cli.runtime.progress import clock
 
     rows = [[e.path.name, e.state, clock(e.seconds), e.note] for e in entries]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.cli.exits import DONE, INTERRUPTED, checked, failure
 from plmsae_cli.cli.limits import refuse_beyond
+from plmsae_cli.cli.show import plan_json, plan_lines, print_json, settings
 
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Experiment
     from plmsae_cli.config.yaml import Loaded
     from plmsae_cli.runtime.task import Plan
-
-SCHEMA_VERSION = 1
 
 
 def load_for(path: Path, sets: Sequence[str] | None, bugfix: bool) -> Loaded:
@@ -120,7 +118,7 @@ def _execute_share(experiment: Experiment, stage: str, tasks: str, no_progress: 
         code = failure(error)
         state, text = "interrupted" if code == INTERRUPTED else "failed", ""
     if as_json:
-        print(json.dumps({"schema": SCHEMA_VERSION, "state": state, "tasks": tasks}))
+        print_json(state=state, tasks=tasks)
     elif text:
         shown.say(text)
     return code
@@ -151,7 +149,7 @@ def execute(loaded: Loaded, stages: list[str], no_progress: bool, restart: bool,
         run = f"{loaded.experiment.root}/{loaded.experiment.name}"
         body = {"state": "interrupted" if code == INTERRUPTED else "failed", "run": run}
     if as_json and os.environ.get("RANK", "0") == "0":
-        print(json.dumps({"schema": SCHEMA_VERSION, **body}))
+        print_json(**body)
     return code
 
 
@@ -173,8 +171,6 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def dry(experiments: Sequence[Loaded], stages: Sequence[str] | None, as_json: bool) -> int:
     """Show each resolved YAML with the origin of each value, and each stage's plan; `stages` narrows them."""
-    from plmsae_cli.cli.show import plan_json, plan_lines, settings
-
     bodies = []
     for loaded in experiments:
         plans = plans_of(loaded.experiment, stages or loaded.experiment.stages())
@@ -186,8 +182,7 @@ def dry(experiments: Sequence[Loaded], stages: Sequence[str] | None, as_json: bo
                 print("\n".join(plan_lines(plan)))
             print()
     if as_json:
-        one = stages is not None
-        print(json.dumps({"schema": SCHEMA_VERSION, **(bodies[0] if one else {"experiments": bodies})}))
+        print_json(**(bodies[0] if stages is not None else {"experiments": bodies}))
     else:
         print("nothing was touched (--dry-run)", file=sys.stderr)
     return DONE

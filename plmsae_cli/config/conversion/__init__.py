@@ -34,7 +34,8 @@ def convert_file(path: Path) -> tuple[str, list[str]]:
                 raise
             except (TypeError, ValueError, AttributeError) as error:
                 raise UserError(
-                    f"{path}: a value is not what its name asks for: {error}", "compare the file with its tool's examples"
+                    f"{path}: a value is not what its name asks for: {error}",
+                    "compare the file with its tool's examples",
                 ) from error
             return converted
     raise UserError(

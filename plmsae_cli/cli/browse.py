@@ -21,7 +21,7 @@ def browse_runs(
         from plmsae_cli.config.errors import UserError
         from plmsae_cli.runtime.run_folder import find_run
 
-        found = [find_run(run) for run in runs]
+        found = [find_run(run, "resolved.yaml") for run in runs]
         if len(found) > 2 or len(set(found)) < len(found):
             raise UserError("one run is shown, or two different ones side by side", "name one or two run folders")
         if build is not None:

@@ -204,7 +204,7 @@ def test_the_verb(made: Any, tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert done.stdout.strip() == str(tmp_path / "site" / "index.html")
     assert (tmp_path / "site" / "vendor" / "LICENSES.txt").is_file()
-    (tmp_path / "status.json").write_text("{}")
+    (tmp_path / "resolved.yaml").touch()
     wrong = runner.invoke(app, ["browse", str(tmp_path), "--build", str(tmp_path / "other")])
     assert wrong.exit_code == 2
     assert "has no features to show" in wrong.stderr

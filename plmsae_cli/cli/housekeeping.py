@@ -50,29 +50,26 @@ def _folders(target: str) -> Iterator[tuple[Store, str]]:
     """The artifacts and runs that a target names: an experiment's, a folder itself, or all below it."""
     from plmsae_cli.config.errors import UserError
     from plmsae_cli.store.fs import Store, is_remote, join
+    from plmsae_cli.store.manifest import MANIFEST
 
     if is_experiment(target):
         yield from _of_experiment(Path(target))
         return
     store = Store()
-    if store.exists(join(target, "MANIFEST.json")) or is_remote(target):
-        if not store.exists(join(target, "MANIFEST.json")):
-            raise UserError(
-                f"{target} is not a finished artifact: it has no MANIFEST.json", "name its folder, or a YAML"
-            )
+    if store.exists(join(target, MANIFEST)):
         yield store, target.rstrip("/")
         return
+    if is_remote(target):
+        raise UserError(f"{target} is not a finished artifact: it has no {MANIFEST}", "name its folder, or a YAML")
     if not Path(target).is_dir():
         raise UserError(
             f"{target} is not a folder", "name an artifact's folder, a root of runs, or an experiment's YAML"
         )
-    found = {path.parent for path in Path(target).rglob("MANIFEST.json")}
-    found |= {path.parent for path in Path(target).rglob("parts") if path.is_dir()}
-    found |= {path.parent for path in Path(target).rglob("status.json")}
+    walked = [(folder, {*folders, *files}) for folder, folders, files in os.walk(Path(target))]
+    found = [folder for folder, names in walked if names & {MANIFEST, "parts", "status.json"}]
     if not found:
         raise UserError(f"{target} holds nothing that plmsae wrote", "`plmsae ls` lists what there is")
-    for folder in sorted(found):
-        yield store, str(folder)
+    yield from ((store, folder) for folder in sorted(found))
 
 
 def _of_experiment(path: Path) -> Iterator[tuple[Store, str]]:

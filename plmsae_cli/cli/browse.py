@@ -19,8 +19,9 @@ def browse_runs(
         from plmsae_cli.browse.server import Server, sequence_reader
         from plmsae_cli.browse.site import build_site, is_current
         from plmsae_cli.config.errors import UserError
+        from plmsae_cli.runtime.run_folder import find_run
 
-        found = [_run_folder(run) for run in runs]
+        found = [find_run(run, "resolved.yaml") for run in runs]
         if len(found) > 2 or len(set(found)) < len(found):
             raise UserError("one run is shown, or two different ones side by side", "name one or two run folders")
         if build is not None:
@@ -43,13 +44,3 @@ def browse_runs(
         return DONE
 
     return checked(work)
-
-
-def _run_folder(run: Path) -> Path:
-    """The folder, or the run of that name under runs/."""
-    from plmsae_cli.config.errors import UserError
-
-    found = next((folder for folder in (run, Path("runs") / run) if folder.is_dir()), None)
-    if found is None:
-        raise UserError(f"{run} is not a folder", "name a run's folder, as `plmsae ls` lists them")
-    return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.cli.exits import DONE, checked
-from plmsae_cli.cli.stage import SCHEMA_VERSION, load_for
+from plmsae_cli.cli.show import print_json, table
+from plmsae_cli.cli.stage import load_for
 
 if TYPE_CHECKING:
     from plmsae_cli.report.compare import Comparison, Side
@@ -18,7 +18,6 @@ def compare_files(paths: Sequence[Path], sets: Sequence[str] | None, as_json: bo
     """One table of all SAEs of the experiments; nothing is computed anew."""
 
     def work() -> int:
-        from plmsae_cli.cli.show import table
         from plmsae_cli.report.compare import shown, want_evaluations
 
         sides = [side for path in paths for side in _sides(path, sets)]
@@ -65,19 +64,17 @@ def _print_json(found: Comparison) -> None:
     levels = {
         by: {key: {"at": at, "values": rows} for key, (at, rows) in each.items()} for by, each in found.levels.items()
     }
-    body = {
-        "columns": found.columns,
-        "rows": found.rows,
-        "differences": [each._asdict() for each in found.differences],
-        "curves": levels,
-        "csv": str(found.csv),
-        "report": str(found.page),
-    }
-    print(json.dumps({"schema": SCHEMA_VERSION, **body}))
+    print_json(
+        columns=found.columns,
+        rows=found.rows,
+        differences=[each._asdict() for each in found.differences],
+        curves=levels,
+        csv=str(found.csv),
+        report=str(found.page),
+    )
 
 
 def _print(found: Comparison) -> None:
-    from plmsae_cli.cli.show import table
     from plmsae_cli.config.tree import plain
     from plmsae_cli.report.compare import shown
     from plmsae_cli.report.words import magnitude, number, seconds
@@ -109,13 +106,11 @@ def _named(target: Path) -> list[Side]:
     """The runs of a folder, of a name under runs/, or of a YAML; the trials of a sweep one by one."""
     from plmsae_cli.config.files import is_experiment
     from plmsae_cli.report.compare import Side
-    from plmsae_cli.runtime.run_folder import no_run, read_json
+    from plmsae_cli.runtime.run_folder import find_run, read_json
 
     if is_experiment(target):
         return _sides(target, None)
-    folder = next((each for each in (target, Path("runs") / target) if (each / "resolved.yaml").is_file()), None)
-    if folder is None:
-        raise no_run(target, "resolved.yaml")
+    folder = find_run(target, "resolved.yaml")
     sweep: dict[str, Any] | None = read_json(folder / "sweep.json")
     if sweep is None:
         return [Side(folder.name, str(target), folder)]

@@ -9,11 +9,11 @@ import netrc
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from plmsae_cli.cli.show import size
+from plmsae_cli.cli.show import bytes_to_make, nested, size
 from plmsae_cli.cli.tokens import WANDB_KEY, wandb_login
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _places(experiment: Experiment, plans: Sequence[Plan]) -> Iterator[Check]:
     from plmsae_cli.runtime.checks import ROOM, bucket, folders, space
     from plmsae_cli.store.fs import is_remote
 
-    wanted = sum(a.bytes for plan in plans for a in plan.artifacts.values() if not a.done)
+    wanted = bytes_to_make(plans)
     for field, place in folders(experiment).items():
         if is_remote(place):
             yield bucket(experiment, place, write=True)
@@ -53,7 +53,7 @@ def _memory(experiment: Experiment, plans: Sequence[Plan]) -> Check:
     gpus = count_gpus(experiment.launch)
     there = device_memory(experiment.launch)
     where = f"{gpus} GPU(s) here" if gpus else "no GPU here, so it is this machine's memory"
-    needs = [need for plan in plans if not plan.done for need in _each("memory_per_rank", plan.figures)]
+    needs = [need for plan in plans if not plan.done for need in nested("memory_per_rank", plan.figures)]
     if not needs:
         return Check("memory", "ok", f"nothing is left to train; {size(there)} can be used, {where}")
     text = f"training is predicted to hold {size(max(needs))} a rank of {size(there)} that can be used, {where}"
@@ -62,14 +62,6 @@ def _memory(experiment: Experiment, plans: Sequence[Plan]) -> Check:
     return Check(
         "memory", "fail", text, "lower train.batch_tokens or train.sae.expansion, or share it: more launch.ranks"
     )
-
-
-def _each(name: str, figures: Mapping[str, Any]) -> Iterator[float]:
-    for key, found in figures.items():
-        if isinstance(found, Mapping):
-            yield from _each(name, found)
-        elif key == name:
-            yield float(found)
 
 
 def _wandb(experiment: Experiment) -> Iterator[Check]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plmsae_cli.cli.exits import DONE, FAILED, checked
-from plmsae_cli.cli.show import size
+from plmsae_cli.cli.show import print_json, size
 
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Experiment
@@ -51,7 +50,7 @@ def examine(path: Path | None, as_json: bool) -> int:
                 if check.remedy and check.state != "ok":
                     print(f"      hint: {check.remedy}", flush=True)
         if as_json:
-            print(json.dumps({"schema": 1, "checks": [asdict(check) for check in found]}))
+            print_json(checks=[asdict(check) for check in found])
         return FAILED if any(check.state == "fail" for check in found) else DONE
 
     return checked(work)

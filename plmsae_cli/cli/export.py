@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from plmsae_cli.cli.exits import DONE, checked
-from plmsae_cli.cli.stage import SCHEMA_VERSION
+from plmsae_cli.cli.show import print_json
 from plmsae_cli.cli.tokens import ask_hub
 
 
@@ -39,7 +38,7 @@ def export_run(
             )
         if push is not None:
             ask_hub()  # before the minutes that writing may take
-        found: dict[str, Any] = {"schema": SCHEMA_VERSION}
+        found: dict[str, Any] = {}
         said: list[str] = []
         if csv is not None or parquet is not None:
             found |= _table(run, {"csv": csv, "parquet": parquet}, said)
@@ -49,7 +48,10 @@ def export_run(
             found |= _dictionary(run, saelens, said)
         if folders:
             found["pushed"] = None if push is None else _push(folders[0], push, said)
-        print(json.dumps(found) if as_json else "\n".join(said))
+        if as_json:
+            print_json(**found)
+        else:
+            print("\n".join(said))
         return DONE
 
     return checked(work)
@@ -79,8 +81,7 @@ def _table(run: str, paths: dict[str, Path | None], said: list[str]) -> dict[str
 def _model(run: str, folder: Path, said: list[str]) -> dict[str, Any]:
     from plmsae_cli.runtime.hub import export_run as export_model
 
-    named = Path("runs") / run
-    files = export_model(str(named) if not Path(run).exists() and named.exists() else run, folder)
+    files = export_model(_run_or_name(run), folder)
     said.append(f"wrote {folder}: {', '.join(files)}")
     return {"folder": str(folder), "files": files}
 
@@ -89,9 +90,15 @@ def _dictionary(run: str, folder: Path, said: list[str]) -> dict[str, Any]:
     from plmsae_cli.runtime.dictionaries import write_saelens
     from plmsae_cli.runtime.saved import load_sae_with_facts
 
-    files = write_saelens(load_sae_with_facts(run if Path(run).exists() else Path("runs") / run), folder)
+    files = write_saelens(load_sae_with_facts(_run_or_name(run)), folder)
     said.append(f"wrote {folder}: {', '.join(files)}")
     return {"saelens_folder": str(folder), "saelens_files": files}
+
+
+def _run_or_name(run: str) -> str:
+    """A folder under runs/ by its name alone; anything else, such as published weights or `s3://`, as it was named."""
+    named = Path("runs") / run
+    return str(named) if named.exists() and not Path(run).exists() else run
 
 
 def _push(folder: Path, name: str, said: list[str]) -> str:

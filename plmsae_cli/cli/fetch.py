@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plmsae_cli.cli.exits import DONE, checked
-from plmsae_cli.cli.stage import SCHEMA_VERSION
+from plmsae_cli.cli.show import print_json, size, table
 
 
 def fetch_names(
@@ -20,7 +19,6 @@ def fetch_names(
     """Show what would be fetched, then fetch it."""
 
     def work() -> int:
-        from plmsae_cli.cli.show import size, table
         from plmsae_cli.config.errors import UserError
         from plmsae_cli.store.download import download
         from plmsae_cli.store.sources import place_of, sources
@@ -28,7 +26,10 @@ def fetch_names(
 
         known = sources()
         if not names:
-            print(table([[each.name, each.help] for each in known.values()], ["name", "what it is"]))
+            if as_json:
+                print_json(sources=[{"name": each.name, "help": each.help} for each in known.values()])
+            else:
+                print(table([[each.name, each.help] for each in known.values()], ["name", "what it is"]))
             return DONE
         for name in names:
             if name not in known:
@@ -53,7 +54,8 @@ def fetch_names(
             ]
             print(table(rows, ["file", "size", "", "checksum"]))
             print(f"{size(wanted)} to fetch")
-        _room(left[0][0].parent if left else Path(), wanted, UserError)
+        if left:
+            _room(left[0][0].parent, wanted)
         if not dry:
             for path, remote in left:
                 shown = _Shown(path.name, plain or as_json)
@@ -64,7 +66,7 @@ def fetch_names(
                 {"file": str(path), "url": remote.url, "bytes": remote.size, "there": path.exists()}
                 for path, remote in files
             ]
-            print(json.dumps({"schema": SCHEMA_VERSION, "files": body}))
+            print_json(files=body)
         return DONE
 
     return checked(work)
@@ -75,13 +77,16 @@ def _there(path: Path) -> int:
     return part.stat().st_size if part.is_file() else 0
 
 
-def _room(folder: Path, wanted: int, error: type[ValueError]) -> None:
-    from plmsae_cli.cli.show import size
+def _room(folder: Path, wanted: int) -> None:
+    """Raises UserError where the disk has too little room."""
+    from plmsae_cli.config.errors import UserError
     from plmsae_cli.runtime.checks import nearest
 
     free = shutil.disk_usage(nearest(folder)).free
     if wanted > free:
-        raise error(f"{size(wanted)} are to be fetched, {folder} has {size(free)} free", "name another disk with --to")
+        raise UserError(
+            f"{size(wanted)} are to be fetched, {folder} has {size(free)} free", "name another disk with --to"
+        )
 
 
 class _Shown:
@@ -100,7 +105,5 @@ class _Shown:
             self._line.update(done, total)
 
     def end(self) -> None:
-        from plmsae_cli.cli.show import size
-
         self._line.end(size(self._done))
         sys.stderr.flush()

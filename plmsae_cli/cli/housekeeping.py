@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plmsae_cli.cli.exits import DONE, FAILED, checked
-from plmsae_cli.cli.show import size, table
-from plmsae_cli.cli.stage import SCHEMA_VERSION
+from plmsae_cli.cli.show import print_json, size, table
 from plmsae_cli.config.files import is_experiment
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ def verify_targets(targets: list[str], as_json: bool) -> int:
                 for one in found:
                     print(f"  {one.path}: {one.problem}\n    {one.remedy}")
         if as_json:
-            print(json.dumps({"schema": SCHEMA_VERSION, "verified": bodies}))
+            print_json(verified=bodies)
         return FAILED if damaged else DONE
 
     return checked(work)
@@ -52,28 +50,26 @@ def _folders(target: str) -> Iterator[tuple[Store, str]]:
     """The artifacts and runs that a target names: an experiment's, a folder itself, or all below it."""
     from plmsae_cli.config.errors import UserError
     from plmsae_cli.store.fs import Store, is_remote, join
+    from plmsae_cli.store.manifest import MANIFEST
 
     if is_experiment(target):
         yield from _of_experiment(Path(target))
         return
     store = Store()
-    if store.exists(join(target, "MANIFEST.json")) or is_remote(target):
-        if not store.exists(join(target, "MANIFEST.json")):
-            raise UserError(
-                f"{target} is not a finished artifact: it has no MANIFEST.json", "name its folder, or a YAML"
-            )
+    if store.exists(join(target, MANIFEST)):
         yield store, target.rstrip("/")
         return
+    if is_remote(target):
+        raise UserError(f"{target} is not a finished artifact: it has no {MANIFEST}", "name its folder, or a YAML")
     if not Path(target).is_dir():
         raise UserError(
             f"{target} is not a folder", "name an artifact's folder, a root of runs, or an experiment's YAML"
         )
-    marks = {"MANIFEST.json", "status.json", "parts"}
-    found = [Path(parent) for parent, below, names in os.walk(target) if marks & {*below, *names}]
+    walked = [(folder, {*folders, *files}) for folder, folders, files in os.walk(Path(target))]
+    found = [folder for folder, names in walked if names & {MANIFEST, "parts", "status.json"}]
     if not found:
         raise UserError(f"{target} holds nothing that plmsae wrote", "`plmsae ls` lists what there is")
-    for folder in sorted(found):
-        yield store, str(folder)
+    yield from ((store, folder) for folder in sorted(found))
 
 
 def _of_experiment(path: Path) -> Iterator[tuple[Store, str]]:
@@ -113,8 +109,7 @@ def clean_root(target: str, yes: bool, older_hours: float, unused: bool, as_json
         total = sum(one.bytes for one in found)
         if as_json:
             listed = [{"path": one.path, "bytes": one.bytes, "why": one.why} for one in found]
-            body: dict[str, Any] = {"schema": SCHEMA_VERSION, "deleted": yes, "bytes": total, "found": listed}
-            print(json.dumps(body | ({"note": note} if note else {})))
+            print_json(deleted=yes, bytes=total, found=listed, **({"note": note} if note else {}))
         elif found:
             print(table([[one.path, size(one.bytes), one.why] for one in found], ["path", "size", "why"]))
         if yes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plmsae_cli.cli.exits import DONE, checked, complain
 from plmsae_cli.cli.listing import DAMAGED, require_root, run_folders
-from plmsae_cli.cli.stage import SCHEMA_VERSION
+from plmsae_cli.cli.show import print_json
 
 if TYPE_CHECKING:
     from plmsae_cli.report.index import Found
@@ -34,7 +33,7 @@ def report_root(root: Path, as_json: bool) -> int:
             runs = [_found(each, root) for each in folders]
             page, found = write_index(root, runs), [str(each) for each in folders]
         if as_json:
-            print(json.dumps({"schema": SCHEMA_VERSION, "report": str(page), "runs": found}))
+            print_json(report=str(page), runs=found)
         else:
             print(f"report: {page}")
         return DONE

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from plmsae_cli.cli.exits import DONE, checked
 from plmsae_cli.cli.listing import require_root
-from plmsae_cli.cli.show import table
+from plmsae_cli.cli.show import print_json, table
 
 
 def show_leaderboard(root: Path, track: str, as_json: bool) -> int:
@@ -23,7 +22,7 @@ def show_leaderboard(root: Path, track: str, as_json: bool) -> int:
         require_root(root, "ls")
         found = leaderboard(root, track)
         if as_json:
-            print(json.dumps({"schema": 1, "track": track, "runs": [entry.dump() for entry in found]}))
+            print_json(track=track, runs=[entry.dump() for entry in found])
             return DONE
         if not found:
             asked = f"below its target loss ({TARGET_LOSS} unless it names one)" if track == "speed" else "validated"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from plmsae_cli.cli.show import size
+from plmsae_cli.cli.show import bytes_to_make, nested, size
 
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Experiment
@@ -29,18 +29,10 @@ def forecast(plans: Sequence[Plan], price: Price, gpus: int) -> Forecast:
     """Of what is not done yet; hours on `gpus` GPUs, as `embed` predicts them."""
     left = [plan for plan in plans if not plan.done]
     hours = gpus * sum(float(plan.figures.get("hours", 0.0)) for plan in left)
-    made = sum(a.bytes for plan in left for a in plan.artifacts.values() if not a.done)
-    requests = sum(usd for plan in left for usd in _each("usd_requests", plan.figures))
+    made = bytes_to_make(left)
+    requests = sum(usd for plan in left for usd in nested("usd_requests", plan.figures))
     usd = hours * (price.gpu_hour or 0.0) + made / 1e12 * (price.tb_day or 0.0) + requests
     return Forecast(hours, made, usd)
-
-
-def _each(name: str, figures: Mapping[str, Any]) -> Iterator[float]:
-    for key, found in figures.items():
-        if isinstance(found, Mapping):
-            yield from _each(name, found)
-        elif key == name:
-            yield float(found)
 
 
 def beyond(experiment: Experiment, found: Forecast) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from plmsae_cli.cli.exits import DONE, checked, complain
-from plmsae_cli.cli.show import dollars, size, table
+from plmsae_cli.cli.show import dollars, print_json, size, table
 
 _SHOWN = {"fvu": "fvu", "l0_mean": "l0", "dead_share": "dead", "recovered_zero": None, "loss": "loss"}
 """Figures of an evaluation, and what training calls them."""
@@ -23,30 +22,30 @@ def list_root(root: Path, as_json: bool) -> int:
 
     def work() -> int:
         from plmsae_cli.runtime.run_folder import files_named
+        from plmsae_cli.store.housekeeping import FREED
+        from plmsae_cli.store.manifest import MANIFEST
 
         require_root(root, "ls")
-        if (root / "MANIFEST.json").is_file():
+        if (root / MANIFEST).is_file():
             return show_data(root, as_json)
         runs = [_run(folder, root) for folder in run_folders(root)]
         users: dict[str, list[str]] = {}
         for found in runs:
             for pointer in found["artifacts"].values():
                 users.setdefault(os.path.basename(pointer["folder"].rstrip("/")), []).append(found["name"])
-        finished = {path.parent: path for name in ("FREED.json", "MANIFEST.json") for path in files_named(root, name)}
+        finished = {path.parent: path for name in (FREED, MANIFEST) for path in files_named(root, name)}
         data = [sound for _, path in sorted(finished.items()) if (sound := _sound(path, users))]
         if as_json:
-            print(json.dumps({"schema": 1, "runs": runs, "data": data}))
+            print_json(runs=runs, data=data)
             return DONE
         if not runs and not data:
             print(f"no runs in {root} yet; `plmsae run experiments/` makes some")
             return DONE
         rows = [[r["name"], r["words"], *(_figure(r, name) for name in _SHOWN), dollars(r["usd"])] for r in runs]
         columns = ["run", "state", "FVU", "L0", "dead", "loss recovered", "loss", "cost"]
-        for name in ("loss", "cost"):  # no language model was trained; no price was set
-            at = columns.index(name)
-            if all(row[at] == "-" for row in rows):
-                rows, columns = [_without(row, at) for row in rows], _without(columns, at)
-        print(table(rows, columns))
+        optional = ("loss", "cost")  # empty where no language model was trained, no price was set
+        kept = [i for i, name in enumerate(columns) if name not in optional or any(row[i] != "-" for row in rows)]
+        print(table([[row[i] for i in kept] for row in rows], [columns[i] for i in kept]))
         if any("(" in cell for row in rows for cell in row[2:]):
             print("in brackets: the last step of training, where there is no evaluation")
         if data:
@@ -168,9 +167,11 @@ def _data(path: Path, users: dict[str, list[str]]) -> dict[str, Any]:
 
 def show_data(folder: Path, as_json: bool) -> int:
     """One artifact: how much, in which form, from where."""
-    found = _data(folder / "MANIFEST.json", {})
+    from plmsae_cli.store.manifest import MANIFEST
+
+    found = _data(folder / MANIFEST, {})
     if as_json:
-        print(json.dumps({"schema": 1, **found}))
+        print_json(**found)
         return DONE
     weights, fasta = found.get("weights"), found.get("fasta")
     sorted_in = found.get("sorted_in")
@@ -195,12 +196,6 @@ def show_data(folder: Path, as_json: bool) -> int:
         if value:
             print(f"  {name}: {value}")
     return DONE
-
-
-def _without(cells: list[str], at: int) -> list[str]:
-    kept = list(cells)
-    del kept[at]
-    return kept
 
 
 def _users(names: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -42,3 +44,24 @@ Tasks = Annotated[
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Start even where the plan is beyond `limits` of the YAML.")]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a verb that runs stages was asked for."""
+
+    sets: Sequence[str] | None = None
+    dry_run: bool = False
+    bugfix: bool = False
+    json: bool = False
+    no_progress: bool = False
+    with_inputs: bool = False
+    restart: bool = False
+    tasks: str | None = None
+    yes: bool = False
+    watch: bool = False
+
+    @property
+    def live(self) -> bool:
+        """Whether progress may move on a terminal."""
+        return not self.no_progress and not self.json

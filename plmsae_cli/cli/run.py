@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.cli.ahead import lacks
 from plmsae_cli.cli.exits import DONE, INTERRUPTED, QUEUE_FAILED, USAGE, checked, failure
-from plmsae_cli.cli.stage import SCHEMA_VERSION, dry, listen_for_signals, load_for, outcome, preflight
+from plmsae_cli.cli.options import Wishes
+from plmsae_cli.cli.show import print_json, table
+from plmsae_cli.cli.stage import dry, listen_for_signals, load_for, outcome, preflight
 from plmsae_cli.cli.tokens import ask, keyed
 
 if TYPE_CHECKING:
     from plmsae_cli.config.yaml import Loaded
     from plmsae_cli.executors.queue import Entry
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """The options of `plmsae run`."""
-
-    sets: Sequence[str] | None = None
-    dry_run: bool = False
-    bugfix: bool = False
-    json: bool = False
-    no_progress: bool = False
-    restart: bool = False
-    yes: bool = False
-    watch: bool = False
 
 
 def run_files(targets: list[Path], wishes: Wishes) -> int:
@@ -93,8 +79,7 @@ class _Queue:
         from plmsae_cli.runtime.progress import reporter
 
         self._targets, self._loaded, self._wishes = targets, loaded, wishes
-        self._live = not wishes.no_progress and not wishes.json
-        self._shown = reporter(self._live)
+        self._shown = reporter(wishes.live)
         self._several = len(loaded) > 1 or any(target.is_dir() for target in targets)
         self._entries: list[Entry] = []
         self._codes: dict[Path, int] = {}
@@ -114,7 +99,7 @@ class _Queue:
             return recovery.again(entry.path, entry.error, self._loaded[entry.path].experiment, queue)
 
         with ExitStack() as stack:
-            if self._several and self._live and sys.stderr.isatty():
+            if self._several and self._wishes.live and sys.stderr.isatty():
                 from plmsae_cli.cli.view import QueueView
 
                 self._shown = stack.enter_context(QueueView(self._entries))
@@ -198,8 +183,7 @@ class _Queue:
     def _end(self) -> int:
         if self._wishes.json:
             states = [{"path": str(e.path), "state": e.state, "seconds": round(e.seconds, 1)} for e in self._entries]
-            results = list(self._results.values())
-            print(json.dumps({"schema": SCHEMA_VERSION, "queue": states, "experiments": results}))
+            print_json(queue=states, experiments=list(self._results.values()))
         elif self._entries:
             _print_table(self._entries)
         if any(entry.state in ("interrupted", "pending") for entry in self._entries):
@@ -237,7 +221,6 @@ def _indented(lines: Sequence[str]) -> list[str]:
 
 
 def _print_table(entries: Sequence[Entry]) -> None:
-    from plmsae_cli.cli.show import table
     from plmsae_cli.runtime.progress import clock
 
     rows = [[e.path.name, e.state, clock(e.seconds), e.note] for e in entries]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plmsae_cli.runtime.task import Plan
+
+
+def print_json(**body: Any) -> None:
+    """The one object on stdout that `--json` promises."""
+    print(json.dumps({"schema": 1, **body}))
 
 
 def size(count: float) -> str:
@@ -20,6 +26,20 @@ def size(count: float) -> str:
 def dollars(amount: float | None) -> str:
     """$1,234.50; a dash where no price is known."""
     return "-" if amount is None else f"${amount:,.2f}"
+
+
+def nested(name: str, figures: Mapping[str, Any]) -> Iterator[float]:
+    """Every figure of this name in a plan's figures, sections within sections included."""
+    for key, found in figures.items():
+        if isinstance(found, Mapping):
+            yield from nested(name, found)
+        elif key == name:
+            yield float(found)
+
+
+def bytes_to_make(plans: Iterable[Plan]) -> int:
+    """Of all artifacts that are not there yet."""
+    return sum(made.bytes for plan in plans for made in plan.artifacts.values() if not made.done)
 
 
 def value(name: str, found: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.cli.exits import DONE, INTERRUPTED, checked, failure
 from plmsae_cli.cli.limits import refuse_beyond
+from plmsae_cli.cli.options import Wishes
+from plmsae_cli.cli.show import plan_json, plan_lines, print_json, settings
 
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Experiment
     from plmsae_cli.config.yaml import Loaded
     from plmsae_cli.runtime.task import Plan
-
-SCHEMA_VERSION = 1
 
 
 def load_for(path: Path, sets: Sequence[str] | None, bugfix: bool) -> Loaded:
@@ -43,20 +42,8 @@ def _cut_down(loaded: Loaded) -> Loaded:
     return replace(loaded, experiment=experiment.model_copy(update={"launch": launch}))
 
 
-def run_stage(
-    stage: str,
-    path: Path,
-    sets: Sequence[str] | None,
-    dry_run: bool,
-    bugfix: bool,
-    as_json: bool,
-    no_progress: bool,
-    with_inputs: bool,
-    restart: bool,
-    tasks: str | None = None,
-    yes: bool = False,
-) -> int:
-    """One stage, or with `with_inputs` the stages before it as well; with `tasks` a share of its tasks alone."""
+def run_stage(stage: str, path: Path, wishes: Wishes) -> int:
+    """One stage; with `--with-inputs` the stages before it as well, with `--tasks` a share of its tasks alone."""
     chosen: list[tuple[Loaded, list[str]]] = []
 
     def prepare() -> int:
@@ -66,14 +53,14 @@ def run_stage(
         from plmsae_cli.executors.share import Share
         from plmsae_cli.store.fs import Store
 
-        if tasks is not None:
-            Share.parse(tasks)
-            if with_inputs or bugfix:
+        if wishes.tasks is not None:
+            Share.parse(wishes.tasks)
+            if wishes.with_inputs or wishes.bugfix:
                 raise UserError(
                     "--tasks is a share of one stage's tasks",
                     "leave out --with-inputs and --bugfix, run stage by stage",
                 )
-        loaded = load_for(path, sets, bugfix)
+        loaded = load_for(path, wishes.sets, wishes.bugfix)
         experiment = loaded.experiment
         present = experiment.stages()
         # `train.saes` are what `plmsae train` trains, whichever way.
@@ -82,45 +69,47 @@ def run_stage(
             of_sweep = stage == "train" and experiment.sweep is not None
             why = "its trials are trained by `plmsae sweep`" if of_sweep else f"add a section, {stage}:"
             raise UserError(f"{path} has no {stage} stage", why)
-        stages = present[: present.index(chosen_stage) + 1] if with_inputs or bugfix else [chosen_stage]
-        if dry_run:
-            return dry([loaded], stages, as_json)
-        if bugfix:
+        stages = present[: present.index(chosen_stage) + 1] if wishes.with_inputs or wishes.bugfix else [chosen_stage]
+        if wishes.dry_run:
+            return dry([loaded], stages, wishes.json)
+        if wishes.bugfix:
             stack.enter_context(smoke_folder(Path(experiment.root)))
-        elif not with_inputs and (missing := missing_inputs(chosen_stage, experiment, Store(experiment.storage))):
+        elif not wishes.with_inputs and (
+            missing := missing_inputs(chosen_stage, experiment, Store(experiment.storage))
+        ):
             listed = "\n".join(f"  {item}" for item in missing)
             raise UserError(
                 f"{stage} needs what does not exist yet:\n{listed}",
                 f"`plmsae run {path}` makes everything, `plmsae {stage} {path} --with-inputs` what this stage needs",
             )
-        preflight(experiment, stages, fetch=True, yes=yes)
+        preflight(experiment, stages, fetch=True, yes=wishes.yes)
         chosen.append((loaded, stages))
         return DONE
 
     with ExitStack() as stack:
-        if not dry_run:
+        if not wishes.dry_run:
             listen_for_signals()
         code = checked(prepare)
         if code or not chosen:
             return code
-        if tasks is not None:
-            return _execute_share(chosen[0][0].experiment, stage, tasks, no_progress, as_json)
-        return execute(*chosen[0], no_progress, restart, as_json)
+        if wishes.tasks is not None:
+            return _execute_share(chosen[0][0].experiment, stage, wishes.tasks, wishes)
+        return _execute(*chosen[0], wishes)
 
 
-def _execute_share(experiment: Experiment, stage: str, tasks: str, no_progress: bool, as_json: bool) -> int:
+def _execute_share(experiment: Experiment, stage: str, tasks: str, wishes: Wishes) -> int:
     from plmsae_cli.executors.share import Share, run_share
     from plmsae_cli.runtime.progress import reporter
 
-    shown = reporter(live=not no_progress and not as_json)
+    shown = reporter(wishes.live)
     try:
         state, text = "done", run_share(experiment, stage, Share.parse(tasks), shown)
         code = DONE
     except Exception as error:
         code = failure(error)
         state, text = "interrupted" if code == INTERRUPTED else "failed", ""
-    if as_json:
-        print(json.dumps({"schema": SCHEMA_VERSION, "state": state, "tasks": tasks}))
+    if wishes.json:
+        print_json(state=state, tasks=tasks)
     elif text:
         shown.say(text)
     return code
@@ -133,25 +122,25 @@ def listen_for_signals() -> None:
     STOP.install()
 
 
-def execute(loaded: Loaded, stages: list[str], no_progress: bool, restart: bool, as_json: bool) -> int:
+def _execute(loaded: Loaded, stages: list[str], wishes: Wishes) -> int:
     """Run stages with progress; print where the results are."""
     from plmsae_cli.cli.tokens import ask, keyed
     from plmsae_cli.executors.pipeline import run_experiment
     from plmsae_cli.runtime.progress import reporter
 
-    shown = reporter(live=not no_progress and not as_json)
+    shown = reporter(wishes.live)
     body: dict[str, Any]
     try:
         ask([loaded.experiment])
-        done = run_experiment(keyed(loaded.experiment), stages, shown, loaded.text, restart)
+        done = run_experiment(keyed(loaded.experiment), stages, shown, loaded.text, wishes.restart)
         code = DONE
         body = {"state": "done", "seconds": done.stages, **outcome(done.run.path)}
     except Exception as error:
         code = failure(error)
         run = f"{loaded.experiment.root}/{loaded.experiment.name}"
         body = {"state": "interrupted" if code == INTERRUPTED else "failed", "run": run}
-    if as_json and os.environ.get("RANK", "0") == "0":
-        print(json.dumps({"schema": SCHEMA_VERSION, **body}))
+    if wishes.json and os.environ.get("RANK", "0") == "0":
+        print_json(**body)
     return code
 
 
@@ -173,8 +162,6 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def dry(experiments: Sequence[Loaded], stages: Sequence[str] | None, as_json: bool) -> int:
     """Show each resolved YAML with the origin of each value, and each stage's plan; `stages` narrows them."""
-    from plmsae_cli.cli.show import plan_json, plan_lines, settings
-
     bodies = []
     for loaded in experiments:
         plans = plans_of(loaded.experiment, stages or loaded.experiment.stages())
@@ -186,8 +173,7 @@ def dry(experiments: Sequence[Loaded], stages: Sequence[str] | None, as_json: bo
                 print("\n".join(plan_lines(plan)))
             print()
     if as_json:
-        one = stages is not None
-        print(json.dumps({"schema": SCHEMA_VERSION, **(bodies[0] if one else {"experiments": bodies})}))
+        print_json(**(bodies[0] if stages is not None else {"experiments": bodies}))
     else:
         print("nothing was touched (--dry-run)", file=sys.stderr)
     return DONE

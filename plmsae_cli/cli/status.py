@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from plmsae_cli.cli.exits import DONE, checked
-from plmsae_cli.cli.show import dollars, size
+from plmsae_cli.cli.show import dollars, print_json, size
 
 
 def show_status(run: Path, as_json: bool) -> int:
@@ -29,20 +28,15 @@ def show_status(run: Path, as_json: bool) -> int:
         last, best = last_metrics(folder), best_trial(folder)
         usd = cost(folder, status.get("stage_seconds", {}))
         if as_json:
-            print(
-                json.dumps(
-                    {
-                        "schema": 1,
-                        "run": str(folder),
-                        **status,
-                        "state": live_state(status),
-                        "last": last,
-                        "compared": told,
-                        "usd": usd,
-                        **({"best": best._asdict()} if best else {}),
-                    }
-                )
-            )
+            body = {
+                "run": str(folder),
+                **status,
+                "state": live_state(status),
+                "last": last,
+                "compared": told,
+                "usd": usd,
+            }
+            print_json(**body, **({"best": best._asdict()} if best else {}))
             return DONE
         print(f"{folder}: {state_words(status)}" + (f", in {status['stage']}" if status.get("stage") else ""))
         if status.get("waiting"):

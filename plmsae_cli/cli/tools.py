@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.cli.deep import deep_checks
 from plmsae_cli.cli.exits import DONE, USAGE, checked, complain
-from plmsae_cli.cli.show import size
-from plmsae_cli.cli.stage import SCHEMA_VERSION, preflight
+from plmsae_cli.cli.show import bytes_to_make, print_json, size
+from plmsae_cli.cli.stage import preflight
 
 if TYPE_CHECKING:
     from plmsae_cli.config.experiment import Experiment
@@ -83,7 +82,7 @@ def validate_files(
                 code = max(code, checked(lambda path=path: check(path), str(path)))  # type: ignore[misc]
         if as_json:
             bodies = [{"path": str(path), "valid": path in found, **found.get(path, {})} for path in paths]
-            print(json.dumps({"schema": SCHEMA_VERSION, "experiments": bodies}))
+            print_json(experiments=bodies)
         return code
 
     def check(path: Path) -> int:
@@ -109,7 +108,7 @@ def _needs(experiment: Experiment) -> tuple[dict[str, Any], list[Plan]]:
     from plmsae_cli.store.fs import is_remote
 
     plans = preflight(experiment, experiment.stages(), fetch=False)
-    wanted = sum(a.bytes for p in plans for a in p.artifacts.values() if not a.done)
+    wanted = bytes_to_make(plans)
     place = experiment.data_folder()
     if not is_remote(place):
         existing = nearest(Path(place))

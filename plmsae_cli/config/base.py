@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -18,7 +18,12 @@ ADDED = Field(json_schema_extra={"x-science": True, "x-added": True})
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Bytes = Annotated[ByteSize, Field(json_schema_extra={"type": "string"}, examples=["16GB", "512MiB"])]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
@@ -33,6 +38,14 @@ class Section(BaseModel):
     def changed(self, name: str) -> bool:
         """Whether the field has another value than its default."""
         return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    def require_each_once(self, *names: str) -> Self:
+        """Itself. Raises a rule's error where one of these fields is a list that names something twice."""
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, list) and len(set(value)) != len(value):
+                raise rule(name, f"{name} names one twice: {value}", "list each once")
+        return self
 
     def science(self) -> dict[str, Any]:
         """The marked fields, nested sections included, as plain JSON values."""

@@ -13,7 +13,7 @@ HINT = (
 )
 
 _WORDS = ("token", "password", "passwd", "passphrase", "secret", "credential", "credentials", "apikey")
-_KEY_OF = {"api", "access", "secret", "private", "auth"}
+_KEY_OF = {"api", "access", "secret", "private", "auth", "wandb", "hf"}
 _ASSIGNMENT = re.compile(r"""([\w.-]+)["']?\s*[:=]\s*(?=\S)""")
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Fraction, Section, rule
+from plmsae_cli.config.base import SCIENCE, Auto, Bytes, Count, Fraction, Section, Whole, rule
 
 
 class Storage(Section):
@@ -55,7 +55,7 @@ class Embed(Section):
     activations are `imported`; beside them it says whose rows they are, protein by protein in its order."""
     imported: Imported | None = None
     """Take activations that exist instead of computing them; absent: compute."""
-    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    layers: Annotated[list[Whole], Field(min_length=1)]
     """Layers to store, all in one pass: 0 is the scaled embedding, k the residual stream after block k, the last
     one includes the final LayerNorm. The forward stops after the deepest."""
     max_length: Annotated[Count, SCIENCE] = 1022
@@ -89,7 +89,7 @@ class Embed(Section):
     layout: Literal["plain", "bucketed"] = "plain"
     """`plain`: all rows in protein order. `bucketed`: embed writes them sorted by their place in the shuffled order, as
     `shuffle` would, which then has nothing to do; the same dataset, with one reading and one writing of all rows less."""
-    ordered_rows: Annotated[int, Field(ge=0)] = 20_000_000
+    ordered_rows: Whole = 20_000_000
     """With `layout: bucketed`: how many rows, from the first on, are kept in protein order as well. Fixed by the first start."""
 
     @property
@@ -99,9 +99,7 @@ class Embed(Section):
 
     @model_validator(mode="after")
     def _each_layer_once(self) -> Embed:
-        if len(set(self.layers)) != len(self.layers):
-            raise rule("layers", f"embed.layers names a layer twice: {self.layers}", "list each layer once")
-        return self
+        return self.require_each_once("layers")
 
     @model_validator(mode="after")
     def _slice_has_an_effect(self) -> Embed:

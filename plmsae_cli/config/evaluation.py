@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import ADDED, SCIENCE, Auto, Bytes, Count, Section, rule
+from plmsae_cli.config.base import (
+    ADDED,
+    SCIENCE,
+    Auto,
+    Bytes,
+    Count,
+    Fraction,
+    Positive,
+    Rate,
+    Section,
+    Whole,
+    rule,
+)
 from plmsae_cli.config.features import Features
 from plmsae_cli.config.language_models import LanguageModels, Representations
 from plmsae_cli.config.structure import Structure
@@ -18,7 +30,7 @@ class Fidelity(Section):
 
     loss_recovered: Annotated[bool, SCIENCE] = True
     """Also run the language model with the reconstruction spliced in (needs `model` and the held-out sequences)."""
-    mask_rate: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.15
+    mask_rate: Annotated[Rate, SCIENCE] = 0.15
     """Share of the residues masked, by a hash of the sequence and position: the same masks for every SAE."""
     proteins: Annotated[Count | None, SCIENCE] = 1000
     """Held-out proteins whose loss is measured; null takes all."""
@@ -40,9 +52,9 @@ class Concepts(Section):
     test, training proteins kept; to repeat published numbers."""
     min_instances: Annotated[Count, SCIENCE] = 100
     """Instances that make a label a concept; less for small sets."""
-    keep_instances: Annotated[Annotated[int, Field(ge=0)], SCIENCE] = 25
+    keep_instances: Annotated[Whole, SCIENCE] = 25
     """A concept is scored with more instances than this in both halves together, or more residues than keep_residues."""
-    keep_residues: Annotated[Annotated[int, Field(ge=0)], SCIENCE] = 1500
+    keep_residues: Annotated[Whole, SCIENCE] = 1500
     """See keep_instances."""
     max_length: Annotated[Count, SCIENCE] = 1022
     """Longer proteins are left out: cut ones would have cut instances."""
@@ -64,9 +76,7 @@ class Concepts(Section):
 
     @model_validator(mode="after")
     def _nulls_once(self) -> Concepts:
-        if len(set(self.nulls)) != len(self.nulls):
-            raise rule("nulls", f"nulls names one twice: {self.nulls}", "list each once")
-        return self
+        return self.require_each_once("nulls")
 
 
 class Families(Section):
@@ -109,7 +119,7 @@ class Probes(Section):
     """Targets probed, the most frequent first."""
     residues: Annotated[Count, SCIENCE] = 100_000
     """Residues sampled, by a hash."""
-    l2: Annotated[Annotated[float, Field(gt=0.0)], SCIENCE] = 1.0
+    l2: Annotated[Positive, SCIENCE] = 1.0
     """Penalty l2/2 ||w||^2 beside the summed loss, on activations divided by their maximum."""
     max_length: Annotated[Count, SCIENCE] = 1022
     """Longer proteins are left out."""
@@ -128,7 +138,7 @@ class Encode(Section):
     """Proteins: FASTA, UniProtKB table or flat file. Known by content."""
     top: Annotated[Count, SCIENCE] = 10
     """Latents listed for a protein: those of the largest activation, as a share of their maximum."""
-    above: Annotated[Annotated[float, Field(ge=0.0, lt=1.0)], SCIENCE] = 0.0
+    above: Annotated[Fraction, SCIENCE] = 0.0
     """Activations are written where they are above this share of the latent's maximum."""
     max_length: Annotated[Count, SCIENCE] = 1022
     """Residues encoded of a longer protein, the first ones."""
@@ -162,17 +172,14 @@ class Contacts(Section):
 
     @model_validator(mode="after")
     def _each_once(self) -> Contacts:
-        for name in ("structures", "methods"):
-            if len(set(getattr(self, name))) != len(getattr(self, name)):
-                raise rule(name, f"{name} names one twice: {getattr(self, name)}", "list each once")
-        return self
+        return self.require_each_once("structures", "methods")
 
 
 class Steering(Section):
     """What latents do: their decoder rows added to the residues' activations, all later layers computed anew, and the
     change of the model's predictions at masked residues, against controls."""
 
-    latents: Annotated[list[Annotated[int, Field(ge=0)]] | Literal["densest", "concepts"], SCIENCE] = "densest"
+    latents: Annotated[list[Whole] | Literal["densest", "concepts"], SCIENCE] = "densest"
     """Which are steered: a list, the most frequent on the proteins steered, or those of highest concept F1 (needs `concepts`)."""
     top: Annotated[Count, SCIENCE] = 16
     """How many, unless they are listed."""
@@ -189,14 +196,14 @@ class Steering(Section):
     """How many at most, the first."""
     max_length: Annotated[Count, SCIENCE] = 1022
     """Longer proteins are left out."""
-    mask_rate: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.15
+    mask_rate: Annotated[Rate, SCIENCE] = 0.15
     """Share of the residues masked, where predictions are read: the same masks as in `fidelity`."""
-    fdr: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.05
+    fdr: Annotated[Rate, SCIENCE] = 0.05
     """False discovery rate (Benjamini and Hochberg) at which effects are counted."""
     esmfold: str | None = None
     """Also fold every protein with every steer and control, by this model, as `structure.esmfold`: solvent-accessible surface
     (SASA), contacts, RMSD and pLDDT; null: not. A fold takes seconds: few latents, few proteins. Known by content."""
-    recycles: Annotated[Annotated[int, Field(ge=0)] | None, ADDED] = None
+    recycles: Annotated[Whole | None, ADDED] = None
     """Of the folding, as in `structure`."""
     compute: Annotated[Auto | Literal["float32", "float16", "bfloat16"], SCIENCE] = "auto"
     """Number type of the model; `auto` is float32: changes may be small."""
@@ -211,15 +218,11 @@ class Steering(Section):
             raise rule("strengths", "mode: ablate has no strength", "remove strengths")
         if 0.0 in self.strengths and self.mode == "add":
             raise rule("strengths", "a strength of 0 adds nothing", "remove it")
-        for name in ("strengths", "latents"):
-            value = getattr(self, name)
-            if isinstance(value, list) and len(set(value)) != len(value):
-                raise rule(name, f"{name} names one twice: {value}", "list each once")
         if self.recycles is not None and self.esmfold is None:
             raise rule("recycles", "recycles is about folding, and esmfold is not set", "set esmfold, or remove it")
         if self.latents == []:
             raise rule("latents", "latents is an empty list", "name some, or `densest`")
-        return self
+        return self.require_each_once("strengths", "latents")
 
 
 class Eval(Section):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
-from plmsae_cli.config.base import SCIENCE, Section
+from plmsae_cli.config.base import SCIENCE, Positive, Section, Whole
 
 
 class ImportedSAE(Section):
@@ -18,10 +16,10 @@ class ImportedSAE(Section):
     weights: Annotated[str | None, SCIENCE] = None
     """The language model it was trained on, such as `esm2_t6_8M_UR50D`; asked for where the files do not say, and counts where
     they say otherwise."""
-    layer: Annotated[Annotated[int, Field(ge=0)] | None, SCIENCE] = None
+    layer: Annotated[Whole | None, SCIENCE] = None
     """The layer it was trained on, as `embed.layers` counts; asked for where the files do not say, and counts where they say
     otherwise."""
-    norm_factor: Annotated[Annotated[float, Field(gt=0.0)] | None, SCIENCE] = None
+    norm_factor: Annotated[Positive | None, SCIENCE] = None
     """What activations were divided by in its training, where its biases are still in that unit (SAEFold's checkpoints, SAELens'
     `expected_average_only_in`); 1 says that they were not."""
     selection: Annotated[Literal["topk", "batch_topk"] | None, SCIENCE] = None

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import SCIENCE, Auto, Count, Section, rule
+from plmsae_cli.config.base import SCIENCE, Auto, Count, Positive, Rate, Section, Whole, rule
 
 TRAINED = "trained"
 """Word for the language model that the experiment itself trains."""
 NAMED_TASKS = ("secondary_structure", "transmembrane", "localisation")
 """What `representations` makes of annotations."""
-_S = TypeVar("_S", bound=Section)
-
-
-def _each_once(section: _S, name: str) -> _S:
-    value = getattr(section, name)
-    if value is not None and len(set(value)) != len(value):
-        raise rule(name, f"{name} names one twice: {value}", "list each once")
-    return section
 
 
 class LanguageModels(Section):
@@ -35,7 +27,7 @@ class LanguageModels(Section):
     """Proteins to score on, instead of `bin`: FASTA, UniProtKB table or flat file. Known by content."""
     sequences: Annotated[Count | None, SCIENCE] = 10_000
     """How many at most, the first; null takes all."""
-    mask_rate: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], SCIENCE] = 0.15
+    mask_rate: Annotated[Rate, SCIENCE] = 0.15
     """Share of the residues masked (100 % <mask>), by a hash of the sequence and position."""
     max_length: Annotated[Count, SCIENCE] = 1022
     """Longer proteins are cut to so many residues."""
@@ -51,7 +43,7 @@ class LanguageModels(Section):
         if (self.fasta is None) == (self.bin is None):
             given = "both are given" if self.fasta is not None else "neither is given"
             raise rule("fasta", f"proteins come from fasta or from bin: {given}", "name one of the two")
-        return _each_once(self, "models")
+        return self.require_each_once("models")
 
 
 class Representations(Section):
@@ -65,7 +57,7 @@ class Representations(Section):
     files of `sequence,label`, plain or gzip, known by content: numbers are regressed, words are classes."""
     annotations: str | None = None
     """Annotated proteins for the named tasks: a UniProtKB table (TSV) or flat file, plain or gzip. Known by content."""
-    layers: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], SCIENCE] = "all"
+    layers: Annotated[Literal["all"] | list[Whole], SCIENCE] = "all"
     """Which layers are probed, where a model has them."""
     clusters: Annotated[Literal["auto", "mmseqs", "kmer", "hash"], SCIENCE] = "auto"
     """What no split cuts: 30 % identity clusters of `mmseqs`, rough ones by shared 5-mers (`kmer`), or nothing (`hash`);
@@ -78,7 +70,7 @@ class Representations(Section):
     """A class that fewer proteins have is left out."""
     max_length: Annotated[Count, SCIENCE] = 1022
     """Longer proteins are left out."""
-    l2: Annotated[Annotated[list[Annotated[float, Field(gt=0.0)]], Field(min_length=1)], SCIENCE] = [1.0, 30.0, 1000.0]
+    l2: Annotated[Annotated[list[Positive], Field(min_length=1)], SCIENCE] = [1.0, 30.0, 1000.0]
     """Penalties on the probes' squared weights; the best on validation is taken, for each layer."""
     compute: Annotated[Auto | Literal["float32", "float16", "bfloat16"], SCIENCE] = "auto"
     """Number type of the models, as in `embed`."""
@@ -97,4 +89,4 @@ class Representations(Section):
             raise rule("annotations", f"{named[0]} needs annotated proteins", "add annotations: a UniProtKB file")
         if self.annotations is not None and not named:
             raise rule("annotations", "annotations has no effect: no named task", "remove it")
-        return _each_once(_each_once(self, "models"), "tasks")
+        return self.require_each_once("models", "tasks", "layers", "l2")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import Auto, Bytes, Count, Section, rule
+from plmsae_cli.config.base import Auto, Bytes, Count, NotNegative, Section, Whole, rule
 
 
 class Ray(Section):
@@ -17,7 +17,7 @@ class Ray(Section):
     machine alone, for as long as the command runs."""
     cpus: Count = 1
     """Cores of one task."""
-    retries: Annotated[int, Field(ge=0)] = 3
+    retries: Whole = 3
     """How often a task is begun again when its worker or node is lost."""
 
 
@@ -44,9 +44,7 @@ class Launch(Section):
     executor: Literal["local", "ray", "slurm"] = "local"
     """`local`: processes on this machine. `ray` (`pip install plmsae[ray]`) and `slurm` (`plmsae[slurm]`): a cluster does the
     work; all machines must see the same paths."""
-    gpus: Auto | Annotated[int, Field(ge=0)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = (
-        "auto"
-    )
+    gpus: Auto | Whole | Annotated[list[Whole], Field(min_length=1)] = "auto"
     """GPUs to use: `auto` all that are visible, 0 none (the CPU computes), a number that many, a list such as `[0, 3]` these. On
     a cluster: 0 asks for none, anything else for one where a task can use it, and one for each rank of a training."""
     ranks: Auto | Count = "auto"
@@ -100,26 +98,26 @@ class Launch(Section):
             raise rule(
                 "workers", f"workers has no effect with executor: {self.executor}", f"{where} decides; remove it"
             )
-        return self
+        return self.require_each_once("gpus")
 
 
 class Price(Section):
     """What things cost, in dollars; where set, dollars stand beside hours, bytes and requests in `--dry-run`."""
 
-    gpu_hour: Annotated[float, Field(ge=0.0)] | None = None
+    gpu_hour: NotNegative | None = None
     """One GPU for an hour."""
-    tb_day: Annotated[float, Field(ge=0.0)] | None = None
+    tb_day: NotNegative | None = None
     """Keeping 10^12 bytes for a day."""
-    million_requests: Annotated[float, Field(ge=0.0)] | None = None
+    million_requests: NotNegative | None = None
     """A million requests to the object store."""
 
 
 class Limits(Section):
     """What a start may take by its own plan. Beyond it nothing is begun, unless with `--yes`."""
 
-    gpu_hours: Annotated[float, Field(ge=0.0)] | None = None
+    gpu_hours: NotNegative | None = None
     """Hours of GPUs that `embed` is predicted to take, all of them counted."""
     bytes: Bytes | None = None
     """Bytes of the data that would be made."""
-    usd: Annotated[float, Field(ge=0.0)] | None = None
+    usd: NotNegative | None = None
     """Dollars by `price`: the GPU hours, the requests, and one day of keeping the new data."""

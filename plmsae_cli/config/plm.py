@@ -7,10 +7,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import ADDED, SCIENCE, Auto, Count, Fraction, Section, rule
+from plmsae_cli.config.base import (
+    ADDED,
+    SCIENCE,
+    Auto,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    Rate,
+    Section,
+    Whole,
+    rule,
+)
 
-Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
 UNET_ONLY = (
     "expansion_ratio", "soft_logit_cap", "attention_soft_cap", "tie_embeddings", "unet", "value_embeddings",
     "mask_embedding", "p_attention", "num_att_tokens", "window",
@@ -52,9 +62,9 @@ class PLM(Section):
     """Dimension of the residual stream."""
     num_attention_heads: Annotated[Count, SCIENCE] = 6
     """Heads a block; must divide `hidden_size` into even parts."""
-    expansion_ratio: Annotated[Annotated[float, Field(gt=0.0)], ADDED] = 8 / 3
+    expansion_ratio: Annotated[Positive, ADDED] = 8 / 3
     """`unet`: width of the feed-forward layers over `hidden_size`, rounded up to a multiple of 256."""
-    soft_logit_cap: Annotated[Annotated[float, Field(gt=0.0)], ADDED] = 32.0
+    soft_logit_cap: Annotated[Positive, ADDED] = 32.0
     """`unet`: logits are cap tanh(z / cap)."""
     attention_soft_cap: Annotated[Positive | None, ADDED] = None
     """`unet`: scores of attention are cap tanh(s / cap). Null: as they are."""
@@ -86,11 +96,11 @@ class PLM(Section):
     """Share at the start, from which it goes to `mask_rate` in a straight line; null: `mask_rate` from the start."""
     mask_rate_steps: Annotated[Count, ADDED] = 2500
     """Steps from `starting_mask_rate` to `mask_rate`."""
-    diffusion_warmup_steps: Annotated[Annotated[int, Field(ge=0)], ADDED] = 0
+    diffusion_warmup_steps: Annotated[Whole, ADDED] = 0
     """`masked_diffusion`: steps over which proteins masked at `mask_rate` give way to those with a share of their own."""
     corruption: Annotated[Literal["bert", "mask"], SCIENCE] = "bert"
     """Chosen residues become: `bert` 80 % <mask>, 10 % random, 10 % kept; `mask` 100 % <mask>."""
-    weight_decay: Annotated[float, Field(ge=0.0), SCIENCE] = 0.01
+    weight_decay: Annotated[NotNegative, SCIENCE] = 0.01
     """Decoupled weight decay of the matrices."""
     lr_hidden: Annotated[Auto | Positive, ADDED] = "auto"
     """Peak rate of the blocks' matrices. `auto`: `train.lr`; where that is auto too and with `optimizer: muon`, .05 for
@@ -101,7 +111,7 @@ class PLM(Section):
     """Peak rate of the output head. `auto`: `train.lr`; where that is auto too, with `muon` and `unet`, .008."""
     lr_scalar: Annotated[Auto | Positive, ADDED] = "auto"
     """Peak rate of all that is no matrix. `auto`: `train.lr`; where that is auto too, with `muon` and `unet`, .04."""
-    muon_momentum_warmup_steps: Annotated[Annotated[int, Field(ge=0)], ADDED] = 300
+    muon_momentum_warmup_steps: Annotated[Whole, ADDED] = 300
     """Steps in which the momentum of `optimizer: muon` rises from .85 to `train.momentum`."""
     cooldown_steps: Annotated[Count | None, ADDED] = None
     """Last steps, over which the rate falls; null: the share `train.lr_decay`."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from plmsae_cli.config.base import SCIENCE, Count, Section, rule
-
-Positive = Annotated[float, Field(gt=0.0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+from plmsae_cli.config.base import SCIENCE, Count, NotNegative, Positive, Section, Share, rule
 
 _TOPK = ("k", "k_aux", "aux_coefficient", "k_start", "k_anneal")
 _PENALTY = ("sparsity_coefficient", "sparsity_warmup")
@@ -53,7 +50,7 @@ class SAE(Section):
     """Active latents a token (L0); `batch_topk`: their mean."""
     k_aux: Annotated[Count | None, SCIENCE] = None
     """Dead latents that AuxK revives at once; default: half the activations' dimension."""
-    aux_coefficient: Annotated[float, Field(ge=0.0), SCIENCE] = 1 / 32
+    aux_coefficient: Annotated[NotNegative, SCIENCE] = 1 / 32
     """Weight of the AuxK loss; 0 switches it off."""
     aux_fitted: Annotated[bool, SCIENCE] = True
     """Whether AuxK fits the length of what dead latents reconstruct before comparing it; `false` is Gao et al.'s."""
@@ -82,13 +79,13 @@ class SAE(Section):
     """JumpReLU only: thresholds at the start; default 1e-3 sqrt(d), with `penalty: tanh` 0.1."""
     tanh_scale: Annotated[Positive | None, SCIENCE] = None
     """JumpReLU with `penalty: tanh` only: c in tanh(c z); default 4."""
-    pre_act_coefficient: Annotated[Annotated[float, Field(ge=0.0)] | None, SCIENCE] = None
+    pre_act_coefficient: Annotated[NotNegative | None, SCIENCE] = None
     """JumpReLU with `penalty: tanh` only: weight of the pre-activation term; default 3e-6."""
     unit_rows: Annotated[bool | None, SCIENCE] = None
     """`relu_l1` only: keep decoder rows at norm 1, as InterPLM does; default false (Anthropic, April 2024)."""
     num_experts: Annotated[Count | None, SCIENCE] = None
     """`switch` only: experts that share the latents equally; default 8."""
-    balance_coefficient: Annotated[Annotated[float, Field(ge=0.0)] | None, SCIENCE] = None
+    balance_coefficient: Annotated[NotNegative | None, SCIENCE] = None
     """`switch` only: weight of the experts' load balance beside the squared error a dimension; default 3."""
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import SCIENCE, Auto, Count, Section, rule
+from plmsae_cli.config.base import SCIENCE, Auto, Count, Section, Whole, rule
 
 
 class Structure(Section):
@@ -42,7 +42,7 @@ class Structure(Section):
     """Numbers of active latents that are tried at inference, in TopK dictionaries and their kin: 1, 2, 4 ... 128."""
     prefixes: Annotated[list[Count] | Literal["groups"], SCIENCE] = []
     """Matryoshka: reconstructions from the first so many latents; `groups`: from each of its nested groups."""
-    recycles: Annotated[Annotated[int, Field(ge=0)] | None, SCIENCE] = None
+    recycles: Annotated[Whole | None, SCIENCE] = None
     """Passes of the folding trunk after the first; null: as the model is configured (3)."""
     bootstraps: Annotated[Count, SCIENCE] = 1000
     """Draws of proteins for the 95 % intervals."""
@@ -56,8 +56,4 @@ class Structure(Section):
         for name in ("references", "ids"):
             if getattr(self, name) is not None and self.fasta is None:
                 raise rule(name, f"{name} is about the proteins of fasta, which is not set", "set fasta, or remove it")
-        for name in ("structures", "ids", "modes", "k", "prefixes"):
-            value = getattr(self, name)
-            if isinstance(value, list) and len(set(value)) != len(value):
-                raise rule(name, f"{name} names one twice: {value}", "list each once")
-        return self
+        return self.require_each_once("structures", "ids", "modes", "k", "prefixes")

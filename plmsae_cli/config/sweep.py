@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import Count, Section, rule
+from plmsae_cli.config.base import Count, Section, Whole, rule
 
 Space = Annotated[dict[str, Any], Field(min_length=1)]
 """Dotted field -> values to choose from, or `{low, high, log}` to draw between; `config/space.py` reads it."""
@@ -17,7 +17,7 @@ class Random(Section):
 
     trials: Count = 20
     """Points to draw; more of them later keep the first."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
     """Seed of the draws."""
     space: Space
     """Dotted field -> values such as `[16, 32, 64]`, or a range such as `{low: 1e-5, high: 1e-3, log: true}`."""
@@ -28,7 +28,7 @@ class Optuna(Section):
 
     trials: Count = 20
     """Points to try, failed and pruned ones included."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
     """Seed of the choices: the same results lead to the same points."""
     space: Space
     """As in `random`: dotted field -> values such as `[16, 32, 64]`, or a range such as `{low: 1e-5, high: 1e-3, log: true}`."""

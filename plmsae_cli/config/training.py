@@ -6,13 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from plmsae_cli.config.base import ADDED, SCIENCE, Auto, Bytes, Count, Fraction, Section, rule
+from plmsae_cli.config.base import ADDED, SCIENCE, Auto, Bytes, Count, Fraction, Positive, Section, Share, Whole, rule
 from plmsae_cli.config.imported import ImportedSAE
 from plmsae_cli.config.plm import PLM
 from plmsae_cli.config.sae import SAE
 
-Positive = Annotated[float, Field(gt=0.0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 CACHE_LIMIT = 10**12
 """Default of `train.cache_limit` in bytes."""
 
@@ -32,7 +30,7 @@ class Train(Section):
     trainers on one machine."""
     cache_limit: Bytes = Field(default="1TB", validate_default=True)
     """Most bytes in `cache`; when it is full, what it has stays."""
-    layer: Annotated[int, Field(ge=0)] | None = None
+    layer: Whole | None = None
     """Which embedded layer to train on; optional where `embed.layers` has one."""
     seed: Annotated[int, SCIENCE] = 0
     """Seed of the initialisation and of later epochs' block order; touches no data."""
@@ -56,9 +54,9 @@ class Train(Section):
     """Peak learning rate. `auto` for an SAE: 2e-4 / sqrt(num_latents / 2^14) (Gao et al. 2024), with `adam` at least
     min(10 / steps, .02) / sqrt(d), which short runs need; with `muon` 2e-3; for a pLM: 1e-3, with `signum` 1e-4, with `muon`
     see `plm.lr_hidden` and its like."""
-    lr_warmup_steps: Annotated[Auto | Annotated[int, Field(ge=0)], SCIENCE] = "auto"
+    lr_warmup_steps: Annotated[Auto | Whole, SCIENCE] = "auto"
     """Steps of linear warm-up; `auto` is the smaller of 1,000 and a twentieth of the run."""
-    lr_decay: Annotated[Annotated[float, Field(ge=0.0, le=1.0)], SCIENCE] = 0.2
+    lr_decay: Annotated[Share, SCIENCE] = 0.2
     """Last share of the run over which the rate falls linearly to zero."""
     betas: Annotated[Annotated[list[Fraction], Field(min_length=2, max_length=2)], SCIENCE] = [0.9, 0.999]
     """Adam's decay rates; with `optimizer: muon`, of all that is not a matrix."""

@@ -228,15 +228,15 @@ def beating(runs: Sequence[RunFolder]) -> Iterator[None]:
         heart.join()
 
 
-def find_run(run: Path) -> Path:
-    """The folder of a run named by its path, or by its name under `runs/`. Raises UserError where there is none."""
-    folder = run if (run / "status.json").exists() else Path("runs") / run
-    if not (folder / "status.json").exists():
-        raise no_run(run, "status.json")
-    return folder
+def find_run(run: Path, holds: str = "status.json") -> Path:
+    """The folder of a run named by its path, or by its name under `runs/`. Raises UserError where none `holds` the file."""
+    for folder in (run, Path("runs") / run):
+        if (folder / holds).is_file():
+            return folder
+    raise _no_run(run, holds)
 
 
-def no_run(named: Path, lacks: str) -> UserError:
+def _no_run(named: Path, lacks: str) -> UserError:
     """The error of a name that no run has, with what may be meant."""
     begun = [*Path("runs").glob("*/status.json"), *Path("runs").glob("*/*/status.json")]
     names = sorted(path.parent.relative_to("runs").as_posix() for path in begun)

@@ -204,13 +204,14 @@ def test_the_verb(made: Any, tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert done.stdout.strip() == str(tmp_path / "site" / "index.html")
     assert (tmp_path / "site" / "vendor" / "LICENSES.txt").is_file()
+    (tmp_path / "resolved.yaml").touch()
     wrong = runner.invoke(app, ["browse", str(tmp_path), "--build", str(tmp_path / "other")])
     assert wrong.exit_code == 2
     assert "has no features to show" in wrong.stderr
     assert "features: {}" in wrong.stderr
     absent = runner.invoke(app, ["browse", str(tmp_path / "absent")])
     assert absent.exit_code == 2
-    assert "is not a folder" in absent.stderr
+    assert "is not a run" in absent.stderr
     twice = runner.invoke(app, ["browse", str(made.runs[0]), str(made.runs[0])])
     assert twice.exit_code == 2
     none = runner.invoke(

@@ -130,6 +130,8 @@ def test_flags_of_a_command_line(tmp_path: Path) -> None:
         ("use_muon: true\nlr_hidden: fast\nnum_steps: 3\n", "a value is not what its name asks for"),
         ("use_muon: true\nnum_hidden_layers: 3\nunet: true\n", "num_layers"),
         ("use_muon: [\n", "is not a file of settings of"),
+        ('python train.py --use_muon --lr_hidden 1 --input_bin "a\n', "is not a file of settings of"),
+        ("python train.py --use_muon --lr_hidden [1\n", "is not a file of settings of"),
     ],
 )
 def test_what_cannot_be_converted(tmp_path: Path, text: str, message: str) -> None:

@@ -144,11 +144,20 @@ def test_trainers(trainer: dict[str, Any], expected: dict[str, Any], tmp_path: P
     ("lr: 1", "is not a file of settings of"),
     (saelens(architecture="transcoder"), "the architecture transcoder has no counterpart"),
     (json.dumps({"trainer_class": "PAnnealTrainer"}), "the trainer PAnnealTrainer has no counterpart"),
+    (saelens(d_sae="many"), "a value is not what its name asks for: .*many"),
+    (json.dumps({"trainer_class": "TopKTrainer", "dict_size": [3]}), "a value is not what its name asks for"),
 ])  # fmt: skip
 def test_what_cannot_be_converted(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "old").write_text(text)
     with pytest.raises(UserError, match=message):
         convert_file(tmp_path / "old")
+
+
+def test_a_secret_is_not_copied() -> None:
+    text, notes = convert(json.dumps({**RUNNER, "hf_token": "abc123", "wandb_key": "abc123"}))
+    assert "abc123" not in text
+    assert not any("abc123" in note for note in notes)
+    assert {"hf_token: ***: no counterpart", "wandb_key: ***: no counterpart"} <= set(notes)
 
 
 def test_init_from(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from plmsae_cli.cli.options import Wishes
 from plmsae_cli.cli.stage import plans_of, run_stage
 from plmsae_cli.cli.status import show_status
 from plmsae_cli.config.errors import UserError
@@ -311,7 +312,7 @@ def test_train_is_the_verb_of_a_list_too(build: Build, tmp_path: Path, capsys: p
     path = tmp_path / "many.yaml"
     path.write_text(json.dumps(build(**{"train.saes": [{"k": 2}, {"k": 4}]}).dump()))
     for verb in ("train", "sweep"):
-        assert run_stage(verb, path, [], True, False, True, False, False, False) == 0
+        assert run_stage(verb, path, Wishes(dry_run=True, json=True)) == 0
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert first == second
     (plan,) = first["plans"]

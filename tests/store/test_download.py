@@ -262,6 +262,7 @@ def test_every_source_from_a_mirror(server: Server, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     listed = fetch()
     assert all(name in listed.stdout for name in sources())
+    assert [each["name"] for each in json.loads(fetch("--json").stdout)["sources"]] == list(sources())
     shown = fetch("uniref50", "omg_prot50", "--num-chunks", 2, "--dry-run")
     assert shown.exit_code == 0, shown.output
     assert not (tmp_path / "data").exists()

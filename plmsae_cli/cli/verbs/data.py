@@ -39,7 +39,10 @@ def verify(
 @verb()
 def clean(
     root: Annotated[
-        str, typer.Argument(metavar="ROOT|YAML", help="Where to look: a folder, local or s3://; an experiment's data.")
+        str,
+        typer.Argument(
+            metavar="ROOT|YAML", help="A folder, local or s3://, or an experiment's data; runs/ unless named."
+        ),
     ] = "runs",
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed. Without it nothing is touched.")] = False,
     older: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from plmsae_cli.cli.completion import sources
-from plmsae_cli.cli.options import DryRun, Json, NoProgress
+from plmsae_cli.cli.options import Json, NoProgress
 from plmsae_cli.cli.verbs.group import group
 
 verbs, verb = group("Tools")
@@ -37,7 +37,7 @@ def fetch(
         str | None,
         typer.Option("--mirror", metavar="URL", help="Take every published HOST/PATH from below URL (PLMSAE_MIRROR)."),
     ] = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and their sizes; fetch nothing.")] = False,
     json: Json = False,
     no_progress: NoProgress = False,
 ) -> None:

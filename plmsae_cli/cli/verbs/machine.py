@@ -23,7 +23,7 @@ def doctor(
 ) -> None:
     """Try what experiments rest on: driver and GPUs, ranks that sum, disks, buckets, memory, W&B.
 
-    Writes and deletes a small file in each place. Exit code 1 if a check fails.
+    Writes and deletes 128 MB on each disk, and an object in each bucket. Exit code 1 if a check fails.
     """
     from plmsae_cli.cli.doctor import examine
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, Yes
+from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, Wishes, Yes
 from plmsae_cli.cli.verbs.group import Targets, group
 
 verbs, verb = group("All stages")
@@ -39,7 +39,7 @@ def run(
     All files are checked before anything runs, then they run one after the other, by name. One that fails does not
     stop the next. Files dropped into a FOLDER while it runs are picked up; folders below it are left alone.
     """
-    from plmsae_cli.cli.run import Wishes, run_files
+    from plmsae_cli.cli.run import run_files
 
-    wishes = Wishes(set_, dry_run, bugfix, json, no_progress, restart, yes, watch)
+    wishes = Wishes(set_, dry_run, bugfix, json, no_progress, restart=restart, yes=yes, watch=watch)
     raise typer.Exit(run_files(targets, wishes))

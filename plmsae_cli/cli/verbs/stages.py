@@ -7,28 +7,16 @@ from typing import Annotated
 
 import typer
 
-from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, Tasks, WithInputs, Yes
+from plmsae_cli.cli.options import Bugfix, DryRun, Json, NoProgress, Restart, Sets, Tasks, Wishes, WithInputs, Yes
 from plmsae_cli.cli.verbs.group import YamlFile, group
 
 verbs, verb = group("Stages, in pipeline order")
 
 
-def _stage(
-    name: str,
-    path: Path,
-    sets: list[str] | None,
-    dry: bool,
-    bugfix: bool,
-    as_json: bool,
-    plain: bool,
-    inputs: bool,
-    restart: bool,
-    yes: bool,
-    tasks: str | None = None,
-) -> None:
+def _stage(name: str, path: Path, wishes: Wishes) -> None:
     from plmsae_cli.cli.stage import run_stage
 
-    raise typer.Exit(run_stage(name, path, sets, dry, bugfix, as_json, plain, inputs, restart, tasks, yes))
+    raise typer.Exit(run_stage(name, path, wishes))
 
 
 @verb()
@@ -48,7 +36,7 @@ def embed(
     held-out ones, and statistics. KEY is a hash of the proteins, the model and the layer: what exists is not made
     again.
     """
-    _stage("embed", yaml, set_, dry_run, bugfix, json, no_progress, False, False, yes, tasks)
+    _stage("embed", yaml, Wishes(set_, dry_run, bugfix, json, no_progress, tasks=tasks, yes=yes))
 
 
 @verb()
@@ -67,7 +55,9 @@ def shuffle(
 
     Training wants neighbouring rows from different proteins. The order is a function of shuffle.seed alone.
     """
-    _stage("shuffle", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes, tasks)
+    _stage(
+        "shuffle", yaml, Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, tasks=tasks, yes=yes)
+    )
 
 
 @verb()
@@ -86,7 +76,11 @@ def optimize(
 
     The result is a folder optimize-KEY of LitData chunks. Others can train from it alone (train.data).
     """
-    _stage("optimize", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes, tasks)
+    _stage(
+        "optimize",
+        yaml,
+        Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, tasks=tasks, yes=yes),
+    )
 
 
 @verb()
@@ -105,7 +99,11 @@ def train(
 
     Checkpoints, metrics and the model go to ROOT/NAME. Starting again continues from the newest checkpoint.
     """
-    _stage("train", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart, yes)
+    _stage(
+        "train",
+        yaml,
+        Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, restart=restart, yes=yes),
+    )
 
 
 @verb()
@@ -125,7 +123,11 @@ def sweep(
     Each is a run of its own in ROOT/NAME/trials, and is evaluated too if there is an eval section. SAEs of
     train.saes, or with sweep.stream: shared all that can, train side by side while the dataset is read once.
     """
-    _stage("sweep", yaml, set_, dry_run, bugfix, json, no_progress, with_inputs, restart, yes)
+    _stage(
+        "sweep",
+        yaml,
+        Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, restart=restart, yes=yes),
+    )
 
 
 @verb(
@@ -161,4 +163,4 @@ def eval(
         raise typer.BadParameter(
             "one experiment, or several with --compare; `plmsae run` takes many", param_hint="YAML"
         )
-    _stage("eval", yamls[0], set_, dry_run, bugfix, json, no_progress, with_inputs, False, yes)
+    _stage("eval", yamls[0], Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, yes=yes))

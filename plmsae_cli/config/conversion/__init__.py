@@ -18,7 +18,7 @@ def convert_file(path: Path) -> tuple[str, list[str]]:
     """The experiment, as text, that a file of another tool describes, and notes for people.
 
     Raises:
-        UserError: no such file, not text, or of no tool that is known here.
+        UserError: no such file, not text, of no tool that is known here, or a value is of another kind than its name asks for.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -28,7 +28,15 @@ def convert_file(path: Path) -> tuple[str, list[str]]:
         raise UserError(f"{path} cannot be read: {error}", "name a text file of settings") from None
     for source in SOURCES.values():
         if source.recognises(text):
-            converted: tuple[str, list[str]] = source.convert(text)
+            try:
+                converted: tuple[str, list[str]] = source.convert(text)
+            except UserError:
+                raise
+            except (TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{path}: a value is not what its name asks for: {error}",
+                    "compare the file with its tool's examples",
+                ) from error
             return converted
     raise UserError(
         f"{path} is not a file of settings of {' or '.join(SOURCES)}", "`plmsae init` writes one to begin with"

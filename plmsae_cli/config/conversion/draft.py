@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from plmsae_cli.config import nodes
+from plmsae_cli.config.credentials import is_secret
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.overrides import apply
 from plmsae_cli.config.schema import FILE
@@ -85,7 +86,8 @@ class Draft:
     def finish(self) -> tuple[str, list[str]]:
         """The YAML and the notes."""
         for key, value in self._left.items():
-            self.note(f"{key}: {plain(value)}: no counterpart")
+            shown = "***" if is_secret(key) else plain(value)
+            self.note(f"{key}: {shown}: no counterpart")
         data = apply({}, self.fields)
         lines = [f"# yaml-language-server: $schema={FILE}", f"# From a configuration of {self._tool}."]
         if self.notes:

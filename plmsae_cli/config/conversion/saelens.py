@@ -83,10 +83,10 @@ def convert(text: str) -> tuple[str, list[str]]:
 
 
 def _sparsity(draft: Draft, ours: str, steps: int, kwargs: Mapping[str, Any], width: Any) -> None:
-    for name, field in (("l1_warm_up_steps", "sparsity"), ("l0_warm_up_steps", "sparsity")):
+    for name in ("l1_warm_up_steps", "l0_warm_up_steps"):
         warmup = draft.get(name)
         if warmup is not None and steps and ours in ("relu_l1", "gated", "jumprelu"):
-            draft.fields[f"train.sae.{field}_warmup"] = share(warmup, steps)
+            draft.fields["train.sae.sparsity_warmup"] = share(warmup, steps)
     if ours in ("topk", "batch_topk", "matryoshka_batch_topk"):
         k = draft.get("k", kwargs.get("k", 100))
         draft.fields["train.sae.k"] = max(1, round(float(k)))

@@ -10,7 +10,10 @@ from itertools import pairwise
 from typing import Any
 
 from plmsae_cli.config.check import check
+from plmsae_cli.config.credentials import is_secret
 from plmsae_cli.config.errors import UserError
+from plmsae_cli.config.schema import FILE
+from plmsae_cli.config.wording import legal_name
 
 MARKS = (
     "num_hidden_layers",
@@ -44,7 +47,6 @@ WITHOUT = {
     "bugfix": "it is a flag here: plmsae run my.yaml --bugfix",
 }
 """Settings that have no counterpart, and why none is needed."""
-SECRET = re.compile(r"token$|_key$|password")
 TAKEN = {
     *SAME, *WITHOUT, "token_dropout", "add_att_soft_cap", "attention_soft_cap", "num_att_tokens", "mlm", "masked_diffusion",
     "mask_rate_schedule", "starting_mask_rate", "mask_rate_steps", "batch_size", "grad_accum", "num_steps", "cooldown_steps",
@@ -58,17 +60,15 @@ TAKEN = {
 
 def recognises(text: str) -> bool:
     """Whether the text is a YAML, or a command line, of theirs."""
-    try:
-        return sum(name in _read(text) for name in MARKS) >= 2
-    except UserError:
-        return False
+    settings = _read(text)
+    return sum(name in settings for name in MARKS) >= 2
 
 
 def convert(text: str) -> tuple[str, list[str]]:
     """The experiment, and what of the settings was read otherwise than it looks, or not at all.
 
     Raises:
-        UserError: a value is of another kind than its name asks for, or values do not fit each other.
+        UserError: values do not fit each other.
     """
     old = _read(text)
     notes: list[str] = []
@@ -78,14 +78,10 @@ def convert(text: str) -> tuple[str, list[str]]:
                 f"{name}: {old[name]} describes an architecture that there is none of here",
                 "unet: true is the UNet of the speed runs; give num_hidden_layers and leave out patch_unet and num_extra_layers",
             )
-    try:
-        experiment = {"name": _name(old), "train": _train(old, notes)}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"a value is not what its name asks for: {error}", "compare the file with its tool's README"
-        ) from error
+    name = str(old.get("log_name") or old.get("save_path") or "speedrun").rpartition("/")[2]
+    experiment = {"name": legal_name(name), "train": _train(old, notes)}
     for name, value in old.items():
-        if SECRET.search(name):
+        if is_secret(name):
             notes.append(f"{name}: secrets stay out of files; `wandb login` and `hf auth login` keep them")
         elif name in WITHOUT and value not in (None, False):
             notes.append(f"{name}: no counterpart: {WITHOUT[name]}")
@@ -106,16 +102,17 @@ def _read(text: str) -> dict[str, Any]:
     yaml = YAML(typ="safe", pure=True)
     try:
         data = yaml.load(text)
-    except YAMLError as error:
-        data = UserError(f"not a YAML: {error}", "compare it with its tool's examples")
+    except (YAMLError, ValueError):
+        data = None
     if isinstance(data, Mapping):
         return dict(data)
     # Not looked for in a YAML, whose comments speak of flags.
-    if re.search(r"(^|\s)--[a-z]", text):
+    if not re.search(r"(^|\s)--[a-z]", text):
+        return {}
+    try:
         return _flags(shlex.split(text.replace("\\\n", " "), comments=True), yaml.load)
-    if isinstance(data, UserError):
-        raise data
-    return {}
+    except (YAMLError, ValueError):  # a quote or a bracket that is not closed
+        return {}
 
 
 def _flags(words: list[str], value_of: Callable[[str], Any]) -> dict[str, Any]:
@@ -129,11 +126,6 @@ def _flags(words: list[str], value_of: Callable[[str], Any]) -> dict[str, Any]:
         value = value if equals else " ".join(words[place + 1 : after])
         found[name.replace("-", "_")] = value_of(value) if value else True
     return found
-
-
-def _name(old: Mapping[str, Any]) -> str:
-    wanted = str(old.get("log_name") or old.get("save_path") or "speedrun").rsplit("/", 1)[-1]
-    return re.sub(r"[^a-z0-9._-]+", "-", wanted.lower()).strip("-._")[:64] or "speedrun"
 
 
 def _train(old: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -260,5 +252,5 @@ def _written(experiment: Mapping[str, Any], notes: list[str]) -> str:
     )
     sink = io.StringIO()
     yaml.dump(dict(experiment), sink)
-    head = ["# yaml-language-server: $schema=plmsae.schema.json", "# From settings of SpeedrunningPLMs."]
+    head = [f"# yaml-language-server: $schema={FILE}", "# From settings of SpeedrunningPLMs."]
     return "\n".join([*head, *(f"# {note}" for note in notes), "", sink.getvalue()])

@@ -20,7 +20,7 @@ from plmsae_cli.runtime.embedding.budget import auto_tokens, compiling_pays
 from plmsae_cli.runtime.embedding.delivery import Put, delivery
 from plmsae_cli.runtime.embedding.fallback import compile_failed, kernels_failed
 from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Shape, Typical, choose_shape, deal
-from plmsae_cli.runtime.embedding.stream import Stream
+from plmsae_cli.runtime.embedding.stream import Job, Stream
 from plmsae_cli.runtime.embedding.transfer import Stopwatch, Transfer, transfer_for
 from plmsae_cli.runtime.embedding.windows import Piece, pieces
 from plmsae_cli.runtime.models import load_plm
@@ -131,52 +131,47 @@ class Embedder:
         Raises:
             UserError: memory runs out on a single protein.
         """
-        stream = Stream(self, Stopwatch(self.device))
         left = [p for p in pieces([len(s) for s in sequences], window) if p.stop > p.start]
+        num_residues = sum(p.last - p.first for p in left)
+        wanted = sorted(set(layers))
+        job = Job(sequences, wanted, stored, batch_tokens, put, progress, check_stop, num_residues)
+        stream = Stream(self, Stopwatch(self.device), job)
+        self._launch(stream, left, compile, typical)
+        stream.launched()
+        return stream
+
+    def _launch(self, stream: Stream, left: list[Piece], compile: str | bool, typical: Typical | None) -> None:
+        """Queue every pass; arguments and errors as of `stream`."""
+        job = stream.job
         sizes = [p.stop - p.start + SPECIAL_TOKENS for p in left]
         own = Typical(sum(sizes), len(sizes), max(sizes, default=0), sum(sizes))
         typical = typical or own
-        total = sum(p.last - p.first for p in left)
         stream.compiled = self._compiles and compiling_pays(
-            compile, self.model.config, self.device, max(layers), typical.all_tokens
+            compile, self.model.config, self.device, job.layers[-1], typical.all_tokens
         )
         while left:
-            stream.budget = min(self.budget(batch_tokens, len(set(layers))), self._backed_off)
+            stream.budget = min(self.budget(job.batch_tokens, len(job.layers)), self._backed_off)
             largest = own if self.any_length else typical
             shape = (
                 choose_shape(largest, stream.budget, min(largest.longest, _MOST_CONSTANT)) if stream.compiled else None
             )
-            told = (progress, total)
-            left = self._passes(stream, sequences, left, sorted(set(layers)), stored, shape, put, told, check_stop)
-        stream.launched()
-        return stream
+            left = self._passes(stream, left, shape)
 
-    def _passes(
-        self,
-        stream: Stream,
-        sequences: Sequence[str],
-        left: list[Piece],
-        layers: Sequence[int],
-        stored: torch.dtype,
-        shape: Shape | None,
-        put: Put,
-        progress: tuple[Callable[..., None], int],
-        check_stop: Callable[[], None],
-    ) -> list[Piece]:
+    def _passes(self, stream: Stream, left: list[Piece], shape: Shape | None) -> list[Piece]:
         """Run packs until all pieces are done or memory runs out; returns the pieces left."""
+        job = stream.job
         packs = deal([p.stop - p.start + SPECIAL_TOKENS for p in left], stream.budget, shape)
         order = [(chosen, None) for chosen in packs.loose] + [(chosen, shape) for chosen in packs.constant]
 
         def make(item: tuple[list[int], Shape | None]) -> Batch:
-            return make_batch(sequences, [left[i] for i in item[0]], item[1], self.device.type == "cuda")
+            return make_batch(job.sequences, [left[i] for i in item[0]], item[1], self.device.type == "cuda")
 
-        figures = stream.figures
         for done, batch in enumerate(ahead(make, order)):
-            check_stop()
+            job.check_stop()
             stream.watch.begin()
             try:
-                for layer, rows_RD in self._pass(batch, layers, stored):
-                    deliver = delivery(put, layer, batch.pieces)
+                for layer, rows_RD in self._pass(batch, job.layers, job.stored):
+                    deliver = delivery(job.put, layer, batch.pieces)
                     stream.deliveries.append(self.transfer.send(rows_RD[: batch.num_rows], deliver))
                 failed = None
             except torch.cuda.OutOfMemoryError as error:
@@ -190,11 +185,7 @@ class Embedder:
             if failed is not None:
                 self.back_off(stream, len(batch.pieces), batch.pieces[0].stop - batch.pieces[0].start, failed)
                 return [left[i] for chosen, _ in order[done:] for i in chosen]
-            figures.passes += 1
-            figures.residues += batch.num_rows
-            figures.tokens += len(batch.tokens_T)
-            figures.pad_tokens += batch.num_padding
-            progress[0](figures.residues, progress[1], unit="residues")
+            stream.advanced(batch.num_rows, len(batch.tokens_T), batch.num_padding)
         return []
 
     def _goes_on_without(self, error: Exception, stream: Stream) -> bool:

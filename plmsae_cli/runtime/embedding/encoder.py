@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.runtime.embedding.budget import CPU_TOKENS
-from plmsae_cli.runtime.embedding.delivery import Put, delivery
+from plmsae_cli.runtime.embedding.delivery import delivery
 from plmsae_cli.runtime.embedding.embedder import Embedder
 from plmsae_cli.runtime.embedding.packing import SPECIAL_TOKENS, Typical
 from plmsae_cli.runtime.embedding.stream import Stream
-from plmsae_cli.runtime.embedding.transfer import Stopwatch
-from plmsae_cli.runtime.embedding.windows import Piece, pieces
+from plmsae_cli.runtime.embedding.windows import Piece
 from plmsae_cli.store.encoders import quietly, transformers_module
 from plmsae_cli.store.fasta_index import KNOWN_LETTERS
 from plmsae_cli.store.fs import Store
@@ -215,34 +214,14 @@ class EncoderEmbedder(Embedder):
             return wanted
         return CPU_TOKENS if self.device.type == "cpu" else _GPU_TOKENS
 
-    def stream(
-        self,
-        sequences: Sequence[str],
-        layers: Sequence[int],
-        stored: torch.dtype,
-        batch_tokens: str | int,
-        put: Put,
-        progress: Callable[..., None],
-        check_stop: Callable[[], None],
-        *,
-        window: int | None = None,
-        compile: str | bool = "auto",
-        typical: Typical | None = None,
-    ) -> Stream:
-        """As `Embedder.stream`; `compile` is of no use here.
+    def _launch(self, stream: Stream, left: list[Piece], compile: str | bool, typical: Typical | None) -> None:
+        """As of `Embedder`; `compile` is of no use here.
 
         Raises:
             UserError: as there, and where a protein of these, or with `typical` of any part, is longer than the model reads.
         """
-        stream, wanted = Stream(self, Stopwatch(self.device)), sorted(set(layers))
-        left = sorted(
-            (p for p in pieces([len(s) for s in sequences], window) if p.stop > p.start), key=lambda p: p.start - p.stop
-        )
-        total, special, most = (
-            sum(p.last - p.first for p in left),
-            self.encoder.tokens.special,
-            self.encoder.most_tokens,
-        )
+        left = sorted(left, key=lambda p: p.start - p.stop)
+        special, most = self.encoder.tokens.special, self.encoder.most_tokens
         longest = left[0].stop - left[0].start if left else 0
         if typical is not None:  # the first part to run tells, not hours later the one that has the protein
             longest = max(longest, typical.longest - SPECIAL_TOKENS)
@@ -253,40 +232,28 @@ class EncoderEmbedder(Embedder):
                 f"set embed.max_length to {most - special} or less",
             )
         while left:
-            check_stop()
-            stream.budget = min(self.budget(batch_tokens), self._backed_off)
+            stream.job.check_stop()
+            stream.budget = min(self.budget(stream.job.batch_tokens), self._backed_off)
             width = left[0].stop - left[0].start + special
             chosen = left[: max(1, stream.budget // width)]
             stream.watch.begin()
             try:
-                self._batch(stream, sequences, chosen, wanted, stored, put)
+                self._batch(stream, chosen)
             except torch.cuda.OutOfMemoryError as error:
                 self.back_off(stream, len(chosen), width - special, error.with_traceback(None))
                 continue
             stream.watch.end()
             left = left[len(chosen) :]
-            stream.figures.passes += 1
-            stream.figures.residues += sum(p.last - p.first for p in chosen)
-            stream.figures.tokens += width * len(chosen)
-            stream.figures.pad_tokens += sum(width - (p.stop - p.start + special) for p in chosen)
-            progress(stream.figures.residues, total, unit="residues")
-        stream.launched()
-        return stream
+            padding = sum(width - (p.stop - p.start + special) for p in chosen)
+            stream.advanced(sum(p.last - p.first for p in chosen), width * len(chosen), padding)
 
-    def _batch(
-        self,
-        stream: Stream,
-        sequences: Sequence[str],
-        chosen: Sequence[Piece],
-        layers: Sequence[int],
-        stored: torch.dtype,
-        put: Put,
-    ) -> None:
-        tokens_BT, mask_BT = self.encoder.tokens.batch([sequences[p.protein][p.start : p.stop] for p in chosen])
+    def _batch(self, stream: Stream, chosen: Sequence[Piece]) -> None:
+        job = stream.job
+        tokens_BT, mask_BT = self.encoder.tokens.batch([job.sequences[p.protein][p.start : p.stop] for p in chosen])
         width, before = tokens_BT.shape[1], self.encoder.tokens.before
         kept_R = torch.cat(
             [torch.arange(p.first - p.start, p.last - p.start) + row * width + before for row, p in enumerate(chosen)]
         ).to(self.device)
-        for layer, x_BTD in self.encoder.layers(tokens_BT.to(self.device), mask_BT.to(self.device), layers):
-            rows_RD = x_BTD.flatten(0, 1).index_select(0, kept_R).to(stored)
-            stream.deliveries.append(self.transfer.send(rows_RD, delivery(put, layer, chosen)))
+        for layer, x_BTD in self.encoder.layers(tokens_BT.to(self.device), mask_BT.to(self.device), job.layers):
+            rows_RD = x_BTD.flatten(0, 1).index_select(0, kept_R).to(job.stored)
+            stream.deliveries.append(self.transfer.send(rows_RD, delivery(job.put, layer, chosen)))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
+from plmsae_cli.runtime.embedding.delivery import Put
 from plmsae_cli.runtime.embedding.figures import Figures
 from plmsae_cli.runtime.embedding.transfer import Stopwatch
 
@@ -13,10 +17,25 @@ if TYPE_CHECKING:
     from plmsae_cli.runtime.embedding.embedder import Embedder
 
 
+class Job(NamedTuple):
+    """What is asked of an embedding, as `Embedder.stream` takes it."""
+
+    sequences: Sequence[str]
+    layers: Sequence[int]
+    """Ascending, each once."""
+    stored: torch.dtype
+    batch_tokens: str | int
+    put: Put
+    progress: Callable[..., None]
+    check_stop: Callable[[], None]
+    num_residues: int
+
+
 class Stream:
     """An embedding whose kernels are queued; some of its rows may still be on their way."""
 
-    def __init__(self, embedder: Embedder, watch: Stopwatch) -> None:
+    def __init__(self, embedder: Embedder, watch: Stopwatch, job: Job) -> None:
+        self.job = job
         self.figures = Figures()
         self.budget = 0
         self.compiled = False
@@ -34,6 +53,14 @@ class Stream:
         for sent in self.deliveries:
             sent.result()
         self.deliveries.clear()
+
+    def advanced(self, residues: int, tokens: int, padding: int) -> None:
+        """Count a pass and show how far it is."""
+        self.figures.passes += 1
+        self.figures.residues += residues
+        self.figures.tokens += tokens
+        self.figures.pad_tokens += padding
+        self.job.progress(self.figures.residues, self.job.num_residues, unit="residues")
 
     def launched(self) -> None:
         self.figures.wait_seconds = self._embedder.transfer.wait_seconds - self._waited

@@ -109,19 +109,20 @@ class PLMObjective:
         near = self._window(step)
         self._compile(packs, near)
         self.clock.run()
-        chosen = sum(pack.chosen for pack in packs)
+        chosen, residues = sum(pack.chosen for pack in packs), sum(pack.residues for pack in packs)
+        # Every figure is one mean over the global batch, however many ranks and packs it is spread over.
+        counts = self._gang.sum(torch.stack([self._full(chosen), self._full(residues)])).clamp(min=1)
+        all_chosen, all_residues = counts.unbind()
         per_residue = self._plm.objective == "masked_diffusion"
-        share = sum(pack.residues for pack in packs) if per_residue else chosen
-        # The loss is one mean over the global batch, however many ranks and packs it is spread over.
-        counts = self._gang.sum(torch.stack([self._full(share), self._full(chosen)])).clamp(min=1)
+        terms = all_residues if per_residue else all_chosen
         self._optimizer.zero_grad()
         total, correct = self._full(0.0), self._full(0.0)
         for pack in packs:
             loss_sum, hits = self._score(pack, near)
-            loss = loss_sum / counts[0]
+            loss = loss_sum / terms
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-            correct += hits / counts[1]
+            correct += hits / all_chosen
         self._gang.sum_gradients(self.model.parameters())
         if isinstance(self._optimizer, GroupedMuon):
             self._optimizer.steps_done = step
@@ -130,7 +131,7 @@ class PLMObjective:
             self._average.update()
         figures = {"loss": total, "accuracy": correct, "grad_norm": norm / self._gang.world}
         if per_residue or self._plm.starting_mask_rate is not None:
-            figures["masked"] = self._full(chosen / sum(pack.residues for pack in packs)) / self._gang.world
+            figures["masked"] = chosen / all_residues
         return figures
 
     def _full(self, value: float) -> Tensor:

@@ -191,7 +191,8 @@ def test_validation_is_fair_esms_on_fixed_masks_whatever_the_step() -> None:
 
 
 def test_validation_is_the_estimator_of_eval_lm() -> None:
-    one = objective()
+    """At 15 % of the residues, whatever training masks."""
+    one = objective(plm={"mask_rate": 0.4})
     one._valid = {"all": packs(12, 2, None)}
     found = one.validate(2)["all"]
     other = score(one.model, [encode(s) for s in proteins(12, 2)], 0.15, 500, torch.float32).figures()
@@ -217,6 +218,28 @@ def test_a_unet_is_scored_in_the_arithmetic_it_is_trained_in() -> None:
     assert other is not None
     assert other["loss"] == pytest.approx(found["loss"], rel=1e-6)
     assert other["accuracy"] == found["accuracy"]
+
+
+def test_validation_and_what_is_saved_are_of_the_average_and_training_goes_on_without_it() -> None:
+    averaged, plain = objective(plm={"ema": 0.5}), objective()
+    expected = {name: p.detach().clone() for name, p in plain.model.named_parameters()}
+    for step in range(3):
+        averaged.step(step)
+        plain.step(step)
+        for name, p in plain.model.named_parameters():
+            expected[name] = 0.5 * expected[name] + 0.5 * p.detach()
+    found = averaged.validate(4)
+    plain.model.load_state_dict(expected, strict=False)
+    assert found["random"]["loss"] == pytest.approx(plain.validate(4)["random"]["loss"], rel=1e-6)
+    released = averaged.released()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(released[name], tensor)
+
+    peer = objective()
+    for step in range(3):
+        peer.step(step)
+    for name, p in peer.model.named_parameters():
+        assert torch.equal(dict(averaged.model.named_parameters())[name], p)
 
 
 def test_a_validation_set_without_proteins_is_left_out() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -104,42 +103,67 @@ def table_task(path: Path, name: str) -> Labelled:
     """A table with the columns `sequence` and `label`, and perhaps `split` (train, valid, test) for all.
 
     Raises:
-        UserError: no such file or no text, a column is missing, a line without a sequence or label, a number that is none, a
-            split of another name.
+        UserError: no such file or no text, a column or all lines are missing, a line without a sequence or label or with more
+            fields than the header, a number that is none, a split of another name.
     """
+    lines = _lines(path)
+    found = {column: [row[column].strip() for _, row in lines] for column in lines[0][1]}
+    for (number, _), sequence, label in zip(lines, found["sequence"], found["label"], strict=True):
+        if not sequence or not label:
+            raise UserError(f"{path} line {number} has no sequence or no label", "complete or remove it")
+    for (number, _), split in zip(lines, found.get("split", ()), strict=False):
+        if split not in SPLITS:
+            raise UserError(f"{path} line {number}: split is {split!r}", f"one of: {', '.join(SPLITS)}")
+    labels = found["label"]
+    numbers = _numbers(labels)
+    for (number, _), label, value in zip(lines, labels, numbers or (), strict=False):
+        if not math.isfinite(value):
+            raise UserError(f"{path} line {number}: label is {label}", "remove the line, or give a number")
+    regression = numbers is not None and (len(set(numbers)) > FEW or not all(n.is_integer() for n in numbers))
+    if numbers is not None and not regression:
+        labels = [str(int(n)) for n in numbers]  # 1 and 1.0 are one class
+    sequences = [sequence.upper() for sequence in found["sequence"]]
+    return Labelled(name, "protein", regression, sequences, labels, found.get("split", []))
+
+
+def _lines(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """The lines behind a table's header, each with its number in the file; an absent field is empty."""
+    lines: list[tuple[int, dict[str, str]]] = []
     try:
         with open_text(path) as file:
-            lines = list(csv.DictReader(io.StringIO(file.read()), delimiter="\t" if ".tsv" in path.name else ","))
+            reader = csv.DictReader(file, delimiter="\t" if ".tsv" in path.name else ",", restval="", strict=True)
+            columns = set(reader.fieldnames or ())
+            for row in reader:
+                if None in row:
+                    raise UserError(
+                        f"{path} line {reader.line_num} has more fields than the header has columns",
+                        "put a label that has the separator in it in quotation marks",
+                    )
+                lines.append((reader.line_num, row))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "relative paths start at the working folder") from None
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, behind line {reader.line_num}: {error}", "look for a quotation mark without its pair"
+        ) from error
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged, or no text in UTF-8: {error}", "save it as CSV in UTF-8") from error
-    columns = set(lines[0]) if lines else set()
     if missing := {"sequence", "label"} - columns:
         raise UserError(
             f"{path} has no column {' and no column '.join(sorted(missing))}",
             "its first line names the columns: sequence,label",
         )
-    for number, line in enumerate(lines, start=2):
-        if not line["sequence"] or not line["label"]:
-            raise UserError(f"{path} line {number} has no sequence or no label", "complete or remove it")
-        if "split" in columns and line["split"] not in SPLITS:
-            raise UserError(f"{path} line {number}: split is {line['split']!r}", f"one of: {', '.join(SPLITS)}")
-    labels = [line["label"].strip() for line in lines]
-    regression = _are_numbers(labels)
-    for number, label in enumerate(labels, start=2):
-        if regression and not math.isfinite(float(label)):
-            raise UserError(f"{path} line {number}: label is {label}", "remove the line, or give a number")
-    splits = [line["split"] for line in lines] if "split" in columns else []
-    return Labelled(name, "protein", regression, [line["sequence"].strip().upper() for line in lines], labels, splits)
+    if not lines:
+        raise UserError(f"{path} has no line behind its header", "one protein a line: its sequence and its label")
+    return lines
 
 
-def _are_numbers(labels: Sequence[str]) -> bool:
+def _numbers(labels: Sequence[str]) -> list[float] | None:
+    """The labels as numbers, where all of them are."""
     try:
-        values = {float(label) for label in labels}
+        return [float(label) for label in labels]
     except ValueError:
-        return False
-    return len(values) > FEW or not all(value.is_integer() for value in values)
+        return None
 
 
 def prepare(

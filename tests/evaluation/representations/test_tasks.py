@@ -67,11 +67,17 @@ def test_tables_of_users(tmp_path: Path) -> None:
     assert not read("sequence,label\nMK,0\nML,1\n").regression
     assert read("sequence,label\n" + "".join(f"MK,{i}\n" for i in range(11))).regression
     assert read("sequence,label,split\nMK,a,train\nML,b,test\n").splits == ["train", "test"]
+    assert read("sequence,label\nMK,1\nML,0\nMV,1.0\n").labels == ["1", "0", "1"], "one class, however it is written"
+    assert read('sequence,label\nMK,"secreted, soluble"\n').labels == ["secreted, soluble"]
     for text, message in (
         ("sequence,value\nMK,1\n", "no column label"),
         ("sequence,label\nMK,\n", "line 2 has no sequence or no label"),
         ("sequence,label,split\nMK,a,dev\n", "split is 'dev'"),
         ("sequence,label\nMK,0.5\nML,nan\n", "line 3: label is nan"),
+        ("sequence,label\nMK,a\nML,  \n", "line 3 has no sequence or no label"),
+        ("sequence,label\nMK,a\n\nML,secreted, soluble\n", "line 4 has more fields than the header"),
+        ('sequence,label\nMK,a\nML,"b\nMV,c\n', "behind line 2: unexpected end"),
+        ("sequence,label\n", "no line behind its header"),
         ("", "no column label and no column sequence"),
     ):
         with pytest.raises(UserError, match=message):

@@ -22,6 +22,18 @@ CASP14 = (
 EXAMPLES = Path(__file__).parents[2] / "experiments" / "examples"
 
 
+def structure(chains: str) -> bytes:
+    """A PDB file of straight chains of 26 glycines, CA alone."""
+    rows = [
+        f"GLY {chain}{i:4d}    {9.0 * c:8.3f}   0.000{1.5 * i:8.3f}"
+        for c, chain in enumerate(chains)
+        for i in range(1, 27)
+    ]
+    lines = [f"SEQRES {n:3d} {chain}   26  " + "GLY " * 13 for chain in chains for n in (1, 2)]
+    lines += [f"ATOM  {n:5d}  CA  {row}  1.00  0.00           C" for n, row in enumerate(rows, 1)]
+    return "\n".join([*lines, "END", ""]).encode()
+
+
 @pytest.mark.parametrize(("name", "layers", "axes"), [
     ("evidence-650m-l24", 33, ["fidelity", "concepts", "families", "probes", "encode", "steering"]),
     ("evidence-3b-l36", 36, ["fidelity", "concepts", "families", "probes"]),
@@ -52,7 +64,7 @@ def test_they_plan(
     Path("uniprot_sprot.tsv.gz").write_bytes(gzip.compress(b"Entry\tSequence\tActive site\nP1\tMKV\tACT_SITE 2\n"))
     Path("go_mfo.tsv.gz").write_bytes(gzip.compress(b"P1\tGO:0003677\n"))
     for code in ("1cs4", "1fx2", "4at1"):
-        Path(f"{code}.pdb.gz").write_bytes(gzip.compress(code.encode()))
+        Path(f"{code}.pdb.gz").write_bytes(gzip.compress(structure("AB")))
     shapes = {"encoder.weight": (32, 8), "encoder.bias": (32,), "decoder.weight": (8, 32), "bias": (8,)}
     torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, "saefold-3b-l36.ckpt")
     sets = ["--set", "model.weights=narrow"]

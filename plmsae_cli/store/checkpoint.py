@@ -138,6 +138,11 @@ def load_newest(folder: Path, say: Callable[[str], None] | None = None) -> Resto
     return None
 
 
+def load_step(folder: Path, step: int) -> Restored:
+    """The checkpoint of a step. Raises OSError or ValueError where it is not there or does not verify."""
+    return _load(folder / f"step-{step:08d}" / COMMIT)
+
+
 def _load(path: Path) -> Restored:
     body = json.loads(path.read_text())
     commit = body["commit"]

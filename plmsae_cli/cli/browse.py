@@ -31,11 +31,12 @@ def browse_runs(
         folder = found[0] / "browse" / "-".join(["pages", *(run.name for run in found[1:])])
         # The port comes first: whoever has it may be showing these very pages.
         with Server(folder, host, port, sequence_reader(found)) as server:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):  # another one may build them, for another port
-                if not is_current(folder, found, structures):
-                    print(f"building {folder}", file=sys.stderr)
-                    build_site(found, folder, structures)
+            if not is_current(folder, found, structures):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(folder.with_name(f".{folder.name}.lock")):  # another may build them, for another port
+                    if not is_current(folder, found, structures):
+                        print(f"building {folder}", file=sys.stderr)
+                        build_site(found, folder, structures)
             print(server.address, flush=True)
             print("Ctrl-C ends it", file=sys.stderr)
             if not quiet:

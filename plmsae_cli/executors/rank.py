@@ -137,7 +137,7 @@ def _live(sign: Path, start: str | None) -> None:
                     "another start of this run has begun, or its folder was moved: leaving", file=sys.stderr, flush=True
                 )
                 break
-            with suppress(FileNotFoundError):  # it has done its work
+            with suppress(OSError):  # it has done its work, or a network disk stumbles
                 os.utime(sign)
             time.sleep(1)
         os._exit(FORCED)

@@ -53,11 +53,15 @@ fi
 
 stamp=.venv/.plmsae-setup
 wanted="$(cat pyproject.toml constraints.txt | cksum) $PWD"
-if [ -z "$torch_index" ] && [ -x .venv/bin/plmsae ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-  exit 0
-fi
+ready() { [ -z "$torch_index" ] && [ -x .venv/bin/plmsae ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; }
+if ready; then exit 0; fi
 
-if [ ! -x .venv/bin/python ]; then
+# Two starts at once, in two terminals, would install into each other's .venv: the second waits, and finds it made.
+exec 9<.
+if command -v flock >/dev/null 2>&1 && flock 9 2>/dev/null && ready; then exit 0; fi
+
+# Killed in the middle it may be a .venv without pip.
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   python=$(find_python)
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     die "$python has no venv module" "on Debian and Ubuntu: apt-get install python3-venv"

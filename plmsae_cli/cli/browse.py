@@ -16,6 +16,8 @@ def browse_runs(
     """Build the site of one or two runs where it is absent or out of date; serve it unless a folder was named."""
 
     def work() -> int:
+        from filelock import FileLock
+
         from plmsae_cli.browse.server import Server, sequence_reader
         from plmsae_cli.browse.site import build_site, is_current
         from plmsae_cli.config.errors import UserError
@@ -31,8 +33,11 @@ def browse_runs(
         # The port comes first: whoever has it may be showing these very pages.
         with Server(folder, host, port, sequence_reader(found)) as server:
             if not is_current(folder, found, structures):
-                print(f"building {folder}", file=sys.stderr)
-                build_site(found, folder, structures)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(folder.with_name(f".{folder.name}.lock")):  # another may build them, for another port
+                    if not is_current(folder, found, structures):
+                        print(f"building {folder}", file=sys.stderr)
+                        build_site(found, folder, structures)
             print(server.address, flush=True)
             print("Ctrl-C ends it", file=sys.stderr)
             if not quiet:

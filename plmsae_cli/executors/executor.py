@@ -15,6 +15,7 @@ from plmsae_cli.executors.pool import failure_of
 from plmsae_cli.executors.worker import LocalContext, run_task
 from plmsae_cli.runtime.device import allow_gpus
 from plmsae_cli.runtime.task import Plan, Task
+from plmsae_cli.stages.common import read_plan
 from plmsae_cli.stages.train import TRAIN
 from plmsae_cli.store.fs import Store, is_remote, join
 
@@ -112,7 +113,7 @@ def fix_plans(plan: Plan, store: Store) -> None:
             continue
         body = json.dumps(dict(artifact.plan), sort_keys=True).encode()
         path = join(artifact.folder, "plan.json")
-        if not store.write_once(path, body) and json.loads(store.read(path)) != json.loads(body):
+        if not store.write_once(path, body) and read_plan(store, artifact.folder) != json.loads(body):
             raise PlanChanged
 
 

@@ -5,6 +5,7 @@ Launchers of other people's making turn every exit code into 1, and ranks may be
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -47,6 +48,8 @@ class Gang:
             for path in self.logs.glob(old):
                 path.unlink(missing_ok=True)
         body = {"task": None if task is None else task.to_json(), "experiment": experiment.dump(), "text": text}
+        if task is not None:  # else each machine's command writes the order, the same one
+            body["start"] = secrets.token_hex(8)
         write_json(self.logs / "gang.json", body)
         self._asked, self._told = False, 0
         self._signs: dict[str, tuple[int, float]] = {}

@@ -64,10 +64,11 @@ def find(targets: Sequence[Path], watch: bool = False) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """Its experiment files in name order; none if it was removed meanwhile."""
-    if not folder.is_dir():
+    """Its experiment files in name order; none if it is no folder, or was removed meanwhile."""
+    try:
+        return sorted(p for p in folder.iterdir() if is_experiment(p) and not p.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(p for p in folder.iterdir() if is_experiment(p) and not p.name.startswith("."))
 
 
 @contextmanager

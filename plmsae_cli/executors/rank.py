@@ -7,6 +7,7 @@ second (`logs/alive-rank-N`), and leaves what it failed with in `logs/error-rank
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -20,16 +21,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.worker import LocalContext, run_task
 from plmsae_cli.runtime.device import allow_gpus
 from plmsae_cli.runtime.processes import go_with_parent
-from plmsae_cli.runtime.run_folder import RunFolder, write_json
+from plmsae_cli.runtime.run_folder import RunFolder, read_json, write_json
 from plmsae_cli.runtime.stop import FORCED, STOP
 from plmsae_cli.runtime.system_errors import as_user_error
 from plmsae_cli.runtime.task import Interrupted, Task
 
 PARENT = "PLMSAE_PARENT_PID"
+ORDER = "gang.json"
+ORDER_EVERY_S = 10
+"""Between two looks at whether the order still stands."""
 
 
 def be_rank(run: RunFolder) -> None:
@@ -38,8 +43,8 @@ def be_rank(run: RunFolder) -> None:
     rank = int(os.environ.get("RANK", "0"))
     _write_to(logs / f"rank-{rank}.log")
     sign = logs / f"alive-rank-{rank}"
-    _live(sign)
-    order: dict[str, Any] = json.loads((logs / "gang.json").read_text(encoding="utf-8"))
+    order: dict[str, Any] = json.loads((logs / ORDER).read_text(encoding="utf-8"))
+    _live(sign, order.get("start"))
     experiment = Experiment.model_validate(order["experiment"])
     if experiment.launch.gpus == 0:
         allow_gpus([])
@@ -111,21 +116,41 @@ def _write_to(log: Path) -> None:
     os.close(file)
 
 
-def _live(sign: Path) -> None:
-    """Give signs of life; leave when whoever started this rank is gone, so that no orphan is left behind."""
+def _live(sign: Path, start: str | None) -> None:
+    """Give signs of life; leave when whoever started this rank is gone, so that no orphan is left behind, or has been followed
+    by another start: on a cluster ranks outlive a command that is killed, and must not write beside those of the next.
+
+    Args:
+        start: which start of the run this rank belongs to; None: nobody says.
+    """
     write_json(sign, {"pid": os.getpid(), "host": socket.gethostname()})
     parent, launcher = os.getppid(), int(os.environ.get(PARENT, "0"))
     if launcher:
         go_with_parent()
 
     def live() -> None:
-        while not launcher or (os.getppid() == parent and _exists(launcher)):
-            with suppress(FileNotFoundError):  # it has done its work
+        for second in itertools.count():
+            if launcher and not (os.getppid() == parent and _exists(launcher)):
+                break
+            if start is not None and second % ORDER_EVERY_S == 0 and _followed(sign.with_name(ORDER), start):
+                print(
+                    "another start of this run has begun, or its folder was moved: leaving", file=sys.stderr, flush=True
+                )
+                break
+            with suppress(OSError):  # it has done its work, or a network disk stumbles
                 os.utime(sign)
             time.sleep(1)
         os._exit(FORCED)
 
     threading.Thread(target=live, daemon=True).start()
+
+
+def _followed(order: Path, start: str) -> bool:
+    """Whether the order of the run's ranks is another start's by now, or gone with the run's folder."""
+    try:
+        return (read_json(order) or {}).get("start") != start
+    except (OSError, UserError):  # a network disk that stumbles says nothing
+        return False
 
 
 def _exists(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from plmsae_cli.runtime.environment import environment, uncommitted
 from plmsae_cli.runtime.processes import me
 from plmsae_cli.store.housekeeping import DATA_FOLDER
 
+_STALE_READS = 5
 BEAT_S = 60.0
 """Seconds between two signs of life in status.json."""
 _writing = threading.RLock()
@@ -50,7 +52,7 @@ def write_json(path: Path, body: Any) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The file's JSON object, or None where there is no file. UserError where it holds none."""
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(_read(path))
         if not isinstance(body, dict):
             raise ValueError("it holds no JSON object")
     except FileNotFoundError:
@@ -60,6 +62,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
             f"{path} is damaged: {error}", "move it aside; the same `plmsae run` then writes it anew"
         ) from error
     return body
+
+
+def _read(path: Path) -> str:
+    """The text of a file that another machine may replace meanwhile: of the one that was opened NFS has no bytes then."""
+    for _ in range(_STALE_READS):
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return path.read_text(encoding="utf-8")
 
 
 def read_yaml(path: Path) -> Any:

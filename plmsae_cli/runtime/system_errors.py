@@ -19,6 +19,7 @@ _HINTS = {
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EEXIST: "a file is where a folder should be",
     errno.EISDIR: "a folder is where a file should be",
+    errno.ENOLCK: "its disk cannot lock files (NFS without its lock service): name a folder on another one in root",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 

@@ -11,7 +11,7 @@ from plmsae_cli.config.data import Embed
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.task import Artifact, Result, Task
-from plmsae_cli.store.fs import DamagedError, Store, StoreError, is_remote, join
+from plmsae_cli.store.fs import DamagedError, MissingError, Store, StoreError, is_remote, join
 from plmsae_cli.store.lineage import Lineage, Ref
 from plmsae_cli.store.manifest import Part, done_tasks, read_manifest, read_parts, verify
 from plmsae_cli.store.passes import Effort, Passes, divide, sorted_shards
@@ -24,8 +24,11 @@ _SAMPLED_PARTS = 32
 
 def read_plan(store: Store, folder: str) -> dict[str, Any] | None:
     """plan.json of an artifact that was started, else None."""
-    path = join(folder, "plan.json")
-    return json.loads(store.read(path)) if store.exists(path) else None
+    try:
+        found: dict[str, Any] = json.loads(store.read(join(folder, "plan.json")))
+    except MissingError:
+        return None
+    return found
 
 
 def remaining(store: Store, tasks: Iterable[Task]) -> list[Task]:

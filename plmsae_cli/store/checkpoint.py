@@ -108,11 +108,16 @@ def _rotate(folder: Path, keep: int) -> None:
     for old in committed[:-keep]:
         (old / COMMIT).unlink()  # from here on it is no checkpoint, whatever interrupts the rest
         fault("checkpoint.in-rotation")
-        shutil.rmtree(old)
+        _remove(old)
     newest = committed[-1] if committed else None
     for stray in folder.glob("step-*"):
         if newest is not None and stray < newest and not (stray / COMMIT).exists():
-            shutil.rmtree(stray)
+            _remove(stray)
+
+
+def _remove(folder: Path) -> None:
+    # NFS keeps a file that somebody on this machine reads (`verify`), and so its folder: the next rotation tries again.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_newest(folder: Path, say: Callable[[str], None] | None = None) -> Restored | None:
@@ -136,6 +141,11 @@ def load_newest(folder: Path, say: Callable[[str], None] | None = None) -> Resto
             "pass --restart to archive the run and begin again",
         )
     return None
+
+
+def load_step(folder: Path, step: int) -> Restored:
+    """The checkpoint of a step. Raises OSError or ValueError where it is not there or does not verify."""
+    return _load(folder / f"step-{step:08d}" / COMMIT)
 
 
 def _load(path: Path) -> Restored:

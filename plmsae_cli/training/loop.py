@@ -82,7 +82,7 @@ class Training:
         self.shown: Mapping[str, Any] = {}
         """The newest line, `step` and the figures in `SHOWN`; empty before the first."""
         self._options, self._gang = experiment.train, gang
-        if (found := checkpoints.load_newest(run.checkpoints)) is not None:
+        if (found := _restored(run, gang, objective.device)) is not None:
             objective.load(found.tensors, found.state)
             self.start = found.step
             if objective.over(found.step):
@@ -163,6 +163,27 @@ class Training:
                 "a lower train.lr or a longer train.lr_warmup_steps usually mends it (with --restart)",
             )
         self.shown = {k: line[k] for k in ("step", *SHOWN) if k in line}
+
+
+def _restored(run: RunFolder, gang: Gang, device: torch.device) -> checkpoints.Restored | None:
+    """The newest checkpoint that verifies, for all ranks the one that the first finds: a network disk may show others an older
+    one, and ranks that go on from different steps would add up unlike gradients.
+
+    Raises:
+        UserError: on every rank, where the first can read none of those that are there.
+    """
+    found, failure = None, None
+    if gang.first:
+        try:
+            found = checkpoints.load_newest(run.checkpoints)
+        except UserError as error:
+            failure = error
+    step = (0 if found is None else found.step) if failure is None else -1
+    told = torch.tensor(step if gang.first else -1, dtype=torch.int64, device=device)
+    step = int(gang.maximum(told))
+    if step < 0:
+        raise failure or UserError(f"{run.checkpoints}: the first rank can read no checkpoint")
+    return found if gang.first or step == 0 else checkpoints.load_step(run.checkpoints, step)
 
 
 def fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors import rank
 from plmsae_cli.executors.gang import Gang
 from plmsae_cli.executors.torchrun import _killed
-from plmsae_cli.runtime.run_folder import RunFolder, write_json
+from plmsae_cli.runtime.run_folder import RunFolder, read_json, write_json
+from plmsae_cli.runtime.stop import FORCED
 from plmsae_cli.runtime.task import Task, TaskFailed
 
 TASK = Task("train", "train", ("run",))
@@ -103,3 +106,32 @@ def test_an_error_for_the_user_stays_one(run: RunFolder) -> None:
 def test_when_nobody_said_why_the_log_is_named(run: RunFolder) -> None:
     size = (run.path / "logs" / "torchrun.log").stat().st_size
     assert "torchrun.log" in str(told(run, size))
+
+
+def test_ranks_leave_when_another_start_of_the_run_has_begun_or_its_folder_was_moved(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a cluster's job do that outlived a command which was killed."""
+    left, gone = list[int](), threading.Event()
+
+    def leave(code: int) -> None:
+        left.append(code)
+        gone.set()
+
+    def begin() -> str:
+        Gang(run, TASK, Experiment.model_validate({"train": {"data": "x"}}), lambda *_, **__: None)
+        return str((read_json(order) or {})["start"])
+
+    order, sign = run.path / "logs" / "gang.json", run.path / "logs" / "alive-rank-0"
+    for number, follow in enumerate((begin, order.unlink), 1):
+        start = begin()
+        assert not rank._followed(order, start)
+        follow()
+        with monkeypatch.context() as patch:
+            patch.setattr(rank.os, "_exit", leave)
+            rank._live(sign, start)
+            assert gone.wait(60)
+        gone.clear()
+        assert left == [FORCED] * number
+    order.write_text("{")
+    assert not rank._followed(order, "x"), "what cannot be read says nothing"

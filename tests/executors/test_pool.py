@@ -16,7 +16,7 @@ import pytest
 import plmsae_cli
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors import worker
-from plmsae_cli.executors.executor import PlanChanged
+from plmsae_cli.executors.executor import PlanChanged, fix_plans
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.pool import Pool
@@ -181,6 +181,15 @@ def test_a_plan_that_another_process_fixed_first_is_not_overwritten(experiment: 
     assert [task.id for task in again.tasks] == ["proteins", "shard-00000", "finish"]
     executors(experiment).run(again, Notes())
     assert plan_stage("embed", experiment, Store()).done
+
+
+def test_a_plan_that_is_freed_as_it_is_compared_is_planned_again(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_stage("embed", experiment, Store())
+    monkeypatch.setattr(Store, "write_once", lambda *_: False)
+    with pytest.raises(PlanChanged):
+        fix_plans(plan, Store())
 
 
 def test_task_failures_survive_the_way_between_processes() -> None:

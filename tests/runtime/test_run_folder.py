@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -42,3 +44,23 @@ def test_folders_that_vanish_while_files_are_looked_for_are_passed_over(
 
     monkeypatch.setattr(os, "scandir", vanished)
     assert files_named(tmp_path, "status.json") == [tmp_path / "b" / "status.json"]
+
+
+def test_a_file_that_another_machine_replaces_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS has it: the file that was opened is gone on the server."""
+    path, real = tmp_path / "gang-status.json", Path.read_text
+    write_json(path, {"done": 1})
+    stale = iter([True, True, False])
+
+    def read(self: Path, **how: Any) -> str:
+        if next(stale):
+            raise OSError(errno.ESTALE, "Stale file handle", str(self))
+        return real(self, **how)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert read_json(path) == {"done": 1}
+    stale = itertools.repeat(True)
+    with pytest.raises(OSError, match="Stale"):
+        read_json(path)

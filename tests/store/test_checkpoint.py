@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,7 +143,7 @@ def test_a_kill_while_an_old_one_is_removed(tmp_path: Path, monkeypatch: pytest.
     for step in (5, 10):
         save(tmp_path, state(step), 2)
 
-    def half(folder: Path) -> None:
+    def half(folder: Path, **_: Any) -> None:
         next(folder.glob("*.safetensors")).unlink()
         raise Killed
 
@@ -229,3 +232,25 @@ def test_every_rank_waits_for_the_commit(tmp_path: Path) -> None:
     assert barriers == [False, False, False, True]
     assert json.loads(commit.read_text())["commit"]["world"] == 2
     assert same(load_newest(tmp_path), state(1))
+
+
+def test_a_checkpoint_that_cannot_be_removed_yet_goes_with_the_next_rotation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS, while somebody on this machine reads a file of it."""
+    for step in (1, 2):
+        save(tmp_path, state(step), 2)
+    real = os.rmdir
+
+    def held(path: str, **how: Any) -> None:
+        if str(path).endswith("step-00000001"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+        real(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", held)
+        save(tmp_path, state(3), 2)
+    assert (tmp_path / "step-00000001").exists()
+    assert same(load_newest(tmp_path), state(3))
+    save(tmp_path, state(4), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]

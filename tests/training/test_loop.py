@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.faults import InjectedFault
 from plmsae_cli.runtime.dist import Gang
@@ -226,3 +227,42 @@ def test_a_run_stopped_inside_a_profile_goes_on(tmp_path: Path) -> None:
     notes: list[str] = []
     train(tmp_path, Counting(), steps=40, notes=notes, profile=True)
     assert [note.splitlines()[0].split(":")[0] for note in notes] == ["profile of steps 24 to 33"]
+
+
+class Second(Gang):
+    """A rank that hears the step that the first one has chosen."""
+
+    def __init__(self, told: int) -> None:
+        super().__init__(1, 2)
+        object.__setattr__(self, "told", told)
+
+    def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert int(tensor) < 0, "the others have no say"
+        return torch.tensor(vars(self)["told"])
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_the_first_has_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, Counting(), steps=20, keep_checkpoints=3)
+    run, device = RunFolder(tmp_path / "run"), torch.device("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", lambda *_: iter(()))  # as a network disk may show another machine
+        found = loop._restored(run, Second(20), device)
+        assert loop._restored(run, Second(0), device) is None
+    assert found is not None
+    assert (found.step, found.tensors["total"].tolist()) == (20, [210.0] * 3)
+    # The newest is damaged: the first takes the one before, and so do the others, whatever they can read.
+    newest = run.checkpoints / "step-00000020" / "rank-0.safetensors"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-1])
+    first = loop._restored(run, Gang(), device)
+    newest.write_bytes(whole)
+    assert first is not None
+    found = loop._restored(run, Second(first.step), device)
+    assert found is not None
+    assert found.step == first.step == 15
+    with pytest.raises(UserError, match="first rank can read no checkpoint"):
+        loop._restored(run, Second(-1), device)
+    with pytest.raises(FileNotFoundError):  # no user's error: it ends the gang
+        loop._restored(run, Second(7), device)

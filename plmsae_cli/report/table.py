@@ -135,6 +135,12 @@ def final_validation(run: Run) -> dict[str, dict[str, float]]:
     return run.valid[-1]["valid"] if run.valid else {}
 
 
+def perplexity(run: Run) -> float | None:
+    """A protein language model's last perplexity, the mean over validation sets."""
+    values = [float(scores["perplexity"]) for scores in final_validation(run).values()]
+    return sum(values) / len(values) if values else None
+
+
 def training_rows(run: Run) -> int | None:
     """Rows (residues) of the dataset, from the artifact nearest to training that says."""
     if (rows := run.dictionary.get("dataset_rows")) is not None:

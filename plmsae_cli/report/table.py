@@ -156,4 +156,4 @@ def training_rows(run: Run) -> int | None:
 def times(run: Run) -> dict[str, float]:
     """Seconds by stage, in the order of the pipeline, unknown stages last."""
     known = [stage for stage in STAGE_ORDER if stage in run.stage_seconds]
-    return {stage: run.stage_seconds[stage] for stage in [*known, *(run.stage_seconds.keys() - {*known})]}
+    return {stage: run.stage_seconds[stage] for stage in dict.fromkeys([*known, *run.stage_seconds])}

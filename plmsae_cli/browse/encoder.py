@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.proteins import groups
-from plmsae_cli.evaluation.rows import encode_rows, group_residues
+from plmsae_cli.evaluation.rows import encode_rows
 from plmsae_cli.report.reading import read_settings
 from plmsae_cli.runtime.embedding import Embedder
 from plmsae_cli.runtime.saved import load_sae_with_facts
@@ -54,8 +52,3 @@ class Encoder:
             )
             found = encode_rows(self.sae, rows[self.layer][0].to(self._embedder.device))
         return Latents(found.acts_BK.cpu(), found.indices_BK.cpu())
-
-    def groups(self, sequences: Sequence[str]) -> Iterator[tuple[list[int], Latents]]:
-        """Places of consecutive proteins and their latents, some thousand residues a time."""
-        for places in groups([len(sequence) for sequence in sequences], group_residues(torch.device("cpu"))):
-            yield places, self.latents([sequences[p] for p in places])

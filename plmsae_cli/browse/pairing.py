@@ -12,7 +12,6 @@ from plmsae_cli.browse.matching import best_correlation, best_cosine
 from plmsae_cli.browse.scripts import column
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.runtime.saved import load_sae_with_facts
-from plmsae_cli.sae.interface import Latents
 
 RESIDUES = 20_000
 """Residues on which co-activation is measured: of the proteins with examples, by number, both runs' in turn."""
@@ -48,12 +47,8 @@ def pair(first: Features, second: Features) -> list[dict[str, Any]]:
         number, value = best_correlation(latents[a], latents[b], models[a].num_latents, models[b].num_latents)
         none = torch.where(number < 0, models[b].num_latents, number)
         bodies[a]["together"] = {"latent": column(none, "u4"), "value": column(value, "f4")}
-        bodies[a]["residues"] = _rows(latents[a])
+        bodies[a]["residues"] = len(latents[a].acts_BK)
     return bodies
-
-
-def _rows(latents: Latents) -> int:
-    return len(latents.acts_BK)
 
 
 def _sequences(first: Features, second: Features) -> list[str]:

@@ -11,6 +11,7 @@ import json
 import mimetypes
 import re
 import secrets
+import socket
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,7 +49,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder: Path, host: str, port: int, read: Reader) -> None:
         self.folder, self.read = folder.resolve(), read
         self.token = None if host in LOCAL else secrets.token_urlsafe(16)
-        self.host = host
+        self.host = f"[{host}]" if ":" in host else host
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:

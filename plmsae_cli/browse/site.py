@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -113,8 +114,6 @@ def bundle() -> str:
 
 def hash_of(text: str) -> str:
     """Twelve hex digits."""
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -58,8 +58,7 @@ def match(paths: Iterable[str], proteins: dict[int, Row]) -> dict[int, str]:
         named = sorted({number for word in words for number in by_name.get(word, ())})
         for letters, atoms in read_residues(Path(name), name, chain):
             for number in named or proteins:
-                place = _place(letters, proteins[number]["sequence"])
-                if place and number not in found:
+                if number not in found and (place := _place(letters, proteins[number]["sequence"])):
                     found[number] = _pdb(atoms, place)
     return found
 

@@ -8,8 +8,8 @@ tasks leaves, in `eval/<axis>/` of the run,
     latent_concepts.parquet one row a pair (latent, concept)
     proteins.parquet        one row a protein: `id`, `length`, `in_training`, columns of its own
 
-A task's id is `<axis>-<identity>` with, where there are several, `-<step>`: other options are other tasks, and one axis knows
-nothing of another.
+A task's id is `<axis>-<identity>` with, where there are several, `-<step>`: other options are other tasks. One axis knows
+nothing of another; those that read what `concepts` found wait for its last task, which is in their identity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from plmsae_cli.config.base import digest
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.evaluation import Eval
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.config.imported import ImportedSAE
 from plmsae_cli.runtime.task import Resources, Task
 from plmsae_cli.store.fs import FileRecord, Store, join
 from plmsae_cli.store.manifest import canonical_json, read_manifest, read_parts
@@ -119,17 +118,20 @@ class Scope:
         if train.imported is None:
             assert train.sae is not None
             return dimensions, train.sae.width(dimensions), train.sae.k if train.sae.has("k") else UNKNOWN_ACTIVE
-        config = self._imported(train.imported)
-        return dimensions, config["num_latents"], config.get("k", UNKNOWN_ACTIVE)
+        return dimensions, self._imported["num_latents"], self._imported.get("k", UNKNOWN_ACTIVE)
 
-    def _imported(self, options: ImportedSAE) -> Mapping[str, Any]:
+    @cached_property
+    def _imported(self) -> Mapping[str, Any]:
+        """Settings of the imported dictionary, which several axes ask for, and which may be gigabytes."""
         from plmsae_cli.runtime.dictionaries import read_dictionary
         from plmsae_cli.runtime.saved import read_sae_facts
 
         if self.store.exists(join(self.folder, "sae", "sae.json")):
             config: Mapping[str, Any] = read_sae_facts(self.folder, self.store)["config"]
             return config
-        return read_dictionary(options, self.store).model.settings()
+        assert self.experiment.train is not None
+        assert self.experiment.train.imported is not None
+        return read_dictionary(self.experiment.train.imported, self.store).model.settings()
 
     def require_same_model(self, remedy: str) -> None:
         """Raises UserError where `train.data` was embedded with another model than `model.weights`, or nobody knows which."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from markupsafe import Markup
 
-from plmsae_cli.report.words import clean, count
+from plmsae_cli.report.words import clean, count, number, percent
 
 ROWS = 200
 """Rows of a table; the Parquet and CSV files have all."""
+HEADLINES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "fvu": ("FVU", number),
+    "l0_mean": ("L0", number),
+    "dead_share": ("dead", percent),
+    "recovered_zero": ("loss recovered", percent),
+}
+"""Figures of a run in tables of many, as `runtime.results.headline` names them: what they are called, and how they are shown."""
 
 
 class Figure(NamedTuple):
@@ -44,6 +51,16 @@ class Section(NamedTuple):
     lead: str
     figures: Sequence[Figure]
     tables: Sequence[tuple[str, Table]]
+
+
+def known(value: float | None, show: Callable[[float], str]) -> Cell:
+    """A number as `show` has it; a dash where it is not known."""
+    return Cell("–") if value is None else Cell(show(value), repr(float(value)))
+
+
+def beyond(rows: int) -> str:
+    """What the remark under a table of so many rows adds where not all are shown."""
+    return f" Shown are the first {ROWS} of {count(rows)}." if rows > ROWS else ""
 
 
 def decimal(value: float | None, digits: int = 3) -> Cell:

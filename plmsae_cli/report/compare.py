@@ -16,7 +16,7 @@ from plmsae_cli.report.cells import Figure as Picture
 from plmsae_cli.report.differences import Difference, differences
 from plmsae_cli.report.page import write_page
 from plmsae_cli.report.reading import Run, read_run
-from plmsae_cli.report.table import final_validation
+from plmsae_cli.report.table import perplexity
 from plmsae_cli.report.versus import CURVES, By, curves, levels, trained
 from plmsae_cli.report.words import clean, count, number, percent, seconds
 from plmsae_cli.store.fs import Store
@@ -118,22 +118,11 @@ class Side(NamedTuple):
     run: Path
 
 
-def compare(sides: Sequence[Side]) -> tuple[list[str], list[list[Any]]]:
-    """Columns (axis, figure, then each run's name), and a row a figure that any of them has; None where one has not.
-
-    Raises:
-        UserError: a run is given twice, or a folder is no run.
-    """
-    runs = [side.run for side in sides]
-    if twice := next((run for run in runs if runs.count(run) > 1), None):
-        raise UserError(f"{twice} is given twice", "name each run once")
-    bodies = [_body(read_run(run)) for run in runs]
-    rows = []
-    for figure in FIGURES:
-        values = [_at(body, figure.path) for body in bodies]
-        if any(value is not None for value in values):
-            rows.append([figure.axis, figure.name, *values])
-    return ["axis", "figure", *names(sides)], rows
+def _rows(runs: Sequence[Run]) -> list[list[Any]]:
+    """Axis, name and each run's value of the figures that any of them has; None where one has not."""
+    bodies = [_body(run) for run in runs]
+    rows = [[figure.axis, figure.name, *(_at(body, figure.path) for body in bodies)] for figure in FIGURES]
+    return [row for row in rows if any(value is not None for value in row[2:])]
 
 
 def want_evaluations(sides: Sequence[Side]) -> None:
@@ -158,15 +147,14 @@ def _body(run: Run) -> dict[str, Any]:
             training |= {key: sum(values) / len(values)} if values else {}
         speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
         training |= {"tokens_per_second": median(speeds)} if speeds else {}
-    if scores := [each["perplexity"] for each in final_validation(run).values()]:
-        training["perplexity"] = sum(scores) / len(scores)
+    training["perplexity"] = perplexity(run)
     return {**(run.scores or {}), "training": training}
 
 
 def names(sides: Sequence[Side]) -> list[str]:
     """Names of runs; with their folder where two are called the same."""
-    plain = [side.name for side in sides]
-    return [side.name if plain.count(side.name) == 1 else str(side.run) for side in sides]
+    called = [side.name for side in sides]
+    return [side.name if called.count(side.name) == 1 else str(side.run) for side in sides]
 
 
 def _at(body: Mapping[str, Any], path: Sequence[str]) -> Any:
@@ -188,10 +176,13 @@ def write_comparison(folder: Path, sides: Sequence[Side]) -> Comparison:
     """Write `compare.csv` (numbers in full) and `report/index.html` into a folder.
 
     Raises:
-        UserError: as `compare`.
+        UserError: a run is given twice, or a folder is no run.
     """
-    columns, rows = compare(sides)
-    runs = {name: read_run(side.run) for name, side in zip(columns[2:], sides, strict=True)}
+    folders = [side.run for side in sides]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise UserError(f"{twice} is given twice", "name each run once")
+    runs = {name: read_run(side.run) for name, side in zip(names(sides), sides, strict=True)}
+    columns, rows = ["axis", "figure", *runs], _rows([*runs.values()])
     changed = differences([run.config for run in runs.values()])
     lines = {name: trained(run) for name, run in runs.items()}
     out = io.StringIO()
@@ -218,7 +209,7 @@ def write_comparison(folder: Path, sides: Sequence[Side]) -> Comparison:
         verdict="What each run was asked, how it learnt and what came out, side by side; blank where there is nothing. Figures"
         " of an evaluation compare only where the proteins and settings of the axis are the same.",
         demo=any(run.demo for run in runs.values()), table=Table(heads, cells), figures_=pictures,
-        science=_changes(columns[2:], changed, True), cosmetic=_changes(columns[2:], changed, False),
+        science=_changes([*runs], changed, True), cosmetic=_changes([*runs], changed, False),
     )  # fmt: skip
     at = {by: {key: levels(lines, key, by) for key in CURVES} for by, _ in bys}
     return Comparison(columns, rows, changed, at, path, page)

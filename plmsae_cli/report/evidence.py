@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from plmsae_cli.report.cells import ROWS, Cell, Figure, Section, Table, decimal, latent, text, whole
+from plmsae_cli.report.cells import ROWS, Cell, Figure, Section, Table, beyond, decimal, latent, text, whole
 from plmsae_cli.report.interventions import contacts, steering, structure
 from plmsae_cli.report.models import language_models, representations
 from plmsae_cli.report.svg import SERIES, draw
@@ -87,13 +87,9 @@ def _concepts(body: Mapping[str, Any]) -> Section:
         caption = "By residue, over all thresholds, for the latents of the best concepts (chosen on validation)."
         figures.append(Figure(_curves(body["curves"]), "Precision and recall", caption))
     above = sum(row["f1"] > 0.5 for row in body["amino_acids"])
-    remark = f"{_shown(len(best))} Amino acids, which the model is given, are apart: {above} of 20 have a latent with F1 > 0.5."
+    remark = f"Amino acids, which the model is given, are apart: {above} of 20 have a latent with F1 > 0.5.{beyond(len(best))}"
     tables = [("Against what learnt nothing", summary), ("Concepts", Table(columns, rows, remark))]
     return Section("concepts", "Concepts that latents find", lead, figures, tables)
-
-
-def _shown(rows: int) -> str:
-    return f"The first {ROWS} of {count(rows)}." if rows > ROWS else ""
 
 
 def _families(body: Mapping[str, Any]) -> Section:
@@ -141,7 +137,7 @@ def _marks(found: Sequence[Mapping[str, Any]], remark: str) -> Table:
         ]
         for row in sorted(found, key=lambda row: -row["f1"])[:ROWS]
     ]  # fmt: skip
-    return Table(columns, rows, remark)
+    return Table(columns, rows, remark + beyond(len(found)))
 
 
 def _probes(body: Mapping[str, Any]) -> Section:
@@ -168,7 +164,7 @@ def _probes(body: Mapping[str, Any]) -> Section:
     ]  # fmt: skip
     remark = (
         "null: the same regressions on annotations rotated along each protein, and on proteins' labels dealt out anew."
-        " raw: the activations of a residue, or their mean over a protein."
+        f" raw: the activations of a residue, or their mean over a protein.{beyond(len(body['targets']))}"
     )
     return Section("probes", "What can be read off the latents", lead, [], [("Targets", Table(columns, rows, remark))])
 

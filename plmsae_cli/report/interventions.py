@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from plmsae_cli.report.cells import ROWS, Cell, Section, Table, decimal, latent, text, whole
+from plmsae_cli.report.cells import ROWS, Cell, Section, Table, beyond, decimal, latent, text, whole
 from plmsae_cli.report.words import clean, count, number, percent
 
 METHODS = {"jacobian": "categorical Jacobian", "head": "attention head"}
@@ -43,7 +43,8 @@ def contacts(body: Mapping[str, Any]) -> Section:
         ]
         for one in proteins[:ROWS]
     ]  # fmt: skip
-    tables = [("Precision", Table(columns, rows, remark)), ("Structures, P@L", Table(each_columns, each))]
+    structures = Table(each_columns, each, beyond(len(proteins)).strip())
+    tables = [("Precision", Table(columns, rows, remark)), ("Structures, P@L", structures)]
     return Section("contacts", "Contacts that survive", lead, [], tables)
 
 
@@ -106,6 +107,7 @@ def steering(body: Mapping[str, Any]) -> Section:
     remark = (
         "KL and changes of log p in nats, means over proteins. Raised and lowered: the letters whose change differs most from"
         " that by the random direction. All read-outs and controls are in eval/steering/effects.parquet."
+        f"{beyond(len(body['latents']))}"
     )
     tables = [("Latents", Table(columns, rows, remark))]
     if "folds" in body:
@@ -127,4 +129,4 @@ def _steered_folds(body: Mapping[str, Any]) -> Table:
         for row in sorted(body["latents"], key=lambda row: -abs(row["sasa"]["effect"]))[:ROWS]
     ]  # fmt: skip
     remark = f"Changes against the fold untouched, by {clean(body['esmfold'])}, means over proteins."
-    return Table(columns, rows, remark)
+    return Table(columns, rows, remark + beyond(len(body["latents"])))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from plmsae_cli.report.cells import Cell, Figure, Section, Table, decimal, text, whole
-from plmsae_cli.report.svg import SERIES, draw
+from plmsae_cli.report.svg import draw, stroke
 from plmsae_cli.report.words import clean, count, number
 
 if TYPE_CHECKING:
@@ -82,18 +82,11 @@ def _short(task: str) -> str:
 
 def _by_layer(models: Any, place: int) -> Markup:
     def paint(axes: Axes) -> None:
-        for model, colour in zip(models, SERIES, strict=False):
+        for index, model in enumerate(models):
             layers = model["tasks"][place]["layers"]
             deepest = max(1, layers[-1]["layer"])
-            depth = [row["layer"] / deepest for row in layers]
-            axes.plot(
-                depth,
-                [row["test"] for row in layers],
-                color=colour,
-                marker="o",
-                markersize=3,
-                label=clean(model["model"], 32),
-            )
+            depth, score = [row["layer"] / deepest for row in layers], [row["test"] for row in layers]
+            axes.plot(depth, score, **stroke(index), marker="o", markersize=3, label=clean(model["model"], 32))
         axes.set_xlabel("layer / number of layers")
         axes.set_ylabel("score on test")
         axes.grid(axis="y")

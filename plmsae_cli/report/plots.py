@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from plmsae_cli.report.curves import envelope, log_ticks, unit_of
 from plmsae_cli.report.reading import Latents, Line
-from plmsae_cli.report.svg import BLUE, GREEN, INK, MUTED, ORANGE, SERIES, STONE, WASH, draw
+from plmsae_cli.report.svg import BLUE, GREEN, INK, MUTED, ORANGE, SERIES, STONE, WASH, draw, stroke
 from plmsae_cli.report.words import clean, number, power
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def validation(name: str, label: str, lines: Sequence[Line], key: str) -> Markup
         return None
 
     def paint(axes: Axes) -> None:
-        for (each, values), colour in zip(points.items(), SERIES * (1 + len(sets) // len(SERIES)), strict=False):
-            axes.plot(*zip(*values, strict=True), color=colour, label=clean(each, 24), marker="o", markersize=2.5)
+        for index, (each, values) in enumerate(points.items()):
+            axes.plot(*zip(*values, strict=True), **stroke(index), label=clean(each, 24), marker="o", markersize=2.5)
         axes.set_xlim(left=0)
         axes.set_xlabel("training steps")
         axes.set_ylabel(label)

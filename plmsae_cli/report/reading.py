@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,14 @@ class Run:
     dictionary: dict[str, Any] = field(default_factory=dict)
     """sae/sae.json: what the trained dictionary says of itself."""
     scores: dict[str, Any] | None = None
-    latents: Latents | None = None
+
+    @cached_property
+    def latents(self) -> Latents | None:
+        """eval/latents.parquet, read when it is first asked for: tables of many runs do without.
+
+        Raises UserError where it is damaged.
+        """
+        return _latents(self.folder / "eval" / "latents.parquet")
 
     @property
     def name(self) -> str:
@@ -112,7 +120,6 @@ def read_run(folder: Path) -> Run:
         valid=[line for line in lines if "valid" in line],
         dictionary=read_json(folder / "sae" / "sae.json") or {},
         scores=read_json(folder / "eval" / "metrics.json"),
-        latents=_latents(folder / "eval" / "latents.parquet"),
     )
 
 
@@ -156,12 +163,12 @@ def _latents(path: Path) -> Latents | None:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        there = pq.read_schema(path).names
+        if missing := [name for name in _LATENT_COLUMNS if name not in there]:
+            raise UserError(f"{path} has no column {', '.join(missing)}", "run eval again")
+        table = pq.read_table(path, columns=[name for name in (*_LATENT_COLUMNS, *_EXAMPLE_COLUMNS) if name in there])
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged: {error}", "run eval again") from error
-    missing = [name for name in _LATENT_COLUMNS if name not in table.column_names]
-    if missing:
-        raise UserError(f"{path} has no column {', '.join(missing)}", "run eval again")
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in _LATENT_COLUMNS}
     examples = {name: table[name].to_pylist() for name in _EXAMPLE_COLUMNS if name in table.column_names}
     return Latents(**columns, examples=examples)

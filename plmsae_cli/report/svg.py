@@ -21,6 +21,7 @@ INK, MUTED, STONE, RULE, WASH = "#1c2024", "#60646c", "#b2b6be", "#e0e1e6", "#f1
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#a6588c", "#56b4e9"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 """Okabe and Ito's palette, distinguishable with any of the common kinds of colour blindness."""
+_STYLES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
 _CLASSES = {
     INK: "ink", MUTED: "muted", STONE: "stone", RULE: "rule", WASH: "wash",
     BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple", SKY: "sky",
@@ -54,6 +55,11 @@ _RC: dict[Any, Any] = {
     "legend.fontsize": 8.5,
 }
 _HREF = "{http://www.w3.org/1999/xlink}href"
+
+
+def stroke(index: int) -> dict[str, Any]:
+    """Colour and style of line number `index` of a picture: 20 that can be told apart."""
+    return {"color": SERIES[index % len(SERIES)], "linestyle": _STYLES[index // len(SERIES) % len(_STYLES)]}
 
 
 def draw(name: str, label: str, paint: Callable[[Axes], None], size: tuple[float, float] = (300, 192)) -> Markup:

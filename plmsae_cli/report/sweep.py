@@ -12,23 +12,16 @@ from markupsafe import Markup
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.report import plots
+from plmsae_cli.report.cells import HEADLINES, Cell, known
 from plmsae_cli.report.frontier import frontier
 from plmsae_cli.report.page import write_page
 from plmsae_cli.report.parallel import parallel
 from plmsae_cli.report.provenance import layer, model, provenance
 from plmsae_cli.report.reading import Run, read_run
-from plmsae_cli.report.words import clean, clean_block, number, percent
+from plmsae_cli.report.words import clean, clean_block, number
 from plmsae_cli.runtime.run_folder import read_json
 
-_METRICS = {"fvu": "FVU", "l0_mean": "L0", "dead_share": "dead", "recovered_zero": "loss recovered"}
 _HASH = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-class Cell(NamedTuple):
-    """What is shown, and the number it is sorted by (empty: text, or nothing to sort by)."""
-
-    text: str
-    sort: str
 
 
 class Row(NamedTuple):
@@ -67,7 +60,7 @@ def build_sweep_report(run: Path) -> Path:
         lines=_parallel(scored, keys, set(on_front)),
         search=_search(sweep),
         keys=[(clean(short, 40), clean(key, 80)) for short, key in _short(keys).items()],
-        metrics=[*_METRICS.values(), *(["objective"] if "search" in sweep else [])],
+        metrics=[*(name for name, _ in HEADLINES.values()), *(["objective"] if "search" in sweep else [])],
         rows=[_row(run, trial, keys, any(trial is each for each in best), "search" in sweep) for trial in trials],
         provenance=provenance(record),
         yaml=clean_block(record.yaml),
@@ -122,7 +115,7 @@ def _parallel(scored: list[dict[str, Any]], keys: list[str], front: set[int]) ->
     if len(columns) < 2:
         return None
     for metric in ("l0_mean", "fvu"):
-        columns[_METRICS[metric]] = [trial["metrics"][metric] for trial in scored]
+        columns[HEADLINES[metric][0]] = [trial["metrics"][metric] for trial in scored]
     return parallel(columns, front)
 
 
@@ -151,13 +144,9 @@ def _row(run: Path, trial: dict[str, Any], keys: list[str], best: bool, searched
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         cells.append(Cell(_shown(value), repr(value) if numeric else ""))
     metrics = trial.get("metrics") or {}
-    for key in _METRICS:
-        value = metrics.get(key)
-        text = percent if key in ("dead_share", "recovered_zero") else number
-        cells.append(Cell("–", "") if value is None else Cell(text(value), repr(float(value))))
+    cells += [known(metrics.get(key), show) for key, (_, show) in HEADLINES.items()]
     if searched:
-        value = trial.get("objective")
-        cells.append(Cell("–", "") if value is None else Cell(number(value), repr(float(value))))
+        cells.append(known(trial.get("objective"), number))
     return Row(link, clean(name, 20), cells, clean(trial.get("state", ""), 20), best)
 
 

@@ -135,6 +135,12 @@ def final_validation(run: Run) -> dict[str, dict[str, float]]:
     return run.valid[-1]["valid"] if run.valid else {}
 
 
+def perplexity(run: Run) -> float | None:
+    """A protein language model's last perplexity, the mean over validation sets."""
+    values = [float(scores["perplexity"]) for scores in final_validation(run).values()]
+    return sum(values) / len(values) if values else None
+
+
 def training_rows(run: Run) -> int | None:
     """Rows (residues) of the dataset, from the artifact nearest to training that says."""
     if (rows := run.dictionary.get("dataset_rows")) is not None:
@@ -150,4 +156,4 @@ def training_rows(run: Run) -> int | None:
 def times(run: Run) -> dict[str, float]:
     """Seconds by stage, in the order of the pipeline, unknown stages last."""
     known = [stage for stage in STAGE_ORDER if stage in run.stage_seconds]
-    return {stage: run.stage_seconds[stage] for stage in [*known, *(run.stage_seconds.keys() - {*known})]}
+    return {stage: run.stage_seconds[stage] for stage in dict.fromkeys([*known, *run.stage_seconds])}

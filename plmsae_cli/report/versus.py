@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from markupsafe import Markup
 
 from plmsae_cli.report.curves import envelope, log_ticks, unit_of
 from plmsae_cli.report.reading import Line, Run
-from plmsae_cli.report.svg import SERIES, draw
+from plmsae_cli.report.svg import draw, stroke
 from plmsae_cli.report.words import clean
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 By = Literal["tokens", "seconds"]
 CURVES = {"fvu": "FVU", "loss": "loss", "l0": "active latents (L0)", "dead": "dead latents (share)"}
 """Field of metrics.jsonl -> its axis."""
-_STYLES = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
 _STOPS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -77,10 +76,7 @@ def curves(runs: Mapping[str, Sequence[Line]], key: str, by: By) -> Markup | Non
 
     def paint(axes: Axes) -> None:
         for index, (name, trace) in enumerate(traces.items()):
-            style: Any = _STYLES[index // len(SERIES) % len(_STYLES)]
-            axes.plot(
-                trace.x / divisor, trace.mean, color=SERIES[index % len(SERIES)], linestyle=style, label=clean(name, 28)
-            )
+            axes.plot(trace.x / divisor, trace.mean, **stroke(index), label=clean(name, 28))
         values = np.concatenate([trace.mean for trace in traces.values()])
         if values.min() > 0 and values.max() / values.min() > 10:
             log_ticks(axes, "y")

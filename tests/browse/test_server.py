@@ -87,6 +87,20 @@ def test_other_names_are_refused(folder: Path) -> None:
         assert server.token is None
 
 
+def test_the_newer_protocol(folder: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with serving(folder, "::1") as server:
+        host, port, *_ = server.server_address
+        assert (server.token, server.address) == (None, f"http://[::1]:{port}/")
+        connection = http.client.HTTPConnection(str(host), int(port), timeout=10)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
 def test_a_token_beyond_this_machine(folder: Path) -> None:
     with serving(folder, "0.0.0.0") as server:
         assert server.token is not None

@@ -391,13 +391,18 @@ def test_a_package_that_is_absent_is_named_before_anything_starts(
     ("contacts: {{structures: ['{0}/short.pdb']}}", "24 apart"),
     ("structure: {{structures: ['{0}/s.pdb:Z'], esmfold: random}}", "s.pdb has no chain 'Z'"),
     ("structure: {{fasta: '{0}/p.fasta', ids: [a, c], esmfold: random}}", "has no c"),
+    ("encode: {{fasta: '{0}/empty.fasta'}}", "empty.fasta is empty"),
+    ("steering: {{fasta: '{0}/words.txt'}}", "neither a UniProt table nor"),
+    ("families: {{proteins: '{0}/p.fasta', labels: '{0}/words.txt'}}", "line 1 has no tab and no comma"),
+    ("probes: {{proteins: '{0}/p.fasta', labels: '{0}/words.txt'}}", "line 1 has no tab and no comma"),
 ])  # fmt: skip
-def test_a_chain_that_is_not_there_is_known_before_anything_starts(
+def test_what_cannot_be_used_is_known_before_anything_starts(
     plmsae: Plmsae, write: Callable[..., Path], tmp_path: Path, axis: str, words: str
 ) -> None:
     write_structure(tmp_path / "s.pdb", sequences(1, 30)[0], 0)
     write_structure(tmp_path / "short.pdb", sequences(1, 20)[0], 0)
-    (tmp_path / "p.fasta").write_text(">a\nMKVLA\n")
+    for name, text in (("p.fasta", ">a\nMKVLA\n"), ("empty.fasta", ""), ("words.txt", "some words\n")):
+        (tmp_path / name).write_text(text)
     path = write(evaluation=f"\neval:\n  {axis.format(tmp_path)}\n")
     done = plmsae("run", path, "--dry-run")
     assert (done.code, words in done.err) == (2, True), done.err

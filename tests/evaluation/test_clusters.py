@@ -40,6 +40,17 @@ def test_relatives_are_together_and_strangers_apart(method: str) -> None:
     assert groups == {frozenset(p for p, one in enumerate(owner) if one == family) for family in range(5)}
 
 
+def test_of_equal_representatives_the_longest_is_joined() -> None:
+    chosen = random.Random(0)
+    sequences, wanted = [], []
+    for n in range(12):
+        longer, shorter = ("".join(chosen.choices(LETTERS, k=length)) for length in (60, 59))
+        sequences += [shorter, longer, longer[:20] + shorter[:20]]
+        wanted += [3 * n, 3 * n + 1, 3 * n + 1]
+    assert cluster(sequences, "kmer").tolist() == wanted
+    assert cluster(["", "MK", "MK", "MKV"], "kmer").tolist() == [0, 1, 1, 3], "what has no word of five is its own word"
+
+
 def test_a_wanted_program_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert choose_method("auto") == "kmer"

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 
 from plmsae_cli.report.curves import envelope, tick_text, unit_of
 from plmsae_cli.report.frontier import frontier
-from plmsae_cli.report.svg import BLUE, MUTED, draw
+from plmsae_cli.report.models import representations
+from plmsae_cli.report.svg import BLUE, MUTED, draw, stroke
 
 
 def test_envelope_in_closed_form() -> None:
@@ -34,6 +35,19 @@ def test_envelope_keeps_extremes_and_stays_short(values: list[float | None], str
     assert (len(reduced.x) > 0) == bool(finite)
     if finite:
         assert (reduced.low.min(), reduced.high.max()) == (min(finite), max(finite))
+
+
+def test_lines_of_many_models_are_all_drawn_and_can_be_told_apart() -> None:
+    assert len({tuple(map(str, stroke(index).values())) for index in range(20)}) == 20
+    layers = [{"layer": layer, "valid": 0.1, "test": 0.1 * layer} for layer in range(3)]
+    models = [
+        {"model": f"model-{n}", "parameters": 8, "score": 0.2, "tasks": [{"score": 0.2, "layer": 2, "layers": layers}]}
+        for n in range(7)
+    ]
+    split = {"train": 1, "valid": 1, "test": 1}
+    task = {"task": "t", "of": "protein", "regression": True, "split": "cluster", "proteins": split}
+    section = representations({"models": models, "tasks": [task]})
+    assert all(f"model-{n}" in section.figures[0].svg for n in range(7))
 
 
 def test_axes_speak_plainly() -> None:

@@ -59,6 +59,12 @@ def test_rows_of_a_run_over_several_layers(tmp_path: Path, make: Any) -> None:
     assert summary(tmp_path) == [("training rows", "64")]
 
 
+def test_the_figures_of_a_terminal_need_no_table_of_latents(run: Path) -> None:
+    before = summary(run)
+    (run / "eval" / "latents.parquet").write_text("PAR1")
+    assert summary(run) == before
+
+
 def test_examples_are_the_strongest_of_the_band(run: Path, make: Any) -> None:
     columns = make.write_latents(run / "eval" / "latents.parquet")
     latents = read_run(run).latents

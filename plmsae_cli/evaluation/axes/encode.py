@@ -22,9 +22,13 @@ AXIS = "encode"
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     """The tasks, and figures for people."""
+    from plmsae_cli.evaluation.proteins import read_any
+
     options = scope.options.encode
     assert options is not None
     scope.require_same_model("remove eval.encode")
+    # A file that cannot be read is known before training.
+    next(read_any(scope.store.local(options.fasta)), None)
     identity = scope.identity(AXIS, options.science(), scope.contents(fasta=options.fasta))
     pieces = scope.pieces(AXIS, identity, "part", options.tasks, 20.0)
     steps = [piece.args["step"] for piece in pieces]

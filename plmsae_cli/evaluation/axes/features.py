@@ -58,7 +58,8 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
         told = f"-{digest({**options.describe.science(), **given})[:8]}"
         describe = [scope.task(AXIS, identity, f"describe-{late}{told}", _steps([collect, *write]), of=of)]
     last = scope.task(AXIS, identity, f"finish-{late}{told}", _steps([collect, *write, *describe]), of=of)
-    return [*first, *select, *merge, *gather, *about, *write, collect, *describe, last], figures(scope, options)
+    tasks = [*first, *select, *merge, *gather, *about, *write, collect, *describe, last]
+    return tasks, {"tasks": len(tasks), **figures(scope, options)}
 
 
 def _steps(tasks: list[Task]) -> list[str]:

@@ -62,10 +62,10 @@ def residual(sample_RD: Tensor, centred: bool = False) -> Directions:
 
 def principal(sample_RD: Tensor) -> Directions:
     """The principal components of the sample, both signs, from its mean."""
-    x_RD = sample_RD.double()
+    x_RD = sample_RD.to(torch.float64, copy=True)
     mean_D = x_RD.mean(0)
-    centred = x_RD - mean_D
-    _, vectors_DD = torch.linalg.eigh(centred.T @ centred)
+    x_RD -= mean_D
+    _, vectors_DD = torch.linalg.eigh(x_RD.T @ x_RD)
     # An eigenvector's sign is anybody's choice; both are latents, but their order should not depend on the machine.
     largest_D = vectors_DD.abs().argmax(0)
     vectors_DD = vectors_DD * vectors_DD.gather(0, largest_D[None]).sign()

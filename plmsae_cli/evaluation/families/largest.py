@@ -63,12 +63,13 @@ class Reader:
     """All pieces as one, a tile of latents at a time, proteins in the order of the whole list."""
 
     def __init__(self, store: Store, paths: Sequence[str], proteins: int) -> None:
-        self._files = [TensorFile(store, path) for path in paths]
+        files = [TensorFile(store, path) for path in paths]
+        self._files = [(file, file.read("place")) for file in files]
         self._proteins = proteins
 
     def tile(self, first: int, last: int) -> Tensor:
         """Latents [first, last): [n, P], float32."""
         acts_nP = torch.zeros(last - first, self._proteins)
-        for file in self._files:
-            acts_nP[:, file.read("place")] = file.read("largest", first, last).float()
+        for file, place in self._files:
+            acts_nP[:, place] = file.read("largest", first, last).float()
         return acts_nP

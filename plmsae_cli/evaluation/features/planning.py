@@ -37,7 +37,7 @@ def latents_a_pass(options: Features) -> int:
 
 
 def estimate(options: Features, rows: int, num_latents: int, active: int, d: int) -> dict[str, Any]:
-    """Tasks, readings of the rows, examples, bytes and memory, at most: lists of rare latents are not full.
+    """Readings of the rows, examples, bytes and memory, at most: lists of rare latents are not full.
 
     Args:
         active: latents active on a residue.
@@ -51,7 +51,6 @@ def estimate(options: Features, rows: int, num_latents: int, active: int, d: int
         "rows": rows,
         "split": options.split,
         "latents": num_latents,
-        "tasks": 4 * options.tasks + 2,
         "readings": 1 + -(-num_latents // latents_a_pass(options)),
         "examples": examples,
         "candidate_bytes": candidates * _CANDIDATE + num_latents * _TALLY * options.tasks,

@@ -36,8 +36,8 @@ def report(scope: Scope, options: Steering, of: int) -> Result:
     values: dict[int, Any] = {}
     for index in range(of):
         table = scope.read_table(AXIS, f"values/{index}of{of}.parquet")
-        cells = table["values"].to_pylist() if "values" in table.column_names else []
-        values |= {index + of * n: np.array(cell).reshape(shape) for n, cell in enumerate(cells)}
+        cells = table["values"].to_numpy() if "values" in table.column_names else []
+        values |= {index + of * n: cell.reshape(shape) for n, cell in enumerate(cells)}
     rows: list[dict[str, Any]] = []
     for place, steer in enumerate(order):
         facts = {

@@ -211,10 +211,9 @@ async function latentsView(route, main) {
     show();
   };
   const save = () => {
-    const columns = columnsOf(run);
     saveCsv(`${run.run}-latents`, ["latent", "density", "max", "concept", "concept_f1", "family", "family_f1", "pattern", "letter", "cluster"],
       rows.map((i) => [i, run.column.density[i], run.column.max[i], conceptOf(run, i), (run.column.concept_f1 || [])[i], familyOf(run, i), (run.column.family_f1 || [])[i], patternOf(run, i), run.letters[run.column.letter[i]], run.column.cluster ? run.column.cluster[i] + 1 : null]));
-    announce(`${columns.length} columns saved`);
+    announce(`${count(rows.length)} latents saved`);
   };
   replace(main,
     h("p.eyebrow", null, subtitle(run)), h("h1", null, run.run),

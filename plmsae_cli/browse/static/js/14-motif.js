@@ -22,10 +22,11 @@ async function motifView(route, main) {
       return;
     }
     const found = [];
+    let latent = 0;
     for (let file = 0; file < run.motif_files; file++) {
       const latents = await load(`${run.number}/motif-${padded(file)}`);
       if (mine !== turn) return;
-      latents.forEach((windows, i) => {
+      for (const windows of latents) {
         let hits = 0;
         let first = null;
         for (const window of windows) {
@@ -35,8 +36,9 @@ async function motifView(route, main) {
             first = first || [window, match.index, match[0].length];
           }
         }
-        if (hits) found.push({ latent: file * 1024 + i, hits, of: windows.length, first });
-      });
+        if (hits) found.push({ latent, hits, of: windows.length, first });
+        latent++;
+      }
       said.textContent = `${Math.round(((file + 1) / run.motif_files) * 100)} % searched`;
       await new Promise((resolve) => setTimeout(resolve));
     }

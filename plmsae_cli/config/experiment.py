@@ -255,6 +255,14 @@ class Experiment(Section):
         """Whether it trains sparse autoencoders."""
         return self.train is not None and self.train.kind == "sae"
 
+    @property
+    def _scores_by_model(self) -> bool:
+        """Whether an axis about dictionaries runs the language model."""
+        if self.eval is None or not self.has_dictionary:
+            return False
+        axes = {axis for axis in OF_DICTIONARIES if getattr(self.eval, axis) is not None}
+        return self.eval.fidelity.loss_recovered or axes != {"fidelity"}
+
     def language_models(self, axis: LanguageModels | Representations) -> list[str]:
         """The models that an axis of `eval` scores, as they were named."""
         if axis.models is not None:
@@ -265,7 +273,7 @@ class Experiment(Section):
         """The weights that a start reads, run folders apart: what is published and absent is downloaded first."""
         axes = self.eval.of_models() if self.eval is not None else []
         named = [weights for axis in axes for weights in self.language_models(axis)]
-        own = [self.model.weights] if self.embed is not None else []
+        own = [self.model.weights] if self.embed is not None or self._scores_by_model else []
         return list(dict.fromkeys([*own, *(weights for weights in named if weights.startswith("esm2_t"))]))
 
     def data_folder(self) -> str:

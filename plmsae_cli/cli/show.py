@@ -42,9 +42,11 @@ def bytes_to_make(plans: Iterable[Plan]) -> int:
     return sum(made.bytes for plan in plans for made in plan.artifacts.values() if not made.done)
 
 
-def value(name: str, found: Any) -> str:
+def _value(name: str, found: Any) -> str:
+    from plmsae_cli.config.tree import plain
+
     if isinstance(found, bool) or not isinstance(found, (int, float)):
-        return str(found)
+        return plain(found)
     if name.startswith(("bytes", "memory")) or name.endswith("bytes"):
         return size(found)
     return f"{found:,}"
@@ -66,7 +68,7 @@ def _figures(figures: Mapping[str, Any], indent: str) -> list[str]:
             lines.append(f"{indent}{name}:")
             lines += _figures(found, indent + "  ")
         else:
-            lines.append(f"{indent}{name}: {value(name, found)}")
+            lines.append(f"{indent}{name}: {_value(name, found)}")
     return lines
 
 

@@ -7,32 +7,18 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from plmsae_cli.config.base import Name, Section, rule
-from plmsae_cli.config.data import Embed, Imported, Keep, Model, Optimize, Shuffle, Storage
-from plmsae_cli.config.evaluation import Concepts, Encode, Eval, Families, Fidelity, Probes
+from plmsae_cli.config.data import Embed, Keep, Model, Optimize, Shuffle, Storage
+from plmsae_cli.config.evaluation import Eval
 from plmsae_cli.config.language_models import TRAINED, LanguageModels, Representations
 from plmsae_cli.config.launching import Launch, Limits, Price
-from plmsae_cli.config.plm import PLM
-from plmsae_cli.config.sae import SAE
 from plmsae_cli.config.sweep import Sweep
 from plmsae_cli.config.training import Train
 
-__all__ = [
-    "PLM", "SAE", "Concepts", "Embed", "Encode", "Eval", "Experiment", "Families", "Fidelity", "Imported", "Keep", "Launch",
-    "Limits",
-    "Model", "Optimize", "Price", "Probes", "Shuffle", "Storage", "Sweep", "Train", "Wandb",
-]  # fmt: skip
+__all__ = ["Embed", "Experiment", "Launch", "Storage", "Train"]
 
 OF_DICTIONARIES = (
-    "fidelity",
-    "concepts",
-    "families",
-    "probes",
-    "encode",
-    "contacts",
-    "structure",
-    "steering",
-    "features",
-)
+    "fidelity", "concepts", "families", "probes", "encode", "contacts", "structure", "steering", "features",
+)  # fmt: skip
 """Axes of `eval` that score a sparse autoencoder."""
 STAGES = ("embed", "shuffle", "optimize", "train", "sweep", "eval")
 
@@ -88,11 +74,9 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _stages_have_their_inputs(self) -> Experiment:
-        needs = {"shuffle": ("embed",), "optimize": ("shuffle",), "sweep": ("train",)}
-        for stage, inputs in needs.items():
-            for upstream in inputs:
-                if getattr(self, stage) is not None and getattr(self, upstream) is None:
-                    raise rule(stage, f"{stage} needs a {upstream} section", f"add `{upstream}:` or remove `{stage}:`")
+        for stage, upstream in {"shuffle": "embed", "optimize": "shuffle", "sweep": "train"}.items():
+            if getattr(self, stage) is not None and getattr(self, upstream) is None:
+                raise rule(stage, f"{stage} needs a {upstream} section", f"add `{upstream}:` or remove `{stage}:`")
         if self.embed is not None and self.embed.layout == "bucketed" and self.shuffle is None:
             raise rule(
                 "embed.layout",
@@ -103,23 +87,6 @@ class Experiment(Section):
             raise rule(
                 "train", "train needs data", "add embed, shuffle and optimize sections, or train.data: a dataset folder"
             )
-        if self.sweep is not None and self.sweep.stream == "each" and self.train is not None and self.train.saes:
-            raise rule(
-                "sweep.stream",
-                "train.saes share one reading of the dataset, sweep.stream: each does not",
-                "use stream: shared, or sweep fields of train.sae instead of train.saes",
-            )
-        if self.sweep is not None and self.train is not None and self.train.imported is not None:
-            raise rule("sweep", "train.imported is one finished dictionary: there is nothing to sweep", "remove it")
-        if (
-            self.sweep is not None
-            and self.sweep.stream == "shared"
-            and self.train is not None
-            and self.train.kind == "plm"
-        ):
-            raise rule(
-                "sweep.stream", "stream: shared is for SAEs; language models train one after the other", "remove it"
-            )
         if self.limits.usd is not None and self.price == Price():
             raise rule(
                 "limits.usd",
@@ -128,6 +95,24 @@ class Experiment(Section):
             )
         if all(getattr(self, stage) is None for stage in STAGES):
             raise rule("", "no stage in this experiment", f"add one of: {', '.join(STAGES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _sweep_suits_what_it_trains(self) -> Experiment:
+        if self.sweep is None or self.train is None:
+            return self
+        if self.sweep.stream == "each" and self.train.saes:
+            raise rule(
+                "sweep.stream",
+                "train.saes share one reading of the dataset, sweep.stream: each does not",
+                "use stream: shared, or sweep fields of train.sae instead of train.saes",
+            )
+        if self.train.imported is not None:
+            raise rule("sweep", "train.imported is one finished dictionary: there is nothing to sweep", "remove it")
+        if self.sweep.stream == "shared" and self.train.kind == "plm":
+            raise rule(
+                "sweep.stream", "stream: shared is for SAEs; language models train one after the other", "remove it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -255,6 +240,14 @@ class Experiment(Section):
         """Whether it trains sparse autoencoders."""
         return self.train is not None and self.train.kind == "sae"
 
+    @property
+    def _scores_by_model(self) -> bool:
+        """Whether an axis about dictionaries runs the language model."""
+        if self.eval is None or not self.has_dictionary:
+            return False
+        axes = {axis for axis in OF_DICTIONARIES if getattr(self.eval, axis) is not None}
+        return self.eval.fidelity.loss_recovered or axes != {"fidelity"}
+
     def language_models(self, axis: LanguageModels | Representations) -> list[str]:
         """The models that an axis of `eval` scores, as they were named."""
         if axis.models is not None:
@@ -265,7 +258,7 @@ class Experiment(Section):
         """The weights that a start reads, run folders apart: what is published and absent is downloaded first."""
         axes = self.eval.of_models() if self.eval is not None else []
         named = [weights for axis in axes for weights in self.language_models(axis)]
-        own = [self.model.weights] if self.embed is not None else []
+        own = [self.model.weights] if self.embed is not None or self._scores_by_model else []
         return list(dict.fromkeys([*own, *(weights for weights in named if weights.startswith("esm2_t"))]))
 
     def data_folder(self) -> str:

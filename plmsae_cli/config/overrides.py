@@ -13,9 +13,9 @@ from plmsae_cli.config import credentials, names, nodes, space
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.problems import OVERRIDE
-from plmsae_cli.config.tree import entries, locate, paths
+from plmsae_cli.config.tree import entries, locate
 
-__all__ = ["apply", "members", "parse", "paths", "points", "trial"]
+__all__ = ["apply", "members", "parse", "points", "trial"]
 
 
 def parse(argument: str) -> tuple[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.config.tree import describe, entries
+from plmsae_cli.config.tree import entries
 
-__all__ = ["FILE", "describe", "json_schema", "text"]
+__all__ = ["FILE", "json_schema", "text"]
 
 FILE = "plmsae.schema.json"
 

@@ -46,11 +46,6 @@ def entries() -> dict[str, Entry]:
     return {entry.path: entry for entry in _walk(Experiment, "")}
 
 
-def paths() -> dict[str, str]:
-    """Every dotted path that a YAML or `--set` may name, with its help."""
-    return {path: entry.help for path, entry in entries().items()}
-
-
 def describe() -> list[tuple[str, str, str, str]]:
     """Rows (path, type, default, help) of every field, for `init --full` and the docs."""
     rows = []

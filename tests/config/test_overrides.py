@@ -14,7 +14,7 @@ from pydantic import ByteSize
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
-from plmsae_cli.config.overrides import apply, parse, paths, points, trial
+from plmsae_cli.config.overrides import apply, parse, points, trial
 from plmsae_cli.config.tree import Entry, entries, locate, options, plain
 from plmsae_cli.config.yaml import InvalidExperiment, load
 
@@ -217,9 +217,9 @@ def test_later_arguments_win(tmp_path: Path) -> None:
     assert (train.lr, train.sae.k) == (1e-4, 64)
 
 
-def test_paths_are_all_dotted_paths_with_help() -> None:
-    assert {"train", "train.sae", "train.sae.k", "eval.fidelity.proteins"} <= set(paths())
-    assert all(text.strip() for text in paths().values())
+def test_every_field_has_a_help() -> None:
+    assert {"train", "train.sae", "train.sae.k", "eval.fidelity.proteins"} <= set(entries())
+    assert all(entry.help for entry in entries().values())
 
 
 def test_points_are_the_product_and_trials_are_experiments(tmp_path: Path) -> None:

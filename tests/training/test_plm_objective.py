@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plmsae_cli.config.experiment import PLM, Train
+from plmsae_cli.config.experiment import Train
+from plmsae_cli.config.plm import PLM
 from plmsae_cli.evaluation.language import score
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, CLS, EOS, FIRST_LETTER, MASK, PAD, Packed, encode, pack, wrap
 from plmsae_cli.plm.attention import Documents

@@ -98,6 +98,13 @@ class S3Server:
     def store(self) -> Store:
         return Store(self.storage())
 
+    def client(self) -> Any:
+        """boto3's, which looks at the server past our code."""
+        import boto3
+
+        # A session of its own: that of the module would keep the credentials of its first use for all tests to come.
+        return boto3.Session().client("s3", endpoint_url=self.endpoint_url, region_name="us-east-1")
+
     def url(self, *names: str) -> str:
         """`s3://bucket/name/...`"""
         return "/".join([f"s3://{self.bucket}", *names])
@@ -147,8 +154,6 @@ def s3_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def s3(s3_endpoint: str, s3_credentials: None) -> S3Server:
     """An S3 server with a fresh bucket; credentials are in the environment."""
-    import boto3
-
-    bucket = f"test-{secrets.token_hex(6)}"
-    boto3.client("s3", endpoint_url=s3_endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
-    return S3Server(s3_endpoint, bucket)
+    server = S3Server(s3_endpoint, f"test-{secrets.token_hex(6)}")
+    server.client().create_bucket(Bucket=server.bucket)
+    return server

@@ -165,7 +165,14 @@ def test_a_gang_is_interrupted_continued_and_leaves_nobody_behind_whoever_is_kil
     assert json.loads(plmsae("status", run, "--json").out)["state"] == "killed"
     assert plmsae("train", path, "--dry-run").code == 0
 
-    # The run is moved: no rank goes on writing to where nobody sees it.
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("data")
+def test_ranks_of_a_run_that_is_moved_do_not_go_on_where_nobody_sees_it(
+    start: Start, write: Write, tmp_path: Path
+) -> None:
+    path = write("gang.yaml", more="launch: {ranks: 2}\n", tokens=FOREVER)
+    run = tmp_path / "runs" / "gang"
     process = start("train", path, "--no-progress")
     process.until(at_work(process, run))
     run.rename(tmp_path / "elsewhere")

@@ -25,7 +25,7 @@ from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.stages.sweep import Trial, trials
 
 Trained = Callable[..., Experiment]
-GRID = {"grid": {"train.sae.k": [2, 4, 9999, 8]}}
+GRID = {"grid": {"train.sae.k": [2, 4, 9999]}}
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +55,15 @@ def test_each_trial_has_a_gpu_of_its_own_and_gives_what_it_gives_alone(
 ) -> None:
     experiment = swept(trained, "packed", GRID)
     said: list[str] = []
-    with pytest.raises(UserError, match="1 of 4 trials failed"):
+    with pytest.raises(UserError, match="1 of 3 trials failed"):
         run_experiment(experiment, ["sweep"], PlainReporter(said.append))
     found = trials(experiment)
     good = [trial for trial in found if trial.values["train.sae.k"] != 9999]
     seen = [environment(trial)["visible_gpus"] for trial in good]
     assert set(seen) == {"5", "7"}
-    assert sum("begins on GPU" in line for line in said) == 4
+    assert sum("begins on GPU" in line for line in said) == 3
     table = json.loads((Path(experiment.root) / "packed" / "sweep.json").read_text())["trials"]
-    assert [row["state"] for row in table] == ["done", "done", "failed", "done"]
+    assert [row["state"] for row in table] == ["done", "done", "failed"]
     assert any("larger than the dictionary" in line for line in said), "its error comes back from its process"
     # Bit for bit what the same trial gives in this process, one after the other.
     alone = swept(trained, "alone", {"grid": {"train.sae.k": [4]}}, workers=1)
@@ -71,7 +71,7 @@ def test_each_trial_has_a_gpu_of_its_own_and_gives_what_it_gives_alone(
     assert losses(trials(alone)[0].experiment) == losses(good[1].experiment)
     # Again: one is tried again, none of the others.
     before = (good[0].run / "metrics.jsonl").stat().st_mtime_ns
-    with pytest.raises(UserError, match="1 of 4 trials failed"):
+    with pytest.raises(UserError, match="1 of 3 trials failed"):
         run_experiment(experiment, ["sweep"], PlainReporter(said.append))
     assert (good[0].run / "metrics.jsonl").stat().st_mtime_ns == before
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
 from plmsae_cli.cli.housekeeping import clean_root
@@ -68,7 +67,7 @@ def test_objects_that_no_record_lists_are_found_and_nothing_young_is(s3: Any) ->
 
 
 def opened(s3: Any, key: str, size: int) -> str:
-    client = boto3.client("s3", endpoint_url=s3.endpoint_url, region_name="us-east-1")
+    client = s3.client()
     upload = client.create_multipart_upload(Bucket=s3.bucket, Key=key)["UploadId"]
     client.upload_part(Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * size)
     return str(upload)
@@ -90,7 +89,7 @@ def test_open_uploads_are_listed_with_bytes_and_price_and_aborted_when_told(
     ours, others = f"data/embed-{KEY}/shard-00000.safetensors", "database/else.bin"
     opened(s3, ours, 700_000)
     opened(s3, others, 10)
-    client = boto3.client("s3", endpoint_url=s3.endpoint_url, region_name="us-east-1")
+    client = s3.client()
 
     def open_keys() -> set[str]:
         return {upload["Key"] for upload in client.list_multipart_uploads(Bucket=s3.bucket).get("Uploads", [])}

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pytest
 
@@ -27,8 +26,7 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_uploads(server: Any) -> list[Any]:
-    client = boto3.client("s3", endpoint_url=server.endpoint_url, region_name="us-east-1")
-    return list(client.list_multipart_uploads(Bucket=server.bucket).get("Uploads", []))
+    return list(server.client().list_multipart_uploads(Bucket=server.bucket).get("Uploads", []))
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "SlowDown", "reset", "lost"])

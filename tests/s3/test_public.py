@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
 from plmsae_cli.config.experiment import Experiment
@@ -36,7 +35,7 @@ def dataset(s3: Any, tmp_path: Path, smoke_fasta: Path) -> tuple[str, Path]:
     )
     run_experiment(experiment, experiment.stages(), PlainReporter())
     (folder,) = (tmp_path / "maker" / "data").glob("optimize-*")
-    client = boto3.client("s3", endpoint_url=s3.endpoint_url, region_name="us-east-1")
+    client = s3.client()
     for file in folder.rglob("*"):
         if file.is_file():
             key = f"public/{file.relative_to(folder)}"
@@ -75,7 +74,7 @@ def test_training_needs_no_credentials_no_model_and_no_proteins(
 
 
 def test_a_bucket_that_may_not_be_listed_is_probed_by_name(s3: Any, proxy: Any) -> None:
-    client = boto3.client("s3", endpoint_url=s3.endpoint_url, region_name="us-east-1")
+    client = s3.client()
     client.put_object(Bucket=s3.bucket, Key="public/MANIFEST.json", Body=b"{}", ACL="public-read")
     proxy.fail(r"GET \S+list-type", "403")
     store = Store(proxy.storage(anonymous=True))

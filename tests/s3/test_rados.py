@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pytest
 
@@ -23,7 +22,7 @@ from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.store.fs import MissingError, Store, StoreError
 from plmsae_cli.store.manifest import verify
 from plmsae_cli.store.range_cache import CachingStore
-from tests.conftest import free_port
+from tests.conftest import S3Server, free_port
 
 NEEDED = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool", "ceph-authtool")
 ABSENT = [name for name in NEEDED if shutil.which(name) is None]
@@ -61,7 +60,7 @@ def bucket(gateway: str, s3_credentials: None, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester-key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tester-secret")
     name = f"test-{secrets.token_hex(6)}"
-    boto3.client("s3", endpoint_url=gateway, region_name="us-east-1").create_bucket(Bucket=name)
+    S3Server(gateway, name).client().create_bucket(Bucket=name)
     return f"s3://{name}", Storage(endpoint_url=gateway, allow_http=True)
 
 

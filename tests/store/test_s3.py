@@ -14,7 +14,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pytest
 
@@ -268,7 +267,7 @@ def test_no_credentials_and_anonymous(s3: Any, monkeypatch: pytest.MonkeyPatch) 
         store.exists(s3.url("x"))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
-    client = boto3.client("s3", endpoint_url=s3.endpoint_url, region_name="us-east-1")
+    client = s3.client()
     client.put_bucket_acl(Bucket=s3.bucket, ACL="public-read")
     client.put_object_acl(Bucket=s3.bucket, Key="x", ACL="public-read")
     store.probe(s3.url())

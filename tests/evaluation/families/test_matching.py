@@ -141,4 +141,4 @@ def test_a_pair_takes_what_the_plan_reckons_with() -> None:
         "MALLOC_MMAP_THRESHOLD_": "1000000"
     }  # what is freed goes back, as with tensors of a real size
     done = subprocess.run([sys.executable, "-c", MATCH], capture_output=True, text=True, check=True, env=settings)
-    assert int(done.stdout) < 200 * 20_000 * PAIR < 1.6 * int(done.stdout)
+    assert int(done.stdout) < 200 * 20_000 * PAIR < 1.8 * int(done.stdout)

@@ -115,6 +115,9 @@ class SAE(Section):
                 )
         if not self.aux_fitted and not (self.has("aux_coefficient") and self.aux_coefficient):
             raise rule("aux_fitted", "aux_fitted has no effect without AuxK", "remove it, or set aux_coefficient")
+        if self.init == "fitted" and not self.has("k"):
+            why = "its thresholds choose what is active"
+            raise rule("init", f"init: fitted has no effect with architecture: {self.architecture}: {why}", "remove it")
         if self.k_anneal is not None and self.k_start is None:
             raise rule("k_anneal", "k_anneal has no effect without k_start", "remove it or add k_start")
         without = ("target_l0",) if self.penalty == "tanh" else _TANH

@@ -78,6 +78,13 @@ def test_the_automatic_rate_of_a_short_run_turns_rows_by_two_hundredths_a_step()
     assert peak(optimizer="signum") == topk_learning_rate(24)
 
 
+def test_the_rate_warms_up_over_a_twentieth_of_the_run_or_as_asked() -> None:
+    for wanted, steps in (("auto", 5), (9, 9), (0, 0)):
+        one = objective(lr=1e-3, lr_warmup_steps=wanted)
+        assert one.rates(0)["lr"] == pytest.approx(1e-3 / (steps + 1))
+        assert one.rates(steps)["lr"] == 1e-3
+
+
 def test_flops_are_those_of_the_products() -> None:
     """As torch counts the encoder's product of a batch, and k of N rows for each of the four others."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -45,7 +45,8 @@ class SAE(Section):
     """Number of latents, instead of `expansion`."""
     init: Annotated[Literal["auto", "random", "fitted", "data"], SCIENCE] = "auto"
     """Where rows start: `random` directions, W_enc = W_dec; `fitted`: the same, W_enc scaled to the least error at the
-    start; `auto`: the one of these that suits the data; `data`: directions of residues from their centre, fitted."""
+    start (architectures with `k`); `auto`: the one of these that suits the data; `data`: directions of residues from their
+    centre, fitted."""
     k: Annotated[Count, SCIENCE] = 64
     """Active latents a token (L0); `batch_topk`: their mean."""
     k_aux: Annotated[Count | None, SCIENCE] = None
@@ -71,7 +72,8 @@ class SAE(Section):
     """JumpReLU only: the number of active latents (`l0`, default, Rajamanoharan et al. 2024) or tanh of their
     activation and a pre-activation term (`tanh`, Anthropic, January 2025)."""
     target_l0: Annotated[Positive | None, SCIENCE] = None
-    """JumpReLU with `penalty: l0` only: penalise the squared relative distance of L0 from this; default: L0 itself."""
+    """JumpReLU with `penalty: l0` only: penalise the squared relative distance of L0 from this, at most the number of
+    latents; default: L0 itself."""
     bandwidth: Annotated[Positive | None, SCIENCE] = None
     """JumpReLU only: width of the window around the threshold in which it gets a gradient, for inputs with mean
     square 1; default 1e-3 sqrt(d), with `penalty: tanh` 2."""
@@ -112,6 +114,9 @@ class SAE(Section):
                 )
         if not self.aux_fitted and not (self.has("aux_coefficient") and self.aux_coefficient):
             raise rule("aux_fitted", "aux_fitted has no effect without AuxK", "remove it, or set aux_coefficient")
+        if self.init == "fitted" and not self.has("k"):
+            why = "its thresholds choose what is active"
+            raise rule("init", f"init: fitted has no effect with architecture: {self.architecture}: {why}", "remove it")
         if self.k_anneal is not None and self.k_start is None:
             raise rule("k_anneal", "k_anneal has no effect without k_start", "remove it or add k_start")
         without = ("target_l0",) if self.penalty == "tanh" else _TANH

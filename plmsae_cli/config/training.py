@@ -11,6 +11,7 @@ from plmsae_cli.config.imported import ImportedSAE
 from plmsae_cli.config.plm import PLM
 from plmsae_cli.config.sae import SAE
 
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 CACHE_LIMIT = 10**12
 """Default of `train.cache_limit` in bytes."""
 
@@ -32,7 +33,7 @@ class Train(Section):
     """Most bytes in `cache`; when it is full, what it has stays."""
     layer: Whole | None = None
     """Which embedded layer to train on; optional where `embed.layers` has one."""
-    seed: Annotated[int, SCIENCE] = 0
+    seed: Annotated[Seed, SCIENCE] = 0
     """Seed of the initialisation and of later epochs' block order; touches no data."""
     sae: Annotated[SAE | None, SCIENCE] = None
     """Options of `kind: sae`."""

@@ -27,7 +27,7 @@ from plmsae_cli.store.manifest import done_tasks
 
 Member = tuple[Trial, Plan]
 """A trial and its ordinary plan of `train`."""
-_Stream = tuple[str, int, int, int | None]
+_Stream = tuple[str, int, int, str, int | None]
 
 ORDERS = (
     "epochs after the first are ordered by train.seed: SAEs of different seeds share a stream only within one epoch"
@@ -64,18 +64,19 @@ def shared_plan(members: Sequence[Member], launch: Launch) -> Plan:
         if len(tasks) > 1:
             tasks[number] = replace(task, args={**task.args, "group": f"{number + 1} of {len(tasks)}"})
     figures: dict[str, Any] = {"SAEs": len(members), "streams": len(streams)}
-    if len({key[:3] for key in streams}) < len(streams):
+    if len({key[:-1] for key in streams}) < len(streams):
         figures["note"] = ORDERS
     artifacts = {trial.hash: plan.artifacts["run"] for trial, plan in members}
     return Plan("train", tasks, artifacts, {**figures, **groups})
 
 
 def _stream(trial: Trial, plan: Plan) -> _Stream:
-    """What SAEs of one stream agree on: dataset, batch, ranks and, beyond one epoch, the seed that orders the blocks."""
+    """What SAEs of one stream agree on: dataset, batch, ranks, loader and, beyond one epoch, the seed that orders the blocks."""
     train, figures = trial.experiment.train, plan.figures
     assert train is not None
     one_epoch = figures["steps"] <= figures["rows"] // figures["batch_tokens"]
-    return figures["dataset"], figures["batch_tokens"], figures["ranks"], None if one_epoch else train.seed
+    seed = None if one_epoch else train.seed
+    return figures["dataset"], figures["batch_tokens"], figures["ranks"], train.loader, seed
 
 
 def _load(plan: Plan) -> Load:

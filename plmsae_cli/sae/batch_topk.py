@@ -78,6 +78,10 @@ class BatchTopK(TopK):
         """Latents above theta; K is the largest number of them in a token of this batch."""
         return active_latents(self.encode_dense(x_BD))
 
+    def largest(self, x_BD: Tensor) -> Tensor:
+        """The largest activation of each latent among these tokens: [N]; none is sorted for it."""
+        return self.encode_dense(x_BD).amax(0)
+
     @torch.no_grad()
     def fold_(self, mean_D: Tensor, scale: float) -> None:
         """From the input (x - mean) * scale to raw activations x, in place; theta is in raw units too."""

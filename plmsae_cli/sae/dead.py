@@ -12,7 +12,7 @@ LONGEST_WINDOW = 10_000_000
 
 def dead_window(total_tokens: int) -> int:
     """Global tokens without firing after which a latent counts as dead: min(10 M, a tenth of the run)."""
-    return min(LONGEST_WINDOW, total_tokens // 10)
+    return max(1, min(LONGEST_WINDOW, total_tokens // 10))
 
 
 class DeadLatents:

@@ -48,6 +48,10 @@ class Dense(Dictionary):
         """The active latents; K is the largest number of them in a token of this batch."""
         return active_latents(self.encode_dense(x_BD))
 
+    def largest(self, x_BD: Tensor) -> Tensor:
+        """The largest activation of each latent among these tokens: [N]; none is sorted for it."""
+        return self.encode_dense(x_BD).amax(0)
+
     def forward(self, x_BD: Tensor) -> Tensor:
         """Reconstruction of `x_BD`."""
         return self._decode(self.encode_dense(x_BD))

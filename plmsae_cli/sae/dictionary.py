@@ -68,6 +68,12 @@ class Dictionary(nn.Module, ABC):
         z_BN = x_BD.new_zeros(x_BD.shape[0], self.num_latents)
         return z_BN.scatter(1, latents.indices_BK, latents.acts_BK)
 
+    def largest(self, x_BD: Tensor) -> Tensor:
+        """The largest activation of each latent among these tokens: [N]."""
+        latents = self.encode(x_BD)
+        largest_N = x_BD.new_zeros(self.num_latents)
+        return largest_N.scatter_reduce_(0, latents.indices_BK.flatten(), latents.acts_BK.flatten(), "amax")
+
     def start_(self, generator: torch.Generator) -> None:
         """Start what only this architecture has, in place, after `initialise` has set the four parameters."""
 

@@ -38,6 +38,10 @@ class Gated(Dense):
         """Gates and magnitudes are held for all latents."""
         return 7 * rows * self.num_latents * 4
 
+    def flops_per_token(self) -> float:
+        """As dense, and of the frozen decoder the product and the gradient of what it decodes."""
+        return 14.0 * self.num_latents * self.d
+
     def encode_dense(self, x_BD: Tensor) -> Tensor:
         """H(pi) ReLU(exp(r) W_enc (x - b_dec) + b_mag): [B, N]."""
         return self._gate_and_latents(x_BD)[1]

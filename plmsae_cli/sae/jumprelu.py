@@ -43,7 +43,13 @@ class JumpReLU(Dense):
     ) -> None:
         """Defaults by penalty: lambda 6e-4 (1 with a target) and 5; its warm-up .05 and 1 of the run; the width of
         the estimated gradient 1e-3 sqrt(d) and 2; theta at the start 1e-3 sqrt(d) and .1.
+
+        Raises ValueError where there are fewer latents than `target_l0`.
         """
+        if target_l0 is not None and target_l0 > num_latents:
+            raise ValueError(
+                f"target_l0 = {target_l0:g} active of {num_latents} latents: choose one up to {num_latents}"
+            )
         l0 = penalty == "l0"
         weight = (6e-4 if target_l0 is None else 1.0) if l0 else 5.0
         super().__init__(

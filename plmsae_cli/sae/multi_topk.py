@@ -15,6 +15,11 @@ WIDER_WEIGHT = 1 / 8
 class MultiTopK(TopK):
     """TopK trained on L(k) + L(4 k) / 8."""
 
+    def flops_per_token(self) -> float:
+        """As TopK, with the encoder's gradient at the wider choice alone; and decoding that, with two gradients."""
+        wide = min(WIDER * self.k, self.num_latents)
+        return float(2 * self.num_latents * self.d + 6 * self.k * self.d + 8 * wide * self.d)
+
     def loss(self, x_BD: Tensor, dead_N: Tensor, global_rows: int, reduce: Reduce = one_process) -> Losses:
         """TopK's loss with a second reconstruction from 4 k latents (all, if fewer); `reconstruction` is L(k)."""
         k = self.training_k

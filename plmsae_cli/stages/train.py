@@ -68,7 +68,7 @@ def _run_artifact(lineage: Lineage, tasks: list[Task], tokens: int) -> Artifact:
 
 def _plan_sae(lineage: Lineage, train: Train) -> Plan:
     from plmsae_cli.training.prediction import state_bytes
-    from plmsae_cli.training.sae_objective import peak_rate
+    from plmsae_cli.training.sae_objective import outline, peak_rate
     from plmsae_cli.training.stream import steps_per_epoch
 
     experiment, store = lineage.experiment, lineage.store
@@ -86,7 +86,8 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
     rows, d = (manifest["rows"], manifest["d"]) if manifest else (lineage.scan.num_rows, lineage.d)
     per_epoch = steps_per_epoch(rows, train.batch_tokens, ranks(experiment))
     steps = train.steps(per_epoch)
-    model = _outline(train, d)
+    row_bytes = manifest["bytes"] // rows if manifest else lineage.row_bytes
+    model = outline(train, d, ranks(experiment))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     step_bytes = model.step_bytes(train.batch_tokens // ranks(experiment))
     tasks = remaining(store, [_run_task(lineage, (), steps)])
@@ -109,7 +110,7 @@ def _plan_sae(lineage: Lineage, train: Train) -> Plan:
         + 4 * parameters
         + step_bytes,
         "memory_of_step": step_bytes,
-        **(_hours(experiment, model, steps) if tasks else {}),
+        **(_hours(experiment, model, steps, row_bytes) if tasks else {}),
     }
     return Plan("train", tasks, {"run": _run_artifact(lineage, tasks, steps * train.batch_tokens)}, figures)
 
@@ -124,32 +125,13 @@ def _owners(experiment: Experiment, model: Dictionary) -> int:
     return world if count_gpus(experiment.launch) > 0 and may_fuse(model, train, world) else 1
 
 
-def _hours(experiment: Experiment, model: Dictionary, steps: int) -> dict[str, str | float]:
+def _hours(experiment: Experiment, model: Dictionary, steps: int, row_bytes: int) -> dict[str, str | float]:
     """See `training.prediction`."""
     from plmsae_cli.training.prediction import forecast
 
     train = experiment.train
     assert train is not None
-    return forecast(model, train, steps, 2 * model.d, _present(experiment), experiment.price.gpu_hour)
-
-
-def _outline(train: Train, d: int) -> Dictionary:
-    """The dictionary without memory for its weights. Raises UserError where its options do not fit its width."""
-    import torch
-
-    from plmsae_cli.training.sae_objective import build
-
-    sae = train.autoencoder()
-    if sae.has("k") and sae.k > sae.width(d):
-        raise UserError(
-            f"train.sae.k ({sae.k}) is larger than the dictionary ({sae.width(d)} latents)",
-            "lower k or raise expansion",
-        )
-    try:
-        with torch.device("meta"):
-            return build(train, d)
-    except ValueError as error:
-        raise UserError(f"train.sae: {error}", "the width is expansion x d, or num_latents") from None
+    return forecast(model, train, steps, row_bytes, _present(experiment), experiment.price.gpu_hour)
 
 
 def _plan_plm(lineage: Lineage, train: Train) -> Plan:

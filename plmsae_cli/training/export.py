@@ -18,6 +18,8 @@ from plmsae_cli.training.sae_objective import SAEObjective
 FORMAT = "plmsae.sae/1"
 MAXIMUM_ROWS = 10_000_000
 """Training rows over which each latent's maximum is taken."""
+SCORES = 2**28
+"""Pre-activations held at once while it is taken: a gigabyte, however wide the dictionary."""
 
 
 class Finished(NamedTuple):
@@ -61,7 +63,7 @@ def measure_maximum(models: Sequence[Dictionary], blocks: Blocks, rows: int, bat
     for start in range(0, rows, batch):
         raw_BD = blocks.decode(blocks.read(start, min(start + batch, rows)).to(maxima[0].device))
         for model, maximum_N in zip(models, maxima, strict=True):
-            latents = model.encode(raw_BD)
-            maximum_N.scatter_reduce_(0, latents.indices_BK.flatten(), latents.acts_BK.flatten(), "amax")
+            for part_BD in torch.split(raw_BD, max(1, SCORES // model.num_latents)):
+                torch.maximum(maximum_N, model.largest(part_BD), out=maximum_N)
     for model, maximum_N in zip(models, maxima, strict=True):
         model.maximum_N.copy_(maximum_N)

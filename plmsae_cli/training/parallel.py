@@ -41,20 +41,25 @@ def bytes_sent(model: TopK, batch_tokens: int) -> dict[Sharing, int]:
     }
 
 
+def demand_latents(model: Dictionary, options: Train, world: int) -> None:
+    """Raises UserError where `train.parallel: latents` is asked for and cannot be."""
+    reason = why_not_latents(model, options, world)
+    if world > 1 and options.parallel == "latents" and reason is not None:
+        raise UserError(f"train.parallel: latents cannot be had here: {reason}", "set train.parallel: auto")
+
+
 def sharing(model: Dictionary, options: Train, world: int, fused: bool) -> Sharing:
     """What `train.parallel` and the case make of it; `auto` is `data` unless kernels are `fused` and `latents` sends far less.
 
     Raises:
         UserError: `train.parallel: latents` where it cannot be.
     """
+    demand_latents(model, options, world)
     if world == 1 or options.parallel == "data":
         return "data"
-    reason = why_not_latents(model, options, world)
     if options.parallel == "latents":
-        if reason is not None:
-            raise UserError(f"train.parallel: latents cannot be had here: {reason}", "set train.parallel: auto")
         return "latents"
-    if not fused or reason is not None:
+    if not fused or why_not_latents(model, options, world) is not None:
         return "data"
     assert isinstance(model, TopK)
     sent = bytes_sent(model, options.batch_tokens)

@@ -66,6 +66,12 @@ def why_plain(model: Dictionary, options: Train, device: torch.device, compute: 
     return None if find_spec("triton") else "the package triton is not installed"
 
 
+def demand_fused(options: Train, reason: str | None) -> None:
+    """Raises UserError where `train.kernels: fused` is asked for and a reason stands against it."""
+    if reason is not None and options.kernels == "fused":
+        raise UserError(f"train.kernels: fused cannot be had here: {reason}", "set train.kernels: auto")
+
+
 def goes_fused(model: Dictionary, options: Train, device: torch.device, compute: torch.dtype, world: int) -> bool:
     """Whether `fused_step` trains it, as `train.kernels` and the case have it.
 
@@ -74,8 +80,7 @@ def goes_fused(model: Dictionary, options: Train, device: torch.device, compute:
     """
     plain = options.kernels == "plain"
     reason = "train.kernels is plain" if plain else why_plain(model, options, device, compute, world)
-    if reason is not None and options.kernels == "fused":
-        raise UserError(f"train.kernels: fused cannot be had here: {reason}", "set train.kernels: auto")
+    demand_fused(options, reason)
     return reason is None
 
 

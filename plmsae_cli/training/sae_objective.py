@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Train
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.architectures import ARCHITECTURES
@@ -19,9 +20,9 @@ from plmsae_cli.store.checkpoint import Part
 from plmsae_cli.training.latent_step import LatentStep
 from plmsae_cli.training.mixing import BatchEntropy
 from plmsae_cli.training.optimizers import Group, build_optimizer
-from plmsae_cli.training.parallel import sharing
+from plmsae_cli.training.parallel import demand_latents, sharing
 from plmsae_cli.training.plain_step import PlainStep, StepParts
-from plmsae_cli.training.sae_kernels import fused_step, goes_fused
+from plmsae_cli.training.sae_kernels import demand_fused, fused_step, goes_fused, why_no_kernels
 from plmsae_cli.training.schedules import learning_rate, sae_learning_rate
 from plmsae_cli.training.shard import AGES, Shard
 from plmsae_cli.training.stream import Stream
@@ -41,6 +42,32 @@ def build(options: Train, d: int) -> Dictionary:
     model = ARCHITECTURES[sae.architecture](d, sae.width(d), **sae.options())
     if isinstance(model, TopK):
         model.aux_fitted = sae.aux_fitted
+    return model
+
+
+def outline(options: Train, d: int, world: int) -> Dictionary:
+    """The same without memory for its weights: what a plan asks before anything runs.
+
+    Raises UserError where the options do not fit its width, or what they insist on cannot be had on any `world` ranks.
+    """
+    sae = options.autoencoder()
+    width = sae.width(d)
+    if not width:
+        raise UserError(
+            f"train.sae.expansion ({sae.expansion}) x {d} dimensions is less than one latent",
+            "raise expansion, or set num_latents",
+        )
+    if sae.has("k") and sae.k > width:
+        raise UserError(
+            f"train.sae.k ({sae.k}) is larger than the dictionary ({width} latents)", "lower k or raise expansion"
+        )
+    try:
+        with torch.device("meta"):
+            model = build(options, d)
+    except ValueError as error:
+        raise UserError(f"train.sae: {error}", "the width is expansion x d, or num_latents") from None
+    demand_latents(model, options, world)
+    demand_fused(options, why_no_kernels(model, options, world))
     return model
 
 

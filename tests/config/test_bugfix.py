@@ -40,6 +40,8 @@ VARIETY = {
     "many-layers": "embed: {fasta: x, layers: [0, 4, 8, 12, 16, 20, 24, 28, 32, 33]}\nshuffle: {}\noptimize: {}\n"
     "train: {layer: 24}\n",
     "jumprelu": DATA + "train: {layer: 9, sae: {architecture: jumprelu, target_l0: 64, num_latents: 65536}}\n",
+    "jumprelu-swept": DATA + "train: {layer: 9, kernels: fused, sae: {architecture: jumprelu, target_l0: 800}}\n"
+    "sweep: {grid: {train.sae.target_l0: [64, 800], train.kernels: [fused, plain]}}\n",
     "switch": DATA + "train: {layer: 9, sae: {architecture: switch, k: 32, num_experts: 32}}\n"
     "sweep: {grid: {train.sae.num_experts: [8, 32, 128]}}\n",
     "annealed": DATA + "train: {layer: 9, sae: {k: 32, k_start: 512}}\nsweep: {grid: {train.sae.k_start: [64, 512]}}\n",
@@ -135,6 +137,8 @@ def test_it_is_small_and_two_ranks_can_share_it(pair: Pair) -> None:
         packs = train.batch_tokens if train.plm is None else train.batch_tokens // train.plm.pack_tokens
         if train.plm is None:
             assert packs % 2 == 0
+            assert train.kernels == "auto", "there may be no GPU here"
+            assert (train.autoencoder().target_l0 or 0) <= 8
             assert train.autoencoder().k <= 8 or not train.autoencoder().has("k")
             # A bundled model of at least 64 dimensions.
             assert train.autoencoder().k <= train.autoencoder().width(64) <= 1024

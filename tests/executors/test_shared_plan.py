@@ -92,3 +92,17 @@ def test_what_is_done_is_in_no_group(tmp_path: Path, gpus: Any) -> None:
     none = shared_plan([(t, Plan("train", [], p.artifacts, p.figures)) for t, p in members(many)], many.launch)
     assert none.done
     assert len(none.artifacts) == 4
+
+
+def test_another_loader_is_another_stream(tmp_path: Path, gpus: Any) -> None:
+    gpus(0)
+    body = {
+        "name": "many", "root": str(tmp_path), "train": {"data": str(tmp_path / "data"), "sae": {"k": 16}},
+        "sweep": {"grid": {"train.loader": ["blocks", "litdata"], "train.lr": [1e-3, 1e-4]}, "stream": "shared"},
+    }  # fmt: skip
+    many = Experiment.model_validate(body)
+    plan = shared_plan(members(many), many.launch)
+    blocks, slower, litdata, last = (trial.hash for trial in trials(many))
+    assert groups(plan) == [{blocks, slower}, {litdata, last}]
+    assert plan.figures["streams"] == 2
+    assert "note" not in plan.figures, "it is not the seed that parts them"

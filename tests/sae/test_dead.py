@@ -75,3 +75,4 @@ def test_mask_counts_tokens_not_steps() -> None:
 def test_window() -> None:
     assert dead_window(5_000_000) == 500_000
     assert dead_window(2_000_000_000) == 10_000_000
+    assert dead_window(5) == 1, "not all latents from the start"

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from plmsae_cli.sae.dense import Dense
 from plmsae_cli.sae.gated import Gated
@@ -208,3 +209,13 @@ def test_the_penalty_rises_over_its_share_of_the_run(model: Dense, expected: lis
         model.schedule(step_, 20)
         found.append(float(model.sparsity))
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("model", [ReLUL1(D, N), Gated(D, N), JumpReLU(D, N), JumpReLU(D, N, penalty="tanh")])
+def test_flops_are_those_of_the_products(model: Dense) -> None:
+    """As torch counts them: products of a matrix and a vector, which it passes over, do not grow with the batch."""
+    model, _, x_BD = example(model)
+    model.float()
+    with FlopCounterMode(display=False) as counter:
+        model.loss(x_BD.float(), torch.zeros(N, dtype=torch.bool), B).total.backward()  # type: ignore[no-untyped-call]
+    assert counter.get_total_flops() == B * model.flops_per_token()

@@ -114,6 +114,16 @@ def test_auto_fits_where_every_latent_wins_somewhere(dimensions: int, fits: bool
     assert not torch.equal(fitted.w_enc_ND, random.w_enc_ND)
 
 
+@pytest.mark.parametrize(("silent", "fits"), [(0.0099, True), (0.01, False)])
+def test_auto_fits_where_fewer_than_a_hundredth_are_silent(
+    silent: float, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plmsae_cli.sae.initialise.survey", lambda *_: (0.5, silent))
+    model = TopK(4, 8, k=2)
+    initialise(model, 0, torch.randn(10, 4, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(model.w_enc_ND, model.w_dec_ND * (0.5 if fits else 1.0))
+
+
 def test_data_rows_point_from_the_centre_to_rows_of_the_sample() -> None:
     sample_MD = torch.randn(40, 6, generator=torch.Generator().manual_seed(2)) + 3
     model, other = TopK(6, 24, k=2), TopK(6, 24, k=2)

@@ -47,6 +47,15 @@ def model_of(variant: str) -> Dictionary:
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_largest_activations_are_those_of_all_latents(variant: str) -> None:
+    model = model_of(variant)
+    x_BD = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    z_BN = torch.zeros(3, 64).scatter(1, *reversed(model.encode(x_BD)))
+    assert (z_BN.amax(0) == 0).any(), "some latent is silent"
+    torch.testing.assert_close(model.largest(x_BD), z_BN.amax(0))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
 def test_folded_eats_raw_activations(variant: str) -> None:
     model = model_of(variant)
     folded = fold(model, MEAN_D, SCALE)

@@ -132,6 +132,19 @@ def test_options_that_do_not_fit_the_width_are_refused_before_anything_runs(buil
         ({"architecture": "switch", "num_latents": 64, "k": 9, "num_experts": 8}, "choose k from 1 to 8"),
         ({"num_latents": 64, "k": 4, "k_start": 65}, "choose k_start from 1 to 64"),
         ({"architecture": "matryoshka_batch_topk", "num_latents": 8, "k": 2}, "leave a group empty"),
+        ({"architecture": "jumprelu", "num_latents": 64, "target_l0": 65}, "choose one up to 64"),
+        ({"architecture": "gated", "expansion": 1e-3}, "less than one latent"),
     ):
         with pytest.raises(UserError, match=part):
             train_stage.plan(build(**{"train.sae": options}), Store())
+
+
+def test_what_a_run_insists_on_and_cannot_have_is_refused_before_anything_runs(build: Build) -> None:
+    wide = {"num_latents": 64, "k": 4}
+    for options, part in (
+        ({"train.sae": wide, "train.kernels": "fused", "train.optimizer": "signum"}, "it updates by adam"),
+        ({"train.sae": {"architecture": "gated"}, "train.kernels": "fused"}, "architecture: gated has none"),
+        ({"train.sae": wide, "train.parallel": "latents", "launch.ranks": 3, "train.batch_tokens": 300}, "64 latents"),
+    ):
+        with pytest.raises(UserError, match=part):
+            train_stage.plan(build(**options), Store())

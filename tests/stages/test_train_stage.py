@@ -270,3 +270,10 @@ def test_a_dataset_of_another_layer_is_refused(build: Build, go: Go) -> None:
     folder = Lineage(experiment, Store()).dataset().folder
     with pytest.raises(UserError, match=r"train\.layer is 3, but .* holds layer 2"):
         go(build(name="other", train__data=folder, train__layer=3), ["train"])
+
+
+def test_the_forecast_knows_how_wide_stored_rows_are(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plmsae_cli.stages.train._present", lambda _: None)
+    said = [plan(build(embed__dtype=dtype), Store()).figures["predicted_from"] for dtype in ("float32", "float16")]
+    wide, narrow = (float(text.split(" GB/s")[0].split()[-1]) for text in said)
+    assert wide == pytest.approx(2 * narrow, rel=0.05)

@@ -7,8 +7,10 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.store.checkpoint import load_newest
 from plmsae_cli.training import loop
-from plmsae_cli.training.loop import Diverged, Training, fit
+from plmsae_cli.training.loop import Diverged, Training, _Lines, fit
 
 
 class Counting:
@@ -195,6 +197,20 @@ def test_a_line_says_how_long_a_step_took_and_for_what(tmp_path: Path, monkeypat
         assert line["tokens_per_second"] == pytest.approx(100 / seconds, abs=1)
         assert line["loader_share"] == pytest.approx(0.015 / seconds, abs=1e-3)
         assert line["mfu"] == pytest.approx(5e9 / seconds / 1e12, abs=1e-3)
+
+
+def test_the_peak_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four devices of 1 TFLOP/s, 5 GFLOP in 20 ms are a sixteenth."""
+    monkeypatch.setattr(loop, "peak_flops", lambda device, compute: 1e12)
+    ticks = count(0.0, 0.02)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    gang = cast(Gang, SimpleNamespace(world=4, sum=lambda tensor: tensor))
+    found = _Lines(Counting(), gang)
+    first, second = (found.add(step, {"loss": torch.tensor(1.0)}) for step in (1, 2))
+    assert first is not None
+    assert second is not None
+    assert "mfu" not in first
+    assert second["mfu"] == pytest.approx(1 / 16)
 
 
 def test_without_a_known_peak_there_is_no_mfu(tmp_path: Path) -> None:

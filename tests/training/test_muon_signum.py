@@ -185,3 +185,14 @@ def test_options_choose(options: dict[str, str], kind: type[Optimizer]) -> None:
 def test_options_without_effect_are_refused(options: dict[str, object], field: str) -> None:
     with pytest.raises(ValueError, match=field):
         Train.model_validate(options)
+
+
+@pytest.mark.parametrize(("options", "share"), [({"optimizer": "muon"}, 0.05), ({"optimizer": "signum"}, 0.1)])
+def test_the_automatic_momentum(options: dict[str, str], share: float) -> None:
+    for given, taken in (({}, share), ({"momentum": 0.75}, 0.25)):
+        named = parameters()
+        optimizer = build_optimizer(Train.model_validate(options | given), [Group("all", named)])
+        feed(named, 0)
+        wanted = taken * named["wide"].grad
+        optimizer.step(0.1)
+        torch.testing.assert_close(optimizer.state_tensors()["all.wide.momentum"], wanted)

@@ -10,7 +10,8 @@ import torch
 from plmsae_cli.config.sae import SAE
 from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang
-from plmsae_cli.training.sae_objective import SAEObjective
+from plmsae_cli.training.sae_kernels import why_no_kernels
+from plmsae_cli.training.sae_objective import SAEObjective, build
 from plmsae_cli.training.schedules import topk_learning_rate
 from plmsae_cli.training.stream import BlockStream
 
@@ -76,6 +77,32 @@ def test_the_automatic_rate_of_a_short_run_turns_rows_by_two_hundredths_a_step()
     assert peak() == pytest.approx(0.02 / D**0.5)
     assert peak(lr=1e-3) == 1e-3
     assert peak(optimizer="signum") == topk_learning_rate(24)
+
+
+def test_the_rate_warms_up_over_a_twentieth_of_the_run_or_as_asked() -> None:
+    for wanted, steps in (("auto", 5), (9, 9), (0, 0)):
+        one = objective(lr=1e-3, lr_warmup_steps=wanted)
+        assert one.rates(0)["lr"] == pytest.approx(1e-3 / (steps + 1))
+        assert one.rates(steps)["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("d", "options", "reason"),
+    [
+        (64, {"sae": {"k": 4}}, None),
+        (64, {"sae": {"k": 4, "k_start": 8}}, "k_start"),
+        (64, {"sae": {"k": 4, "architecture": "batch_topk", "selection": "local"}}, "selection: local"),
+        (64, {"sae": {"k": 4, "architecture": "multi_topk"}}, "multi_topk has none"),
+        (64, {"sae": {"k": 4}, "optimizer": "muon"}, "it updates by adam"),
+        (128, {"sae": {"k": 513}}, "above 512"),
+        (72, {"sae": {"k": 4}}, "not a multiple of 16"),
+    ],
+)
+def test_what_no_fused_step_trains(d: int, options: dict[str, Any], reason: str | None) -> None:
+    """It would train something else, or nothing."""
+    train = Train.model_validate(options)
+    found = why_no_kernels(build(train, d), train, 1)
+    assert found is None if reason is None else found is not None and reason in found
 
 
 def test_flops_are_those_of_the_products() -> None:

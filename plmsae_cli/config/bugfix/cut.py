@@ -13,7 +13,7 @@ from plmsae_cli.config.bugfix.sizes import (
     EVERY,
     MOST_ACTIVE,
     MOST_EXPANSION,
-    MOST_EXPERTS,
+    MOST_OF_SAE,
     NO_ANSWERS,
     PLM_BATCH,
     ROWS,
@@ -117,7 +117,7 @@ def _own_data(data: dict[str, Any]) -> None:
 def _cut_train(train: dict[str, Any], layers: Mapping[int, int], fasta: str) -> None:
     is_plm = train["kind"] == "plm"
     batch = PLM_BATCH if is_plm else ROWS
-    train |= {"tokens": STEPS * batch, "batch_tokens": batch, "compute": "auto", **EVERY}
+    train |= {"tokens": STEPS * batch, "batch_tokens": batch, "compute": "auto", "kernels": "auto", **EVERY}
     train |= {"loader": "blocks", "cache": None, "cache_limit": CACHE_LIMIT}
     train["imported"] = None  # it is as wide as the real model: a small one is trained in its stead
     if train["layer"] is not None:
@@ -138,7 +138,7 @@ def _cut_train(train: dict[str, Any], layers: Mapping[int, int], fasta: str) -> 
     sae |= {"expansion": expansion, "num_latents": None}
     if "k" in OPTIONS[sae.get("architecture", "topk")]:
         sae["k"] = min(sae.get("k", MOST_ACTIVE), MOST_ACTIVE)
-    for field, most in (("k_aux", 4 * MOST_ACTIVE), ("k_start", 2 * MOST_ACTIVE), ("num_experts", MOST_EXPERTS)):
+    for field, most in MOST_OF_SAE.items():
         if sae.get(field) is not None:
             sae[field] = min(sae[field], most)
     train["sae"] = sae

@@ -13,6 +13,12 @@ WIDEST = 1024
 MOST_ACTIVE = 8
 MOST_EXPANSION = 4.0
 MOST_EXPERTS = 4
+MOST_OF_SAE = {
+    "k_aux": 4 * MOST_ACTIVE,
+    "k_start": 2 * MOST_ACTIVE,
+    "target_l0": MOST_ACTIVE,
+    "num_experts": MOST_EXPERTS,
+}
 
 SMALL_PLM = {
     "num_layers": 2,

@@ -12,7 +12,7 @@ from plmsae_cli.config.bugfix.sizes import (
     CAPPED_PLM,
     MOST_ACTIVE,
     MOST_EXPANSION,
-    MOST_EXPERTS,
+    MOST_OF_SAE,
     MOST_TRIALS,
     NO_ANSWERS,
     PLM_BATCH,
@@ -29,9 +29,7 @@ from plmsae_cli.config.tree import entries
 # Swept numbers -> the largest that a smoke run permits. Two values above it become half of it and it.
 _CAPPED: dict[str, float] = {
     "train.sae.k": MOST_ACTIVE,
-    "train.sae.k_aux": 4 * MOST_ACTIVE,
-    "train.sae.k_start": 2 * MOST_ACTIVE,
-    "train.sae.num_experts": MOST_EXPERTS,
+    **{f"train.sae.{field}": most for field, most in MOST_OF_SAE.items()},
     "train.sae.expansion": MOST_EXPANSION,
     "train.sae.num_latents": WIDEST,
     "train.lr_warmup_steps": STEPS // 4,
@@ -50,7 +48,7 @@ _SET: dict[str, float] = {
 _FIXED = (
     "data_root", "launch", "storage", "model", "wandb", "limits", "embed.fasta", "embed.imported", "embed.shard",
     "embed.ordered_rows", "embed.compute", "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory",
-    "optimize.chunk", "train.data", "train.imported",
+    "optimize.chunk", "train.data", "train.imported", "train.kernels",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.bin", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in SMALL_STEERING), "eval.structure",
     *(f"eval.{axis}" for axis in (*ANNOTATED, "representations")),

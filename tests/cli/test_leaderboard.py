@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from plmsae_cli.store.checkpoint import Checkpoint, save
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.tensorfile import write_tensors
 from tests.cli.conftest import Plmsae
@@ -36,9 +37,9 @@ def run(root: Path, name: str, losses: list[float], seconds: float, **about: Any
     (folder / "environment.json").write_text(
         json.dumps({"device": "H100", "commit": "f" * 40, "dirty": about.get("dirty", False)})
     )
-    checkpoint = folder / "checkpoints" / "step-00000010"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "CHECKPOINT.json").write_text(json.dumps({"state": {"world": about.get("world", 1)}}))
+    world = about.get("world", 1)
+    for rank in reversed(range(world)):  # the first commits
+        save(folder / "checkpoints", Checkpoint(10, {"w": torch.zeros(4)}, {}), keep=2, rank=rank, world=world)
     if "width" in about:
         tensors = {"embedding": torch.zeros(33, about["width"]), "rotary.inv_freq": torch.zeros(7)}
         write_tensors(Store(), str(folder / "plm" / "model.safetensors"), tensors)

@@ -260,4 +260,7 @@ def test_the_plan_says_what_updates_which_parameters(unet: Unet) -> None:
     assert sum(counts.values()) == figures["parameters"]
     assert groups["hidden"].endswith("by muon, lr 0.05, weight decay 0.01")
     assert groups["embed"].endswith("by adam, lr 0.06, no weight decay")
+    assert groups["head"].endswith("by adam, lr 0.008, weight decay 0.01")
+    assert groups["head_vectors"].endswith("by adam, lr 0.008, no weight decay")
+    assert groups["scalar"].endswith("by adam, lr 0.04, no weight decay")
     assert counts["scalar"] == 2 * (2 + 2) + 1

@@ -44,6 +44,11 @@ WITHOUT = {
     "bugfix": "it is a flag here: plmsae run my.yaml --bugfix",
 }
 """Settings that have no counterpart, and why none is needed."""
+SWITCHES = {
+    "mask_rate_schedule": (False, ("starting_mask_rate", "mask_rate_steps")),
+    "use_muon": (True, ("lr_hidden", "lr_embed", "lr_head", "lr_scalar", "muon_momentum_warmup_steps")),
+}
+"""What is on or off where nothing is said, and the settings that have an effect only where it is on."""
 SECRET = re.compile(r"token$|_key$|password")
 TAKEN = {
     *SAME, *WITHOUT, "token_dropout", "add_att_soft_cap", "attention_soft_cap", "num_att_tokens", "mlm", "masked_diffusion",
@@ -84,6 +89,9 @@ def convert(text: str) -> tuple[str, list[str]]:
         raise UserError(
             f"a value is not what its name asks for: {error}", "compare the file with its tool's README"
         ) from error
+    for switch, (default, needing) in SWITCHES.items():
+        idle = [name for name in needing if name in old and not old.get(switch, default)]
+        notes.extend(f"{name}: of no effect there without {switch}, and left out" for name in idle)
     for name, value in old.items():
         if SECRET.search(name):
             notes.append(f"{name}: secrets stay out of files; `wandb login` and `hf auth login` keep them")

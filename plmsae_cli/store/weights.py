@@ -109,9 +109,9 @@ def resolve_weights(
         if not store.exists(name_or_path):
             raise UserError(f"model.weights: there is no file {name_or_path}")
         return _from_pt(store.local(name_or_path), Path(name_or_path).stem, cache)
-    for folder in (name_or_path, join(name_or_path, "plm")):
-        if store.exists(join(folder, "config.json")):
-            return _from_folder(folder, Path(name_or_path).name, store, cache)
+    for place in (name_or_path, join(name_or_path, "plm")):
+        if store.exists(join(place, "config.json")):
+            return _from_folder(place, Path(name_or_path).name, store, cache)
     near = difflib.get_close_matches(name_or_path, ["bundled", *PUBLISHED], n=1)
     raise UserError(
         f"model.weights: {name_or_path!r} is no published name, no .pt file and no folder with a config.json",

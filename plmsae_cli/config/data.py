@@ -29,7 +29,7 @@ class Model(Section):
 
     weights: str = "bundled"
     """`bundled` (a small demo model), a published name such as `esm2_t33_650M_UR50D`, a fair-esm `.pt`, a
-    Hugging Face ESM-2 folder, or the `plm/` folder of one of our runs. `hf:` and a folder, or a name in the local Hugging
+    Hugging Face ESM-2 folder, or the folder of one of our runs. `hf:` and a folder, or a name in the local Hugging
     Face cache, is any encoder that transformers reads. Identified by its content's sha256."""
 
 

@@ -41,14 +41,12 @@ def _own(scope: Scope) -> Scored:
 
 
 def _given(scope: Scope, name: str, field: str, encoders: bool) -> Scored:
-    of_run = join(name, "plm")
-    weights = of_run if scope.store.exists(join(of_run, "config.json")) else name
     try:
-        info = resolve_weights(weights, scope.store, download=False)
+        info = resolve_weights(name, scope.store, download=False)
     except UserError as error:
         raise UserError(error.message.replace("model.weights", field), error.hint) from error
     if info.format == "encoder" and not encoders:
         raise UserError(
             f"{field}: {name} can be embedded, but has no predictions that this scores", "name an ESM-2 model"
         )
-    return Scored(name, weights, f"{info.sha256}-{digest(dict(info.config))}")
+    return Scored(name, name, f"{info.sha256}-{digest(dict(info.config))}")

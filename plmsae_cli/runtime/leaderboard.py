@@ -144,4 +144,4 @@ def _ranks(run: Path) -> int:
     """Ranks of the newest checkpoint."""
     newest = max((run / "checkpoints").glob("step-*/CHECKPOINT.json"), default=None)
     found = read_json(newest) if newest is not None else None
-    return int(((found or {}).get("state") or {}).get("world", 1))
+    return int(((found or {}).get("commit") or {}).get("world", 1))

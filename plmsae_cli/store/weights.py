@@ -88,8 +88,9 @@ def resolve_weights(
 
     `name_or_path` is `bundled`; a published fair-esm name, looked for in torch's hub folder and in `cache`
     and otherwise downloaded; a fair-esm `.pt`; a folder (Hugging Face's or ours) with config.json and
-    model.safetensors; or `hf:` and any encoder's folder or name (see `encoders`). A `.pt` is converted once, into `cache`;
-    hashes of large files are remembered there.
+    model.safetensors; a run that trained a language model, which has such a folder `plm`; or `hf:` and any
+    encoder's folder or name (see `encoders`). A `.pt` is converted once, into `cache`; hashes of large files
+    are remembered there.
 
     Raises UserError where nothing is found, a file is damaged or holds objects other than data, or the
     weights are not those of an ESM-2 model of the shape they state. With `download=False` absent weights are
@@ -107,8 +108,9 @@ def resolve_weights(
         if not store.exists(name_or_path):
             raise UserError(f"model.weights: there is no file {name_or_path}")
         return _from_pt(store.local(name_or_path), Path(name_or_path).stem, cache)
-    if store.exists(join(name_or_path, "config.json")):
-        return _from_folder(name_or_path, Path(name_or_path).name, store, cache)
+    for place in (name_or_path, join(name_or_path, "plm")):
+        if store.exists(join(place, "config.json")):
+            return _from_folder(place, Path(name_or_path).name, store, cache)
     near = difflib.get_close_matches(name_or_path, ["bundled", *PUBLISHED], n=1)
     raise UserError(
         f"model.weights: {name_or_path!r} is no published name, no .pt file and no folder with a config.json",

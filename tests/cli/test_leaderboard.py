@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from plmsae_cli.store.checkpoint import Checkpoint, save
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.tensorfile import write_tensors
 from tests.cli.conftest import Plmsae
@@ -36,9 +37,13 @@ def run(root: Path, name: str, losses: list[float], seconds: float, **about: Any
     (folder / "environment.json").write_text(
         json.dumps({"device": "H100", "commit": "f" * 40, "dirty": about.get("dirty", False)})
     )
-    checkpoint = folder / "checkpoints" / "step-00000010"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "CHECKPOINT.json").write_text(json.dumps({"state": {"world": about.get("world", 1)}}))
+    world = about.get("world", 1)
+    for rank in reversed(range(world)):  # the first commits
+        save(folder / "checkpoints", Checkpoint(10, {"w": torch.zeros(4)}, {}), keep=2, rank=rank, world=world)
+    if "clock" in about:
+        (folder / "plm").mkdir()
+        facts = {"steps": 10 * len(losses), "train_seconds": about["clock"]}
+        (folder / "plm" / "config.json").write_text(json.dumps({"facts": facts}))
     if "width" in about:
         tensors = {"embedding": torch.zeros(33, about["width"]), "rotary.inv_freq": torch.zeros(7)}
         write_tensors(Store(), str(folder / "plm" / "model.safetensors"), tensors)
@@ -50,11 +55,11 @@ def run(root: Path, name: str, losses: list[float], seconds: float, **about: Any
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    run(tmp_path, "slow", [2.5, 2.05, 1.9], 3000.0, price=2.0, world=2, width=10)
+    run(tmp_path, "slow", [2.5, 2.05, 1.9], 3000.0, price=2.0, world=2, width=10, clock=3100.0)
     run(tmp_path, "fast", [2.09, 2.0], 1000.0, dirty=True, set="valid")
     run(tmp_path, "never", [2.4, 2.2], 100.0)
     run(tmp_path, "own-target", [2.4, 2.2], 4000.0, speedrun="{target_loss: 2.3}")
-    run(tmp_path, "too-large", [1.0], 1.0, speedrun="{target_loss: 2.3, max_parameters: 100}", width=10)
+    run(tmp_path, "too-large", [1.0], 1.0, speedrun="{target_loss: 2.3, max_parameters: 329}", width=10)
     (tmp_path / "sae").mkdir()
     (tmp_path / "sae" / "metrics.jsonl").write_text('{"step": 1, "fvu": 0.1}\n')
     (tmp_path / "sae" / "resolved.yaml").write_text("train: {kind: sae}\n")
@@ -76,6 +81,10 @@ def test_quality_is_the_last_loss_until_all_have_representations(plmsae: Plmsae,
     found = json.loads(plmsae("ls", root, "--leaderboard", "quality", "--json").out)
     assert [row["run"] for row in found["runs"]] == ["too-large", "slow", "fast", "never", "own-target"]
     assert [row["loss"] for row in found["runs"]] == [1.0, 1.9, 2.0, 2.2, 2.2]
+    seconds = {row["run"]: row["seconds"] for row in found["runs"]}
+    assert (seconds["slow"], seconds["fast"]) == (3100.0, 1000.0), (
+        "of a finished run its clock, else that of the last line"
+    )
     other = tmp_path / "other"
     run(other, "a", [1.0], 1.0, score=0.3)
     run(other, "b", [2.0], 1.0, score=0.6)

@@ -107,6 +107,16 @@ def test_adam_alone_and_old_names(tmp_path: Path) -> None:
     assert "abc" not in (tmp_path / "new.yaml").read_text()
 
 
+def test_what_a_switch_leaves_without_effect_is_said(tmp_path: Path) -> None:
+    off = {"mask_rate_schedule": False, "starting_mask_rate": 0.1, "use_muon": False, "lr_embed": 0.06}
+    experiment, notes = converted(tmp_path, **off)
+    assert plm_of(experiment).starting_mask_rate is None
+    assert "starting_mask_rate: of no effect there without mask_rate_schedule, and left out" in notes
+    assert "lr_embed: of no effect there without use_muon, and left out" in notes
+    _, notes = converted(tmp_path, mask_rate_schedule=True, starting_mask_rate=0.1, use_muon=True)
+    assert not any("without" in note for note in notes)
+
+
 def test_flags_of_a_command_line(tmp_path: Path) -> None:
     (tmp_path / "run.sh").write_text(
         "torchrun train.py --num_hidden_layers 4 \\\n --lr_hidden=0.02 --use_muon true --batch-size 65536 --unet --bugfix\n"

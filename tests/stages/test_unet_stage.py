@@ -16,6 +16,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, encode, pack
 from plmsae_cli.plm.unet import UNet
+from plmsae_cli.runtime.leaderboard import leaderboard
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.runtime.run_folder import RunDiffers
 from plmsae_cli.runtime.stop import STOP
@@ -120,6 +121,8 @@ def test_a_stopped_run_is_bit_equal_and_two_ranks_continue_what_one_began(
     assert any(not torch.equal(p, first.tensors[f"model.{n}"]) for n, p in saved.named_parameters())
 
     two = go(unet("two", run__launch={"ranks": 2}, **options)).run.path
+    hardware = {entry.run: entry.hardware for entry in leaderboard(whole.parent, "quality")}
+    assert (hardware["whole"][:4], hardware["two"][:4]) == ("1 x ", "2 x "), "of the ranks that ended it"
     for a, b in zip(science_of(whole), science_of(two), strict=True):
         if "valid" in a:
             assert b["valid"]["random"]["loss"] == pytest.approx(a["valid"]["random"]["loss"], rel=1e-4)
@@ -250,4 +253,7 @@ def test_the_plan_says_what_updates_which_parameters(unet: Unet) -> None:
     assert sum(counts.values()) == figures["parameters"]
     assert groups["hidden"].endswith("by muon, lr 0.05, weight decay 0.01")
     assert groups["embed"].endswith("by adam, lr 0.06, no weight decay")
+    assert groups["head"].endswith("by adam, lr 0.008, weight decay 0.01")
+    assert groups["head_vectors"].endswith("by adam, lr 0.008, no weight decay")
+    assert groups["scalar"].endswith("by adam, lr 0.04, no weight decay")
     assert counts["scalar"] == 2 * (2 + 2) + 1

@@ -257,6 +257,14 @@ def test_our_own_folder_gives_back_every_bit(
             assert torch.equal(loaded.state_dict()[key], tensor), key
 
 
+def test_a_run_is_the_model_that_it_trained(tmp_path: Path) -> None:
+    model = ESM2(CONFIG)
+    model.init_weights(1)
+    save_model(Store(), str(tmp_path / "my-run" / "plm"), dict(model.state_dict()), asdict(CONFIG), {})
+    of_run, of_folder = (resolve_weights(str(tmp_path / place), Store()) for place in ("my-run", "my-run/plm"))
+    assert (of_run.path, of_run.sha256, of_run.name) == (of_folder.path, of_folder.sha256, "my-run")
+
+
 def test_training_loaded_weights_leaves_the_file_alone(tmp_path: Path, peer: torch.nn.Module) -> None:
     folder = write_hugging_face(tmp_path / "esm2", peer)
     before = (folder / "model.safetensors").read_bytes()

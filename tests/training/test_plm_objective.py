@@ -250,6 +250,40 @@ def test_a_validation_set_without_proteins_is_left_out() -> None:
     assert (list(found), found["tiny"]["residues"]) == (["tiny"], 1)
 
 
+def test_validation_sees_as_far_as_training_does_and_at_the_end_everything() -> None:
+    one = objective(plm={"architecture": "unet", "window": 8})
+    with torch.no_grad():
+        for name, parameter in one.model.named_parameters():
+            if name.endswith(("out_DD", "down_DF")):
+                parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(0))
+    source = packs(60, 2, None)
+    for step, near in ((2, 8), (10, None)):
+        loss, count = 0.0, 0
+        for packed in map(source.pack, range(4)):
+            masked_T, tokens_T = masks_of_pack(packed, 0.15), packed.tokens_T.long()
+            with torch.no_grad():
+                read = one.model(mask(tokens_T, masked_T), packed.documents, logits=True, window=near)  # type: ignore[call-arg]
+            loss += float(F.cross_entropy(read.logits[masked_T].double(), tokens_T[masked_T], reduction="sum"))
+            count += int(masked_T.sum())
+        assert one.validate(step)["random"]["loss"] == pytest.approx(loss / count, rel=1e-5), step
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_a_batch_of_several_packs_each(world: int) -> None:
+    """Together the packs that one rank would take, with the same masks."""
+
+    def made(gang: Gang) -> PLMObjective:
+        options_ = options(batch_tokens=6 * PACK_TOKENS)
+        return PLMObjective(options_, packs(150, 1), {}, 10, gang, torch.device("cpu"), torch.float32)
+
+    whole = made(Gang())
+    for step in range(2):
+        expected = [pack.inputs_T.tolist() for pack in whole._load(step)]
+        found = [pack.inputs_T.tolist() for rank in range(world) for pack in made(Gang(rank, world))._load(step)]
+        assert len(expected) == 6
+        assert sorted(found) == sorted(expected)
+
+
 @pytest.mark.parametrize("plm", [{}, {"architecture": "unet"}], ids=str)
 def test_gradients_of_several_packs_are_those_of_one_large_pack(plm: dict[str, Any]) -> None:
     one = objective(plm=plm)
@@ -306,6 +340,18 @@ def test_weight_decay_is_on_matrices_alone() -> None:
     assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
     held = {n.split(".", 2)[2].rpartition(".")[0] for n in names if n.startswith("optimizer.")}
     assert held == dict(model.named_parameters()).keys()
+
+
+def test_rates_of_roles_are_their_own_else_the_rate_of_all_else_the_architectures() -> None:
+    def rates(**changes: Any) -> dict[str, float]:
+        one = options(**changes)
+        groups = parameter_groups(objective().model, one)
+        return {group.name: group.lr_scale for group in groups if "vectors" not in group.name}
+
+    assert rates(optimizer="muon", lr="auto") == {"embed": 1e-3, "hidden": 0.02, "scalar": 1e-3, "head": 1e-3}
+    own = {"lr_embed": 0.5}
+    assert rates(optimizer="muon", lr=0.3, plm=own) == {"embed": 0.5, "hidden": 0.3, "scalar": 0.3, "head": 0.3}
+    assert set(rates(optimizer="signum", lr="auto").values()) == {1e-4}
 
 
 def test_muon_has_the_matrices_and_adam_the_embedding() -> None:

@@ -47,6 +47,11 @@ WITHOUT = {
     "bugfix": "it is a flag here: plmsae run my.yaml --bugfix",
 }
 """Settings that have no counterpart, and why none is needed."""
+SWITCHES = {
+    "mask_rate_schedule": (False, ("starting_mask_rate", "mask_rate_steps")),
+    "use_muon": (True, ("lr_hidden", "lr_embed", "lr_head", "lr_scalar", "muon_momentum_warmup_steps")),
+}
+"""What is on or off where nothing is said, and the settings that have an effect only where it is on."""
 TAKEN = {
     *SAME, *WITHOUT, "token_dropout", "add_att_soft_cap", "attention_soft_cap", "num_att_tokens", "mlm", "masked_diffusion",
     "mask_rate_schedule", "starting_mask_rate", "mask_rate_steps", "batch_size", "grad_accum", "num_steps", "cooldown_steps",
@@ -80,6 +85,9 @@ def convert(text: str) -> tuple[str, list[str]]:
             )
     name = str(old.get("log_name") or old.get("save_path") or "speedrun").rpartition("/")[2]
     experiment = {"name": legal_name(name), "train": _train(old, notes)}
+    for switch, (default, needing) in SWITCHES.items():
+        idle = [name for name in needing if name in old and not old.get(switch, default)]
+        notes.extend(f"{name}: of no effect there without {switch}, and left out" for name in idle)
     for name, value in old.items():
         if is_secret(name):
             notes.append(f"{name}: secrets stay out of files; `wandb login` and `hf auth login` keep them")

@@ -19,7 +19,8 @@ from plmsae_cli.runtime.masked_scores import figures
 def fit_softmax(x_RD: Tensor, y_R: Tensor, classes: int, l2: float, start: Tensor | None = None) -> Tensor:
     """Weights and, in the last row, intercepts [D + 1, C] that minimise sum CE + l2/2 ||W||^2, intercepts not penalised.
 
-    scikit-learn's `LogisticRegression(C=1/l2)`; by L-BFGS (Liu and Nocedal 1989), from `start` where it is given.
+    scikit-learn's `LogisticRegression(C=1/l2)`, of two classes, for which that has one row of weights, `C=2/l2`. By L-BFGS
+    (Liu and Nocedal 1989), from `start` where it is given.
     """
     rows, width = x_RD.shape
     theta = torch.zeros(width + 1, classes, dtype=torch.float64) if start is None else start.clone()

@@ -29,6 +29,16 @@ def test_softmax_is_scikit_learns_logistic_regression(l2: float) -> None:
     np.testing.assert_allclose(shares, peer.predict_proba(x.numpy()), atol=2e-3)
 
 
+def test_two_classes_have_weights_each() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    x, generator = made(300, 8)
+    y = (x[:, 0] + torch.randn(300, generator=generator, dtype=torch.float64) > 0).long()
+    theta = fit_softmax(x, y, 2, 30.0)
+    peer = LogisticRegression(C=2 / 30.0, tol=1e-10, max_iter=1000).fit(x.numpy(), y.numpy())
+    np.testing.assert_allclose((theta[:, 1] - theta[:, 0]).numpy(), [*peer.coef_[0], *peer.intercept_], atol=1e-3)
+
+
 @pytest.mark.parametrize("rows", [10, 200])
 def test_ridge_is_scikit_learns(rows: int) -> None:
     from sklearn.linear_model import Ridge
@@ -65,3 +75,30 @@ def test_planted_labels_are_found_and_random_ones_are_not(classes: int | None) -
             {s: x[p] for s, p in splits.items()}, {s: y[p] for s, p in splits.items()}, classes, [1.0, 100.0]
         )
         assert low <= test["spearman" if classes is None else "mcc"] <= high
+
+
+@pytest.mark.parametrize("classes", [3, None])
+def test_the_penalty_is_the_best_on_valid_and_its_scores_are_scikit_learns(classes: int | None) -> None:
+    from scipy.stats import spearmanr
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.metrics import matthews_corrcoef
+
+    x, generator = made(180, 40, 34)  # no prediction here is a near tie
+    x = 3.0 * x + 1.0
+    target = x[:, 0] + 4.0 * torch.randn(180, generator=generator, dtype=torch.float64)
+    y = target if classes is None else torch.bucketize(target, torch.tensor([-2.0, 4.0], dtype=torch.float64))
+    splits = {"train": slice(0, 60), "valid": slice(60, 120), "test": slice(120, 180)}
+    found = probe(
+        {s: x[p] for s, p in splits.items()}, {s: y[p] for s, p in splits.items()}, classes, [1.0, 30.0, 1000.0]
+    )
+
+    z = (x - x[:60].mean(0)) / x[:60].std(0, correction=0)
+    choices = []
+    for l2 in (1000.0, 30.0, 1.0):
+        peer = Ridge(alpha=l2) if classes is None else LogisticRegression(C=1 / l2, tol=1e-10, max_iter=2000)
+        peer.fit(z[:60].numpy(), y[:60].numpy())
+        pairs = [(peer.predict(z[splits[s]].numpy()), y[splits[s]].numpy()) for s in ("valid", "test")]
+        choices.append([spearmanr(*p)[0] if classes is None else matthews_corrcoef(*p) for p in pairs])
+    best = max(choices, key=lambda pair: pair[0])
+    assert best != choices[0]
+    assert [scores["spearman" if classes is None else "mcc"] for scores in found] == pytest.approx(best, abs=1e-9)

@@ -32,6 +32,7 @@ _FULL = {
     errno.EFBIG: "the file is larger than this user may write",
 }
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _ROOM = "free some space or name another folder, then start again: nothing that was complete is lost"
 
 
@@ -184,6 +185,13 @@ class LocalFiles:
                 os.link(temporary, target)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise StoreError(
+                    f"cannot write {path}: its file system has no hard links",
+                    hint="name a data_root (for a run: a root) on another disk: of several writers a link lets one be first",
+                ) from error
             finally:
                 temporary.unlink(missing_ok=True)
             _sync_folder(target.parent)

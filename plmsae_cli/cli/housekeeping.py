@@ -106,18 +106,18 @@ def clean_root(target: str, yes: bool, older_hours: float, unused: bool, as_json
 
         store, root, tb_day = _cleaned(target)
         found, note = _leavings(store, root, older_hours * 3600, unused)
+        for one in list(found) if yes else ():
+            if one.whole and os.path.basename(one.path) in (_used(Path(root)) or ()):
+                print(f"kept {one.path}: a run has begun to use it", file=sys.stderr)
+                found.remove(one)
+            else:
+                remove(one, store)
         total = sum(one.bytes for one in found)
         if as_json:
             listed = [{"path": one.path, "bytes": one.bytes, "why": one.why} for one in found]
             print_json(deleted=yes, bytes=total, found=listed, **({"note": note} if note else {}))
         elif found:
             print(table([[one.path, size(one.bytes), one.why] for one in found], ["path", "size", "why"]))
-        if yes:
-            for one in found:
-                if one.whole and os.path.basename(one.path) in (_used(Path(root)) or ()):
-                    print(f"kept {one.path}: a run has begun to use it", file=sys.stderr)
-                else:
-                    remove(one, store)
         said = f"{len(found)} thing(s), {size(total)}" + (f", ${total / 1e12 * tb_day:,.2f} a day" if tb_day else "")
         print(
             f"deleted {said}" if yes else f"{said}; nothing was deleted (--yes deletes what is listed)", file=sys.stderr

@@ -12,6 +12,7 @@ from typing import Any
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
+from plmsae_cli.executors.rank import ORDER, START
 from plmsae_cli.runtime.run_folder import RunFolder, read_json, write_json
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Task, TaskFailed
@@ -26,7 +27,7 @@ IN_THE_WAKE = (
 
 
 class Gang:
-    """The order given to ranks, and what they tell.
+    """The order given to ranks, and what they tell. `start` belongs into the environment of each: which start it is.
 
     Args:
         task: what they work on together; None: all that `plmsae train` does.
@@ -47,10 +48,10 @@ class Gang:
         for old in ("gang-status.json", "error-rank-*.json", "alive-rank-*"):
             for path in self.logs.glob(old):
                 path.unlink(missing_ok=True)
+        # Of several machines each one's command writes the order, the same one.
+        self.start = {} if task is None else {START: secrets.token_hex(8)}
         body = {"task": None if task is None else task.to_json(), "experiment": experiment.dump(), "text": text}
-        if task is not None:  # else each machine's command writes the order, the same one
-            body["start"] = secrets.token_hex(8)
-        write_json(self.logs / "gang.json", body)
+        write_json(self.logs / ORDER, {**body, "start": self.start.get(START)})
         self._asked, self._told = False, 0
         self._signs: dict[str, tuple[int, float]] = {}
 

@@ -275,8 +275,14 @@ def _train_along(experiment: Experiment, store: Store) -> None:
 
     All else (locks, data, status, the report) is the first rank's; should it fail, the launcher ends this one.
     """
-    while not (plan := plan_stage("train", experiment, store)).done:
-        if [task.id for task in plan.tasks] == ["train"]:
+    run = RunFolder(Lineage(experiment, store).run_folder())
+    while True:
+        # Before the first rank has claimed the run, what is done may be an earlier end of it that is to go on.
+        claimed = run.claimed(Lineage(experiment, store).run_identity())
+        plan = plan_stage("train", experiment, store)
+        if claimed and plan.done:
+            return
+        if claimed and [task.id for task in plan.tasks] == ["train"]:
             run_task(plan.tasks[0], LocalContext(experiment, lambda *_, **__: None), commit=False)
             return
         if STOP.requested():

@@ -32,6 +32,7 @@ from plmsae_cli.runtime.system_errors import as_user_error
 from plmsae_cli.runtime.task import Interrupted, Task
 
 PARENT = "PLMSAE_PARENT_PID"
+START = "PLMSAE_START"
 ORDER = "gang.json"
 ORDER_EVERY_S = 10
 """Between two looks at whether the order still stands."""
@@ -43,8 +44,10 @@ def be_rank(run: RunFolder) -> None:
     rank = int(os.environ.get("RANK", "0"))
     _write_to(logs / f"rank-{rank}.log")
     sign = logs / f"alive-rank-{rank}"
+    start = os.environ.get(START)
+    _leave_if_followed(logs / ORDER, start)
     order: dict[str, Any] = json.loads((logs / ORDER).read_text(encoding="utf-8"))
-    _live(sign, order.get("start"))
+    _live(sign, start)
     experiment = Experiment.model_validate(order["experiment"])
     if experiment.launch.gpus == 0:
         allow_gpus([])
@@ -117,11 +120,8 @@ def _write_to(log: Path) -> None:
 
 
 def _live(sign: Path, start: str | None) -> None:
-    """Give signs of life; leave when whoever started this rank is gone, so that no orphan is left behind, or has been followed
-    by another start: on a cluster ranks outlive a command that is killed, and must not write beside those of the next.
-
-    Args:
-        start: which start of the run this rank belongs to; None: nobody says.
+    """Give signs of life; leave when whoever started this rank is gone, so that no orphan is left behind, or another start of the
+    run has begun.
     """
     write_json(sign, {"pid": os.getpid(), "host": socket.gethostname()})
     parent, launcher = os.getppid(), int(os.environ.get(PARENT, "0"))
@@ -132,11 +132,8 @@ def _live(sign: Path, start: str | None) -> None:
         for second in itertools.count():
             if launcher and not (os.getppid() == parent and _exists(launcher)):
                 break
-            if start is not None and second % ORDER_EVERY_S == 0 and _followed(sign.with_name(ORDER), start):
-                print(
-                    "another start of this run has begun, or its folder was moved: leaving", file=sys.stderr, flush=True
-                )
-                break
+            if second % ORDER_EVERY_S == 0:
+                _leave_if_followed(sign.with_name(ORDER), start)
             with suppress(OSError):  # it has done its work, or a network disk stumbles
                 os.utime(sign)
             time.sleep(1)
@@ -145,12 +142,20 @@ def _live(sign: Path, start: str | None) -> None:
     threading.Thread(target=live, daemon=True).start()
 
 
-def _followed(order: Path, start: str) -> bool:
-    """Whether the order of the run's ranks is another start's by now, or gone with the run's folder."""
+def _leave_if_followed(order: Path, start: str | None) -> None:
+    """Leave where the order of the run's ranks is another start's, or gone with the run's folder: on a cluster ranks outlive a
+    command that is killed, or begin only then, and must not write beside those of the next.
+
+    Args:
+        start: that of this rank; None: nobody says.
+    """
     try:
-        return (read_json(order) or {}).get("start") != start
+        followed = start is not None and (read_json(order) or {}).get("start") != start
     except (OSError, UserError):  # a network disk that stumbles says nothing
-        return False
+        return
+    if followed:
+        print("another start of this run has begun, or its folder was moved: leaving", file=sys.stderr, flush=True)
+        os._exit(FORCED)
 
 
 def _exists(pid: int) -> bool:

@@ -160,6 +160,7 @@ class RayExecutor:
                 ranks.append(kind.options(scheduling_strategy=where).remote())
             address, port = ray.get(ranks[0].address.remote())
             common = {
+                **gang.start,
                 "MASTER_ADDR": address,
                 "MASTER_PORT": str(port),
                 "WORLD_SIZE": str(len(ranks)),

@@ -145,7 +145,7 @@ class SlurmExecutor:
         launch = self.experiment.launch
         ranks = task.resources.gang // launch.nodes
         jobs = self._ask(task.stage, nodes=launch.nodes, tasks_per_node=ranks, gpus=ranks if task.resources.gpus else 0)
-        environment = {PATIENCE: str(launch.patience + MARGIN_S)}
+        environment = {**gang.start, PATIENCE: str(launch.patience + MARGIN_S)}
         return jobs.submit(FarRank(), str(gang.run.path), os.getcwd(), environment)
 
     def _wave(self, wave: Sequence[Task], spent: float, total: float, report: Callable[..., None]) -> float:

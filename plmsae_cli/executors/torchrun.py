@@ -79,7 +79,8 @@ def _torchrun(gang: Gang, rendezvous: list[str], ranks: int, experiment: Experim
         sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={ranks}", "--no-python",
         sys.executable, "-m", "plmsae_cli.executors.rank", str(gang.run.path),
     ]  # fmt: skip
-    environment = {**os.environ, PARENT: str(os.getpid()), PATIENCE: str(experiment.launch.patience + MARGIN_S)}
+    environment = {**os.environ, **gang.start, PARENT: str(os.getpid())}
+    environment[PATIENCE] = str(experiment.launch.patience + MARGIN_S)
     environment[ALLOWED] = ",".join(map(str, chosen_gpus(experiment.launch)))
     # Ranks that share a CPU must not each take all of its cores.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // ranks)))

@@ -207,6 +207,10 @@ class RunFolder:
                 "give the experiment another name, or pass --restart to archive the old run",
             )
 
+    def claimed(self, identity: Mapping[str, Any]) -> bool:
+        """Whether the run is known to be this one."""
+        return bool(read_json(self.identity) == json.loads(json.dumps(identity)))
+
     def archive(self) -> Path | None:
         """Move the run aside (`--restart` never deletes)."""
         if not self.path.exists():

@@ -95,7 +95,7 @@ def save(
         commit = {"step": checkpoint.step, "world": world, "ranks": ranks, "state": dict(checkpoint.state)}
         store.write(str(target / COMMIT), [json.dumps({"commit": commit, "xxh3": _digest(commit)}).encode()])
         fault("checkpoint.before-rotation")
-        _rotate(folder, keep)
+        _rotate(folder, target, keep)
     barrier()
 
 
@@ -103,15 +103,18 @@ def _digest(commit: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(commit, sort_keys=True).encode())
 
 
-def _rotate(folder: Path, keep: int) -> None:
+def _rotate(folder: Path, saved: Path, keep: int) -> None:
+    """Drop all but the newest `keep` up to the one just saved, and those beyond: they were passed over as damaged, and would be
+    counted among the kept."""
     committed = sorted(path.parent for path in folder.glob(f"step-*/{COMMIT}"))
-    for old in committed[:-keep]:
+    beyond = [path for path in committed if path > saved]
+    committed = committed[: len(committed) - len(beyond)]
+    for old in [*committed[:-keep], *beyond]:
         (old / COMMIT).unlink()  # from here on it is no checkpoint, whatever interrupts the rest
         fault("checkpoint.in-rotation")
         _remove(old)
-    newest = committed[-1] if committed else None
     for stray in folder.glob("step-*"):
-        if newest is not None and stray < newest and not (stray / COMMIT).exists():
+        if stray < saved and not (stray / COMMIT).exists():
             _remove(stray)
 
 

@@ -32,6 +32,9 @@ _FULL = {
     errno.EFBIG: "the file is larger than this user may write",
 }
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_ROOM = "free some space or name another folder, then start again: nothing that was complete is lost"
+
 
 @contextmanager
 def _explained(action: str, path: str) -> Iterator[None]:
@@ -44,6 +47,8 @@ def _explained(action: str, path: str) -> Iterator[None]:
         raise MissingError(f"cannot {action} {path}: {error.strerror or error}") from error
     except OSError as error:
         hint = "check who owns the folder" if isinstance(error, PermissionError) else None
+        if error.errno in _FULL:  # of files too: `df -i`
+            hint = _ROOM
         raise StoreError(f"cannot {action} {path}: {error.strerror or error}", hint) from error
 
 
@@ -180,6 +185,13 @@ class LocalFiles:
                 os.link(temporary, target)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise StoreError(
+                    f"cannot write {path}: its file system has no hard links",
+                    hint="name a data_root (for a run: a root) on another disk: of several writers a link lets one be first",
+                ) from error
             finally:
                 temporary.unlink(missing_ok=True)
             _sync_folder(target.parent)
@@ -257,5 +269,5 @@ def _full(path: str, folder: Path, error: OSError, reached: int, size: int | Non
     return StoreError(
         f"cannot write {path}: {_FULL[error.errno or 0]}; {needed} bytes needed,"
         f" {system.f_bavail * system.f_frsize} free on its file system",
-        hint="free some space or name another folder, then start again: nothing that was complete is lost",
+        hint=_ROOM,
     )

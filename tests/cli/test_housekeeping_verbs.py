@@ -131,6 +131,7 @@ def test_clean_leaves_what_a_run_begins_to_use_after_it_was_listed(
     cleaned = plmsae("clean", tmp_path, "--older", "0", "--unused", "--yes")
     assert cleaned.code == 0
     assert f"kept {folders[1]}: a run has begun to use it" in cleaned.err
+    assert "deleted 1 thing(s)" in cleaned.err
     assert [folder.exists() for folder in folders] == [False, True]
 
 

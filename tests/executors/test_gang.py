@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors import rank
 from plmsae_cli.executors.gang import Gang
 from plmsae_cli.executors.torchrun import _killed
-from plmsae_cli.runtime.run_folder import RunFolder, read_json, write_json
+from plmsae_cli.runtime.run_folder import RunFolder, write_json
 from plmsae_cli.runtime.stop import FORCED
 from plmsae_cli.runtime.task import Task, TaskFailed
 
@@ -108,30 +108,50 @@ def test_when_nobody_said_why_the_log_is_named(run: RunFolder) -> None:
     assert "torchrun.log" in str(told(run, size))
 
 
-def test_ranks_leave_when_another_start_of_the_run_has_begun_or_its_folder_was_moved(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("when", ["at its start", "later"])
+@pytest.mark.parametrize("how", ["another start", "moved"])
+def test_a_rank_leaves_when_another_start_of_the_run_has_begun_or_its_folder_was_moved(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, when: str, how: str
 ) -> None:
-    """As those of a cluster's job do that outlived a command which was killed."""
-    left, gone = list[int](), threading.Event()
+    """As those of a cluster's job do that outlived a command which was killed, or waited in the queue until then."""
+    left = list[int]()
 
     def leave(code: int) -> None:
         left.append(code)
-        gone.set()
+        raise SystemExit
 
     def begin() -> str:
-        Gang(run, TASK, Experiment.model_validate({"train": {"data": "x"}}), lambda *_, **__: None)
-        return str((read_json(order) or {})["start"])
+        gang = Gang(run, TASK, Experiment.model_validate({"train": {"data": "x"}}), lambda *_, **__: None)
+        return gang.start[rank.START]
 
-    order, sign = run.path / "logs" / "gang.json", run.path / "logs" / "alive-rank-0"
-    for number, follow in enumerate((begin, order.unlink), 1):
-        start = begin()
-        assert not rank._followed(order, start)
-        follow()
-        with monkeypatch.context() as patch:
-            patch.setattr(rank.os, "_exit", leave)
-            rank._live(sign, start)
-            assert gone.wait(60)
-        gone.clear()
-        assert left == [FORCED] * number
+    start, order = begin(), run.path / "logs" / rank.ORDER
+    monkeypatch.setattr(rank.os, "_exit", leave)
+    rank._leave_if_followed(order, start)
+    rank._leave_if_followed(order, None)
+    assert not left
+    if how == "moved":
+        order.unlink()
+    else:
+        begin()
+    if when == "later":
+        monkeypatch.setattr(rank.threading, "Thread", Here)
+        with pytest.raises(SystemExit):
+            rank._live(run.path / "logs" / "alive-rank-0", start)
+    else:
+        with pytest.raises(SystemExit):
+            rank._leave_if_followed(order, start)
+    assert left == [FORCED]
+
+
+class Here:
+    """A thread that runs in the one that starts it."""
+
+    def __init__(self, target: Callable[[], None], daemon: bool) -> None:
+        self.start = target
+
+
+def test_an_order_that_cannot_be_read_sends_no_rank_away(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank.os, "_exit", lambda code: pytest.fail("it left"))
+    order = run.path / "logs" / rank.ORDER
     order.write_text("{")
-    assert not rank._followed(order, "x"), "what cannot be read says nothing"
+    rank._leave_if_followed(order, "x")

@@ -254,3 +254,17 @@ def test_a_checkpoint_that_cannot_be_removed_yet_goes_with_the_next_rotation(
     assert same(load_newest(tmp_path), state(3))
     save(tmp_path, state(4), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_takes_no_place_of_a_sound_one(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, state(step), 2)
+    damaged = tmp_path / "step-00000020" / "rank-0.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert same(load_newest(tmp_path, lambda said: None), state(10))
+    for step in (13, 16):  # stopped by hand, before step 20 comes round again
+        save(tmp_path, state(step), 2)
+    said: list[str] = []
+    assert same(load_newest(tmp_path, said.append), state(16))
+    assert said == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000013", "step-00000016"]

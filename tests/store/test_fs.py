@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -79,6 +80,18 @@ def test_a_file_replaced_while_it_is_read_is_the_old_or_the_new(
     monkeypatch.setattr(os, "open", opened)
     assert Store().read(str(path)) == (b"as it was" if when == "after" else new)
     assert Store().read(str(path)) == new
+
+
+def test_a_file_system_without_hard_links_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exFAT, or a drive in the cloud."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(StoreError, match="its file system has no hard links"):
+        Store().write_once(str(tmp_path / "plan.json"), b"{}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranges(place: Place) -> None:

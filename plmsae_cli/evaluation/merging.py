@@ -99,12 +99,16 @@ def _by_id(tables: Sequence[Any]) -> Any:
     """One row a protein of any table, in the order of first sight; what an axis does not say is null."""
     import pyarrow as pa
 
-    rows: dict[str, dict[str, Any]] = {}
-    names = dict.fromkeys(name for table in tables for name in table.column_names)
-    for table in tables:
-        for row in table.to_pylist():
-            rows.setdefault(row["id"], {}).update(row)
-    return pa.table({name: [row.get(name) for row in rows.values()] for name in names})
+    ids = dict.fromkeys(name for table in tables for name in table["id"].to_pylist())
+    place = {name: number for number, name in enumerate(ids)}
+    columns: dict[str, list[Any]] = {}
+    for table in tables:  # a column at a time: rows of half a million proteins would be gigabytes
+        where = [place[name] for name in table["id"].to_pylist()]
+        for name in table.column_names:
+            column = columns.setdefault(name, [None] * len(place))
+            for number, value in zip(where, table[name].to_pylist(), strict=True):
+                column[number] = value
+    return pa.table(columns)
 
 
 def _csv(table: Any) -> bytes:

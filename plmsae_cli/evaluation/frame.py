@@ -14,9 +14,10 @@ nothing of another; those that read what `concepts` found wait for its last task
 
 from __future__ import annotations
 
+import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -194,6 +195,16 @@ class Scope:
 
     def read_table(self, axis: str, name: str) -> Any:
         return read_table(self.store, self.path(axis, name))
+
+
+def csv_of(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """These columns of the rows as CSV, numbers to four decimals."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([f"{row[name]:.4f}" if isinstance(row[name], float) else row[name] for name in columns])
+    return text.getvalue().encode()
 
 
 def write_table(store: Store, path: str, columns: Any) -> FileRecord:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plmsae_cli.evaluation.card import model_card
-from plmsae_cli.evaluation.frame import EVAL, Scope, write_table
+from plmsae_cli.evaluation.frame import EVAL, Scope, csv_of, write_table
 from plmsae_cli.store.fs import FileRecord, join
 from plmsae_cli.store.manifest import canonical_json
 from plmsae_cli.store.tables import read_table
@@ -45,8 +43,9 @@ def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any] | None) ->
             files.append(write_table(scope.store, join(here, name), tables[name]))
         else:
             scope.store.delete(join(here, name))
-    if "latent_concepts.parquet" in tables:
-        files.append(scope.store.write(join(here, "concepts.csv"), [_csv(tables["latent_concepts.parquet"])]))
+    if (pairs := tables.get("latent_concepts.parquet")) is not None:
+        text = csv_of(pairs.column_names, pairs.to_pylist())
+        files.append(scope.store.write(join(here, "concepts.csv"), [text]))
     else:
         scope.store.delete(join(here, "concepts.csv"))
     return files
@@ -109,13 +108,3 @@ def _by_id(tables: Sequence[Any]) -> Any:
             for number, value in zip(where, table[name].to_pylist(), strict=True):
                 column[number] = value
     return pa.table(columns)
-
-
-def _csv(table: Any) -> bytes:
-    """The table as CSV, best pairs first within each latent."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.column_names)
-    for row in table.to_pylist():
-        writer.writerow([f"{v:.4f}" if isinstance(v, float) else v for v in row.values()])
-    return text.getvalue().encode()

@@ -137,6 +137,12 @@ class Scope:
     def require_same_model(self, remedy: str) -> None:
         """Raises UserError where `train.data` was embedded with another model than `model.weights`, or nobody knows which."""
         if self.manifest is None:
+            embed = self.experiment.embed
+            if embed is not None and embed.imported is not None and not embed.imported.of_model:
+                raise UserError(
+                    "the model of imported activations is not known",
+                    f"set embed.imported.of_model if it is model.weights, or {remedy}",
+                )
             return
         embedded = self.manifest["weights"]
         if embedded is None:

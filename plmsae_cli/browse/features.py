@@ -21,6 +21,33 @@ MOST_STEPS = 65_535
 Row = dict[str, Any]
 
 
+class Annotations:
+    """Ranges of concepts in proteins: a few bytes each, of which there may be millions."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self._protein_M = np.empty(0, dtype=np.int32)
+        if not path.is_file():
+            return
+        table = pq.read_table(path, columns=["protein", "concept", "start", "stop"])
+        order_M = np.argsort(table["protein"].to_numpy(), kind="stable")
+        self._protein_M, self._start_M, self._stop_M = (
+            table[name].to_numpy()[order_M] for name in ("protein", "start", "stop")
+        )
+        concept = table["concept"].combine_chunks().dictionary_encode()
+        self._concept_M = concept.indices.to_numpy()[order_M]
+        self._names = concept.dictionary.to_pylist()
+
+    def of(self, protein: int) -> list[list[Any]]:
+        """Concept, first and last residue (from 1) of each range of a protein, in the file's order."""
+        first, last = np.searchsorted(self._protein_M, [protein, protein + 1])
+        if first == last:
+            return []
+        columns = (column[first:last].tolist() for column in (self._concept_M, self._start_M, self._stop_M))
+        return [[self._names[concept], start, stop] for concept, start, stop in zip(*columns, strict=True)]
+
+
 @dataclass(frozen=True)
 class Features:
     """The features of one run; tables are columns of Python values, in order of the latents."""
@@ -31,8 +58,7 @@ class Features:
     found: dict[str, list[Any]]
     """Columns of `eval/latents.parquet`: what other axes found; absent ones are absent."""
     proteins: dict[int, Row]
-    annotations: dict[int, list[Row]]
-    """Of a protein: `concept`, `start`, `stop`."""
+    annotations: Annotations
     steering: dict[str, Any] = field(default_factory=dict)
     """How latents were steered: `mode`, `residues`, `proteins`; empty where none was."""
     effects: dict[int, Row] = field(default_factory=dict)
@@ -77,7 +103,7 @@ def read_features(run: Path) -> Features:
     if index.get("format") != FORMAT:
         raise UserError(f"{path}: format {index.get('format')!r} is not {FORMAT}", "was it written by a newer plmsae?")
     proteins = {row["protein"]: row for row in _rows(folder / "examples" / "proteins.parquet")}
-    annotations = _by(_rows(folder / "examples" / "annotations.parquet"), "protein")
+    annotations = Annotations(folder / "examples" / "annotations.parquet")
     found = _columns(run / "eval" / "latents.parquet")
     steering, effects = _steering(run / "eval" / "steering", index["letters"])
     return Features(run, index, _columns(folder / "latents.parquet"), found, proteins, annotations, steering, effects)

@@ -91,8 +91,8 @@ class Pages:
             return
         row = self._features.proteins[protein]
         self.proteins[protein] = {key: row[key] for key in ("id", "header", "length", "sequence")}
-        if ranges := self._features.annotations.get(protein):
-            self.proteins[protein]["ranges"] = [[one["concept"], one["start"], one["stop"]] for one in ranges]
+        if ranges := self._features.annotations.of(protein):
+            self.proteins[protein]["ranges"] = ranges
         if protein in self._structures:
             self.proteins[protein]["structure"] = self._structures[protein]
 

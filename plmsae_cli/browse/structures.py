@@ -79,9 +79,11 @@ def _place(letters: str, sequence: str) -> list[int]:
 
 def _pdb(residues: Sequence[Any], place: Sequence[int]) -> str:
     lines: list[str] = []
+    last = None
     for residue, number in zip(residues, place, strict=True):
-        if number == 0 or number > 9999:
+        if residue is last or number == 0 or number > 9999:
             continue
+        last = residue
         for atom in residue:
             x, y, z = atom.coord
             label = atom.atom_name if len(atom.atom_name) == 4 else f" {atom.atom_name}"

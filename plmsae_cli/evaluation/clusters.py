@@ -41,7 +41,8 @@ def cluster(sequences: Sequence[str], method: str) -> npt.NDArray[np.int64]:
 
     `mmseqs`: MMseqs2 (Steinegger and Soeding 2017), 30 % identity over 80 % of both proteins. `kmer`: greedy, longest first;
     a protein joins the representative that shares most of its distinct 5-mers, the first of equals, if that is at least a
-    tenth of them: a rough stand-in that finds close relatives only.
+    tenth of them: a rough stand-in that finds close relatives only. A protein that is not known (an empty sequence) is a
+    cluster of its own.
     """
     return _mmseqs(sequences) if method == "mmseqs" else _kmer(sequences)
 
@@ -49,7 +50,7 @@ def cluster(sequences: Sequence[str], method: str) -> npt.NDArray[np.int64]:
 def _mmseqs(sequences: Sequence[str]) -> npt.NDArray[np.int64]:
     with tempfile.TemporaryDirectory() as folder:
         fasta = Path(folder) / "in.fasta"
-        fasta.write_text("".join(f">{index}\n{sequence}\n" for index, sequence in enumerate(sequences)))
+        fasta.write_text("".join(f">{index}\n{text}\n" for index, text in enumerate(sequences) if text))
         command = ["mmseqs", "easy-cluster", str(fasta), f"{folder}/out", f"{folder}/tmp"]
         command += ["--min-seq-id", str(IDENTITY), "-c", str(COVERAGE), "-v", "1"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -68,6 +69,8 @@ def _kmer(sequences: Sequence[str]) -> npt.NDArray[np.int64]:
     holders: defaultdict[str, array[int]] = defaultdict(lambda: array("i"))
     for place in sorted(range(len(sequences)), key=lambda p: (-len(sequences[p]), split_hash(sequences[p]), p)):
         sequence = sequences[place]
+        if not sequence:
+            continue
         words = {sequence[i : i + KMER] for i in range(max(1, len(sequence) - KMER + 1))}
         # Bytes of many lists joined are numbers at once: of half a million proteins thousands share a word with each.
         found = b"".join(holders[word] for word in words if word in holders)

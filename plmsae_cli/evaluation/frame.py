@@ -14,9 +14,10 @@ nothing of another; those that read what `concepts` found wait for its last task
 
 from __future__ import annotations
 
+import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,12 @@ class Scope:
     def require_same_model(self, remedy: str) -> None:
         """Raises UserError where `train.data` was embedded with another model than `model.weights`, or nobody knows which."""
         if self.manifest is None:
+            embed = self.experiment.embed
+            if embed is not None and embed.imported is not None and not embed.imported.of_model:
+                raise UserError(
+                    "the model of imported activations is not known",
+                    f"set embed.imported.of_model if it is model.weights, or {remedy}",
+                )
             return
         embedded = self.manifest["weights"]
         if embedded is None:
@@ -195,6 +202,16 @@ class Scope:
 
     def read_table(self, axis: str, name: str) -> Any:
         return read_table(self.store, self.path(axis, name))
+
+
+def csv_of(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """These columns of the rows as CSV, numbers to four decimals."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([f"{row[name]:.4f}" if isinstance(row[name], float) else row[name] for name in columns])
+    return text.getvalue().encode()
 
 
 def write_table(store: Store, path: str, columns: Any) -> FileRecord:

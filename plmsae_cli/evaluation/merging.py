@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plmsae_cli.evaluation.card import model_card
-from plmsae_cli.evaluation.frame import EVAL, Scope, write_table
+from plmsae_cli.evaluation.frame import EVAL, Scope, csv_of, write_table
 from plmsae_cli.store.fs import FileRecord, join
 from plmsae_cli.store.manifest import canonical_json
 from plmsae_cli.store.tables import read_table
@@ -45,8 +43,9 @@ def merge(scope: Scope, axes: Sequence[str], facts: Mapping[str, Any] | None) ->
             files.append(write_table(scope.store, join(here, name), tables[name]))
         else:
             scope.store.delete(join(here, name))
-    if "latent_concepts.parquet" in tables:
-        files.append(scope.store.write(join(here, "concepts.csv"), [_csv(tables["latent_concepts.parquet"])]))
+    if (pairs := tables.get("latent_concepts.parquet")) is not None:
+        text = csv_of(pairs.column_names, pairs.to_pylist())
+        files.append(scope.store.write(join(here, "concepts.csv"), [text]))
     else:
         scope.store.delete(join(here, "concepts.csv"))
     return files
@@ -99,19 +98,13 @@ def _by_id(tables: Sequence[Any]) -> Any:
     """One row a protein of any table, in the order of first sight; what an axis does not say is null."""
     import pyarrow as pa
 
-    rows: dict[str, dict[str, Any]] = {}
-    names = dict.fromkeys(name for table in tables for name in table.column_names)
-    for table in tables:
-        for row in table.to_pylist():
-            rows.setdefault(row["id"], {}).update(row)
-    return pa.table({name: [row.get(name) for row in rows.values()] for name in names})
-
-
-def _csv(table: Any) -> bytes:
-    """The table as CSV, best pairs first within each latent."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.column_names)
-    for row in table.to_pylist():
-        writer.writerow([f"{v:.4f}" if isinstance(v, float) else v for v in row.values()])
-    return text.getvalue().encode()
+    ids = dict.fromkeys(name for table in tables for name in table["id"].to_pylist())
+    place = {name: number for number, name in enumerate(ids)}
+    columns: dict[str, list[Any]] = {}
+    for table in tables:  # a column at a time: rows of half a million proteins would be gigabytes
+        where = [place[name] for name in table["id"].to_pylist()]
+        for name in table.column_names:
+            column = columns.setdefault(name, [None] * len(place))
+            for number, value in zip(where, table[name].to_pylist(), strict=True):
+                column[number] = value
+    return pa.table(columns)

@@ -46,7 +46,7 @@ def write_index(root: Path, runs: Sequence[Found]) -> Path:
         "index.html",
         script="sort.js",
         name=clean(root.resolve().name or str(root), 64),
-        subtitle=f"{len(runs)} runs",
+        subtitle="1 run" if len(runs) == 1 else f"{len(runs)} runs",
         verdict=f"{told}." if runs else "No runs yet.",
         columns=[("run", False), ("model", False), ("layer", True), ("dictionary", False), ("latents", True), ("k", True),
                  *((name, True) for name, _ in HEADLINES.values()), ("perplexity", True), ("time", True), ("updated", True)],

@@ -48,7 +48,15 @@ def test_of_equal_representatives_the_longest_is_joined() -> None:
         sequences += [shorter, longer, longer[:20] + shorter[:20]]
         wanted += [3 * n, 3 * n + 1, 3 * n + 1]
     assert cluster(sequences, "kmer").tolist() == wanted
-    assert cluster(["", "MK", "MK", "MKV"], "kmer").tolist() == [0, 1, 1, 3], "what has no word of five is its own word"
+    assert cluster(["MK", "MK", "MKV"], "kmer").tolist() == [0, 0, 2], "what has no word of five is its own word"
+
+
+@pytest.mark.parametrize("method", ["mmseqs", "kmer"])
+def test_a_protein_that_is_not_known_has_no_relatives(method: str) -> None:
+    if method == "mmseqs" and shutil.which("mmseqs") is None:
+        pytest.skip("MMseqs2 is not installed")
+    (known,) = families(1, 1, 60)[0]
+    assert cluster(["", known, "", known], method).tolist() in ([0, 1, 2, 1], [0, 3, 2, 3])
 
 
 def test_a_wanted_program_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

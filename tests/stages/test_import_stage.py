@@ -200,6 +200,16 @@ def test_what_does_not_fit_is_refused_in_the_plan(imported: Build, build: Build,
     for changes, message in plans:
         with pytest.raises(UserError, match=message):
             plan_stage("embed", imported(**changes), Store())
+    for axis, section in (
+        ("contacts", {"structures": ["x.pdb"]}),
+        ("steering", {}),
+        ("structure", {"fasta": str(fasta)}),
+    ):
+        with pytest.raises(UserError, match="the model of imported activations is not known"):
+            plan_stage("eval", imported(**{f"eval__{axis}": section}), Store())
+    for options in ({"one_per": "cluster"}, {"describe": {}}):
+        with pytest.raises(UserError, match="need sequences, and those of the imported activations are not known"):
+            plan_stage("eval", imported(eval__features=options), Store())
     np.save(tmp_path / "3.npy", np.zeros((500, D), np.float32))
     np.save(tmp_path / "4.npy", np.zeros((501, D), np.float32))
     path = str(tmp_path / "{layer}.npy")

@@ -26,9 +26,13 @@ _PASSES = ("cluster", "select", "merge", "gather")
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     """The tasks, and figures for people."""
     from plmsae_cli.evaluation.features.planning import figures
+    from plmsae_cli.evaluation.features.source import unknown_sequences
 
     options = scope.options.features
     assert options is not None
+    embed = scope.experiment.embed
+    if embed is not None and embed.fasta is None and (options.one_per == "cluster" or options.describe is not None):
+        raise unknown_sequences()
     science = options.science()
     identity = scope.identity(AXIS, {name: value for name, value in science.items() if name not in _LATE})
     of = options.tasks

@@ -77,7 +77,7 @@ def _proteins(scope: Scope, options: Steering) -> tuple[list[str], list[str], li
     else:
         table = read_proteins(scope.store, join(scope.dataset, "proteins.parquet"), split="heldout")
         pairs = zip(table["id"].to_pylist(), table["sequence"].to_pylist(), strict=True)
-        short = [(name, text) for name, text in pairs if len(text) <= options.max_length][: options.proteins]
+        short = [(name, text) for name, text in pairs if 0 < len(text) <= options.max_length][: options.proteins]
         found = [name for name, _ in short], [text for _, text in short], [False] * len(short)
     if len(found[0]) < 2:
         raise UserError(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.frame import Scope
+from plmsae_cli.evaluation.frame import Scope, csv_of
 from plmsae_cli.evaluation.structure.outcome import FIGURES, KEYS, finite, summary
 from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.store.fs import FileRecord, join
@@ -179,15 +177,6 @@ def _report(scope: Scope, options: Structure, of: int) -> Result:
         scope.write_json(AXIS, "result.json", body),
         scope.write_table(AXIS, "proteins.parquet", table),
         scope.write_table(AXIS, "folds.parquet", {name: [row[name] for row in rows] for name in COLUMNS}),
-        scope.store.write(scope.path(AXIS, "folds.csv"), [_csv(rows)]),
+        scope.store.write(scope.path(AXIS, "folds.csv"), [csv_of(COLUMNS, rows)]),
     ]
     return Result(files, {f"{mode}_rmsd": fold["rmsd"] for mode, fold in body["dictionary"].items()})
-
-
-def _csv(rows: list[dict[str, Any]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()})
-    return text.getvalue().encode()

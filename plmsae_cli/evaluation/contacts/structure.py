@@ -69,31 +69,23 @@ def read_chain(path: Path, name: str, chain: str | None, sequence: str) -> Chain
     Raises:
         UserError: biotite is absent, the file cannot be read, or has no such chain.
     """
-    try:
-        import biotite.structure as biotite
-        from biotite.structure.info import one_letter_code
-    except ImportError as error:
-        raise _without_biotite() from error
-    file, atoms = _open(path, name)
-    atoms = atoms[biotite.filter_amino_acids(atoms)]
+    file, atoms = _amino_acids(path, name)
     chains = list(dict.fromkeys(atoms.chain_id.tolist()))
     if not chains:
         raise UserError(f"{name} has no amino acids", "name a structure of a protein")
     if chain is not None and chain not in chains:
         raise UserError(f"{name} has no chain {chain!r} of amino acids", f"its chains: {', '.join(chains)}")
     chosen = chain if chain is not None else chains[0]
-    atoms = atoms[atoms.chain_id == chosen]
-    starts = biotite.get_residue_starts(atoms, add_exclusive_stop=True)
-    letters, places, numbers = [], [], []  # of CB and CA together
-    for start, stop in pairwise(starts):
-        residue = atoms[start:stop]
-        letter = one_letter_code(residue.res_name[0]) or "X"
-        letters.append(letter)
-        places.append([_place(residue, "CA" if letter == "G" else "CB"), _place(residue, "CA")])
-        numbers.append(int(residue.res_id[0]))
-    places_L23 = np.array(places, dtype=np.float64)
-    whole = "".join(letters)
+    whole, residues = _residues(atoms[atoms.chain_id == chosen])
+    places_L23 = np.array(  # of CB and CA together
+        [
+            [_place(residue, "CA" if letter == "G" else "CB"), _place(residue, "CA")]
+            for letter, residue in zip(whole, residues, strict=True)
+        ],
+        dtype=np.float64,
+    )
     if sequence == "seqres":
+        numbers = [int(residue.res_id[0]) for residue in residues]
         deposited = _deposited(file, chosen, name)
         places_L23 = _spread(places_L23, place_in(whole, numbers, deposited), len(deposited))
         whole = deposited
@@ -140,25 +132,28 @@ def _without_biotite() -> UserError:
 
 
 def read_residues(path: Path, name: str, chain: str | None = None) -> list[tuple[str, list[Any]]]:
-    """Letters and residues (arrays of atoms) of each chain of amino acids of the first model, or of the one asked for.
+    """Letters and residues, as `_residues` has them, of each chain of amino acids of the first model, or of the one asked for.
 
     Raises:
         UserError: biotite is absent, or the file cannot be read.
     """
-    try:
-        import biotite.structure as biotite
-        from biotite.structure.info import one_letter_code
-    except ImportError as error:
-        raise _without_biotite() from error
-    _, atoms = _open(path, name)
-    atoms = atoms[biotite.filter_amino_acids(atoms)]
-    found = []
-    for one in dict.fromkeys(atoms.chain_id.tolist()):
-        if chain is None or one == chain:
-            mine = atoms[atoms.chain_id == one]
-            residues = [mine[a:b] for a, b in pairwise(biotite.get_residue_starts(mine, add_exclusive_stop=True))]
-            found.append(("".join(one_letter_code(residue.res_name[0]) or "X" for residue in residues), residues))
-    return found
+    _, atoms = _amino_acids(path, name)
+    chains = [one for one in dict.fromkeys(atoms.chain_id.tolist()) if chain is None or one == chain]
+    return [_residues(atoms[atoms.chain_id == one]) for one in chains]
+
+
+def _residues(atoms: Any) -> tuple[str, list[Any]]:
+    """Letters of one chain, and the residue (an array of atoms) of each: of a chromophore such as CRO, which is TYG, three
+    times the same."""
+    from biotite.structure import get_residue_starts
+    from biotite.structure.info import one_letter_code
+
+    letters, residues = "", []
+    for start, stop in pairwise(get_residue_starts(atoms, add_exclusive_stop=True)):
+        code = one_letter_code(atoms.res_name[start]) or "X"
+        letters += code
+        residues += [atoms[start:stop]] * len(code)
+    return letters, residues
 
 
 def atoms_of(pdb_text: str) -> Any:
@@ -176,19 +171,25 @@ def surface(atoms: Any) -> float:
     return float(np.nansum(sasa(atoms)))
 
 
-def _open(path: Path, name: str) -> tuple[Any, Any]:
-    from biotite.structure.io import pdb, pdbx
-
+def _amino_acids(path: Path, name: str) -> tuple[Any, Any]:
+    """The file, and the atoms of amino acids of its first model."""
+    try:
+        from biotite.structure import filter_amino_acids
+        from biotite.structure.io import pdb, pdbx
+    except ImportError as error:
+        raise _without_biotite() from error
     try:
         packed = name.endswith(".gz")
         with gzip.open(path, "rt") if packed else path.open() as text:
             if name.removesuffix(".gz").endswith((".cif", ".mmcif")):
-                cif = pdbx.CIFFile.read(text)
-                return cif, pdbx.get_structure(cif, model=1, altloc="first")
-            file = pdb.PDBFile.read(text)
-            return file, file.get_structure(model=1, altloc="first")
+                file: Any = pdbx.CIFFile.read(text)
+                atoms = pdbx.get_structure(file, model=1, altloc="first")
+            else:
+                file = pdb.PDBFile.read(text)
+                atoms = file.get_structure(model=1, altloc="first")
     except (OSError, ValueError, KeyError, EOFError, IndexError) as error:
         raise UserError(f"{name} is no structure that biotite reads: {error}", "give a PDB or mmCIF file") from error
+    return file, atoms[filter_amino_acids(atoms)]
 
 
 def _deposited(file: Any, chain: str, name: str) -> str:

@@ -50,6 +50,14 @@ def where(scope: Scope, split: str) -> Where:
     return Where(folder, False, rows)
 
 
+def unknown_sequences() -> UserError:
+    """Where clusters or stretches of proteins are wanted whose letters nobody has."""
+    return UserError(
+        "eval.features.one_per: cluster and describe need sequences, and those of the imported activations are not known",
+        "add embed.fasta, or set one_per: protein and remove describe",
+    )
+
+
 def _planned_rows(scope: Scope) -> int:
     embed = scope.experiment.embed
     assert embed is not None

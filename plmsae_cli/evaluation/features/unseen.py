@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.clusters import choose_method, cluster
+from plmsae_cli.evaluation.features.clustering import clusters_of
 from plmsae_cli.evaluation.features.job import Job
 from plmsae_cli.evaluation.features.ranking import KEY_BITS, Lists, pair_hash
 from plmsae_cli.evaluation.features.reading import Reader, Side
@@ -71,13 +70,7 @@ def _firings(job: Job, reader: Reader, number: int) -> tuple[Ints, Ints]:
 
 def _with_silent(job: Job, side: Side, latent_F: Ints, row_F: Ints) -> tuple[Ints, Ints, Ints]:
     """Latent, kind and row of the firings and of what is drawn beside each; no residue twice a latent."""
-    sequences = side.proteins(["sequence"])["sequence"].to_pylist()
-    if not any(sequences):
-        raise UserError(
-            "eval.features.describe shows sequences, and those of the imported activations are not known",
-            "add embed.fasta, or remove describe",
-        )
-    cluster_P = cluster(sequences, choose_method(job.options.clusters))
+    cluster_P = clusters_of(job, side)
     member_P = np.argsort(cluster_P, kind="stable")
     first_P = np.searchsorted(cluster_P[member_P], cluster_P)
     size_P = np.searchsorted(cluster_P[member_P], cluster_P, side="right") - first_P

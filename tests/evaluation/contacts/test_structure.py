@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import plmsae_cli
+from plmsae_cli.browse.structures import match
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.evaluation.contacts.structure import place_in, read_chain, split_chain
 
@@ -48,6 +49,22 @@ def test_a_chain_by_hand(tmp_path: Path) -> None:
     wanted = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=bool)  # 8.0 is none
     assert (chain.contacts() == wanted).all()
     assert read_chain(path, str(path), "B", "resolved").sequence == "W"
+
+
+def test_a_chromophore_is_the_residues_it_is_made_of(tmp_path: Path) -> None:
+    names = ["PHE", "GLY", "CRO", "VAL", "GLN"]
+    atoms = [("CA1" if name == "CRO" else "CA", name, 3 * n, 8.0 * n) for n, name in enumerate(names)]
+    lines = [pdb_line(n, atom, name, "A", number, x, name == "CRO") for n, (atom, name, number, x) in enumerate(atoms)]
+    path = tmp_path / "x.pdb"
+    path.write_text("\n".join(["SEQRES   1 A    6  MET " + " ".join(names), *lines, "END", ""]))
+    chain = read_chain(path, str(path), None, "resolved")
+    assert chain.sequence == "FGTYGVQ"
+    assert chain.alpha_L3[:, 0].tolist() == pytest.approx([0, 8, *[np.nan] * 3, 24, 32], nan_ok=True)
+    whole = read_chain(path, str(path), None, "seqres")
+    assert whole.sequence == "MFGTYGVQ"
+    np.testing.assert_array_equal(whole.alpha_L3[1:], chain.alpha_L3)
+    (one,) = match([str(path)], {7: {"id": "P", "sequence": "FGTYGVQ"}}).values()
+    assert [int(line[22:26]) for line in one.splitlines() if line.startswith("ATOM")] == [1, 2, 3, 6, 7]
 
 
 def test_unresolved_residues_are_in_the_sequence_and_not_scored(tmp_path: Path) -> None:

@@ -290,6 +290,13 @@ def test_a_sweep_trains_and_scores_every_trial_and_eval_finds_nothing_left(plmsa
     evaluated = plmsae("eval", path, "--json")
     assert (evaluated.code, json.loads(evaluated.out)["seconds"]) == (0, {})
     assert plmsae("train", path).code == 2
+    assert plmsae("verify", path).out.count(": sound") == 6  # three artifacts, the sweep, two trials
+    weights = folder / "trials" / table["trials"][1]["hash"] / "sae" / "sae.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    damaged = plmsae("verify", path)
+    assert (damaged.code, f"{weights}: content differs" in damaged.out) == (1, True)
+    weights.write_bytes(before)
     for trial in table["trials"]:
         shutil.rmtree(folder / "trials" / trial["hash"] / "eval")
     evaluated = plmsae("eval", path, "--json")

@@ -291,6 +291,13 @@ def test_a_sweep_trains_and_scores_every_trial_and_eval_finds_nothing_left(plmsa
     assert (evaluated.code, json.loads(evaluated.out)["seconds"]) == (0, {})
     assert plmsae("train", path).code == 2
     assert plmsae("verify", path).out.count(": sound") == 6  # three artifacts, the sweep, two trials
+    for verb in (
+        ["export", folder, "--csv", folder / "a.csv"],
+        ["export", folder, "--saelens", folder / "a"],
+        ["browse", folder],
+    ):
+        refused = plmsae(*verb)
+        assert (refused.code, "is a sweep: its trials are runs" in refused.err) == (2, True)
     weights = folder / "trials" / table["trials"][1]["hash"] / "sae" / "sae.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))

@@ -81,11 +81,13 @@ def convert(text: str) -> tuple[str, list[str]]:
     name = str(old.get("log_name") or old.get("save_path") or "speedrun").rpartition("/")[2]
     experiment = {"name": legal_name(name), "train": _train(old, notes)}
     for name, value in old.items():
-        if is_secret(name):
-            notes.append(f"{name}: secrets stay out of files; `wandb login` and `hf auth login` keep them")
-        elif name in WITHOUT and value not in (None, False):
+        if name in WITHOUT and value not in (None, False):
             notes.append(f"{name}: no counterpart: {WITHOUT[name]}")
-        elif name not in TAKEN:
+        elif name in TAKEN:  # `token_dropout` among them, which is no secret
+            continue
+        elif is_secret(name):
+            notes.append(f"{name}: secrets stay out of files; `wandb login` and `hf auth login` keep them")
+        else:
             notes.append(f"{name}: unknown, and left out")
     _, findings = check(experiment)
     if findings:

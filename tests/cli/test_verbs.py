@@ -115,6 +115,13 @@ def test_json_of_a_run_and_of_its_second_start(plmsae: Plmsae, run: dict[str, An
     assert (stage["schema"], stage["state"], stage["seconds"]) == (1, "done", {})
 
 
+def test_a_run_is_listed_by_its_name_from_within_too(
+    plmsae: Plmsae, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run["root"] / "one")
+    assert [found["name"] for found in json.loads(plmsae("ls", ".", "--json").out)["runs"]] == ["one"]
+
+
 def test_export_for_saelens(plmsae: Plmsae, run: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "lens"
     body = json.loads(plmsae("export", run["root"] / "one", "--saelens", folder, "--json").out)

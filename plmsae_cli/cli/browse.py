@@ -21,9 +21,11 @@ def browse_runs(
         from plmsae_cli.browse.server import Server, sequence_reader
         from plmsae_cli.browse.site import build_site, is_current
         from plmsae_cli.config.errors import UserError
-        from plmsae_cli.runtime.run_folder import find_run
+        from plmsae_cli.runtime.run_folder import find_run, refuse_sweep
 
         found = [find_run(run, "resolved.yaml") for run in runs]
+        for each in found:
+            refuse_sweep(each)
         if len(found) > 2 or len(set(found)) < len(found):
             raise UserError("one run is shown, or two different ones side by side", "name one or two run folders")
         if build is not None:

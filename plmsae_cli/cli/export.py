@@ -60,10 +60,11 @@ def export_run(
 def _table(run: str, paths: dict[str, Path | None], said: list[str]) -> dict[str, Any]:
     from plmsae_cli.config.errors import UserError
     from plmsae_cli.report.export import concepts_per_latent, write_csv, write_parquet
-    from plmsae_cli.runtime.run_folder import find_run
+    from plmsae_cli.runtime.run_folder import find_run, refuse_sweep
     from plmsae_cli.store.fs import Store
 
     folder = Path(run) if Path(run).exists() else find_run(Path(run))
+    refuse_sweep(folder)
     table = concepts_per_latent(str(folder), Store())
     write = {"csv": write_csv, "parquet": write_parquet}
     for kind, path in paths.items():
@@ -97,8 +98,12 @@ def _dictionary(run: str, folder: Path, said: list[str]) -> dict[str, Any]:
 
 def _run_or_name(run: str) -> str:
     """A folder under runs/ by its name alone; anything else, such as published weights or `s3://`, as it was named."""
+    from plmsae_cli.runtime.run_folder import refuse_sweep
+
     named = Path("runs") / run
-    return str(named) if named.exists() and not Path(run).exists() else run
+    found = str(named) if named.exists() and not Path(run).exists() else run
+    refuse_sweep(Path(found))
+    return found
 
 
 def _push(folder: Path, name: str, said: list[str]) -> str:

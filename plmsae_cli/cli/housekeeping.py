@@ -56,6 +56,8 @@ def _folders(target: str) -> Iterator[tuple[Store, str]]:
         yield from _of_experiment(Path(target))
         return
     store = Store()
+    named = Path("runs") / target
+    target = str(named) if named.is_dir() and not Path(target).exists() else target
     if store.exists(join(target, MANIFEST)):
         yield store, target.rstrip("/")
         return
@@ -73,9 +75,11 @@ def _folders(target: str) -> Iterator[tuple[Store, str]]:
 
 
 def _of_experiment(path: Path) -> Iterator[tuple[Store, str]]:
+    """Its data and its run, of a sweep each trial's as well."""
     from plmsae_cli.cli.stage import load_for
     from plmsae_cli.config.errors import UserError
-    from plmsae_cli.store.fs import Store, join
+    from plmsae_cli.runtime.run_folder import read_pointers
+    from plmsae_cli.store.fs import Store
     from plmsae_cli.store.lineage import Lineage
     from plmsae_cli.store.manifest import read_manifest
 
@@ -89,10 +93,11 @@ def _of_experiment(path: Path) -> Iterator[tuple[Store, str]]:
         folders.append(lineage.tokens().folder)
     if experiment.train is not None and experiment.train.data is not None:
         folders.append(experiment.train.data.rstrip("/"))
-    there = [folder for folder in folders if read_manifest(store, folder) is not None]
-    run = lineage.run_folder()
-    if store.list(join(run, "parts")):
-        there.append(run)
+    run = Path(lineage.run_folder())
+    runs = [each for each in (run, *sorted(run.glob("trials/*"))) if (each / "status.json").is_file()]
+    folders += [pointer["folder"] for each in runs for pointer in read_pointers(each).values()]
+    there = [folder for folder in dict.fromkeys(folders) if read_manifest(store, folder) is not None]
+    there += map(str, runs)
     if not there:
         raise UserError(f"nothing of {path} exists yet", f"`plmsae run {path}` makes it")
     yield from ((store, folder) for folder in there)

@@ -91,7 +91,8 @@ def _run(folder: Path, root: Path) -> dict[str, Any]:
     from plmsae_cli.runtime.results import headline, last_metrics
     from plmsae_cli.runtime.run_folder import read_json, read_pointers
 
-    found: dict[str, Any] = {"name": str(folder.relative_to(root)), "folder": str(folder)}
+    name = folder.resolve().name if folder == root else str(folder.relative_to(root))
+    found: dict[str, Any] = {"name": name, "folder": str(folder)}
     try:
         status = read_json(folder / "status.json") or {}
         return {

@@ -253,6 +253,13 @@ def find_run(run: Path, holds: str = "status.json") -> Path:
     raise _no_run(run, holds)
 
 
+def refuse_sweep(folder: Path) -> None:
+    """Raises UserError for the folder of a sweep, where one run is wanted."""
+    if (folder / "sweep.json").is_file():
+        hint = f"name one, such as {folder}/trials/HASH; `plmsae status {folder}` says which is best"
+        raise UserError(f"{folder} is a sweep: its trials are runs", hint)
+
+
 def _no_run(named: Path, lacks: str) -> UserError:
     """The error of a name that no run has, with what may be meant."""
     begun = [*Path("runs").glob("*/status.json"), *Path("runs").glob("*/*/status.json")]

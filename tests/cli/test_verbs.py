@@ -115,6 +115,13 @@ def test_json_of_a_run_and_of_its_second_start(plmsae: Plmsae, run: dict[str, An
     assert (stage["schema"], stage["state"], stage["seconds"]) == (1, "done", {})
 
 
+def test_a_run_is_listed_by_its_name_from_within_too(
+    plmsae: Plmsae, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run["root"] / "one")
+    assert [found["name"] for found in json.loads(plmsae("ls", ".", "--json").out)["runs"]] == ["one"]
+
+
 def test_export_for_saelens(plmsae: Plmsae, run: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "lens"
     body = json.loads(plmsae("export", run["root"] / "one", "--saelens", folder, "--json").out)
@@ -290,6 +297,20 @@ def test_a_sweep_trains_and_scores_every_trial_and_eval_finds_nothing_left(plmsa
     evaluated = plmsae("eval", path, "--json")
     assert (evaluated.code, json.loads(evaluated.out)["seconds"]) == (0, {})
     assert plmsae("train", path).code == 2
+    assert plmsae("verify", path).out.count(": sound") == 6  # three artifacts, the sweep, two trials
+    for verb in (
+        ["export", folder, "--csv", folder / "a.csv"],
+        ["export", folder, "--saelens", folder / "a"],
+        ["browse", folder],
+    ):
+        refused = plmsae(*verb)
+        assert (refused.code, "is a sweep: its trials are runs" in refused.err) == (2, True)
+    weights = folder / "trials" / table["trials"][1]["hash"] / "sae" / "sae.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    damaged = plmsae("verify", path)
+    assert (damaged.code, f"{weights}: content differs" in damaged.out) == (1, True)
+    weights.write_bytes(before)
     for trial in table["trials"]:
         shutil.rmtree(folder / "trials" / trial["hash"] / "eval")
     evaluated = plmsae("eval", path, "--json")

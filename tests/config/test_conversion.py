@@ -68,7 +68,7 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
         "hf_model_name",
         "max_length",
     }
-    assert not any("unknown" in note for note in notes)
+    assert not any("unknown" in note or "secrets" in note for note in notes)
     assert set(OLD) <= TAKEN
 
 
@@ -103,6 +103,7 @@ def test_adam_alone_and_old_names(tmp_path: Path) -> None:
     assert (train.compute, plm_of(experiment).lr_hidden) == ("auto", "auto")
     assert any(note.startswith("bfloat16: there TF32") for note in notes)
     assert "hidden: unknown, and left out" in notes
+    assert sum("secrets stay out" in note for note in notes) == 1
     assert not any("abc" in note for note in notes)
     assert "abc" not in (tmp_path / "new.yaml").read_text()
 

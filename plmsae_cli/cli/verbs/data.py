@@ -22,7 +22,7 @@ verbs, verb = group("Tools")
 def verify(
     targets: Annotated[
         list[str],
-        typer.Argument(metavar="PATH|YAML...", help="Artifacts, local or s3://; folders of them; experiments."),
+        typer.Argument(metavar="PATH|YAML...", help="Artifacts, local or s3://; runs; folders of them; experiments."),
     ],
     json: Json = False,
 ) -> None:

@@ -38,7 +38,7 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented experiment to begin with; never over a file that exists."""
-    from plmsae_cli.cli.tools import write_converted, write_template
+    from plmsae_cli.cli.experiments import write_converted, write_template
 
     if source is not None:
         if full or kind != "sae":
@@ -61,7 +61,7 @@ def validate(
     json: Json = False,
 ) -> None:
     """Check everything that can be known without running: fields, inputs, sizes, disk space."""
-    from plmsae_cli.cli.tools import validate_files
+    from plmsae_cli.cli.experiments import validate_files
 
     raise typer.Exit(validate_files(targets, set_, bugfix, json, deep))
 

@@ -36,7 +36,8 @@ def embed(
     held-out ones, and statistics. KEY is a hash of the proteins, the model and the layer: what exists is not made
     again.
     """
-    _stage("embed", yaml, Wishes(set_, dry_run, bugfix, json, no_progress, tasks=tasks, yes=yes))
+    wishes = Wishes(set_, dry_run, bugfix, json, no_progress, tasks=tasks, yes=yes)
+    _stage("embed", yaml, wishes)
 
 
 @verb()
@@ -55,9 +56,8 @@ def shuffle(
 
     Training wants neighbouring rows from different proteins. The order is a function of shuffle.seed alone.
     """
-    _stage(
-        "shuffle", yaml, Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, tasks=tasks, yes=yes)
-    )
+    wishes = Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, tasks=tasks, yes=yes)
+    _stage("shuffle", yaml, wishes)
 
 
 @verb()
@@ -76,11 +76,8 @@ def optimize(
 
     The result is a folder optimize-KEY of LitData chunks. Others can train from it alone (train.data).
     """
-    _stage(
-        "optimize",
-        yaml,
-        Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, tasks=tasks, yes=yes),
-    )
+    wishes = Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, tasks=tasks, yes=yes)
+    _stage("optimize", yaml, wishes)
 
 
 @verb()
@@ -99,11 +96,8 @@ def train(
 
     Checkpoints, metrics and the model go to ROOT/NAME. Starting again continues from the newest checkpoint.
     """
-    _stage(
-        "train",
-        yaml,
-        Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, restart=restart, yes=yes),
-    )
+    wishes = Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, restart=restart, yes=yes)
+    _stage("train", yaml, wishes)
 
 
 @verb()
@@ -123,11 +117,8 @@ def sweep(
     Each is a run of its own in ROOT/NAME/trials, and is evaluated too if there is an eval section. SAEs of
     train.saes, or with sweep.stream: shared all that can, train side by side while the dataset is read once.
     """
-    _stage(
-        "sweep",
-        yaml,
-        Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, restart=restart, yes=yes),
-    )
+    wishes = Wishes(set_, dry_run, bugfix, json, no_progress, with_inputs=with_inputs, restart=restart, yes=yes)
+    _stage("sweep", yaml, wishes)
 
 
 @verb(

@@ -89,11 +89,13 @@ def convert(text: str) -> tuple[str, list[str]]:
         idle = [name for name in needing if name in old and not old.get(switch, default)]
         notes.extend(f"{name}: of no effect there without {switch}, and left out" for name in idle)
     for name, value in old.items():
-        if is_secret(name):
-            notes.append(f"{name}: secrets stay out of files; `wandb login` and `hf auth login` keep them")
-        elif name in WITHOUT and value not in (None, False):
+        if name in WITHOUT and value not in (None, False):
             notes.append(f"{name}: no counterpart: {WITHOUT[name]}")
-        elif name not in TAKEN:
+        elif name in TAKEN:  # `token_dropout` among them, which is no secret
+            continue
+        elif is_secret(name):
+            notes.append(f"{name}: secrets stay out of files; `wandb login` and `hf auth login` keep them")
+        else:
             notes.append(f"{name}: unknown, and left out")
     _, findings = check(experiment)
     if findings:

@@ -38,6 +38,11 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+def pytest_runtest_setup() -> None:
+    """What a test draws does not depend on those before it, which are others on every machine."""
+    torch.manual_seed(0)
+
+
 def free_port() -> int:
     """A port for a server to come. Not one that the system would choose: it may give that to a connection before."""
     draw = random.SystemRandom()

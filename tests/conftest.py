@@ -62,6 +62,14 @@ def random_esm2(folder: Path, num_layers: int = 3, d: int = 32, num_heads: int =
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept for later is not looked for, nor left, in the home of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLMSAE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _nobody_asks_to_stop() -> Iterator[None]:
     """A wish to stop, of which a process has one, ends with its test; signals are as they were."""

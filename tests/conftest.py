@@ -38,6 +38,11 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+def pytest_runtest_setup() -> None:
+    """What a test draws does not depend on those before it, which are others on every machine."""
+    torch.manual_seed(0)
+
+
 def free_port() -> int:
     """A port for a server to come. Not one that the system would choose: it may give that to a connection before."""
     draw = random.SystemRandom()
@@ -55,6 +60,14 @@ def random_esm2(folder: Path, num_layers: int = 3, d: int = 32, num_heads: int =
     model.init_weights(seed)
     save_model(Store(), str(folder), dict(model.state_dict()), asdict(config), {})
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept for later is not looked for, nor left, in the home of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLMSAE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,9 @@ REPOSITORY = Path(plmsae_cli.__file__).parents[1]
 ASSETS = Path(plmsae_cli.__file__).parent / "data"
 PATIENCE_S = 240.0
 """Only what hangs takes so long, on any machine."""
-COMMAND = [sys.executable, "-c", "from plmsae_cli.cli.app import main; main()"]
+# Linux ends it with its parent (PR_SET_PDEATHSIG, SIGKILL): a session of tests that is killed ends no trainings.
+WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9); " if sys.platform == "linux" else ""
+COMMAND = [sys.executable, "-c", f"{WITH_PARENT}from plmsae_cli.cli.app import main; main()"]
 
 YAML = """
 root: {root}
@@ -63,9 +65,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No colour, and a cache of the tests' own."""
-    monkeypatch.setenv("PLMSAE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No colour, a hundred columns, one thread."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -64,9 +64,11 @@ def stopped_processes(mark: str) -> list[int]:
 
 def all_cores(cluster: Any) -> Any:
     """The cores there are, taken: a placement group."""
-    cluster.wait_for_nodes(60)  # one that was killed counts as alive until its signs of life have been missed
+    cluster.wait_for_nodes(240)  # one that was killed counts as alive until its signs of life have been missed
     group = ray.util.placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
     assert group.wait(240)
+    while ray.available_resources().get("CPU", 0):  # nodes tell the cluster of it a moment later
+        time.sleep(0.05)
     return group
 
 
@@ -263,7 +265,7 @@ def test_the_run_of_a_gang_that_waits_says_so_and_can_be_stopped(
 def test_a_gang_that_lost_a_node_waits_for_another_and_begins_again(
     cluster: Any, one_thread: None, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
 ) -> None:
-    cluster.wait_for_nodes(60)
+    cluster.wait_for_nodes(240)
     assert ray.cluster_resources()["CPU"] == 1, "tests that add nodes for good come behind"
     lost = [cluster.add_node(**SMALL)]
     alone = trained("ray-alone-long", "ray-train", "128_000")
@@ -289,7 +291,7 @@ def test_ranks_train_in_a_placement_group_and_trials_side_by_side(
     cluster: Any, one_thread: None, trained: Callable[..., Experiment], losses: Callable[[Experiment], list[float]]
 ) -> None:
     """A gang of two, and two trials, on two nodes with a core each; losses are those of lone runs."""
-    cluster.wait_for_nodes(60)
+    cluster.wait_for_nodes(240)
     if ray.cluster_resources()["CPU"] < 2:
         cluster.add_node(**SMALL)
     alone = trained("ray-alone", "ray-train")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from plmsae_cli.config.base import SCIENCE, Count, NotNegative, Positive, Section, Share, rule
+from plmsae_cli.config.base import ADDED, SCIENCE, Count, NotNegative, Positive, Section, Share, rule
 
 _TOPK = ("k", "k_aux", "aux_coefficient", "k_start", "k_anneal")
 _PENALTY = ("sparsity_coefficient", "sparsity_warmup")
@@ -20,7 +20,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "matryoshka_batch_topk": (*_TOPK, "selection", "fractions"),
     "jumprelu": (*_PENALTY, "penalty", "target_l0", "bandwidth", "theta_start", *_TANH),
     "gated": _PENALTY,
-    "relu_l1": (*_PENALTY, "unit_rows"),
+    "relu_l1": (*_PENALTY, "unit_rows", "error"),
     "switch": ("k", "num_experts", "balance_coefficient"),
 }
 
@@ -64,8 +64,8 @@ class SAE(Section):
     selection: Annotated[Literal["global", "local"] | None, SCIENCE] = None
     """BatchTopK only: choose latents over the batch of all ranks (`global`, default) or each rank by itself (`local`)."""
     sparsity_coefficient: Annotated[Positive | None, SCIENCE] = None
-    """Weight of the sparsity penalty as in the papers; default: `relu_l1` and `gated` 5 (L1), `jumprelu` 6e-4 (L0),
-    1 (with `target_l0`) or 5 (`penalty: tanh`)."""
+    """Weight of the sparsity penalty as in the papers; default: `relu_l1` and `gated` 5 (L1; with `error: norm`
+    .08), `jumprelu` 6e-4 (L0), 1 (with `target_l0`) or 5 (`penalty: tanh`)."""
     sparsity_warmup: Annotated[Share | None, SCIENCE] = None
     """Share of the run in which the penalty's weight rises linearly; default 0.05, with `penalty: tanh` 1."""
     penalty: Annotated[Literal["l0", "tanh"] | None, SCIENCE] = None
@@ -85,6 +85,8 @@ class SAE(Section):
     """JumpReLU with `penalty: tanh` only: weight of the pre-activation term; default 3e-6."""
     unit_rows: Annotated[bool | None, SCIENCE] = None
     """`relu_l1` only: keep decoder rows at norm 1, as InterPLM does; default false (Anthropic, April 2024)."""
+    error: Annotated[Literal["squared", "norm"] | None, ADDED] = None
+    """`relu_l1` only: minimise a residue's squared error (default), or its length, `norm`, as InterPLM does."""
     num_experts: Annotated[Count | None, SCIENCE] = None
     """`switch` only: experts that share the latents equally; default 8."""
     balance_coefficient: Annotated[NotNegative | None, SCIENCE] = None

@@ -44,7 +44,7 @@ METRICS = (
         "loss", "sae: squared error a dimension of the standardised activations; plm: nats a predicted residue", _BOTH,
         "what is minimised",
     ),
-    Metric("reconstruction", "as `loss`", _SAE, "the squared error in `loss` (Matryoshka: mean over the nested prefixes)"),
+    Metric("reconstruction", "as `loss`", _SAE, "the error in `loss` (Matryoshka: mean over the nested prefixes)"),
     Metric(
         "aux", "", _SAE,
         "the term beside it before its coefficient, a residue: AuxK, the sparsity penalty, or `switch`'s load balance (1"

@@ -33,6 +33,7 @@ KINDS: dict[str, SAE] = {
     "jumprelu_tanh": SAE(num_latents=N, architecture="jumprelu", penalty="tanh"),
     "gated": SAE(num_latents=N, architecture="gated"),
     "relu_l1": SAE(num_latents=N, architecture="relu_l1"),
+    "relu_l1_norm": SAE(num_latents=N, architecture="relu_l1", unit_rows=True, error="norm"),
     "switch": SAE(num_latents=N, architecture="switch", k=3, num_experts=4),
     "latents_topk": SAE(num_latents=N, k=3),
     "latents_wide": SAE(num_latents=N, k=20, k_aux=60),

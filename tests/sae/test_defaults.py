@@ -29,7 +29,8 @@ HALVES = {"fractions": [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]}
         ("jumprelu", {"target_l0": 3}, L0 | {"sparsity_coefficient": 1.0}),
         ("jumprelu", {"penalty": "tanh"}, TANH | {"tanh_scale": 4.0, "pre_act_coefficient": 3e-6}),
         ("gated", {}, {"sparsity_coefficient": 5.0, "sparsity_warmup": 0.05}),
-        ("relu_l1", {}, {"sparsity_coefficient": 5.0, "sparsity_warmup": 0.05, "unit_rows": False}),
+        ("relu_l1", {}, {"sparsity_coefficient": 5.0, "sparsity_warmup": 0.05, "unit_rows": False, "error": "squared"}),
+        ("relu_l1", {"error": "norm"}, {"sparsity_coefficient": 0.08, "unit_rows": False}),
         ("switch", {"k": 3}, {"num_experts": 8, "balance_coefficient": 3.0}),
     ],
 )

@@ -17,7 +17,7 @@ from plmsae_cli.sae.dense import Dense
 from plmsae_cli.sae.gated import Gated
 from plmsae_cli.sae.interface import Losses
 from plmsae_cli.sae.jumprelu import JumpReLU, jump_relu, step
-from plmsae_cli.sae.relu_l1 import ReLUL1
+from plmsae_cli.sae.relu_l1 import Error, ReLUL1
 
 D, N, B = 5, 12, 40
 P = dict[str, Tensor]
@@ -48,10 +48,13 @@ def loss_of(model: Dense, x_BD: Tensor) -> Losses:
 
 
 @pytest.mark.parametrize("unit_rows", [False, True])
-def test_relu_l1_is_its_formula(unit_rows: bool) -> None:
-    model, p, x_BD = example(ReLUL1(D, N, sparsity_coefficient=0.7, unit_rows=unit_rows))
+@pytest.mark.parametrize("kind", ["squared", "norm"])
+def test_relu_l1_is_its_formula(kind: Error, unit_rows: bool) -> None:
+    model, p, x_BD = example(ReLUL1(D, N, sparsity_coefficient=0.7, unit_rows=unit_rows, error=kind))
     z_BN = ((x_BD - p["b_dec_D"]) @ p["w_enc_ND"].T + p["b_enc_N"]).relu()
     error_B = ((x_BD - z_BN @ p["w_dec_ND"] - p["b_dec_D"]) ** 2).sum(1)
+    if kind == "norm":
+        error_B = error_B.sqrt()
     penalty_B = (z_BN * p["w_dec_ND"].norm(dim=1)).sum(1)
     losses = loss_of(model, x_BD)
     agree(model, losses, (error_B + 0.7 * penalty_B).mean() / D, p)
@@ -59,6 +62,16 @@ def test_relu_l1_is_its_formula(unit_rows: bool) -> None:
     torch.testing.assert_close(losses.aux, penalty_B.mean())
     assert torch.equal(losses.active_B, (z_BN > 0).sum(1))
     assert torch.equal(losses.fired_N, (z_BN > 0).any(0))
+
+
+def test_the_length_of_the_error_has_one_lambda_at_any_scale() -> None:
+    """InterPLM's loss: s times the input, with biases to match, has s times the loss."""
+    model, _, x_BD = example(ReLUL1(D, N, error="norm"))
+    larger, _, _ = example(ReLUL1(D, N, error="norm"))
+    with torch.no_grad():
+        larger.b_enc_N.mul_(7.0)
+        larger.b_dec_D.mul_(7.0)
+    torch.testing.assert_close(loss_of(larger, 7 * x_BD).total, 7 * loss_of(model, x_BD).total)
 
 
 def test_gated_is_its_formula_with_a_frozen_auxiliary_decoder() -> None:

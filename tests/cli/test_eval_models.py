@@ -169,6 +169,8 @@ def test_representations_tell_what_is_planted(score: Any, plmsae: Plmsae, tmp_pa
         ),
         ({"lm": {"models": ["bundled"], "fasta": "absent.fasta"}}, "absent.fasta"),
         ({"lm": {"models": ["bundled"], "bin": "absent_*.bin"}}, "no token shard matches"),
+        ({"representations": {"models": ["bundled"], "tasks": ["t.csv"], "layers": [9]}}, "layers 0 to 8, none of [9]"),
+        ({"representations": {"models": ["bundled"], "tasks": ["t.csv"], "layers": []}}, "layers is an empty list"),
         ({"lm": {"mask_rat": 0.1, "fasta": "x.fasta"}}, "did you mean eval.lm.mask_rate"),
         ({"representations": {"tasks": ["structure"]}}, "structure is no task and no CSV file"),
         ({"representations": {"tasks": ["localisation"]}}, "localisation needs annotated proteins"),

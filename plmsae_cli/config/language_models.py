@@ -79,6 +79,8 @@ class Representations(Section):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Representations:
+        if not self.layers:
+            raise rule("layers", "layers is an empty list", "name at least one, or write `all`")
         named = [task for task in self.tasks if task in NAMED_TASKS]
         for task in self.tasks:
             if task not in NAMED_TASKS and not task.removesuffix(".gz").endswith((".csv", ".tsv")):

@@ -23,6 +23,7 @@ class Scored:
     """What `load_plm` takes."""
     identity: str
     """Stands for the weights; of a model yet to be trained, for its training."""
+    num_layers: int
 
 
 def scored_models(scope: Scope, wanted: Sequence[str], field: str, encoders: bool = False) -> list[Scored]:
@@ -35,9 +36,12 @@ def scored_models(scope: Scope, wanted: Sequence[str], field: str, encoders: boo
 
 
 def _own(scope: Scope) -> Scored:
-    name = scope.experiment.name
+    name, train = scope.experiment.name, scope.experiment.train
     assert name is not None
-    return Scored(name, join(scope.folder, "plm"), f"run-{digest(scope.lineage.run_identity())}")
+    assert train is not None
+    assert train.plm is not None
+    identity = f"run-{digest(scope.lineage.run_identity())}"
+    return Scored(name, join(scope.folder, "plm"), identity, train.plm.num_layers)
 
 
 def _given(scope: Scope, name: str, field: str, encoders: bool) -> Scored:
@@ -49,4 +53,4 @@ def _given(scope: Scope, name: str, field: str, encoders: bool) -> Scored:
         raise UserError(
             f"{field}: {name} can be embedded, but has no predictions that this scores", "name an ESM-2 model"
         )
-    return Scored(name, name, f"{info.sha256}-{digest(dict(info.config))}")
+    return Scored(name, name, f"{info.sha256}-{digest(dict(info.config))}", int(info.config["num_layers"]))

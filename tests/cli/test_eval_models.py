@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from plmsae_cli.config.yaml import load
-from plmsae_cli.plm.alphabet import encode, wrap
+from plmsae_cli.plm.alphabet import encode, letters, wrap
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.runtime.masked_scores import masks
 from plmsae_cli.store.fasta import records
 from plmsae_cli.store.fs import Store
 from plmsae_cli.store.tokens import write_tokens
@@ -53,7 +54,8 @@ def test_models_side_by_side_from_fasta_or_shards(
     assert from_shards["lm"] == from_fasta["lm"]
     rows = from_fasta["lm"]["models"]
     assert [row["model"] for row in rows] == models
-    assert rows[0]["residues"] == rows[1]["residues"] > 500
+    cut = [letters(encode(sequence)[:60]) for sequence in SEQUENCES]
+    assert rows[0]["residues"] == rows[1]["residues"] == sum(int(masks(text, 0.15).sum()) for text in cut) > 500
     assert rows[0]["loss"] < 2.75 < 3.2 < rows[1]["loss"]  # trained, and as drawn: ln 33 is 3.5
     assert from_fasta["lm"]["proteins"]["used"] == len(SEQUENCES)
     assert from_fasta["lm"]["proteins"]["cut"] == sum(len(s) > 60 for s in SEQUENCES)
@@ -167,6 +169,8 @@ def test_representations_tell_what_is_planted(score: Any, plmsae: Plmsae, tmp_pa
         ),
         ({"lm": {"models": ["bundled"], "fasta": "absent.fasta"}}, "absent.fasta"),
         ({"lm": {"models": ["bundled"], "bin": "absent_*.bin"}}, "no token shard matches"),
+        ({"representations": {"models": ["bundled"], "tasks": ["t.csv"], "layers": [9]}}, "layers 0 to 8, none of [9]"),
+        ({"representations": {"models": ["bundled"], "tasks": ["t.csv"], "layers": []}}, "layers is an empty list"),
         ({"lm": {"mask_rat": 0.1, "fasta": "x.fasta"}}, "did you mean eval.lm.mask_rate"),
         ({"representations": {"tasks": ["structure"]}}, "structure is no task and no CSV file"),
         ({"representations": {"tasks": ["localisation"]}}, "localisation needs annotated proteins"),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plmsae_cli.evaluation.language import score
-from plmsae_cli.plm.alphabet import AMINO_ACIDS, MASK, encode, pack
+from plmsae_cli.plm.alphabet import AMINO_ACIDS, MASK, encode, letters, pack
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.dist import gang
 from plmsae_cli.runtime.masked_scores import MaskedScores, figures, mask, masks, masks_of_pack
@@ -102,6 +102,9 @@ def test_parts_add_up_to_the_same_bits_and_batches_to_the_same_number() -> None:
     assert a is not None
     assert b is not None
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+    more = score(model, proteins, 0.4, 300, torch.float32).figures()
+    assert more is not None
+    assert more["residues"] == sum(int(masks(letters(protein), 0.4).sum()) for protein in proteins) > b["residues"]
 
 
 def _rank_scores(rank: int, world: int, folder: str) -> None:

@@ -18,6 +18,7 @@ from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.executors.pipeline import Done, plan_stage
 from plmsae_cli.plm.alphabet import AMINO_ACIDS, decode, encode, pack, wrap
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
+from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.runtime.models import load_plm
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
@@ -33,6 +34,7 @@ from plmsae_cli.store.weights import load_state, resolve_weights
 from plmsae_cli.training import loop
 from plmsae_cli.training.agreed import AGREE_EVERY
 from plmsae_cli.training.packs import Packs
+from plmsae_cli.training.plm_objective import PLMObjective
 
 Go = Callable[..., Done]
 CLOCK = {"tokens_per_second", "loader_wait", "step_ms", "loader_share", "train_seconds"}
@@ -155,7 +157,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, repeats: Path) -> Path:
 
 def test_given_shards_train_as_the_fasta_of_their_proteins_does(plm: Plm, go: Go, shards: Path, repeats: Path) -> None:
     """The same proteins on the same sides in the same packs: every loss is the same number, with long ones cut too."""
-    short = {"plm__max_length": 40, "tokens": 512 * 4, "checkpoint_every": 4}
+    short = {"plm__max_length": 40, "tokens": 512 * 4, "checkpoint_every": 4, "seed": 5}
     one = go(plm("fasta", **short)).run.path
     given = plm(
         "bin", plm__fasta=None, plm__bin=f"{shards}/train_*.bin", plm__valid={"all": [f"{shards}/train_0.bin"]}, **short
@@ -179,6 +181,14 @@ def test_given_shards_train_as_the_fasta_of_their_proteins_does(plm: Plm, go: Go
         f"{n}.documents.safetensors" for n in ("train", "random", "all")
     }
     assert plan_stage("train", given, Store()).figures["cut_proteins"] == manifest["cut_proteins"] > 50
+
+    # The seed orders the proteins, draws the masks and the first weights.
+    assert given.train is not None
+    assert given.train.plm is not None
+    own = tokens.read(Store(), folder, manifest, given.train.plm)["train"]
+    packs = Packs(own.shards, 256, 42, 5, own.documents)
+    peer = PLMObjective(given.train, packs, {}, 4, Gang(), torch.device("cpu"), torch.float32)
+    assert science_of(two)[0]["loss"] == pytest.approx(float(peer.step(0)["loss"]), rel=1e-6)
 
 
 @pytest.mark.parametrize(

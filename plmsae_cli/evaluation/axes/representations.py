@@ -25,6 +25,8 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     options = scope.options.representations
     assert options is not None
     models = _models(scope, options)
+    for model in models:
+        _layers(model, options)  # refuses those that it lacks before anything runs
     tables = {task: task for task in options.tasks if task not in NAMED_TASKS}
     inputs = scope.contents(annotations=options.annotations, **tables)
     identity = scope.identity(
@@ -88,7 +90,7 @@ def _probe(task: Task, scope: Scope, options: Representations, context: Context)
 
     model = _models(scope, options)[task.args["model"]]
     embedder = Embedder.shared(model.weights, scope.store, options.compute)
-    layers = _layers(model, scope, options)
+    layers = _layers(model, options)
     rows = []
     for place, about in enumerate(scope.read_json(AXIS, "tasks.json")["tasks"]):
         labelled = _read(scope, place, about)
@@ -111,16 +113,13 @@ def _probe(task: Task, scope: Scope, options: Representations, context: Context)
     return Result([scope.write_json(AXIS, f"{task.args['step']}.json", body)])
 
 
-def _layers(model: Scored, scope: Scope, options: Representations) -> list[int]:
-    from plmsae_cli.store.weights import resolve_weights
-
-    number = int(resolve_weights(model.weights, scope.store, download=False).config["num_layers"])
+def _layers(model: Scored, options: Representations) -> list[int]:
     if options.layers == "all":
-        return list(range(number + 1))
-    layers = [layer for layer in options.layers if layer <= number]
+        return list(range(model.num_layers + 1))
+    layers = [layer for layer in options.layers if layer <= model.num_layers]
     if not layers:
         raise UserError(
-            f"eval.representations.layers: {model.name} has layers 0 to {number}, none of {options.layers}",
+            f"eval.representations.layers: {model.name} has layers 0 to {model.num_layers}, none of {options.layers}",
             "name one of them, or `all`",
         )
     return layers

@@ -119,6 +119,10 @@ def test_samples_and_classes() -> None:
     )
     rare = Labelled("t", "protein", False, task.sequences, [*task.labels[:-1], "rare"], [])
     assert "rare" not in prepare(rare, 100, None, 100, 2, "hash")[0].labels
+    few = Labelled("t", "protein", False, task.sequences, [*task.labels[:-2], "few", "few"], [])
+    assert prepare(few, 100, None, 100, 2, "hash")[0].labels.count("few") == 2, "as many as min_proteins are enough"
+    again = Labelled("t", "protein", False, [*task.sequences, task.sequences[0]], [*task.labels, "again"], [])
+    assert prepare(again, 100, None, 100, 1, "hash") == prepare(task, 100, None, 100, 1, "hash"), "the first of equals"
     with pytest.raises(UserError, match="fewer than two different labels"):
         prepare(
             Labelled("t", "protein", False, task.sequences, ["a"] * len(task.sequences), []), 100, None, 9, 1, "hash"

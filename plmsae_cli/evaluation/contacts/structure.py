@@ -70,12 +70,10 @@ def read_chain(path: Path, name: str, chain: str | None, sequence: str) -> Chain
         UserError: biotite is absent, the file cannot be read, or has no such chain.
     """
     file, atoms = _amino_acids(path, name)
-    chains = list(dict.fromkeys(atoms.chain_id.tolist()))
+    chains = _chains(atoms, name, chain)
     if not chains:
         raise UserError(f"{name} has no amino acids", "name a structure of a protein")
-    if chain is not None and chain not in chains:
-        raise UserError(f"{name} has no chain {chain!r} of amino acids", f"its chains: {', '.join(chains)}")
-    chosen = chain if chain is not None else chains[0]
+    chosen = chains[0]
     whole, residues = _residues(atoms[atoms.chain_id == chosen])
     places_L23 = np.array(  # of CB and CA together
         [
@@ -135,11 +133,20 @@ def read_residues(path: Path, name: str, chain: str | None = None) -> list[tuple
     """Letters and residues, as `_residues` has them, of each chain of amino acids of the first model, or of the one asked for.
 
     Raises:
-        UserError: biotite is absent, or the file cannot be read.
+        UserError: biotite is absent, the file cannot be read, or has no such chain.
     """
     _, atoms = _amino_acids(path, name)
-    chains = [one for one in dict.fromkeys(atoms.chain_id.tolist()) if chain is None or one == chain]
-    return [_residues(atoms[atoms.chain_id == one]) for one in chains]
+    return [_residues(atoms[atoms.chain_id == one]) for one in _chains(atoms, name, chain)]
+
+
+def _chains(atoms: Any, name: str, wanted: str | None) -> list[str]:
+    """Those there are, or the one that is wanted. Raises UserError where it is not there."""
+    chains = list(dict.fromkeys(atoms.chain_id.tolist()))
+    if wanted is None or not chains:
+        return chains
+    if wanted not in chains:
+        raise UserError(f"{name} has no chain {wanted!r} of amino acids", f"its chains: {', '.join(chains)}")
+    return [wanted]
 
 
 def _residues(atoms: Any) -> tuple[str, list[Any]]:

@@ -11,7 +11,7 @@ import pytest
 import plmsae_cli
 from plmsae_cli.browse.structures import match
 from plmsae_cli.config.errors import UserError
-from plmsae_cli.evaluation.contacts.structure import place_in, read_chain, split_chain
+from plmsae_cli.evaluation.contacts.structure import place_in, read_chain, read_residues, split_chain
 
 pytest.importorskip("biotite")
 CHAINS = {"1cs4": "ABC", "1fx2": "A", "4at1": "ABCD"}
@@ -49,6 +49,9 @@ def test_a_chain_by_hand(tmp_path: Path) -> None:
     wanted = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=bool)  # 8.0 is none
     assert (chain.contacts() == wanted).all()
     assert read_chain(path, str(path), "B", "resolved").sequence == "W"
+    assert [letters for letters, _ in read_residues(path, str(path))] == ["AGMS", "W"]
+    with pytest.raises(UserError, match=r"x.pdb has no chain 'C'"):
+        read_residues(path, str(path), "C")
 
 
 def test_a_chromophore_is_the_residues_it_is_made_of(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What all tests share: examples that repeat, a port, a small disk, a real S3 server in this process."""
+"""What all tests share: examples and numbers that repeat, a cache, a small disk, a real S3 server in this process."""
 
 from __future__ import annotations
 

@@ -51,10 +51,10 @@ class FarRank:
 
     def __call__(self, run: str, folder: str, environment: Mapping[str, str]) -> None:
         submitit = load_extra("submitit", "slurm")
-        asked = os.environ.get("MASTER_PORT")
+        given = os.environ.get("MASTER_PORT")
         place = submitit.helpers.TorchDistributedEnvironment()
         place.export(set_cuda_visible_devices=False, overwrite=True)
-        if asked is None:  # what every rank has drawn alike, from the job's number, is up to 60,000
+        if given is None:  # what every rank has drawn alike, from the job's number, is up to 60,000
             os.environ["MASTER_PORT"] = str(PORTS[place.master_port % len(PORTS)])
         far_rank(run, folder, environment)
 

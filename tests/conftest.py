@@ -1,16 +1,13 @@
-"""What all tests share: examples that repeat, a port, a small disk, a real S3 server in this process."""
+"""What all tests share: examples and numbers that repeat, a cache, a small disk, a real S3 server in this process."""
 
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,16 +38,6 @@ settings.load_profile("repeatable")
 def pytest_runtest_setup() -> None:
     """What a test draws does not depend on those before it, which are others on every machine."""
     torch.manual_seed(0)
-
-
-def free_port() -> int:
-    """A port for a server to come. Not one that the system would choose: it may give that to a connection before."""
-    draw = random.SystemRandom()
-    while True:
-        port = draw.randrange(20_000, 32_000)
-        with socket.socket() as found, suppress(OSError):
-            found.bind(("127.0.0.1", port))
-            return port
 
 
 def random_esm2(folder: Path, num_layers: int = 3, d: int = 32, num_heads: int = 2, seed: int = 7) -> Path:

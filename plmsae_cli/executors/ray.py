@@ -7,7 +7,6 @@ or node that is lost costs the tasks it had, which Ray begins again elsewhere.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from plmsae_cli.executors.rank import far_rank
 from plmsae_cli.executors.ray_room import Amounts, grows, nodes, places, refuse, wait_for_room
 from plmsae_cli.executors.torchrun import MARGIN_S
 from plmsae_cli.runtime.dist import PATIENCE
+from plmsae_cli.runtime.processes import free_port
 from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan, Task, TaskFailed
@@ -34,10 +34,7 @@ class FarRank:
 
     def address(self) -> tuple[str, int]:
         """Where the first rank can be met: this node, and a port that is free now."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = int(free.getsockname()[1])
-        return str(load_extra("ray", "ray").util.get_node_ip_address()), port
+        return str(load_extra("ray", "ray").util.get_node_ip_address()), free_port()
 
     def work(self, run: str, folder: str, environment: Mapping[str, str]) -> None:
         far_rank(run, folder, environment)

@@ -21,6 +21,7 @@ from plmsae_cli.executors.gang import Gang
 from plmsae_cli.executors.rank import far_rank
 from plmsae_cli.executors.torchrun import MARGIN_S
 from plmsae_cli.runtime.dist import PATIENCE
+from plmsae_cli.runtime.processes import PORTS
 from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted, Plan, Task, TaskFailed
@@ -50,8 +51,11 @@ class FarRank:
 
     def __call__(self, run: str, folder: str, environment: Mapping[str, str]) -> None:
         submitit = load_extra("submitit", "slurm")
+        given = os.environ.get("MASTER_PORT")
         place = submitit.helpers.TorchDistributedEnvironment()
         place.export(set_cuda_visible_devices=False, overwrite=True)
+        if given is None:  # what every rank has drawn alike, from the job's number, is up to 60,000
+            os.environ["MASTER_PORT"] = str(PORTS[place.master_port % len(PORTS)])
         far_rank(run, folder, environment)
 
 

@@ -5,17 +5,31 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import secrets
 import signal
 import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 SILENT_S = 600.0
 """Ten signs of life that did not come, or that a shared disk is late with."""
+
+PORTS = range(20_000, 32_000)
+"""For servers to come: the system gives none of these to connections, one of which may take a port before its server does."""
+
+
+def free_port() -> int:
+    """One of `PORTS` that nobody listens on now."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("", port))
+            return port
 
 
 def go_with_parent() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import free_port
+from plmsae_cli.runtime.processes import free_port
 
 Plmsae = Callable[..., Any]
 Write = Callable[..., Path]

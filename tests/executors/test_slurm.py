@@ -110,6 +110,27 @@ def test_options_reach_the_jobs(prepared: Prepared, monkeypatch: pytest.MonkeyPa
     assert "--gpus-per-node=0\n" in sorted(tmp_path.glob("kept-*"))[-1].read_text(), "the table of proteins needs none"
 
 
+@pytest.mark.parametrize("job", ["1", "2", "70000"])
+def test_ranks_of_a_job_meet_at_a_port_that_no_connection_takes(monkeypatch: pytest.MonkeyPatch, job: str) -> None:
+    """submitit draws it from the job's number, so that every rank draws the same, but from those of connections too."""
+    values = {"JOB_ID": job, "NTASKS": "2", "GLOBALID": "0", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}
+    for name, value in {"SUBMITIT_EXECUTOR": "local", **{f"SUBMITIT_LOCAL_{n}": v for n, v in values.items()}}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # put back behind the test
+        monkeypatch.delenv(name)
+    found: list[int] = []
+    monkeypatch.setattr(module, "far_rank", lambda *_: found.append(int(os.environ["MASTER_PORT"])))
+    for _ in range(2):
+        monkeypatch.delenv("MASTER_PORT", raising=False)
+        module.FarRank()("run", "/", {})
+    assert found[0] == found[1]
+    assert 20_000 <= found[0] < 32_000
+    monkeypatch.setenv("MASTER_PORT", "45678")
+    module.FarRank()("run", "/", {})
+    assert found[2] == 45_678, "whoever names one gets it"
+
+
 def test_waves_respect_needs(prepared: Prepared) -> None:
     tasks = plan_stage("embed", prepared("waves"), Store()).tasks
     found = list(waves(tasks))

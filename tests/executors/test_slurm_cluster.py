@@ -21,8 +21,8 @@ from plmsae_cli.executors import slurm
 from plmsae_cli.executors.local import LocalExecutor
 from plmsae_cli.executors.pipeline import plan_stage
 from plmsae_cli.executors.slurm import SlurmExecutor
+from plmsae_cli.runtime.processes import free_port
 from plmsae_cli.store.fs import Store
-from tests.conftest import free_port
 
 pytest.importorskip("submitit")
 ABSENT = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name) is None]

@@ -17,7 +17,7 @@ from plmsae_cli.plm.alphabet import AMINO_ACIDS, MASK, encode, letters, pack
 from plmsae_cli.plm.esm2 import ESM2, ESM2Config
 from plmsae_cli.runtime.dist import gang
 from plmsae_cli.runtime.masked_scores import MaskedScores, figures, mask, masks, masks_of_pack
-from tests.conftest import free_port
+from plmsae_cli.runtime.processes import free_port
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 

@@ -18,11 +18,12 @@ import pytest
 
 from plmsae_cli.config.experiment import Experiment, Storage
 from plmsae_cli.executors.pipeline import run_experiment
+from plmsae_cli.runtime.processes import free_port
 from plmsae_cli.runtime.progress import PlainReporter
 from plmsae_cli.store.fs import MissingError, Store, StoreError
 from plmsae_cli.store.manifest import verify
 from plmsae_cli.store.range_cache import CachingStore
-from tests.conftest import S3Server, free_port
+from tests.conftest import S3Server
 
 NEEDED = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool", "ceph-authtool")
 ABSENT = [name for name in NEEDED if shutil.which(name) is None]

@@ -9,6 +9,7 @@ from plmsae_cli.config.errors import UserError
 
 _SPACE = "free some space or name another disk in root or data_root; the same command then continues"
 _RIGHTS = "check who may write there, or name another folder in root or data_root"
+_ON_A_CPU = "DefaultCPUAllocator: "
 _HINTS = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
@@ -36,11 +37,18 @@ def as_user_error(error: BaseException) -> UserError | None:
             "Triton finds no C compiler, and builds the launchers of GPU kernels with one",
             "on Debian and Ubuntu: apt-get install gcc python3-dev; elsewhere CC names one",
         )
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        first = (str(error).splitlines() or [""])[0]
+    if _is_out_of_memory(error):
+        first = (str(error).splitlines() or [""])[0].rpartition(_ON_A_CPU)[2]
         return UserError(
             f"out of memory. {first}".strip(),
-            "lower train.batch_tokens, train.sae.expansion, embed.batch_tokens or shuffle.memory, or take more GPUs",
+            "lower train.batch_tokens, train.sae.expansion or num_latents, embed.batch_tokens or shuffle.memory, or take "
+            "more GPUs",
         )
     return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    on_a_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    # Torch has a class of its own for GPUs alone.
+    return isinstance(error, MemoryError) or on_a_gpu or (isinstance(error, RuntimeError) and _ON_A_CPU in str(error))

@@ -33,7 +33,10 @@ def test_a_refusal_names_the_file_and_the_remedy(number: int, remedy: str) -> No
 
 
 def test_memory_that_does_not_suffice_on_either_device() -> None:
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")):
+    with pytest.raises(RuntimeError) as raised:
+        torch.zeros(2**50)  # more than a processor can address
+    on_a_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    for error in (MemoryError(), on_a_gpu, raised.value):
         words = as_user_error(error)
         assert words is not None
         assert words.message.startswith("out of memory.")

@@ -111,7 +111,7 @@ def test_steps_and_figures_are_those_of_the_papers(architecture: str) -> None:
     clipped, dead, uneven = set(), 0.0, 0.0
     for step in range(STEPS):
         want = papers.step(step)
-        found = {name: float(value) for name, value in one.step(step).items()}
+        found = {name: value.item() for name, value in one.step(step).items()}
         assert found == pytest.approx(want, rel=1e-3, abs=1e-5), step
         for name, tensor in papers.p.items():
             torch.testing.assert_close(

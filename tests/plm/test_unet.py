@@ -200,3 +200,27 @@ def test_a_start_is_the_same_for_a_seed_in_every_dtype() -> None:
         assert torch.equal(a.to(torch.bfloat16), b)
         assert a.ndim < 2 or not a.any() or not torch.equal(a, c)
     assert isinstance(one.rotary, Rotary)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_start_is_the_published_one(tied: bool) -> None:
+    """Nothing is written into the stream, nothing of x0 mixed in, half of the values are the token's, skips are whole."""
+    d = 64
+    made = UNet(UNetConfig(4, d, 2, tie_embeddings=tied, num_att_tokens=200))
+    made.init_weights(0)
+    known = {
+        "out_DD": [0.0], "down_DF": [0.0], "bias_V": [0.0], "residual_mix_2": [1.0, 0.0], "value_mix_2": [0.5, 0.5],
+        "skip_weights": [1.0, 1.0],
+    }  # fmt: skip
+    for name, parameter in made.named_parameters():
+        kind = name.rpartition(".")[2]
+        if kind in known:
+            assert torch.equal(parameter, torch.tensor(known[kind]).expand_as(parameter)), name
+        elif "embedding" in name or "value_tables" in name or kind in ("keys_3ND", "values_3ND"):
+            deviation = 1 / math.sqrt(d) if tied and kind == "embedding_VD" else 1.0
+            assert float(parameter.std()) == pytest.approx(deviation, rel=0.06), name
+        else:
+            bound = 1 / math.sqrt(parameter.shape[-1])
+            assert 0.98 * bound < float(parameter.max()) <= bound, name
+            assert -bound <= float(parameter.min()) < -0.98 * bound, name
+            assert float(parameter.std()) == pytest.approx(bound / math.sqrt(3), rel=0.06), name

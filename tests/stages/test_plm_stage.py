@@ -186,6 +186,8 @@ def test_given_shards_train_as_the_fasta_of_their_proteins_does(plm: Plm, go: Go
     assert given.train is not None
     assert given.train.plm is not None
     own = tokens.read(Store(), folder, manifest, given.train.plm)["train"]
+    counts = Counter("".join(texts_of(own)))
+    assert manifest["residue_counts"] == [counts[letter] for letter in AMINO_ACIDS], "of the proteins trained on alone"
     packs = Packs(own.shards, 256, 42, 5, own.documents)
     peer = PLMObjective(given.train, packs, {}, 4, Gang(), torch.device("cpu"), torch.float32)
     assert science_of(two)[0]["loss"] == pytest.approx(float(peer.step(0)["loss"]), rel=1e-6)

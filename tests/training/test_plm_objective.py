@@ -231,7 +231,7 @@ def test_validation_and_what_is_saved_are_of_the_average_and_training_goes_on_wi
             expected[name] = 0.5 * expected[name] + 0.5 * p.detach()
     found = averaged.validate(4)
     plain.model.load_state_dict(expected, strict=False)
-    assert found["random"]["loss"] == pytest.approx(plain.validate(4)["random"]["loss"], rel=1e-6)
+    assert found["random"]["loss"] == pytest.approx(plain.validate(4)["random"]["loss"], rel=1e-5)
     released = averaged.released()
     for name, tensor in expected.items():
         torch.testing.assert_close(released[name], tensor)

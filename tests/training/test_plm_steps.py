@@ -152,7 +152,7 @@ def test_losses_of_masked_diffusion_and_its_warm_up_are_the_formulas() -> None:
             documents, residues
         )
         found = one.step(step)
-        assert float(found["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5), step
+        assert float(found["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4), step
         assert float(found["accuracy"]) == pytest.approx(hits / int(chosen_T.sum()), abs=1e-6), step
         assert float(found["masked"]) == pytest.approx(int(chosen_T.sum()) / residues, rel=1e-6), step
     assert kinds == {False, True}, "the warm-up has both kinds of documents"

@@ -41,6 +41,6 @@ def test_features_are_those_of_each_protein_in_order(
             packed = pack([encode(sequence)])
             with torch.no_grad():
                 alone.append(model(packed.tokens_T, packed.documents, layers=(layer,)).hidden[layer][1:-1])
-        torch.testing.assert_close(pooled[layer], torch.stack([own.mean(0) for own in alone]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pooled[layer], torch.stack([own.mean(0) for own in alone]), rtol=1e-4, atol=1e-5)
         chosen = torch.cat([own[marked] for own, marked in zip(alone, keep, strict=True)])
-        torch.testing.assert_close(rows[layer], chosen, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rows[layer], chosen, rtol=1e-4, atol=1e-5)

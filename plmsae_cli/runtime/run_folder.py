@@ -112,7 +112,7 @@ def read_pointers(run: Path) -> dict[str, dict[str, Any]]:
     """What a run points to (artifacts.json), nothing where it has not come so far. Raises UserError where it is damaged."""
     path = run / "artifacts.json"
     try:
-        pointers: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) or {}
+        pointers: dict[str, dict[str, Any]] = json.loads(_read(path)) or {}
         for pointer in pointers.values():
             os.path.basename(pointer["folder"])
     except FileNotFoundError:

@@ -55,6 +55,11 @@ _PART = 16 << 20
 _PARTS_IN_FLIGHT = 8
 
 
+def _same_content(one: str | None, other: str | None) -> bool:
+    """Whether two etags are one, as far as the server says; some answers quote them and others do not."""
+    return one is None or other is None or one.strip('"') == other.strip('"')
+
+
 class S3Objects:
     """The methods of `Store` for `s3://` URLs."""
 
@@ -169,7 +174,7 @@ class S3Objects:
         assert size is None or size == written, f"{path}: {size} bytes announced, {written} came"
         stored = self._head(path)
         # With another etag it is what somebody else has written there since, and theirs to judge.
-        if stored["size"] != written and stored["e_tag"] == put["e_tag"]:
+        if stored["size"] != written and _same_content(stored["e_tag"], put["e_tag"]):
             self.delete(path)
             raise StoreError(
                 f"{path} was stored short and removed: {written} bytes were sent, {stored['size']} kept",

@@ -7,64 +7,34 @@ on stopping through a flag that is reduced at one step and read some steps on.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from plmsae_cli.config.errors import UserError
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.config.faults import fault
-from plmsae_cli.runtime.device import peak_flops
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.runtime.metrics import open_sinks
 from plmsae_cli.runtime.progress import human
-from plmsae_cli.runtime.run_folder import RunFolder
+from plmsae_cli.runtime.run_folder import RunFolder, write_json
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.store import checkpoint as checkpoints
-from plmsae_cli.training.agreed import Agreed, Behind
+from plmsae_cli.training.agreed import Agreed
+from plmsae_cli.training.lines import Line, Lines
+from plmsae_cli.training.objective import Objective
 from plmsae_cli.training.profiling import NoProfile, StepProfile, TorchProfile
 
+BEFORE = "the newest checkpoint is from before"
+REMEDY = "a lower train.lr or a longer train.lr_warmup_steps usually mends it (with --restart)"
 SHOWN = ("loss", "fvu", "l0", "dead", "tokens_per_second", "step_ms", "loader_share", "mfu")
 """Figures on the progress line."""
 
 
-class Objective(Protocol):
-    """What is trained. Its state after step s is a function of its state before and of s alone."""
-
-    tokens_per_step: int
-    device: torch.device
-    compute: torch.dtype
-    """Arithmetic of the large products."""
-
-    def step(self, step: int) -> Mapping[str, torch.Tensor]:
-        """One optimiser step; returns 0-dim figures on the device, each a rank's share of a sum over ranks."""
-
-    def rates(self, step: int) -> Mapping[str, float]:
-        """Host figures of this step that cost nothing: `lr`, and `loader_wait`, the seconds waited for data so far."""
-
-    def flops_per_step(self) -> float:
-        """Floating-point operations that the mathematics of a step needs, over all ranks."""
-
-    def tensors(self) -> Mapping[str, torch.Tensor | checkpoints.Part]:
-        """Everything that must be restored, by name; of what is spread over ranks, this one's part."""
-
-    def state(self) -> Mapping[str, Any]:
-        """Plain values beside the tensors, the same on all ranks."""
-
-    def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None: ...
-
-    def validate(self, step: int) -> Mapping[str, Any]:
-        """Figures of a validation due after this many steps, or nothing."""
-
-    def over(self, step: int) -> bool:
-        """Whether training ends after this many steps, before their number is reached; the same on all ranks."""
-
-
 class Diverged(UserError):
-    """The loss is no longer finite."""
+    """The loss or the gradients are no longer finite."""
 
 
 class Training:
@@ -89,7 +59,7 @@ class Training:
                 self.total_steps = found.step
         self._saved = self.start
         self._sinks = open_sinks(experiment, run.path, self.start, gang.first)
-        self._lines = _Lines(objective, gang)
+        self._lines = Lines(objective, gang, experiment.train.log_every)
         self._profile: StepProfile = NoProfile()
 
     @property
@@ -108,12 +78,13 @@ class Training:
         """A step, and its figures where they are due; what a profile found after its last step.
 
         Raises:
-            Diverged: the loss became NaN or infinite; the last checkpoint is from before.
+            Diverged: the loss or the gradients of a step became NaN or infinite; the last checkpoint is from before.
         """
         self._profile.before(step)
         figures = self.objective.step(step)
         seen = self._profile.after(step)
         done = step + 1
+        self._lines.watch(done, figures)
         if done % self._options.log_every == 0 or done == self.total_steps or done == 1:
             self._write(self._lines.add(done, figures))
         self._validate(done)
@@ -152,17 +123,28 @@ class Training:
         for sink in self._sinks:
             sink.close()
 
-    def _write(self, line: Mapping[str, Any] | None) -> None:
+    def _write(self, line: Line | None) -> None:
         if line is None:
             return
+        figures = line.figures
         for sink in self._sinks:
-            sink.add(line)
-        if not math.isfinite(line["loss"]):
-            raise Diverged(
-                f"the loss was {line['loss']} at step {line['step']}; the newest checkpoint is from before",
-                "a lower train.lr or a longer train.lr_warmup_steps usually mends it (with --restart)",
-            )
-        self.shown = {k: line[k] for k in ("step", *SHOWN) if k in line}
+            sink.add(figures)
+        if line.skipped:
+            raise self._diverged(line.skipped)
+        if not math.isfinite(figures["loss"]):
+            raise Diverged(f"the loss was {figures['loss']} at step {figures['step']}; {BEFORE}", REMEDY)
+        self.shown = {k: figures[k] for k in ("step", *SHOWN) if k in figures}
+
+    def _diverged(self, skipped: Sequence[int]) -> Diverged:
+        """The error of steps whose gradients were not finite; what they read is left in logs/not-finite.json."""
+        read = {step: self.objective.read_at(step - 1) for step in skipped}
+        if self._gang.first:
+            write_json(self.run.path / "logs" / "not-finite.json", {"steps": read})
+        more = f", as those of {len(read) - 1} more up to step {skipped[-1]}" if len(read) > 1 else ""
+        return Diverged(
+            f"the gradients of step {skipped[0]} were not finite{more}, so nothing was learned from {read[skipped[0]]}; {BEFORE}",
+            REMEDY,
+        )
 
 
 def _restored(run: RunFolder, gang: Gang, device: torch.device) -> checkpoints.Restored | None:
@@ -195,7 +177,7 @@ def fit(
     """Train all side by side, step by step: what they read is the same, so it is read once.
 
     Each becomes what it would be alone. One that is ahead, its checkpoint being newer, waits for the others. One whose
-    loss is no longer finite leaves, and `lost` is told of it; where that raises, all end.
+    loss or gradients are no longer finite leaves, and `lost` is told of it; where that raises, all end.
 
     Raises:
         Interrupted: asked to stop; checkpoints of the last step were written.
@@ -257,43 +239,3 @@ def _summary(live: Sequence[Training], num: int) -> dict[str, Any]:
     if shares := [line["mfu"] for line in lines if "mfu" in line]:
         found["mfu"] = sum(shares)
     return found
-
-
-class _Lines:
-    """Figures on their way to the host: copied asynchronously, delivered at the next call."""
-
-    def __init__(self, objective: Objective, gang: Gang) -> None:
-        self._objective, self._gang = objective, gang
-        self._waiting: tuple[dict[str, Any], list[str], Behind] | None = None
-        peak = peak_flops(objective.device, objective.compute)
-        self._peak = None if peak is None else peak * gang.world
-        self._clock, self._waited = time.monotonic(), 0.0
-        self._step: int | None = None
-
-    def add(self, step: int, figures: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
-        """Take this step's figures; returns the line that was waiting."""
-        ready = self.flush()
-        names = list(figures)
-        values = self._gang.sum(torch.stack([figures[name].detach().float() for name in names]))
-        now = time.monotonic()
-        tokens = self._objective.tokens_per_step
-        line: dict[str, Any] = {"step": step, "tokens": step * tokens, **self._objective.rates(step - 1)}
-        if self._step is not None:
-            seconds = max(now - self._clock, 1e-9)
-            pace = (step - self._step) / seconds
-            line["tokens_per_second"] = round(pace * tokens)
-            line["step_ms"] = round(1e3 / pace, 3)
-            line["loader_share"] = round((line["loader_wait"] - self._waited) / seconds, 4)
-            if self._peak is not None:
-                line["mfu"] = round(pace * self._objective.flops_per_step() / self._peak, 4)
-        self._clock, self._step, self._waited = now, step, line["loader_wait"]
-        self._waiting = (line, names, Behind(values))
-        # On a CPU the values are there already: no reason to make the reader wait for the next line.
-        return ready if values.is_cuda else self.flush()
-
-    def flush(self) -> dict[str, Any] | None:
-        if self._waiting is None:
-            return None
-        line, names, values = self._waiting
-        self._waiting = None
-        return {**line, **dict(zip(names, values.read(), strict=True))}

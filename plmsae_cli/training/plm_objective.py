@@ -190,6 +190,10 @@ class PLMObjective:
             "train_seconds": round(self.clock.seconds, 3),
         }
 
+    def read_at(self, step: int) -> str:
+        packs = self._per_rank * self._gang.world
+        return f"packs {step * packs:,} to {(step + 1) * packs - 1:,}" if packs > 1 else f"pack {step:,}"
+
     def flops_per_step(self) -> float:
         """What the mathematics of a step needs: the head reads the residues to predict alone."""
         predicted = self._plm.mask_rate if self._plm.objective == "mlm" else 0.5

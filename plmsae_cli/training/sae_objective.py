@@ -205,6 +205,10 @@ class SAEObjective:
         mixed = {} if self._entropy is None else {"batch_entropy": self._entropy(step)}
         return {"lr": self._rate(step), "loader_wait": round(self._stream.wait_seconds, 4), **mixed}
 
+    def read_at(self, step: int) -> str:
+        block, rows = self._stream.block_of(step), self.tokens_per_step
+        return f"rows {block * rows:,} to {(block + 1) * rows - 1:,} of the dataset (block {block})"
+
     def flops_per_step(self) -> float:
         """What the mathematics of a step needs, over all ranks."""
         return self.tokens_per_step * self.model.flops_per_token()

@@ -194,7 +194,7 @@ def test_one_that_diverges_leaves_and_the_others_go_on(build: Build, go: Go) -> 
     good, bad, other = trials(experiment)
     status = read(bad.run / "status.json")
     assert status["state"] == "failed"
-    assert "the loss was" in status["error"]
+    assert "the gradients of step" in status["error"]
     assert any("the other 2 go on" in line and bad.hash in line for line in reporter.lines)
     assert not (bad.run / "sae").exists()
     assert all(tensor.isfinite().all() for tensor in (load_newest(bad.run / "checkpoints") or NOTHING).tensors.values())
@@ -249,7 +249,7 @@ def test_two_ranks_train_what_each_alone_trains_on_two(build: Build, go: Go) -> 
     with pytest.raises(UserError, match="1 of 3 trials failed"):
         go(experiment, None, reporter)
     bad, *good = trials(experiment)
-    assert "the loss was" in read(bad.run / "status.json")["error"]
+    assert "the gradients of step" in read(bad.run / "status.json")["error"]
     assert any(line.startswith(f"{bad.hash} failed: ") and "the other 2 go on" in line for line in reporter.lines)
     for trial in good:
         assert trial.experiment.launch.ranks == 2
@@ -296,7 +296,7 @@ def test_groups_work_side_by_side_in_a_pool(build: Build, go: Go, monkeypatch: p
     for trial in trials(experiment):
         good = trial.values["train.lr"] == 1e-3
         assert (trial.run / "parts" / "train.json").exists() == (trial.run / "sae" / "sae.json").exists() == good
-        assert good or any(f"{trial.hash} failed: the loss was" in line for line in reporter.lines)
+        assert good or any(f"{trial.hash} failed: the gradients of step" in line for line in reporter.lines)
 
 
 def test_what_the_data_are_made_of_may_be_swept_too(build: Build, go: Go) -> None:

@@ -180,21 +180,28 @@ def test_a_run_with_other_science_is_refused_with_the_difference(build: Build, g
     assert len(list(done.run.path.parent.glob("run.archived-*"))) == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(build: Build, go: Go) -> None:
-    # The 33rd token batch meets poisoned rows: NaN in the dataset.
+def test_rows_that_are_not_finite_stop_the_run_which_names_them_and_keeps_the_checkpoint(
+    build: Build, go: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_sae, "MEDIAN_ROWS", 128)  # or training would begin with it
     experiment = build()
     go(experiment, ["embed", "shuffle", "optimize"])
     folder = Path(Lineage(experiment, Store()).dataset().folder)
     chunk = sorted(folder.glob("chunk-*.bin"))[0]
     data = bytearray(chunk.read_bytes())
-    row = 32 * 4
-    start = 12 + row * (7 * 128 + 5)
-    data[start % len(data) : start % len(data) + 4] = b"\xff\xff\xff\x7f"
+    # A NaN in the last row of the first chunk's last block, which one of the later batches reads.
+    data[-4:] = b"\xff\xff\xff\x7f"
     record = Store().write(str(chunk), [data])
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     next(file for file in manifest["files"] if file["name"] == chunk.name)["xxh3"] = record.xxh3
     (folder / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(loop.Diverged, match="nan"):
+    blocks = open_blocks(str(folder))
+    rows_RD = blocks.decode(blocks.read(0, blocks.num_rows))
+    (row,) = (~rows_RD.isfinite().all(1)).nonzero().flatten().tolist()
+    block = row // 128
+    assert 0 < block < blocks.num_rows // 128
+    named = rf"rows {128 * block:,} to {128 * block + 127:,} of the dataset \(block {block}\)"
+    with pytest.raises(loop.Diverged, match=rf"the gradients of step {block + 1} were not finite.* from {named}"):
         go(experiment, ["train"])
     found = load_newest(Path(experiment.root) / "run" / "checkpoints")
     assert found is None or all(t.isfinite().all() for t in found.tensors.values())

@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,20 +23,23 @@ from plmsae_cli.runtime.run_folder import RunFolder
 from plmsae_cli.runtime.stop import STOP
 from plmsae_cli.runtime.task import Interrupted
 from plmsae_cli.store.checkpoint import load_newest
+from plmsae_cli.training import lines as lines_module
 from plmsae_cli.training import loop
-from plmsae_cli.training.loop import Diverged, Training, _Lines, fit
+from plmsae_cli.training.lines import Lines
+from plmsae_cli.training.loop import Diverged, Training, fit
 
 
 class Counting:
-    """Its state is the sum of its steps; the loss of a step is a number of its own, NaN from `bad` on."""
+    """Its state is the sum of its steps; the loss of a step is a number of its own, NaN from `bad` on; `wild` steps have infinite
+    gradients."""
 
     tokens_per_step = 100
     device = torch.device("cpu")
     compute = torch.float32
 
-    def __init__(self, bad: int | None = None, stop: int | None = None) -> None:
+    def __init__(self, bad: int | None = None, stop: int | None = None, wild: Collection[int] = ()) -> None:
         self.total = torch.zeros(3)
-        self.bad, self.stop = bad, stop
+        self.bad, self.stop, self.wild = bad, stop, wild
         self.steps: list[int] = []
         self.waited = 0.0
 
@@ -46,10 +49,17 @@ class Counting:
             STOP.request()
         self.total += step + 1
         failed = self.bad is not None and step >= self.bad
-        return {"loss": torch.tensor(math.nan if failed else 1.0 / (step + 1)), "total": self.total[0].clone()}
+        return {
+            "loss": torch.tensor(math.nan if failed else 1.0 / (step + 1)),
+            "grad_norm": torch.tensor(math.inf if step in self.wild else 1.0),
+            "total": self.total[0].clone(),
+        }
 
     def rates(self, step: int) -> Mapping[str, float]:
         return {"lr": 0.1 * step, "loader_wait": self.waited}
+
+    def read_at(self, step: int) -> str:
+        return f"number {step}"
 
     def flops_per_step(self) -> float:
         return 5e9
@@ -162,6 +172,20 @@ def test_a_loss_that_is_not_finite_ends_it_and_is_never_saved_over_a_good_state(
     assert lines(tmp_path)[-1]["loss"] is None
 
 
+@pytest.mark.parametrize(
+    ("wild", "told"), [((6,), "step 7 were"), ((6, 8, 9), "step 7 were not finite, as those of 2 more up to step 10")]
+)
+def test_gradients_that_are_not_finite_end_it_at_steps_that_are_not_logged_too(
+    tmp_path: Path, wild: tuple[int, ...], told: str
+) -> None:
+    with pytest.raises(Diverged, match=told) as caught:
+        train(tmp_path, Counting(wild=wild), log_every=10, checkpoint_every=4)
+    assert "from number 6;" in str(caught.value)
+    assert lines(tmp_path)[-1]["step"] == 10
+    read = json.loads((tmp_path / "run" / "logs" / "not-finite.json").read_text())
+    assert read == {"steps": {str(step + 1): f"number {step}" for step in wild}}
+
+
 def test_a_fault_can_be_placed_by_rank_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLMSAE_FAULT", "raise:train.step:rank=0,step=7")
     objective = Counting()
@@ -183,7 +207,7 @@ class Slow(Counting):
 
 def test_a_line_says_how_long_a_step_took_and_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a device of 1 TFLOP/s, 5 GFLOP in 20 ms are a quarter."""
-    monkeypatch.setattr(loop, "peak_flops", lambda device, compute: 1e12)
+    monkeypatch.setattr(lines_module, "peak_flops", lambda device, compute: 1e12)
     begun = time.monotonic()
     train(tmp_path, Slow(), steps=8, checkpoint_every=100)
     elapsed = time.monotonic() - begun
@@ -201,16 +225,16 @@ def test_a_line_says_how_long_a_step_took_and_for_what(tmp_path: Path, monkeypat
 
 def test_the_peak_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four devices of 1 TFLOP/s, 5 GFLOP in 20 ms are a sixteenth."""
-    monkeypatch.setattr(loop, "peak_flops", lambda device, compute: 1e12)
+    monkeypatch.setattr(lines_module, "peak_flops", lambda device, compute: 1e12)
     ticks = count(0.0, 0.02)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(lines_module, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     gang = cast(Gang, SimpleNamespace(world=4, sum=lambda tensor: tensor))
-    found = _Lines(Counting(), gang)
+    found = Lines(Counting(), gang, 1)
     first, second = (found.add(step, {"loss": torch.tensor(1.0)}) for step in (1, 2))
     assert first is not None
     assert second is not None
-    assert "mfu" not in first
-    assert second["mfu"] == pytest.approx(1 / 16)
+    assert "mfu" not in first.figures
+    assert second.figures["mfu"] == pytest.approx(1 / 16)
 
 
 def test_without_a_known_peak_there_is_no_mfu(tmp_path: Path) -> None:

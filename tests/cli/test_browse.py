@@ -45,6 +45,7 @@ def test_pages_are_built_by_one_at_a_time(
     monkeypatch.setattr(server, "Server", NobodyLooks)
     monkeypatch.setattr(server, "sequence_reader", lambda _: None)
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resolved.yaml").touch()
     for _ in range(2):
         assert plmsae("browse", tmp_path / "run", "--no-open").code == 0
     assert built == [tmp_path / "run" / "browse" / "pages"]

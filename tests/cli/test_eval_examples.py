@@ -80,7 +80,7 @@ def test_they_plan(
         sets += ["--set", "eval.contacts.methods=[jacobian]"]
     done = plmsae("run", EXAMPLES / f"{name}.yaml", "--dry-run", *sets)
     assert done.code == 0, done.err
-    assert f"axes: {axes}" in done.out
+    assert f"axes: [{', '.join(axes)}]" in done.out
     for axis in {"concepts", "families", "probes"} & set(axes):  # what it will hold, before anything exists
         assert f"{axis}, memory_bytes: " in done.out
     if "structure" in axes:

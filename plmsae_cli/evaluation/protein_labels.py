@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,25 @@ def read_labels(path: Path) -> dict[str, set[str]]:
     Raises:
         UserError: no such file, or a line that is not a table's.
     """
+    found: dict[str, set[str]] = {}
+    for name, separator, rest in _lines(path):
+        labels = re.split(r"[;,\t]" if separator == "\t" else ";", rest)
+        found.setdefault(name.strip(), set()).update(label for part in labels if (label := part.strip().strip('"')))
+    return found
+
+
+def require_labels(path: Path) -> None:
+    """Raises UserError as `read_labels` would, and holds nothing: what a plan asks before hours of work."""
+    for _ in _lines(path):
+        pass
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Id, separator and the rest of each line."""
     try:
         lines = open_text(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "relative paths start at the working folder") from None
-    found: dict[str, set[str]] = {}
     with lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -35,9 +49,7 @@ def read_labels(path: Path) -> dict[str, set[str]]:
             name, separator, rest = line.rstrip("\n").partition("\t" if "\t" in line else ",")
             if not separator:
                 raise UserError(f"{path} line {number} has no tab and no comma", "write an id and its label a line")
-            labels = re.split(r"[;,\t]" if separator == "\t" else ";", rest)
-            found.setdefault(name.strip(), set()).update(label for part in labels if (label := part.strip().strip('"')))
-    return found
+            yield name, separator, rest
 
 
 def classes(of: Sequence[set[str] | frozenset[str]], least: int) -> tuple[list[str], npt.NDArray[np.bool_]]:

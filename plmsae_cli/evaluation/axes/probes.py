@@ -24,9 +24,9 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     scope.require_same_model("remove eval.probes")
     inputs = scope.contents(proteins=options.proteins, labels=options.labels)
     if options.labels is not None:  # a file that cannot be read is known before training
-        from plmsae_cli.evaluation.protein_labels import read_labels
+        from plmsae_cli.evaluation.protein_labels import require_labels
 
-        read_labels(scope.store.local(options.labels))
+        require_labels(scope.store.local(options.labels))
     identity = scope.identity(AXIS, {"format": 2, **options.science()}, inputs)
     embedding = scope.pieces(AXIS, identity, "embed", options.tasks, 20.0, ["prepare"])
     embedded = [task.args["step"] for task in embedding]

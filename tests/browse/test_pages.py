@@ -204,28 +204,33 @@ def test_structure_is_drawn(page: Any, built: Any) -> None:
     latent = example_of(built, built.helix)
     open_site(page, (built.site / "index.html").as_uri(), f"#/latent/{latent}")
     page.locator(".example button.structure").first.click()
-    shown = page.wait_for_function(  # that the canvas is there does not say that anything has been drawn
+    drawn, warm = page.evaluate(  # that the canvas is there does not say that anything has been drawn
         """async () => {
-          const source = document.querySelector(".viewer canvas");
-          if (!source) return null;
-          const picture = new Image();
-          const shot = new Promise((done) => { picture.onload = done; });
-          picture.src = source.toDataURL();
-          await shot;
-          const copy = document.createElement("canvas");
-          [copy.width, copy.height] = [source.width, source.height];
-          const pen = copy.getContext("2d");
-          pen.drawImage(picture, 0, 0);
-          const bytes = pen.getImageData(0, 0, copy.width, copy.height).data;
-          let [drawn, warm] = [0, 0];
-          for (let i = 0; i < bytes.length; i += 4) {
-            if (bytes[i] !== bytes[0] || bytes[i + 1] !== bytes[1] || bytes[i + 2] !== bytes[2]) drawn++;
-            if (bytes[i] > bytes[i + 2] + 40) warm++;
+          const counts = async (source) => {
+            const picture = new Image();
+            const shot = new Promise((done) => { picture.onload = done; });
+            picture.src = source.toDataURL();
+            await shot;
+            const copy = document.createElement("canvas");
+            [copy.width, copy.height] = [source.width, source.height];
+            const pen = copy.getContext("2d");
+            pen.drawImage(picture, 0, 0);
+            const bytes = pen.getImageData(0, 0, copy.width, copy.height).data;
+            let [drawn, warm] = [0, 0];
+            for (let i = 0; i < bytes.length; i += 4) {
+              if (bytes[i] !== bytes[0] || bytes[i + 1] !== bytes[1] || bytes[i + 2] !== bytes[2]) drawn++;
+              if (bytes[i] > bytes[i + 2] + 40) warm++;
+            }
+            return [drawn, warm];
+          };
+          for (;;) {
+            const source = document.querySelector(".viewer canvas");
+            const found = source && source.width && source.height ? await counts(source) : [0, 0];
+            if (found[0] > 500) return found;  // the molecule
+            await new Promise((done) => setTimeout(done, 50));
           }
-          return drawn > 500 && [drawn, warm]; // the molecule
         }"""
     )
-    drawn, warm = shown.json_value()
     assert 10 < warm < drawn  # residues on which it fires, among grey ones
 
 

@@ -28,7 +28,7 @@ from plmsae_cli.config.evaluation import Eval
 from plmsae_cli.config.experiment import Experiment
 from plmsae_cli.runtime.task import Resources, Task
 from plmsae_cli.store.fs import FileRecord, Store, join
-from plmsae_cli.store.manifest import canonical_json, read_manifest, read_parts
+from plmsae_cli.store.manifest import Part, canonical_json, read_manifest, read_parts
 from plmsae_cli.store.tables import read_table
 
 if TYPE_CHECKING:
@@ -184,11 +184,15 @@ class Scope:
         """Whether the task was done."""
         return self.store.exists(join(self.folder, "parts", f"{task.id}.json"))
 
-    def files_of(self, task: Task, steps: Sequence[str]) -> list[str]:
-        """Names, relative to the run's folder, of what these steps of the task's axis left."""
+    def parts_of(self, task: Task, steps: Sequence[str]) -> list[Part]:
+        """What these steps of the task's axis left."""
         wanted = [f"{task.args['stem']}-{step}" for step in steps]
         parts = read_parts(self.store, self.folder, known=wanted)
-        return [file.name for name in wanted for file in parts[name].files]
+        return [parts[name] for name in wanted]
+
+    def files_of(self, task: Task, steps: Sequence[str]) -> list[str]:
+        """Names of their files, relative to the run's folder."""
+        return [file.name for part in self.parts_of(task, steps) for file in part.files]
 
     def write_json(self, axis: str, name: str, body: Mapping[str, Any]) -> FileRecord:
         return self.store.write(self.path(axis, name), [canonical_json(body)])

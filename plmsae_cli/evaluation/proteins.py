@@ -39,6 +39,11 @@ def read_any(path: Path) -> Iterator[Entry]:
     return read_entries(path)
 
 
+def require_proteins(path: Path) -> None:
+    """Raises UserError where the file cannot be read, or its first protein: what a plan asks before anything is trained."""
+    next(read_any(path), None)
+
+
 def _accession(name: str) -> str:
     """The accession of UniProt's `sp|P12345|NAME_HUMAN`, else the id as it is."""
     parts = name.split("|")

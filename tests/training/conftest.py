@@ -1,4 +1,4 @@
-"""A small dataset that streams read."""
+"""A small dataset that streams read, and a stream of no dataset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from plmsae_cli.store.blocks import chunk_name, write_chunk, write_index
 from plmsae_cli.store.fs import Store, join
 
 SIZES = [24, 24, 24, 24, 5]
+
+
+class RandomRows:
+    """A stream of random batches, each a function of its step."""
+
+    wait_seconds = 0.0
+
+    def __init__(self, batch: int, d: int) -> None:
+        self.blocks = self
+        self.quantiser = None
+        self.batch, self.d = batch, d
+
+    def rows(self, step: int) -> torch.Tensor:
+        return torch.randn(self.batch, self.d, generator=torch.Generator().manual_seed(step))
 
 
 @pytest.fixture(scope="module")

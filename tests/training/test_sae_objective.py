@@ -14,27 +14,14 @@ from plmsae_cli.training.sae_kernels import why_no_kernels
 from plmsae_cli.training.sae_objective import SAEObjective, build
 from plmsae_cli.training.schedules import topk_learning_rate
 from plmsae_cli.training.stream import BlockStream
+from tests.training.conftest import RandomRows
 
 D, BATCH, STEPS = 8, 64, 100
 
 
-class Rows:
-    """A stream of random batches, each a function of its step."""
-
-    wait_seconds = 0.0
-
-    def __init__(self) -> None:
-        self.blocks = self
-        self.quantiser = None
-        self.d = D
-
-    def rows(self, step: int) -> torch.Tensor:
-        return torch.randn(BATCH, D, generator=torch.Generator().manual_seed(step))
-
-
 def objective(**train: Any) -> SAEObjective:
     options = Train(sae=SAE(num_latents=24, k=4), batch_tokens=BATCH, **train)
-    stream = cast(BlockStream, Rows())
+    stream = cast(BlockStream, RandomRows(BATCH, D))
     made = SAEObjective(options, stream, torch.zeros(D), 1.0, STEPS, Gang(), torch.device("cpu"), torch.float32)
     made.start(torch.randn(500, D, generator=torch.Generator().manual_seed(0)))
     return made
@@ -48,7 +35,7 @@ def test_the_norm_is_of_the_gradient_of_the_squared_error_summed_over_dimensions
         for name, parameter in one.model.named_parameters():
             parameter.copy_(before[name])
     one.model.zero_grad()
-    x_BD = Rows().rows(0)
+    x_BD = RandomRows(BATCH, D).rows(0)
     ((one.model(x_BD) - x_BD).square().sum() / BATCH).backward()  # type: ignore[no-untyped-call]
     one.model.project_gradients()
     want = torch.nn.utils.get_total_norm([p.grad for p in one.model.parameters() if p.grad is not None])
@@ -110,7 +97,7 @@ def test_flops_are_those_of_the_products() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     one = objective()
-    x_BD = Rows().rows(0)
+    x_BD = RandomRows(BATCH, D).rows(0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         torch.nn.functional.linear(x_BD, one.model.w_enc_ND)
     assert one.flops_per_step() == counter.get_total_flops() * (1 + 4 * 4 / 24)

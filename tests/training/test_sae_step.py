@@ -13,6 +13,7 @@ from plmsae_cli.config.training import Train
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.training.sae_objective import SAEObjective
 from plmsae_cli.training.stream import BlockStream
+from tests.training.conftest import RandomRows
 
 D, N, K, BATCH, STEPS = 8, 48, 3, 64, 8
 LR, WARMUP, CLIP, EPS, WINDOW, K_AUX = 0.02, 2, 1.5, 1e-3, BATCH, 4
@@ -20,18 +21,11 @@ MEAN_D, SCALE = torch.linspace(-3, 5, D), 0.7
 MASTERS = ("w_enc_ND", "b_enc_N", "w_dec_ND", "b_dec_D")
 
 
-class Rows:
-    """A stream of random batches around `MEAN_D`, each a function of its step."""
-
-    wait_seconds = 0.0
-
-    def __init__(self) -> None:
-        self.blocks = self
-        self.quantiser = None
-        self.d = D
+class Rows(RandomRows):
+    """Heavy-tailed, around `MEAN_D`."""
 
     def rows(self, step: int) -> Tensor:
-        return MEAN_D + torch.randn(BATCH, D, generator=torch.Generator().manual_seed(step)) ** 3 / SCALE
+        return MEAN_D + super().rows(step) ** 3 / SCALE
 
 
 def objective(architecture: str, **train: Any) -> SAEObjective:
@@ -40,9 +34,9 @@ def objective(architecture: str, **train: Any) -> SAEObjective:
         sae=sae, batch_tokens=BATCH, lr=LR, lr_warmup_steps=WARMUP, grad_clip=CLIP, eps=EPS, dead_tokens=WINDOW, **train
     )
     made = SAEObjective(
-        options, cast(BlockStream, Rows()), MEAN_D, SCALE, STEPS, Gang(), torch.device("cpu"), torch.float32
+        options, cast(BlockStream, Rows(BATCH, D)), MEAN_D, SCALE, STEPS, Gang(), torch.device("cpu"), torch.float32
     )
-    made.start(Rows().rows(99))
+    made.start(Rows(BATCH, D).rows(99))
     return made
 
 
@@ -61,7 +55,7 @@ class Papers:
         self.moments = {name: (torch.zeros_like(t), torch.zeros_like(t)) for name, t in self.p.items()}
 
     def step(self, step: int) -> dict[str, float]:
-        x_BD = (Rows().rows(step).double() - MEAN_D) * SCALE
+        x_BD = (Rows(BATCH, D).rows(step).double() - MEAN_D) * SCALE
         p = {name: tensor.clone().requires_grad_() for name, tensor in self.p.items()}
         dead_N = self.ages_N >= WINDOW
         a_BN = (x_BD - p["b_dec_D"]) @ p["w_enc_ND"].T + p["b_enc_N"]

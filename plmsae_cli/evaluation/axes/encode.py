@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from plmsae_cli.evaluation.frame import Scope
 from plmsae_cli.runtime.task import Context, Result, Task
 from plmsae_cli.store.fs import FileRecord, join
-from plmsae_cli.store.manifest import read_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,13 +21,12 @@ AXIS = "encode"
 
 def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     """The tasks, and figures for people."""
-    from plmsae_cli.evaluation.proteins import read_any
+    from plmsae_cli.evaluation.proteins import require_proteins
 
     options = scope.options.encode
     assert options is not None
     scope.require_same_model("remove eval.encode")
-    # A file that cannot be read is known before training.
-    next(read_any(scope.store.local(options.fasta)), None)
+    require_proteins(scope.store.local(options.fasta))
     identity = scope.identity(AXIS, options.science(), scope.contents(fasta=options.fasta))
     pieces = scope.pieces(AXIS, identity, "part", options.tasks, 20.0)
     steps = [piece.args["step"] for piece in pieces]
@@ -40,12 +38,10 @@ def work(task: Task, scope: Scope, context: Context) -> Result:
     assert options is not None
     if task.args["step"] != "report":
         return _part(scope, options, task.args["index"], task.args["of"], context)
-    wanted = [f"{task.args['stem']}-{step}" for step in task.args["steps"]]
-    parts = read_parts(context.store, scope.folder, known=wanted)
-    mine = [parts[name] for name in wanted]
-    files = [file.name for part in mine for file in part.files]
+    parts = scope.parts_of(task, task.args["steps"])
+    files = [file.name for part in parts for file in part.files]
     body = {
-        key: sum(part.facts[key] for part in mine) for key in ("proteins", "in_training", "cut", "residues", "active")
+        key: sum(part.facts[key] for part in parts) for key in ("proteins", "in_training", "cut", "residues", "active")
     }
     return Result([*_tables(scope, files), scope.write_json(AXIS, "result.json", body)], body)
 

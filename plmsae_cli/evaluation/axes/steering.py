@@ -29,10 +29,10 @@ def plan(scope: Scope) -> tuple[list[Task], Mapping[str, Any]]:
     assert options is not None
     scope.require_same_model("remove eval.steering")
     inputs = scope.contents(fasta=options.fasta)
-    if options.fasta is not None:  # a file that cannot be read is known before training
-        from plmsae_cli.evaluation.proteins import read_any
+    if options.fasta is not None:
+        from plmsae_cli.evaluation.proteins import require_proteins
 
-        next(read_any(scope.store.local(options.fasta)), None)
+        require_proteins(scope.store.local(options.fasta))
     if options.esmfold is not None:
         from plmsae_cli.evaluation.structure.esmfold import identity as folder_identity
 

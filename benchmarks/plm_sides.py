@@ -49,13 +49,9 @@ class Side(Protocol):
 class Ours:
     def __init__(self, train: Train, packs: Packs, steps: int, eager: bool, autocast: bool = False) -> None:
         dtype = training_dtype(train.compute, DEVICE)
+        train = train.model_copy(update={"compile": not eager})
         self._objective = PLMObjective(train, packs, {}, steps, Gang(), DEVICE, dtype)
         self.parameters = self._objective.config.num_parameters
-        if eager:
-            self._objective._trunk, self._objective._predict = (
-                self._objective._trained.trunk,
-                self._objective._cross_entropies,
-            )
         vars(unet)["attention"] = _halved if autocast else attention
         if autocast:
             trained: Any = self._objective._trained
@@ -67,7 +63,7 @@ class Ours:
     def logits(self, pack: Masked) -> Tensor:
         trained = self._objective._trained
         with trained.arithmetic():
-            return trained.head(self._objective._last_layer(pack, None))
+            return trained.head(trained.last_layer(pack, None, self._objective._passes))
 
 
 def _halved(q: Tensor, k: Tensor, v: Tensor, *documents: Any, **options: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import signal
@@ -65,6 +66,15 @@ def _nobody_asks_to_stop() -> Iterator[None]:
     STOP.asked = False
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Traced and cut into graphs as on a GPU, but not handed to a compiler, which takes half a minute on a CPU."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -77,6 +77,9 @@ class Train(Section):
     kernels: Literal["auto", "fused", "plain"] = "auto"
     """The training step of an SAE: `fused` CUDA kernels (TopK, BatchTopK and their Matryoshkas, on one GPU also
     JumpReLU with `penalty: l0` and Switch, with Adam in bfloat16), `plain` PyTorch, or the fused one where it can be."""
+    compile: bool = True
+    """Compile the passes of a pLM, and of SAEs without fused kernels where that is faster, on a GPU (torch.compile); false is
+    slower and takes more memory, for a version of torch whose compiler is at fault."""
     parallel: Literal["auto", "data", "latents"] = "auto"
     """How several ranks share an SAE: `data`, the tokens of a batch; `latents`, the dictionary (TopK and its Matryoshka),
     which sends activations instead of gradients; `auto` is `data` unless kernels are fused and `latents` sends at most a

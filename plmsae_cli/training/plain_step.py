@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +14,11 @@ from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.dead import DeadLatents
 from plmsae_cli.sae.dictionary import Dictionary
 from plmsae_cli.sae.interface import Losses
+from plmsae_cli.training.compiled_gradients import demand_same_gradients
 from plmsae_cli.training.optimizers import Optimizer
+
+MARGIN = 2
+"""How many times its step's bytes have to be free for a dictionary's pass without the compiler."""
 
 
 class _Forward(NamedTuple):
@@ -39,6 +44,8 @@ class StepParts:
     compute: torch.dtype
     total_steps: int
     gang: Gang
+    compiled: bool = True
+    """Whether to compile what can be, on a GPU."""
 
 
 class PlainStep:
@@ -49,17 +56,23 @@ class PlainStep:
         self._forward: Any = self._eager_forward
         self._project: Any = model.project_gradients
         self._normalize: Any = model.normalize_decoder
-        if model.compiles and model.b_dec_D.is_cuda:
+        self._unchecked = parts.compiled and model.compiles and model.b_dec_D.is_cuda
+        if self._unchecked:
             self._forward, self._project, self._normalize = (
                 torch.compile(part, dynamic=False) for part in (self._forward, self._project, self._normalize)
             )
 
     def __call__(self, rows_BD: Tensor, step: int, rate: float) -> Mapping[str, Tensor]:
-        """Train on this rank's raw rows; figures are shares of a sum over ranks."""
+        """Train on this rank's raw rows; figures are shares of a sum over ranks.
+
+        Raises UserError at the first step, where what is compiled has other gradients than it has without the compiler.
+        """
         model, gang = self._model, self._parts.gang
         batch = len(rows_BD) * gang.world
         model.schedule(step, self._parts.total_steps)
         dead_N = self._parts.dead.mask(self._parts.window)
+        if self._unchecked:
+            self._check(rows_BD, dead_N)
         forward: _Forward = self._forward(rows_BD, dead_N)
         self._parts.optimizer.zero_grad()
         forward.losses.total.backward()  # type: ignore[no-untyped-call]
@@ -82,6 +95,20 @@ class PlainStep:
             "grad_norm": norm * share,
         }
 
+    def _check(self, rows_BD: Tensor, dead_N: Tensor) -> None:
+        self._unchecked = False
+        needed = MARGIN * self._model.step_bytes(len(rows_BD)) + 4 * sum(
+            4 * p.numel() for p in self._model.parameters()
+        )
+        short = torch.full((), float(needed > _free_bytes(rows_BD.device)), device=rows_BD.device)
+        # Ranks look together or not at all: some losses are sums over all of them.
+        if not self._parts.gang.maximum(short):
+            demand_same_gradients(
+                dict(self._model.named_parameters()),
+                lambda: self._forward(rows_BD, dead_N).losses.total,
+                lambda: self._eager_forward(rows_BD, dead_N).losses.total,
+            )
+
     def _eager_forward(self, rows_BD: Tensor, dead_N: Tensor) -> _Forward:
         x_BD = self._parts.standardise(rows_BD)
         compute = self._parts.compute
@@ -90,3 +117,11 @@ class PlainStep:
         active_B = losses.active_B.double()
         sums_3 = torch.stack([x_BD.square().sum().double(), active_B.sum(), active_B.square().sum()])
         return _Forward(losses, (losses.xhat_BD - x_BD).square().sum(), sums_3)
+
+
+def _free_bytes(device: torch.device) -> float:
+    """What a process can still have there."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from plmsae_cli.config.plm import PLM
@@ -14,11 +15,13 @@ from plmsae_cli.config.training import Train
 from plmsae_cli.plm.attention import Documents
 from plmsae_cli.plm.cost import Config
 from plmsae_cli.plm.esm2 import ESM2Config
+from plmsae_cli.plm.gradients import taken
 from plmsae_cli.plm.rotary import Tables
 from plmsae_cli.plm.unet import UNet
 from plmsae_cli.plm.unet_config import UNetConfig
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.runtime.models import arithmetic, build_model
+from plmsae_cli.training.masking import Masked
 from plmsae_cli.training.optimizers import Group, GroupedMuon, Optimizer, build_optimizer
 
 PEAK = {"adam": 1e-3, "muon": 1e-3, "signum": 1e-4}
@@ -52,6 +55,15 @@ def plm_config(plm: PLM) -> Config:
     )
 
 
+class Passes(NamedTuple):
+    """What a training step compiles."""
+
+    trunk: Callable[..., Tensor]
+    """`TrainedModel.trunk`."""
+    predict: Callable[..., tuple[Tensor, Tensor]]
+    """`TrainedModel.predict`."""
+
+
 class TrainedModel:
     """A model on its device, with float32 parameters and products in `compute`."""
 
@@ -81,9 +93,32 @@ class TrainedModel:
         """Logits [M, V] of rows of the last layer."""
         return self.model.head(rows_MD)
 
+    def predict(self, rows_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
+        """What `score` gives, from rows of the last layer."""
+        logits_MV = self.head(rows_MD).float()
+        losses_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
+        hits_M = (logits_MV.argmax(-1) == targets_M) & (weights_M > 0)
+        return (losses_M * weights_M).sum(), hits_M.sum()
 
-def compiled_trunk(trained: TrainedModel) -> Callable[..., Tensor]:
-    """`trained.trunk`, compiled once for training and validation: without gradients it would be another graph."""
+    @property
+    def passes(self) -> Passes:
+        """Without the compiler."""
+        return Passes(self.trunk, self.predict)
+
+    def last_layer(self, pack: Masked, window: int | None, passes: Passes) -> Tensor:
+        """[M, D] at the pack's places; within `arithmetic`."""
+        documents = pack.documents.tiled(len(pack.inputs_T))
+        rope = self.rope(len(pack.inputs_T), documents)
+        return taken(passes.trunk(pack.inputs_T, documents, rope, window), pack.places_M)
+
+    def score(self, pack: Masked, window: int | None, passes: Passes) -> tuple[Tensor, Tensor]:
+        """(weighted sum of cross-entropies in nats, number of correct predictions) over the chosen residues."""
+        with self.arithmetic():
+            return passes.predict(self.last_layer(pack, window, passes), pack.targets_M, pack.weights_M)
+
+
+def compiled_passes(trained: TrainedModel) -> Passes:
+    """The passes compiled, the trunk once for training and validation: without gradients it would be another graph."""
     compiled = torch.compile(trained.trunk, dynamic=False, mode=COMPILE_MODE)
 
     def trunk(*pack: Any) -> Tensor:
@@ -91,7 +126,7 @@ def compiled_trunk(trained: TrainedModel) -> Callable[..., Tensor]:
             x_TD: Tensor = compiled(*pack)
         return x_TD if torch.is_grad_enabled() else x_TD.detach()
 
-    return trunk
+    return Passes(trunk, torch.compile(trained.predict))
 
 
 def train_flops(config: Config, context: float, predicted: float) -> float:

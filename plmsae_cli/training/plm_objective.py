@@ -9,23 +9,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plmsae_cli.config.experiment import Train
 from plmsae_cli.config.plm import raced
-from plmsae_cli.plm.gradients import taken
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.runtime.masked_scores import MASK_RATE, MaskedScores, mask, masks_of_pack
 from plmsae_cli.training.agreed import Agreed
 from plmsae_cli.training.averaging import Average
 from plmsae_cli.training.clock import TrainingClock
+from plmsae_cli.training.compiled_gradients import demand_same_gradients, few_documents
 from plmsae_cli.training.masking import IGNORED, Masked, chosen_places, masked, question
 from plmsae_cli.training.optimizers import GroupedMuon
 from plmsae_cli.training.packs import Packs
 from plmsae_cli.training.plm_model import (
     TrainedModel,
-    compiled_trunk,
+    compiled_passes,
     parameter_groups,
     plm_config,
     plm_optimizer,
@@ -56,10 +55,9 @@ class PLMObjective:
         self.config = plm_config(plm)
         self._trained = TrainedModel(self.config, options.seed, device, compute)
         self.model = self._trained.model
-        cuda = device.type == "cuda"
         # Constant shapes, and kernels fused by the compiler where there are kernels to fuse.
-        self._trunk: Any = compiled_trunk(self._trained) if cuda else self._trained.trunk
-        self._predict: Any = torch.compile(self._cross_entropies) if cuda else self._cross_entropies
+        self._compiles = device.type == "cuda" and options.compile
+        self._passes = compiled_passes(self._trained) if self._compiles else self._trained.passes
         self._compiled: set[tuple[int | None, int]] = set()
         self._options, self._plm, self._packs, self._valid, self._gang = options, plm, packs, valid, gang
         self._total_steps = total_steps
@@ -139,36 +137,38 @@ class PLMObjective:
         return torch.full((), float(value), device=self.device)
 
     def _score(self, pack: Masked, near: int | None) -> tuple[Tensor, Tensor]:
-        """(weighted sum of cross-entropies in nats, number of correct predictions) over the chosen residues."""
-        with self._trained.arithmetic():
-            found: tuple[Tensor, Tensor] = self._predict(self._last_layer(pack, near), pack.targets_M, pack.weights_M)
-        return found
-
-    def _last_layer(self, pack: Masked, near: int | None) -> Tensor:
-        """[M, D] at the pack's places."""
-        documents = pack.documents.tiled(len(pack.inputs_T))
-        rope = self._trained.rope(len(pack.inputs_T), documents)
-        return taken(self._trunk(pack.inputs_T, documents, rope, near), pack.places_M)
-
-    def _cross_entropies(self, rows_MD: Tensor, targets_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
-        logits_MV = self._trained.head(rows_MD).float()
-        losses_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
-        hits_M = (logits_MV.argmax(-1) == targets_M) & (weights_M > 0)
-        return (losses_M * weights_M).sum(), hits_M.sum()
+        return self._trained.score(pack, near, self._passes)
 
     def _compile(self, packs: list[Masked], near: int | None) -> None:
-        """Have the kernels of such packs made now, off the clock: a pass whose gradients are thrown away."""
-        if self.device.type != "cuda":
+        """Have the kernels of such packs made now, off the clock: a pass whose gradients are thrown away, of each window
+        after a look at them.
+
+        Raises UserError where they are not what they are without the compiler.
+        """
+        if not self._compiles:
             return
         for pack in packs:
-            if (near, len(pack.places_M)) not in self._compiled:
-                self.clock.pause()
-                if not self._compiled and isinstance(self._optimizer, GroupedMuon):
-                    self._optimizer.prepare()
-                self._score(pack, near)[0].backward()  # type: ignore[no-untyped-call]
-                self._optimizer.zero_grad()
+            if (near, len(pack.places_M)) in self._compiled:
+                continue
+            self.clock.pause()
+            if not self._compiled and isinstance(self._optimizer, GroupedMuon):
+                self._optimizer.prepare()
+            if near not in {window for window, _ in self._compiled}:
+                self._check(pack, near)
+            self._score(pack, near)[0].backward()  # type: ignore[no-untyped-call]
+            self._optimizer.zero_grad()
+            if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-                self._compiled.add((near, len(pack.places_M)))
+            self._compiled.add((near, len(pack.places_M)))
+
+    def _check(self, pack: Masked, near: int | None) -> None:
+        self._optimizer.zero_grad()
+        few, whole = few_documents(pack)
+        demand_same_gradients(
+            dict(self.model.named_parameters()),
+            lambda: self._score(whole, near)[0],
+            lambda: self._trained.score(few, near, self._trained.passes)[0],
+        )
 
     # Schedules and figures
 
@@ -279,7 +279,7 @@ class PLMObjective:
                 hidden_T = mask(packed.tokens_T, masked_T)
                 pack = chosen_places(packed, hidden_T, targets_T, torch.ones(len(targets_T))).to(self.device)
                 with self._trained.arithmetic():
-                    logits_MV = self._trained.head(self._last_layer(pack, near))
+                    logits_MV = self._trained.head(self._trained.last_layer(pack, near, self._passes))
                 scores.add(number, logits_MV, pack.targets_M, pack.weights_M > 0)
             if (found := scores.figures(self._gang.sum)) is not None:
                 figures[name] = found

@@ -136,6 +136,7 @@ class SAEObjective:
                 compute,
                 total_steps,
                 gang,
+                options.compile,
             )
             if self.sharing == "latents":
                 assert self._shard is not None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import esm
@@ -92,12 +91,3 @@ def gate_config() -> ESM2Config:
 @pytest.fixture(scope="session")
 def gate_pair(gate_config: ESM2Config) -> Pair:
     return make_pair(gate_config)
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Traced and cut into graphs as on a GPU, but not handed to a compiler, which takes half a minute on a CPU."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    yield
-    torch._dynamo.reset()

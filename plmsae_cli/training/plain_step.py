@@ -97,9 +97,8 @@ class PlainStep:
 
     def _check(self, rows_BD: Tensor, dead_N: Tensor) -> None:
         self._unchecked = False
-        needed = MARGIN * self._model.step_bytes(len(rows_BD)) + 4 * sum(
-            4 * p.numel() for p in self._model.parameters()
-        )
+        weights = sum(4 * parameter.numel() for parameter in self._model.parameters())
+        needed = MARGIN * self._model.step_bytes(len(rows_BD)) + 4 * weights  # three gradients, and one passing
         short = torch.full((), float(needed > _free_bytes(rows_BD.device)), device=rows_BD.device)
         # Ranks look together or not at all: some losses are sums over all of them.
         if not self._parts.gang.maximum(short):

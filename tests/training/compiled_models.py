@@ -38,10 +38,15 @@ def objective(device: str, compute: torch.dtype, **plm: Any) -> PLMObjective:
     packs = Packs([np.concatenate([wrap(encode(protein)) for protein in proteins])], 256, 64, 0)
     shape = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "max_length": 62, "pack_tokens": 256}
     options = Train.model_validate(
-        {"kind": "plm", "batch_tokens": 256, "seed": 1, "plm": {"fasta": "none.fasta", **shape, **plm}}
+        {
+            "kind": "plm",
+            "optimizer": "muon",
+            "batch_tokens": 256,
+            "seed": 1,
+            "plm": {"fasta": "none.fasta", **shape, **plm},
+        }
     )
-    one = PLMObjective(options, packs, {}, 3, Gang(), torch.device(device), compute)
-    return one
+    return PLMObjective(options, packs, {}, 3, Gang(), torch.device(device), compute)
 
 
 def drawn(one: PLMObjective) -> PLMObjective:

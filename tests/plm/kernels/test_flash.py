@@ -34,11 +34,16 @@ def test_tiles_cover_every_row_once_and_the_longest_documents_come_first() -> No
     assert len(table) == sum(LENGTHS) // TILE + len(LENGTHS) + 2
 
 
+# Each width has shapes of its own on a GPU; in the interpreter they are one program, which is slow.
+WIDTHS = (16, 32, 64, 128) if DEVICE.type == "cuda" else (16,)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 0.0), (150, 2.0)])
-def test_kernels_are_attention_and_its_gradients(window: int, cap: float) -> None:
+def test_kernels_are_attention_and_its_gradients(window: int, cap: float, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(sum(LENGTHS), 3, 2, 16, generator=generator).to(DEVICE, DTYPE)
-    weights = torch.randn(sum(LENGTHS), 2, 16, generator=generator).to(DEVICE)
+    qkv = torch.randn(sum(LENGTHS), 3, 2, width, generator=generator).to(DEVICE, DTYPE)
+    weights = torch.randn(sum(LENGTHS), 2, width, generator=generator).to(DEVICE)
     inputs = [x.detach().requires_grad_() for x in qkv.unbind(1)]  # views with gaps, as one product for the three gives
     exact = [x.detach().double().requires_grad_() for x in inputs]
     tiles = tile_table(packed(LENGTHS), sum(LENGTHS))

@@ -76,7 +76,7 @@ def _figures(parameters: list[Parameter], compiled: Loss, plain: Loss) -> list[l
         except torch.OutOfMemoryError:
             return []
     lengths = (torch.stack([gradient.norm() for gradient in each]) for each in (theirs, ours))
-    return torch.stack([_apart(ours, theirs), *lengths, rounding_P], dim=1).tolist()  # type: ignore[no-any-return]
+    return torch.stack([_apart(ours, theirs), *lengths, rounding_P], dim=1).tolist()
 
 
 def _apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:

@@ -74,8 +74,8 @@ def tile_table(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 def _scores(s, scale, cap, CAPPED: tl.constexpr):
     """Scores in units of log 2."""
     if CAPPED:
-        # tanh by exp2: libdevice has no place in the interpreter.
-        z = tl.exp2(-2.0 * LOG2_E * tl.abs(s * scale) / cap)
+        # tanh by exp2: libdevice has no place in the interpreter, and constants, in triton 3.7, only on the right of a product.
+        z = tl.exp2(tl.abs(s * scale) * (-2.0 * LOG2_E) / cap)
         bounded = cap * (1.0 - z) / (1.0 + z)
         return tl.where(s < 0, -bounded, bounded) * LOG2_E
     return s * (scale * LOG2_E)
@@ -85,7 +85,7 @@ def _scores(s, scale, cap, CAPPED: tl.constexpr):
 def _through_cap(d_s, s, cap, CAPPED: tl.constexpr):
     """The gradient of scores from that of capped ones `s`."""
     if CAPPED:
-        share = s / (LOG2_E * cap)
+        share = s / (cap * LOG2_E)
         d_s = d_s * (1.0 - share * share)
     return d_s
 

@@ -36,7 +36,7 @@ def objective(device: str, compute: torch.dtype, **plm: Any) -> PLMObjective:
     rng = np.random.default_rng(0)
     proteins = ["".join(rng.choice(list(AMINO_ACIDS), rng.integers(20, 50))) for _ in range(30)]
     packs = Packs([np.concatenate([wrap(encode(protein)) for protein in proteins])], 256, 64, 0)
-    shape = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "max_length": 62, "pack_tokens": 256}
+    shape = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "max_length": 62, "pack_tokens": 256}
     options = Train.model_validate(
         {
             "kind": "plm",

@@ -31,7 +31,7 @@ def _afresh() -> None:
 @pytest.mark.parametrize(("kind", "heads"), [("esm2", 4), ("caps", 4), ("no_mask_embedding", 2)])
 def test_a_compiled_language_model_has_the_gradients_of_float32(kind: str, heads: int) -> None:
     """With heads 64 and 128 wide, each with shapes of its own in `plm/flash.py`; float32 on the CPU, document by document."""
-    plm = {**MODELS[kind], "num_layers": 2, "hidden_size": 256, "num_attention_heads": heads}
+    plm = {**MODELS[kind], "hidden_size": 256, "num_attention_heads": heads}
     ours, theirs = drawn(objective("cuda", HALF, **plm)), drawn(objective("cpu", torch.float32, **plm))
     losses, found = [], []
     for one in (ours, theirs):
@@ -48,7 +48,7 @@ def test_a_compiled_language_model_has_the_gradients_of_float32(kind: str, heads
 
 
 def test_a_training_on_a_gpu_looks_at_its_gradients_and_finds_nothing() -> None:
-    one = objective("cuda", HALF, **{**MODELS["all"], "num_layers": 2, "hidden_size": 128})
+    one = objective("cuda", HALF, **{**MODELS["all"], "hidden_size": 128})
     assert [float(one.step(step)["loss"]) for step in range(3)][2] > 0
     assert one._compiled
 

@@ -48,7 +48,7 @@ def test_kernels_of_our_own_inside_what_is_compiled_pass_gradients_on(
 
     correct()
     monkeypatch.setattr(attention_module, "_backend_name", constant(lambda *_: "tiles"))
-    check(objective("cpu", torch.float32, **{**MODELS[kind], "num_layers": 2}), torch.float32)
+    check(objective("cpu", torch.float32, **MODELS[kind]), torch.float32)
 
 
 @pytest.mark.parametrize(("window", "cap"), [(20, None), (None, 3.0), (20, 3.0)])

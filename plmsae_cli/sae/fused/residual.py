@@ -14,6 +14,8 @@ from plmsae_cli.sae.fused.pairs import ActivePairs
 
 MOST_HELD = 256
 """Pairs of a token up to which, where tokens differ, their decoder rows are held at once."""
+ONE_WARP = 64
+"""Pairs of a token up to which one warp does all."""
 
 
 class _Batch(NamedTuple):
@@ -189,20 +191,29 @@ def residuals(
     if pairs.offsets_B1 is None:
         _residual[(rows,)](batch, k, *fixed, *first[:2], num_warps=1)
         return
-    sizes = sizes_held(smallest, most_held)
-    tiles = [first[:2], *((size, max(16, smallest * first.columns // size)) for size in sizes[1:])]
-    # Two sizes a launch: for more than two, every program would want many registers.
     more_than = -1
-    for place in range(0, len(tiles), 2):
-        of_two, many = tiles[place : place + 2], (0, 0)
-        if place + 2 >= len(tiles):
-            many = tile_of_pairs(min(sizes[-1], most_held), groups)[:2]
+    launches = launches_of(smallest, most_held)
+    for sizes, warps in launches:
+        tiles = [columns_held(size, smallest, first.columns) for size in sizes]
+        many = tiles[-1] if (sizes, warps) == launches[-1] else (0, 0)
         _residual_ragged[(rows,)](
-            batch, pairs.offsets_B1, more_than, *fixed, *of_two[0], *of_two[-1], *many, num_warps=1
+            batch, pairs.offsets_B1, more_than, *fixed, *tiles[0], *tiles[-1], *many, num_warps=warps
         )
-        more_than = of_two[-1][0]
+        more_than = sizes[-1]
 
 
-def sizes_held(smallest: int, most_held: int) -> list[int]:
-    """Sizes of lists that are held at once, by which tokens are told apart: `smallest`, and doubled up to `most_held`."""
-    return [smallest, *(smallest << i for i in range(1, 4) if smallest << i <= most_held)]
+def columns_held(size: int, smallest: int, columns: int) -> tuple[int, int]:
+    """So many pairs, and columns at a time: with one warp fewer, so that it wants no more registers than the smallest."""
+    return size, max(16, smallest * columns // size) if size <= ONE_WARP else max(16, min(64, 8192 // size))
+
+
+def launches_of(smallest: int, most_held: int) -> list[tuple[list[int], int]]:
+    """Sizes of lists that are held at once, by which tokens are told apart, and warps, of each launch.
+
+    `smallest` and its double share a launch of one warp a token: for more sizes, every program would want many registers.
+    Longer lists have a warp for every 32 pairs, as one would be at a token long after all others are done.
+    """
+    sizes = [smallest, *(smallest << i for i in range(1, 4) if smallest << i <= most_held)]
+    light, heavy = [size for size in sizes if size <= ONE_WARP], [size for size in sizes if size > ONE_WARP]
+    pairs_of_sizes = [(light[i : i + 2], 1) for i in range(0, len(light), 2)]
+    return [*pairs_of_sizes, *(([size], max(1, min(8, size // 32))) for size in heavy)]

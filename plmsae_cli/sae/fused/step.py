@@ -176,7 +176,7 @@ class FusedStep:
         encode(self._x_BD, self._update.w_enc_ND, self._update.b_enc_N)
         if isinstance(model, BatchTopK) and isinstance(encode, BatchTopKEncoder):
             model.follow(encode.smallest)
-            self._l0_std.copy_(encode.spread() / self._ranks.world)
+            encode.spread(self._l0_std)
 
     def _errors(self, places: int) -> None:
         update, energy_2B, model = self._update, self._energy_2B, self._model

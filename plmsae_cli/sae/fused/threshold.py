@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plmsae_cli.sae.fused.listed import GroupLists, load_listed, store_pairs
+from plmsae_cli.sae.fused.listed import GroupLists, counts_up_to, load_listed, store_pairs
 from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.top_k import members_of_group
 
@@ -85,14 +85,12 @@ def _write_listed(
         for first in range(0, length, TILE):
             slot = first + tl.arange(0, TILE)
             latent, scored, wanted = load_listed(scores, lists, row, slot, length, groups, n, MEMBERS)
-            latent = tl.reshape(latent, (TILE * MEMBERS,))
-            wanted = tl.reshape(wanted, (TILE * MEMBERS,))
-            score = tl.reshape(scored, (TILE * MEMBERS,)).to(tl.float32)
+            score = scored.to(tl.float32)
             above, near = _beside(score, tl.load(theta + latent, mask=wanted, other=0.0), wanted, half)
-            listed = (above | near).to(tl.int32)
-            to = place + tl.cumsum(listed, 0) - 1
-            store_pairs(written, to, tl.where(above, score, 0.0), latent, row, listed == 1)
-            place += tl.sum(listed, 0)
+            listed = above | near
+            counts, whole = counts_up_to(listed.to(tl.int32))
+            store_pairs(written, place + counts - 1, tl.where(above, score, 0.0), latent, row, listed)
+            place += whole
 
 
 @triton.jit

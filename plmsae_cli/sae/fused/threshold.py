@@ -24,7 +24,7 @@ TYPICAL = 64
 """Pairs of a token that the size of the groups is chosen for."""
 SCORES_A_TILE = 1024
 """Scores of listed groups that are read at once."""
-NEAR_TILE = 512
+NEAR_TILE = 256
 """Pairs of a latent that are read at once: some latents are active in most tokens."""
 
 
@@ -167,4 +167,4 @@ class ThresholdEncoder:
         """Set `near_2N`, of the pairs in order of latent; `slope_P` in order of token."""
         n = len(self.theta_N)
         pairs = (offsets_N1, order_P, token_P, slope_P)
-        _near_sums[(n,)](*pairs, self.scores_BN, self.theta_N, self.near_2N, n, self.half, NEAR_TILE, num_warps=4)
+        _near_sums[(n,)](*pairs, self.scores_BN, self.theta_N, self.near_2N, n, self.half, NEAR_TILE, num_warps=2)

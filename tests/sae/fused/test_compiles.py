@@ -99,9 +99,9 @@ def test_all_kernels_compile(capability: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     expected = (
-        "_add_rows _bound _centre _count _count_digit _count_listed _decode _decode_all _errors _expert_scores _histogram "
-        "_keep_top _latent_sums _list_reaching _maxima _near_sums _residual _residual_ragged _route _route_backward _select "
-        "_slopes _slopes_of_all _weights_of_all _write _write_listed collect columns finish gradients long permute "
+        "_add_rows _bound _centre _count _count_digit _count_listed _decode _decode_all _errors _expert_scores _fold _histogram "
+        "_keep_top _latent_sums _list_reaching _maxima _near_sums _places _residual _residual_ragged _route _route_backward _select "
+        "_slopes _slopes_of_all _spread _threshold _weights_of_all _write _write_listed collect columns finish gradients long permute "
         "update_flat update_rows"
     )
     assert done.stdout.split() == expected.split()

@@ -42,9 +42,9 @@ class FusedStep:
 
     Several ranks are data parallel: each computes the gradients of its tokens, and of their sum each gets the rows of
     its latents (`Rows`), which it alone updates; all then gather the bfloat16 copies that the next step's products use
-    (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054, section 5: stages 1 and 2). The decoder's gradients and those of
-    vectors travel while the encoder's are computed, the encoder's copies while the decoder is updated, and the decoder's while the next step
-    encodes.
+    (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054, section 5: stages 1 and 2). The gradients of the decoder and of
+    the vectors travel while the encoder's are computed, the encoder's copies while the decoder is updated, and the
+    decoder's while the next step encodes.
 
     Args:
         model: its settings; of its tensors theta alone, which follows the training where there is one.

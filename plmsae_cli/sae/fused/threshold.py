@@ -35,12 +35,13 @@ def above_and_near(scores, theta, row, latent, rows, n, half):
     places = scores + row.to(tl.int64)[:, None] * n + latent[None, :]
     score = tl.load(places, mask=inside, other=0.0).to(tl.float32)
     limit = tl.load(theta + latent, mask=latent < n, other=0.0)[None, :]
-    above, near = _beside(score, limit, inside, half)
+    above, near = beside(score, limit, inside, half)
     return score, above, near
 
 
 @triton.jit
-def _beside(score, limit, inside, half):
+def beside(score, limit, inside, half):
+    """Which scores are above their threshold, and which are nearer to it than `half`."""
     return inside & (score > limit), inside & (tl.abs(score - limit) < half)
 
 
@@ -86,7 +87,7 @@ def _write_listed(
             slot = first + tl.arange(0, TILE)
             latent, scored, wanted = load_listed(scores, lists, row, slot, length, groups, n, MEMBERS)
             score = scored.to(tl.float32)
-            above, near = _beside(score, tl.load(theta + latent, mask=wanted, other=0.0), wanted, half)
+            above, near = beside(score, tl.load(theta + latent, mask=wanted, other=0.0), wanted, half)
             listed = above | near
             counts, whole = counts_up_to(listed.to(tl.int32))
             store_pairs(written, place + counts - 1, tl.where(above, score, 0.0), latent, row, listed)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plmsae_cli.sae.fused.bound import DIGIT_BITS, DIGITS, Bound
 from plmsae_cli.sae.fused.listed import GroupLists, counts_up_to, load_listed, store_pairs
 from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.top_k import maxima_of_groups, members_of_group
@@ -23,41 +24,12 @@ from plmsae_cli.sae.ranks import Ranks
 
 COPIES = 8
 """Of the histogram, each for some of the tokens: most scores fall into few bins, where additions queue."""
-DIGIT_BITS = 5
-DIGITS = 3
 BINS = 1 << DIGITS * DIGIT_BITS
 """Positive values of bfloat16, zero included."""
 BLOCKS = 128
 """Of neighbouring bins that are added up together."""
 ROWS_AT_ONCE = 4096
-COUNTERS = 1024
-KEYS_A_PROGRAM = 1024
 SCORES_A_TILE = 1024
-
-
-@triton.jit
-def _bound(partial, wanted, found, counters, SHIFT: tl.constexpr, VALUES: tl.constexpr, COUNTERS: tl.constexpr):
-    """`found` with one more digit: the largest value that `wanted` keys reach."""
-    o = tl.arange(0, COUNTERS)
-    digit = tl.arange(0, VALUES)
-    counts = tl.sum(tl.load(partial + o[:, None] * VALUES + digit[None, :], mask=o[:, None] < counters, other=0), 0)
-    best = tl.max(tl.where((counts >= wanted) | (digit == 0), digit, 0), 0)
-    tl.store(found, tl.load(found) | (best << SHIFT))
-
-
-@triton.jit
-def _count_digit(
-    keys, found, partial, size, SHIFT: tl.constexpr, VALUES: tl.constexpr, FOLD: tl.constexpr, TILE: tl.constexpr
-):
-    """How many of the maxima of FOLD neighbouring keys reach each value of the next digit; this program's share."""
-    digit = tl.arange(0, VALUES)
-    trial = tl.load(found) | (digit << SHIFT)
-    counts = tl.zeros((VALUES,), tl.int32)
-    for start in range(tl.program_id(0) * TILE, tl.cdiv(size, FOLD), tl.num_programs(0) * TILE):
-        o = (start + tl.arange(0, TILE))[:, None] * FOLD + tl.arange(0, FOLD)[None, :]
-        key = tl.max(tl.load(keys + o, mask=o < size, other=-1), 1).to(tl.int32)
-        counts += tl.sum((key[:, None] >= trial[None, :]).to(tl.int32), 0)
-    tl.store(partial + tl.program_id(0) * VALUES + digit, counts)
 
 
 @triton.jit
@@ -200,11 +172,6 @@ def _spread(sums, out, tokens, share):
     tl.store(out, (tl.sqrt(tl.where(variance > 0, variance, 0.0)) * share).to(tl.float32))
 
 
-def fold_of(groups: int, k: int) -> int:
-    """Groups of which the bound takes one maximum: the fewer it counts the sooner it is found, but the lower it lies."""
-    return next((fold for fold in (4, 2) if groups >= 4 * k * fold), 1)
-
-
 class BatchTopKEncoder:
     """The largest B k of ReLU(x W^T + b) over the batch of all ranks, in buffers made once.
 
@@ -218,15 +185,14 @@ class BatchTopKEncoder:
     def __init__(self, rows: int, num_latents: int, k: int, device: torch.device, ranks: Ranks) -> None:
         self.num_latents = num_latents
         self._rows, self._ranks, world = rows, ranks, ranks.world
-        self._wanted_here, self._wanted = rows * k, rows * world * k
+        self._wanted = rows * world * k
         self.pairs = ActivePairs.places(rows * k * min(world, 2), num_latents, device, tokens=rows)
         self.smallest = torch.zeros((), device=device)
         self._members = members_of_group(num_latents, k)
         self._groups = triton.cdiv(num_latents, self._members)
         self._scores_BN = torch.empty(rows, num_latents, dtype=torch.bfloat16, device=device)
         self._lists = GroupLists(rows, self._groups, device)
-        self._fold = fold_of(self._groups, k)
-        self._partial = torch.empty(COUNTERS, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
+        self._bound = Bound(self._groups, k, rows * k, device, ranks)
         self._above_B = torch.empty(rows, dtype=torch.int32, device=device)
         self._tied_B = torch.empty(rows, dtype=torch.int32, device=device)
         self._places = torch.arange(world, device=device)
@@ -249,7 +215,7 @@ class BatchTopKEncoder:
         keys = scores_BN.view(torch.int16)
         lists = self._lists
         maxima_of_groups(keys, lists.marks_BG, self._members)
-        bound = self._bound()
+        bound = self._bound(lists.marks_BG)
         lists.fill(bound)
         tile = max(1, SCORES_A_TILE // self._members)
         listed = (keys, lists.lists_BG, lists.lengths_B)
@@ -274,24 +240,6 @@ class BatchTopKEncoder:
         )
         if self._ranks.world > 2:
             pairs.acts_P.add_(self._overflow)
-
-    def _bound(self) -> Tensor:
-        """A value that enough scores of all ranks reach, or 0: int32, 0-dim."""
-        found = torch.zeros((), dtype=torch.int32, device=self._partial.device)
-        keys = self._lists.marks_BG.view(-1)
-        programs = min(COUNTERS, triton.cdiv(len(keys), KEYS_A_PROGRAM * self._fold))
-        for digit in reversed(range(DIGITS)):
-            shift = digit * DIGIT_BITS
-            _count_digit[(programs,)](
-                keys, found, self._partial, len(keys), shift, 1 << DIGIT_BITS, self._fold, KEYS_A_PROGRAM, num_warps=4
-            )
-            _bound[(1,)](
-                self._partial, self._wanted_here, found, programs, shift, 1 << DIGIT_BITS, COUNTERS, num_warps=4
-            )
-        if self._ranks.world > 1:
-            # On every rank as many scores as its mean share reach its bound, so all of them reach the least bound.
-            found = self._ranks.maximum(-found).neg_()
-        return found
 
     def _ties_before(self) -> Tensor:
         if self._ranks.world == 1:

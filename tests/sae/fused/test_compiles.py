@@ -40,7 +40,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 
 JITFunction.run = compile_only
 
-from plmsae_cli.sae.fused import dense
+from plmsae_cli.sae.fused import dense, residual
 from plmsae_cli.sae.fused.aux import keep_top_
 from plmsae_cli.sae.fused.given import AdamOptions, Batch, Masters
 from plmsae_cli.sae.fused.jump import FusedJumpStep
@@ -56,6 +56,7 @@ from plmsae_cli.sae.topk import TopK
 from plmsae_cli.training.shard import Shard
 
 dense.has_descriptors = lambda *_: capability >= 90
+residual.limits_registers = lambda *_: capability == 90
 
 class Second:  # of two ranks, as far as kernels go
     rank, world = 1, 2

@@ -3,11 +3,14 @@
     pip install --no-deps eai-sparsify dictionary-learning sae-lens einops natsort simple-parsing docstring-parser
     python benchmarks/sae_step_gpu.py [--shapes S1 S3] [--dead 0 5 30] [--architectures]
     python benchmarks/sae_step_gpu.py --shapes S1 --model RUN/plm --fasta proteins.fasta --layer 3
+    python benchmarks/sae_step_gpu.py --only fused --results benchmarks/results.jsonl
 
 A step is forward, backward, projection, clipping, Adam and renormalisation, with AuxK and dead counting where a side has
 them; batches lie on the GPU. Milliseconds are medians over steps, by CUDA events. `--dead`: percent of the latents called
 dead before every step, on all sides alike. `--model`: activations of a language model as wide as the shape instead of
 synthetic ones; every side then first trains for some hundred steps, so that its latents fire as they do in earnest.
+`--only`: TopK and these of our other architectures, or those with `fused` kernels, which take seconds each, as nothing is
+compiled by torch; figures go by the name sae-step/SHAPE-fused.
 """
 
 from __future__ import annotations
@@ -337,6 +340,9 @@ def main() -> None:
     parser.add_argument("--layer", type=int)
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--architectures", action="store_true", help="time the others too")
+    parser.add_argument(
+        "--only", nargs="+", choices=["fused", *OTHERS], metavar="KIND", help="ours alone: TopK and these"
+    )
     parser.add_argument("--settle", type=int, default=SETTLE, help="steps on real activations before timing")
     parser.add_argument("--results", type=Path, help="file to add the figures to")
     options = parser.parse_args()
@@ -350,7 +356,8 @@ def main() -> None:
             assert rows_RD.shape[1] == shape.d, f"{shape.name} is for d = {shape.d}"
         else:
             rows_RD = synthetic(shape)
-        data, kind = Batches(rows_RD, shape.rows), "-real" if options.model else ""
+        data = Batches(rows_RD, shape.rows)
+        suffix = ("-fused" if options.only else "") + ("-real" if options.model else "")
         for percent in options.dead:
             mask_N = torch.zeros(shape.latents, dtype=torch.bool, device=DEVICE)
             mask_N[: shape.latents * percent // 100] = True
@@ -360,12 +367,14 @@ def main() -> None:
                 ("plmsae bf16 moments", "bfloat16 moments", plmsae, ("bfloat16",)),
                 ("limit (encoder GEMM + Adam)", "bf16 product, torch's fused Adam", limit, ()),
             ]
-            if options.architectures:
-                sides += [
-                    (who, f"{k} kernels", plmsae, ("float32", k, kind, who in AT_TARGET))
-                    for who, (k, kind) in OTHERS.items()
-                ]
-            if not options.only_ours:
+            wanted = options.only or (OTHERS if options.architectures else ())
+            sides = sides[:1] if options.only else sides
+            sides += [
+                (who, f"{k} kernels", plmsae, ("float32", k, kind, who in AT_TARGET))
+                for who, (k, kind) in OTHERS.items()
+                if who in wanted or (k == "fused" and "fused" in wanted)
+            ]
+            if not (options.only_ours or options.only):
                 sides += [
                     ("plmsae (plain twin)", "the same step by autograd, bf16 autocast", plmsae, ("float32", "plain")),
                     ("sparsify", "its bf16 autocast and Triton decoder, fused Adam", sparsify, ()),
@@ -388,7 +397,7 @@ def main() -> None:
                 )
                 if options.results:
                     line = {
-                        "name": f"sae-step/{shape.name}{kind}" + (f"-dead{percent}" if percent else ""),
+                        "name": f"sae-step/{shape.name}{suffix}" + (f"-dead{percent}" if percent else ""),
                         "who": who,
                         "value": round(shape.rows / burst * 1e3),
                         "unit": "tokens/s",

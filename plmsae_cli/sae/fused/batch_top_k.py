@@ -9,55 +9,38 @@ bfloat16) gives the threshold and how many equal to it are kept; integer sums, s
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return"
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from plmsae_cli.sae.fused.listed import GroupLists, load_listed, store_pairs
+from plmsae_cli.sae.fused.bound import DIGIT_BITS, DIGITS, Bound
+from plmsae_cli.sae.fused.listed import GroupLists, counts_up_to, load_listed, store_pairs
 from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.top_k import maxima_of_groups, members_of_group
 from plmsae_cli.sae.ranks import Ranks
 
-BINS_APART = 8
-"""Numbers from one bin to the next, so that additions to neighbours do not queue for the same sector."""
-DIGIT_BITS = 5
-DIGITS = 3
+COPIES = 8
+"""Of the histogram, each for some of the tokens: most scores fall into few bins, where additions queue."""
 BINS = 1 << DIGITS * DIGIT_BITS
 """Positive values of bfloat16, zero included."""
-COUNTERS = 1024
-KEYS_A_PROGRAM = 1024
+BLOCKS = 128
+"""Of neighbouring bins that are added up together."""
+ROWS_AT_ONCE = 4096
 SCORES_A_TILE = 1024
 
 
 @triton.jit
-def _bound(partial, wanted, found, counters, SHIFT: tl.constexpr, VALUES: tl.constexpr, COUNTERS: tl.constexpr):
-    """`found` with one more digit: the largest value that `wanted` keys reach."""
-    o = tl.arange(0, COUNTERS)
-    digit = tl.arange(0, VALUES)
-    counts = tl.sum(tl.load(partial + o[:, None] * VALUES + digit[None, :], mask=o[:, None] < counters, other=0), 0)
-    best = tl.max(tl.where((counts >= wanted) | (digit == 0), digit, 0), 0)
-    tl.store(found, tl.load(found) | (best << SHIFT))
-
-
-@triton.jit
-def _count_digit(
-    keys, found, partial, size, SHIFT: tl.constexpr, VALUES: tl.constexpr, FOLD: tl.constexpr, TILE: tl.constexpr
-):
-    """How many of the maxima of FOLD neighbouring keys reach each value of the next digit; this program's share."""
-    digit = tl.arange(0, VALUES)
-    trial = tl.load(found) | (digit << SHIFT)
-    counts = tl.zeros((VALUES,), tl.int32)
-    for start in range(tl.program_id(0) * TILE, tl.cdiv(size, FOLD), tl.num_programs(0) * TILE):
-        o = (start + tl.arange(0, TILE))[:, None] * FOLD + tl.arange(0, FOLD)[None, :]
-        key = tl.max(tl.load(keys + o, mask=o < size, other=-1), 1).to(tl.int32)
-        counts += tl.sum((key[:, None] >= trial[None, :]).to(tl.int32), 0)
-    tl.store(partial + tl.program_id(0) * VALUES + digit, counts)
+def _bin(copy, key):
+    """Where a key is counted: neighbours far apart, so that additions to them do not queue for the same sector."""
+    return copy * 32768 + (key & 63) * 512 + (key >> 6)
 
 
 @triton.jit
 def _histogram(
-    scores, lists, lengths, bound, bins, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr, APART: tl.constexpr
+    scores, lists, lengths, bound, bins, n, groups, MEMBERS: tl.constexpr, TILE: tl.constexpr, COPIES: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     low = tl.maximum(tl.load(bound), 1)
@@ -65,7 +48,51 @@ def _histogram(
     for first in range(0, length, TILE):
         _, scored, _ = load_listed(scores, lists, row, first + tl.arange(0, TILE), length, groups, n, MEMBERS)
         keys = scored.to(tl.int32)
-        tl.atomic_add(bins + keys * APART, 1, mask=keys >= low, sem="relaxed")
+        tl.atomic_add(bins + _bin(row % COPIES, keys), 1, mask=keys >= low, sem="relaxed")
+
+
+@triton.jit
+def _fold(bins, reached, BINS: tl.constexpr, COPIES: tl.constexpr, BLOCKS: tl.constexpr):
+    """The sum of the copies, in order of the keys, and this block's."""
+    block = tl.program_id(0)
+    key = block * (BINS // BLOCKS) + tl.arange(0, BINS // BLOCKS)
+    copy = tl.arange(0, COPIES)
+    counts = tl.sum(tl.load(bins + _bin(copy[:, None], key[None, :])).to(tl.int64), 0)
+    tl.store(reached + key, counts)
+    tl.store(reached + BINS + block, tl.sum(counts, 0))
+
+
+class _Found(NamedTuple):
+    """Where the selection ends; 0-dim, pointers inside kernels."""
+
+    last: Tensor
+    """The least key that is kept, int32."""
+    wanted: Tensor
+    """How many are kept on all ranks, int64."""
+    more: Tensor
+    """How many have larger keys, int64."""
+
+
+@triton.jit
+def _threshold(reached, wanted, found, smallest, BINS: tl.constexpr, BLOCKS: tl.constexpr):
+    """The largest key that `wanted` scores reach, or as many as there are; the largest of all keys where there are none."""
+    SIZE: tl.constexpr = BINS // BLOCKS
+    o = tl.arange(0, BLOCKS)
+    sums = tl.load(reached + BINS + o)
+    total = tl.sum(sums, 0)
+    wanted = tl.minimum(total, wanted)
+    after = total - tl.cumsum(sums, 0)
+    block = tl.max(tl.where(after + sums >= wanted, o, 0), 0)
+    place = tl.arange(0, SIZE)
+    counts = tl.load(reached + block * SIZE + place)
+    above = tl.sum(tl.where(o == block, after, 0), 0)
+    after = above + tl.sum(counts, 0) - tl.cumsum(counts, 0)
+    last = tl.max(tl.where(after + counts >= wanted, place, 0), 0)
+    tl.store(found.more, tl.sum(tl.where(place == last, after, 0), 0))
+    last += block * SIZE
+    tl.store(found.last, last)
+    tl.store(found.wanted, wanted)
+    tl.store(smallest, tl.where(wanted > 0, (last << 16).to(tl.float32, bitcast=True), 0.0))
 
 
 @triton.jit
@@ -97,20 +124,52 @@ def _write(
     for first in range(0, length, TILE):
         slot = first + tl.arange(0, TILE)
         latent, scored, _ = load_listed(scores, lists, row, slot, length, groups, n, MEMBERS)
-        latent = tl.reshape(latent, (TILE * MEMBERS,))
-        keys = tl.reshape(scored, (TILE * MEMBERS,)).to(tl.int32)
-        tie = (keys == low).to(tl.int32)
-        kept = ((keys > low) | ((tie == 1) & (tl.cumsum(tie, 0) <= spare))).to(tl.int32)
-        to = place + tl.cumsum(kept, 0) - 1
-        mask = (kept == 1) & (to < capacity)
+        keys = scored.to(tl.int32)
+        above, tie = keys > low, keys == low
+        # One scan for both: there are fewer than 2^16 of either.
+        counts, whole = counts_up_to(above.to(tl.int32) + (tie.to(tl.int32) << 16))
+        ties = counts >> 16
+        mask = above | (tie & (ties <= spare))
+        to = place + (counts & 0xFFFF) + tl.minimum(ties, spare) - 1
+        mask = mask & (to < capacity)
         store_pairs(written, to, (keys << 16).to(tl.float32, bitcast=True), latent, row, mask)
-        spare -= tl.sum(tie, 0)
+        kept_ties = tl.minimum(whole >> 16, spare)
+        spare -= kept_ties
+        place += (whole & 0xFFFF) + kept_ties
+
+
+@triton.jit
+def _places(
+    above, tied, found, ties_before, quota, offsets, l0_sums, overflow, rows, capacity, T: tl.constexpr
+):  # fmt: skip
+    """How many ties each token keeps, which `quota` holds in place of `above`, and where its pairs end."""
+    spare = tl.load(found.wanted) - tl.load(found.more) - tl.load(ties_before)
+    ties = tl.zeros((), tl.int64)
+    place = tl.zeros((), tl.int32)
+    squares = tl.zeros((), tl.float64)
+    for start in range(0, rows, T):
+        row = start + tl.arange(0, T)
+        mask = row < rows
+        tie = tl.load(tied + row, mask=mask, other=0)
+        wide = tie.to(tl.int64)
+        left = tl.maximum(spare - ties - (tl.cumsum(wide, 0) - wide), 0)
+        kept_ties = tl.minimum(wide, left).to(tl.int32)
+        kept = tl.load(above + row, mask=mask, other=0) + kept_ties
+        tl.store(offsets + 1 + row, tl.minimum(place + tl.cumsum(kept, 0), capacity), mask=mask)
+        tl.store(quota + row, kept_ties, mask=mask)
+        ties += tl.sum(wide, 0)
         place += tl.sum(kept, 0)
+        squares += tl.sum(kept.to(tl.float64) * kept.to(tl.float64), 0)
+    tl.store(l0_sums, place.to(tl.float64))
+    tl.store(l0_sums + 1, squares)
+    tl.store(overflow, tl.where(place > capacity, float("nan"), 0.0))
 
 
-def fold_of(groups: int, k: int) -> int:
-    """Groups of which the bound takes one maximum: the fewer it counts the sooner it is found, but the lower it lies."""
-    return next((fold for fold in (4, 2) if groups >= 4 * k * fold), 1)
+@triton.jit
+def _spread(sums, out, tokens, share):
+    mean = tl.load(sums) / tokens
+    variance = tl.load(sums + 1) / tokens - mean * mean
+    tl.store(out, (tl.sqrt(tl.where(variance > 0, variance, 0.0)) * share).to(tl.float32))
 
 
 class BatchTopKEncoder:
@@ -126,18 +185,23 @@ class BatchTopKEncoder:
     def __init__(self, rows: int, num_latents: int, k: int, device: torch.device, ranks: Ranks) -> None:
         self.num_latents = num_latents
         self._rows, self._ranks, world = rows, ranks, ranks.world
-        self._wanted_here, self._wanted = rows * k, rows * world * k
+        self._wanted = rows * world * k
         self.pairs = ActivePairs.places(rows * k * min(world, 2), num_latents, device, tokens=rows)
         self.smallest = torch.zeros((), device=device)
         self._members = members_of_group(num_latents, k)
         self._groups = triton.cdiv(num_latents, self._members)
         self._scores_BN = torch.empty(rows, num_latents, dtype=torch.bfloat16, device=device)
         self._lists = GroupLists(rows, self._groups, device)
-        self._fold = fold_of(self._groups, k)
-        self._partial = torch.empty(COUNTERS, 1 << DIGIT_BITS, dtype=torch.int32, device=device)
+        self._bound = Bound(self._groups, k, rows * k, device, ranks)
         self._above_B = torch.empty(rows, dtype=torch.int32, device=device)
         self._tied_B = torch.empty(rows, dtype=torch.int32, device=device)
         self._places = torch.arange(world, device=device)
+        self._bins = torch.zeros(COPIES, BINS, dtype=torch.int32, device=device)
+        self._reached = torch.zeros(BINS + BLOCKS, dtype=torch.int64, device=device)
+        self._no_ties = torch.zeros((), dtype=torch.int64, device=device)
+        self._found = _Found(torch.zeros((), dtype=torch.int32, device=device), *self._no_ties.repeat(2, 1).unbind())
+        self._l0_sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._overflow = torch.zeros((), device=device)
 
     def __call__(self, x_BD: Tensor, w_ND: Tensor, b_N: Tensor) -> None:
         """Encode `x_BD` (bfloat16, already less b_dec)."""
@@ -151,61 +215,39 @@ class BatchTopKEncoder:
         keys = scores_BN.view(torch.int16)
         lists = self._lists
         maxima_of_groups(keys, lists.marks_BG, self._members)
-        bound = self._bound()
+        bound = self._bound(lists.marks_BG)
         lists.fill(bound)
         tile = max(1, SCORES_A_TILE // self._members)
         listed = (keys, lists.lists_BG, lists.lengths_B)
         sizes = (self.num_latents, self._groups, self._members, tile)
 
-        bins = torch.zeros(BINS, BINS_APART, dtype=torch.int32, device=keys.device)
-        _histogram[(rows,)](*listed, bound, bins, *sizes, BINS_APART, num_warps=2)
-        reached = self._ranks.sum(bins[:, 0].long()).flip(0).cumsum(0).flip(0)
-        wanted = reached[1].clamp(max=self._wanted)
-        last = (reached[1:] >= wanted).sum(dtype=torch.int32)
-        more = torch.cat([reached, reached.new_zeros(1)]).index_select(0, last.view(1) + 1).squeeze(0)
-        self.smallest.copy_(torch.where(wanted > 0, (last << 16).view(torch.float32), 0.0))
+        self._bins.zero_()
+        _histogram[(rows,)](*listed, bound, self._bins, *sizes, COPIES, num_warps=2)
+        _fold[(BLOCKS,)](self._bins, self._reached, BINS, COPIES, BLOCKS)
+        self._ranks.sum(self._reached)
+        found = self._found
+        _threshold[(1,)](self._reached, self._wanted, found, self.smallest, BINS, BLOCKS)
 
-        _count[(rows,)](*listed, last, self._above_B, self._tied_B, *sizes, num_warps=2)
-        tied_B = self._tied_B.long()
-        quota_B = (wanted - more - self._ties_before(tied_B) - (tied_B.cumsum(0) - tied_B)).clamp(min=0)
-        ends_B = (self._above_B + torch.minimum(tied_B, quota_B)).cumsum(0)
-        capacity = len(pairs.acts_P)
-        pairs.offsets_B1[1:].copy_(ends_B.clamp(max=capacity))
+        _count[(rows,)](*listed, found.last, self._above_B, self._tied_B, *sizes, num_warps=2)
+        capacity, quota_B = len(pairs.acts_P), self._above_B
+        _places[(1,)](
+            self._above_B, self._tied_B, found, self._ties_before(), quota_B, pairs.offsets_B1, self._l0_sums,
+            self._overflow, rows, capacity, ROWS_AT_ONCE, num_warps=8,
+        )  # fmt: skip
         pairs.sort_keys_P.fill_(self.num_latents - pairs.shift)
         _write[(rows,)](
-            *listed, last, quota_B, pairs.offsets_B1, pairs.written, *sizes[:2], capacity, *sizes[2:], num_warps=2
+            *listed, found.last, quota_B, pairs.offsets_B1, pairs.written, *sizes[:2], capacity, *sizes[2:], num_warps=2
         )
         if self._ranks.world > 2:
-            pairs.acts_P.add_(torch.where(ends_B[-1] > capacity, torch.nan, 0.0))
+            pairs.acts_P.add_(self._overflow)
 
-    def _bound(self) -> Tensor:
-        """A value that enough scores of all ranks reach, or 0: int32, 0-dim."""
-        found = torch.zeros((), dtype=torch.int32, device=self._partial.device)
-        keys = self._lists.marks_BG.view(-1)
-        programs = min(COUNTERS, triton.cdiv(len(keys), KEYS_A_PROGRAM * self._fold))
-        for digit in reversed(range(DIGITS)):
-            shift = digit * DIGIT_BITS
-            _count_digit[(programs,)](
-                keys, found, self._partial, len(keys), shift, 1 << DIGIT_BITS, self._fold, KEYS_A_PROGRAM, num_warps=4
-            )
-            _bound[(1,)](
-                self._partial, self._wanted_here, found, programs, shift, 1 << DIGIT_BITS, COUNTERS, num_warps=4
-            )
-        if self._ranks.world > 1:
-            # On every rank as many scores as its mean share reach its bound, so all of them reach the least bound.
-            found = self._ranks.maximum(-found).neg_()
-        return found
-
-    def _ties_before(self, tied_B: Tensor) -> Tensor | int:
+    def _ties_before(self) -> Tensor:
         if self._ranks.world == 1:
-            return 0
-        ties = self._ranks.sum(torch.where(self._places == self._ranks.rank, tied_B.sum(), 0))
+            return self._no_ties
+        ties = self._ranks.sum(torch.where(self._places == self._ranks.rank, self._tied_B.sum(), 0))
         return torch.where(self._places < self._ranks.rank, ties, 0).sum()
 
-    def spread(self) -> Tensor:
-        """Standard deviation of the number of active latents over the tokens of all ranks."""
-        assert self.pairs.offsets_B1 is not None
-        active_B = self.pairs.offsets_B1.diff().double()
-        sums = self._ranks.sum(torch.stack([active_B.sum(), active_B.square().sum()]))
-        mean, square = (sums / (self._rows * self._ranks.world)).unbind()
-        return (square - mean.square()).clamp(min=0.0).sqrt()
+    def spread(self, out: Tensor) -> None:
+        """Set `out` to this rank's share of the standard deviation of active latents over the tokens of all ranks."""
+        world = self._ranks.world
+        _spread[(1,)](self._ranks.sum(self._l0_sums), out, self._rows * world, 1.0 / world)

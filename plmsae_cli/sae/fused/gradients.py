@@ -17,6 +17,8 @@ from plmsae_cli.sae.fused.pairs import ActivePairs
 CHUNK = 256
 """Tokens that one program adds up; longer lists are cut."""
 UNROLL = 4
+LONG_PROGRAMS = 1024
+"""Each looks at some of the chunks of places, of which few may hold pairs."""
 SPLITS = 64
 PAIRS_A_PROGRAM = 1024
 
@@ -70,6 +72,7 @@ class WeightGradients:
         self._partial = torch.empty(triton.cdiv(pairs, CHUNK), 2, d, device=device)
         self._sorted_P: Tensor | None = None
         self._shift = 0
+        self._total = self.offsets_N1[num_latents:]
         self.order_P = torch.empty(pairs, dtype=torch.int64, device=device)
 
     def order(self, active: ActivePairs) -> None:
@@ -85,7 +88,7 @@ class WeightGradients:
         """Bring the pairs into that order; with `weight_B`, activations are the encoder's times their token's weight."""
         pairs, ragged = len(self.order_P), active.token_P is not None
         pair_sums.permute[(triton.cdiv(pairs, PAIRS_A_PROGRAM),)](
-            self.order_P, active.acts_P, slope_P, active.token_P, weight_B, self._pairs,
+            self.order_P, active.acts_P, slope_P, active.token_P, weight_B, self._pairs, self._total,
             pairs, pairs // self._shape[0], ragged, weight_B is not None, PAIRS_A_PROGRAM,
         )  # fmt: skip
 
@@ -101,7 +104,7 @@ class WeightGradients:
         tiles = len(self.square_SN)
         sizes = (CHUNK, residual_BGD.shape[1], decoder, encoder, UNROLL, self._tile)
         warps = max(1, self._tile // 256)  # a warp then holds whole rows: no sum crosses warps
-        pair_sums.long[(len(self._partial), tiles)](
+        pair_sums.long[(min(LONG_PROGRAMS, len(self._partial)), tiles)](
             self.offsets_N1, self._sorted_P, self._pairs, *of_tokens, self._shift, n, d, *sizes, num_warps=warps
         )
         pair_sums.gradients[(n, tiles)](

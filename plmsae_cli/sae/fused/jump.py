@@ -68,7 +68,8 @@ class FusedJumpStep(FusedStep):
     def _errors(self, places: int) -> None:
         encode, w_dec_ND = self._encode, self._update.w_dec_ND
         out = (self._residual_BGD, self._slope_P, self._energy_2B)
-        residuals(self._x_BD, w_dec_ND, encode.pairs, self._gradients.prefixes_G, *out, smallest=SMALLEST, listed=True)
+        prefixes_G, void = self._gradients.prefixes_G, encode.dense
+        residuals(self._x_BD, w_dec_ND, encode.pairs, prefixes_G, *out, smallest=SMALLEST, listed=True, void=void)
         self._dense.decode(encode, self._x_BD, w_dec_ND, self._residual_BGD, self._energy_2B)
 
     def _half_gradients(self, places: int, decoder: bool, encoder: bool) -> None:

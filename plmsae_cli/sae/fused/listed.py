@@ -33,6 +33,17 @@ def load_listed(scores, lists, row, slot, length, groups, n, MEMBERS: tl.constex
 
 
 @triton.jit
+def counts_up_to(marked):
+    """Of marks [groups, members], how many there are up to each one, in order of latents, and in all.
+
+    A group's are added up within few threads, so that only the groups' sums are scanned across all of them.
+    """
+    of_group = tl.sum(marked, 1)
+    before = tl.cumsum(of_group, 0) - of_group
+    return before[:, None] + tl.cumsum(marked, 1), tl.sum(of_group, 0)
+
+
+@triton.jit
 def store_pairs(written, to, act, latent, row, mask):
     """Pairs of the token `row`, at these places."""
     tl.store(written.acts_P + to, act, mask=mask)

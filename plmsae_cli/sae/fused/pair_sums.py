@@ -36,11 +36,12 @@ class OfLatents(NamedTuple):
 
 @triton.jit
 def permute(
-    order, acts, slope, tokens, weights, pairs, size, k, RAGGED: tl.constexpr, WEIGHTED: tl.constexpr,
+    order, acts, slope, tokens, weights, pairs, total, size, k, RAGGED: tl.constexpr, WEIGHTED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    mask = p < size
+    # Void places come last in either order.
+    mask = p < (tl.load(total) if RAGGED else size)
     source = tl.load(order + p, mask=mask, other=0)
     row = tl.load(tokens + source, mask=mask, other=0) if RAGGED else (source // k).to(tl.int32)
     tl.store(pairs.token_P + p, row, mask=mask)
@@ -81,10 +82,9 @@ def long(
     offsets, sort_keys, pairs, x, residual, prefixes, partial, shift, n, d: tl.constexpr, CHUNK: tl.constexpr,
     G: tl.constexpr, DEC: tl.constexpr, ENC: tl.constexpr, U: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
-    begin = chunk * CHUNK
-    latent = tl.load(sort_keys + begin).to(tl.int32) + shift
-    if latent < n:
+    for chunk in range(tl.program_id(0), tl.cdiv(tl.load(offsets + n), CHUNK), tl.num_programs(0)):
+        begin = chunk * CHUNK
+        latent = tl.load(sort_keys + begin).to(tl.int32) + shift
         end = tl.load(offsets + latent + 1)
         if end - tl.load(offsets + latent) > CHUNK:
             o = tl.program_id(1) * D + tl.arange(0, D)
@@ -92,10 +92,11 @@ def long(
             group = group_of(latent, prefixes, G)
             end = tl.minimum(begin + CHUNK, end)
             dec, enc = _sums(begin, end, group, pairs, x, residual, o, mask, d, G, DEC, ENC, U, D)
+            place = partial + tl.cast(chunk, tl.int64) * (2 * d) + o
             if DEC:
-                tl.store(partial + chunk.to(tl.int64) * (2 * d) + o, dec, mask=mask)
+                tl.store(place, dec, mask=mask)
             if ENC:
-                tl.store(partial + chunk.to(tl.int64) * (2 * d) + d + o, enc, mask=mask)
+                tl.store(place + d, enc, mask=mask)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +15,10 @@ from plmsae_cli.sae.fused.pairs import ActivePairs
 
 MOST_HELD = 256
 """Pairs of a token up to which, where tokens differ, their decoder rows are held at once."""
+ONE_WARP = 64
+"""Pairs of a token up to which one warp does all."""
+PROGRAMS = 2048
+"""For the tokens on a list, whose length only the device knows: without any, they end at once."""
 
 
 class _Batch(NamedTuple):
@@ -43,6 +48,14 @@ def _later(prefix):
 
 
 @triton.jit
+def _store_energies(batch, row, squares, prefix, G: tl.constexpr):
+    """Of squared errors [groups, columns]: the sum of all, and of the last group, whose prefix is the whole."""
+    of_group = tl.sum(squares, 1)
+    tl.store(batch.energy + row, tl.sum(of_group, 0))
+    tl.store(batch.energy + batch.rows + row, tl.sum(tl.where(prefix == G - 1, of_group, 0.0), 0))
+
+
+@triton.jit
 def _held(
     batch, row, begin, end, d: tl.constexpr, LISTED: tl.constexpr, G: tl.constexpr, PLACES: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr,
@@ -56,17 +69,14 @@ def _held(
     held = held_by(prefix, act, group, G)
     later = _later(prefix)
     slopes = tl.zeros((K, PLACES), tl.float32)
-    nested = tl.zeros((D,), tl.float32)
-    full = tl.zeros((D,), tl.float32)
+    squares = tl.zeros((PLACES, D), tl.float32)  # added up at the end alone, as a sum over threads takes long
     for start in tl.range(0, d, D, num_stages=3):
         o = start + tl.arange(0, D)
         mask = o < d
         weights = tl.load(rows_of_w + o[None, :], mask=active[:, None] & mask[None, :], other=0.0)
         target = tl.load(batch.x + row * d + o, mask=mask, other=0.0).to(tl.float32)
         error = tl.where(prefix[:, None] < G, target[None, :] - tl.dot(held, weights), 0.0)
-        nested += tl.sum(error * error, 0)
-        if G > 1:
-            full += tl.sum(tl.where(prefix[:, None] == G - 1, error * error, 0.0), 0)
+        squares += error * error
         error = error.to(tl.bfloat16)
         if G > 1:
             error = tl.dot(later, error).to(tl.bfloat16)
@@ -75,8 +85,7 @@ def _held(
         slopes = tl.dot(weights, tl.trans(error), slopes)
     own = of_own_group(slopes, prefix, group)
     tl.store(batch.slope + pair, tl.where(active, own, 0.0), mask=pair < end)
-    tl.store(batch.energy + row, tl.sum(nested, 0))
-    tl.store(batch.energy + batch.rows + row, tl.sum(full if G > 1 else nested, 0))
+    _store_energies(batch, row, squares, prefix, G)
 
 
 @triton.jit
@@ -87,8 +96,7 @@ def _many(
     """What `_held` computes, for a token of more pairs: the decoder's rows are read twice, K at a time."""
     prefix = tl.arange(0, PLACES)
     later = _later(prefix)
-    nested = tl.zeros((D,), tl.float32)
-    full = tl.zeros((D,), tl.float32)
+    squares = tl.zeros((PLACES, D), tl.float32)
     for start in range(0, d, D):
         o = start + tl.arange(0, D)
         mask = o < d
@@ -101,15 +109,13 @@ def _many(
             decoded = tl.dot(held_by(prefix, act, group, G), weights, decoded)
         target = tl.load(batch.x + row * d + o, mask=mask, other=0.0).to(tl.float32)
         error = tl.where(prefix[:, None] < G, target[None, :] - decoded, 0.0)
-        nested += tl.sum(error * error, 0)
-        full += tl.sum(tl.where(prefix[:, None] == G - 1, error * error, 0.0), 0)
+        squares += error * error
         error = error.to(tl.bfloat16)
         if G > 1:
             error = tl.dot(later, error).to(tl.bfloat16)
         out = batch.residual + (row * G + prefix[:, None]) * d + o[None, :]
         tl.store(out, error, mask=mask[None, :] & (prefix[:, None] < G))
-    tl.store(batch.energy + row, tl.sum(nested, 0))
-    tl.store(batch.energy + batch.rows + row, tl.sum(full, 0))
+    _store_energies(batch, row, squares, prefix, G)
     tl.debug_barrier()  # other threads of this program read what was stored
     for first in range(begin, end, K):
         pair = first + tl.arange(0, K)
@@ -139,23 +145,47 @@ def _residual(
 
 
 @triton.jit
-def _residual_ragged(
-    batch, offsets, more_than, d: tl.constexpr, LISTED: tl.constexpr, G: tl.constexpr, PLACES: tl.constexpr,
+def _by_length(
+    batch, offsets, row, longer, d: tl.constexpr, LISTED: tl.constexpr, G: tl.constexpr, PLACES: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, MORE_K: tl.constexpr, MORE_D: tl.constexpr, MANY_K: tl.constexpr,
     MANY_D: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of more than `more_than` pairs, up to K or up to MORE_K; with MANY_K, all that have more as well."""
-    row = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets + row).to(tl.int64)
     end = tl.load(offsets + row + 1).to(tl.int64)
     count = end - begin
-    if count > more_than:
-        if count <= K:
-            _held(batch, row, begin, end, d, LISTED, G, PLACES, K, D)
-        elif count <= MORE_K:
-            _held(batch, row, begin, end, d, LISTED, G, PLACES, MORE_K, MORE_D)
-        elif MANY_K > 0:
-            _many(batch, row, begin, end, d, LISTED, G, PLACES, MANY_K, MANY_D)
+    if count <= K:
+        _held(batch, row, begin, end, d, LISTED, G, PLACES, K, D)
+    elif count <= MORE_K:
+        _held(batch, row, begin, end, d, LISTED, G, PLACES, MORE_K, MORE_D)
+    elif MANY_K > 0:
+        _many(batch, row, begin, end, d, LISTED, G, PLACES, MANY_K, MANY_D)
+    else:
+        # In whatever order: each token is computed alone.
+        tl.store(longer + 1 + tl.atomic_add(longer, 1), row.to(tl.int32))
+
+
+@triton.jit
+def _residual_ragged(
+    batch, offsets, void, these, longer, d: tl.constexpr, LISTED: tl.constexpr, G: tl.constexpr, PLACES: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, MORE_K: tl.constexpr, MORE_D: tl.constexpr, MANY_K: tl.constexpr,
+    MANY_D: tl.constexpr,
+):  # fmt: skip
+    """Tokens of up to K or up to MORE_K pairs, and with MANY_K of more; without, those are added to the list `longer`.
+
+    Of the list `these`, or where there is none all, each by its program. A list begins with its length.
+    """
+    if these is not None:
+        # Without licm: what it would keep from one token to the next takes registers, and few programs run at once.
+        for place in tl.range(tl.program_id(0), tl.load(these), tl.num_programs(0), disable_licm=True):
+            row = tl.load(these + 1 + place).to(tl.int64)
+            _by_length(batch, offsets, row, longer, d, LISTED, G, PLACES, K, D, MORE_K, MORE_D, MANY_K, MANY_D)
+    else:
+        wanted = True
+        if void is not None:
+            wanted = tl.load(void) == 0
+        if wanted:
+            row = tl.program_id(0).to(tl.int64)
+            _by_length(batch, offsets, row, longer, d, LISTED, G, PLACES, K, D, MORE_K, MORE_D, MANY_K, MANY_D)
 
 
 def residuals(
@@ -169,6 +199,7 @@ def residuals(
     most_held: int = MOST_HELD,
     smallest: int | None = None,
     listed: bool = False,
+    void: Tensor | None = None,
 ) -> None:
     """Decode and differentiate with one read of the decoder's rows.
 
@@ -176,7 +207,7 @@ def residuals(
     latent's group, W_dec,i>, which is dL/dz over -2, 0 where z is; `energy_2B` = sum_g ||r_g||^2 and ||r_G||^2.
 
     `smallest`: pairs of a token in the first launch, a power of two of 16 or more, where not their mean; `listed`: pairs
-    with activation 0 have a slope, too.
+    with activation 0 have a slope, too; `void` (int32, 0-dim): where it is not 0, nothing is written.
     """
     rows, d = x_BD.shape
     k, groups = len(pairs.acts_P) // rows, residual_BGD.shape[1]
@@ -189,20 +220,43 @@ def residuals(
     if pairs.offsets_B1 is None:
         _residual[(rows,)](batch, k, *fixed, *first[:2], num_warps=1)
         return
-    sizes = sizes_held(smallest, most_held)
-    tiles = [first[:2], *((size, max(16, smallest * first.columns // size)) for size in sizes[1:])]
-    # Two sizes a launch: for more than two, every program would want many registers.
-    more_than = -1
-    for place in range(0, len(tiles), 2):
-        of_two, many = tiles[place : place + 2], (0, 0)
-        if place + 2 >= len(tiles):
-            many = tile_of_pairs(min(sizes[-1], most_held), groups)[:2]
-        _residual_ragged[(rows,)](
-            batch, pairs.offsets_B1, more_than, *fixed, *of_two[0], *of_two[-1], *many, num_warps=1
-        )
-        more_than = of_two[-1][0]
+    launches = launches_of(smallest, most_held)
+    lists = torch.zeros(len(launches) - 1, 1 + rows, dtype=torch.int32, device=x_BD.device).unbind()
+    for (sizes, warps), these, longer in zip(launches, [None, *lists], [*lists, None], strict=True):
+        tiles = [columns_held(size, smallest, first.columns) for size in sizes]
+        many = (0, 0) if longer is not None else tiles[-1]
+        programs = rows if these is None else min(rows, PROGRAMS)
+        limit = registers(warps, smallest, groups) if limits_registers(x_BD) else None
+        _residual_ragged[(programs,)](
+            batch, pairs.offsets_B1, void, these, longer, *fixed, *tiles[0], *tiles[-1], *many, num_warps=warps,
+            maxnreg=limit,
+        )  # fmt: skip
 
 
-def sizes_held(smallest: int, most_held: int) -> list[int]:
-    """Sizes of lists that are held at once, by which tokens are told apart: `smallest`, and doubled up to `most_held`."""
-    return [smallest, *(smallest << i for i in range(1, 4) if smallest << i <= most_held)]
+def limits_registers(tensor: Tensor) -> bool:
+    """Whether it lies on an H100 or H200: older GPUs, which multiply from registers, would spill in every loop."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
+
+
+def registers(warps: int, smallest: int, groups: int) -> int | None:
+    """As many as let 16 programs of one warp (12 with groups), 5 of four or 3 of eight run on a multiprocessor."""
+    if warps == 1:
+        return None if smallest > 32 else 128 if groups == 1 else 168
+    return {4: 96, 8: 80}.get(warps)
+
+
+def columns_held(size: int, smallest: int, columns: int) -> tuple[int, int]:
+    """So many pairs, and columns at a time: with one warp fewer, so that it wants no more registers than the smallest."""
+    return size, max(16, smallest * columns // size) if size <= ONE_WARP else max(16, min(64, 8192 // size))
+
+
+def launches_of(smallest: int, most_held: int) -> list[tuple[list[int], int]]:
+    """Sizes of lists that are held at once, by which tokens are told apart, and warps, of each launch.
+
+    `smallest` and its double share a launch of one warp a token: for more sizes, every program would want many registers.
+    Longer lists have a warp for every 32 pairs, as one would be at a token long after all others are done.
+    """
+    sizes = [smallest, *(smallest << i for i in range(1, 4) if smallest << i <= most_held)]
+    light, heavy = [size for size in sizes if size <= ONE_WARP], [size for size in sizes if size > ONE_WARP]
+    pairs_of_sizes = [(light[i : i + 2], 1) for i in range(0, len(light), 2)]
+    return [*pairs_of_sizes, *(([size], max(1, min(8, size // 32))) for size in heavy)]

@@ -42,9 +42,9 @@ class FusedStep:
 
     Several ranks are data parallel: each computes the gradients of its tokens, and of their sum each gets the rows of
     its latents (`Rows`), which it alone updates; all then gather the bfloat16 copies that the next step's products use
-    (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054, section 5: stages 1 and 2). The decoder's gradients travel while
-    the encoder's are computed, the encoder's copies while the decoder is updated, and the decoder's while the next step
-    encodes.
+    (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054, section 5: stages 1 and 2). The gradients of the decoder and of
+    the vectors travel while the encoder's are computed, the encoder's copies while the decoder is updated, and the
+    decoder's while the next step encodes.
 
     Args:
         model: its settings; of its tensors theta alone, which follows the training where there is one.
@@ -145,10 +145,10 @@ class FusedStep:
         own_dec_PD, own_enc_PD = self._own_2PD
         replay("decoder", places, lambda places: self._half_gradients(places, decoder=True, encoder=False))
         decoder = ranks.sum_rows_later(grads.whole_dec, own_dec_PD)
-        replay("encoder", places, lambda places: self._half_gradients(places, decoder=False, encoder=True))
-        encoder = ranks.sum_rows_later(grads.whole_enc, own_enc_PD)
         replay("small", 0, self._small_gradients)
         vectors = ranks.sum_later(self._vectors)
+        replay("encoder", places, lambda places: self._half_gradients(places, decoder=False, encoder=True))
+        encoder = ranks.sum_rows_later(grads.whole_enc, own_enc_PD)
         decoder.wait()
         replay("decoder norm", 0, lambda _: self._squares(0))
         encoder.wait()
@@ -176,7 +176,7 @@ class FusedStep:
         encode(self._x_BD, self._update.w_enc_ND, self._update.b_enc_N)
         if isinstance(model, BatchTopK) and isinstance(encode, BatchTopKEncoder):
             model.follow(encode.smallest)
-            self._l0_std.copy_(encode.spread() / self._ranks.world)
+            encode.spread(self._l0_std)
 
     def _errors(self, places: int) -> None:
         update, energy_2B, model = self._update, self._energy_2B, self._model

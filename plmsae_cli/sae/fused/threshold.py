@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plmsae_cli.sae.fused.listed import GroupLists, load_listed, store_pairs
+from plmsae_cli.sae.fused.listed import GroupLists, counts_up_to, load_listed, store_pairs
 from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.top_k import members_of_group
 
@@ -24,7 +24,7 @@ TYPICAL = 64
 """Pairs of a token that the size of the groups is chosen for."""
 SCORES_A_TILE = 1024
 """Scores of listed groups that are read at once."""
-NEAR_TILE = 512
+NEAR_TILE = 256
 """Pairs of a latent that are read at once: some latents are active in most tokens."""
 
 
@@ -35,12 +35,13 @@ def above_and_near(scores, theta, row, latent, rows, n, half):
     places = scores + row.to(tl.int64)[:, None] * n + latent[None, :]
     score = tl.load(places, mask=inside, other=0.0).to(tl.float32)
     limit = tl.load(theta + latent, mask=latent < n, other=0.0)[None, :]
-    above, near = _beside(score, limit, inside, half)
+    above, near = beside(score, limit, inside, half)
     return score, above, near
 
 
 @triton.jit
-def _beside(score, limit, inside, half):
+def beside(score, limit, inside, half):
+    """Which scores are above their threshold, and which are nearer to it than `half`."""
     return inside & (score > limit), inside & (tl.abs(score - limit) < half)
 
 
@@ -85,14 +86,12 @@ def _write_listed(
         for first in range(0, length, TILE):
             slot = first + tl.arange(0, TILE)
             latent, scored, wanted = load_listed(scores, lists, row, slot, length, groups, n, MEMBERS)
-            latent = tl.reshape(latent, (TILE * MEMBERS,))
-            wanted = tl.reshape(wanted, (TILE * MEMBERS,))
-            score = tl.reshape(scored, (TILE * MEMBERS,)).to(tl.float32)
-            above, near = _beside(score, tl.load(theta + latent, mask=wanted, other=0.0), wanted, half)
-            listed = (above | near).to(tl.int32)
-            to = place + tl.cumsum(listed, 0) - 1
-            store_pairs(written, to, tl.where(above, score, 0.0), latent, row, listed == 1)
-            place += tl.sum(listed, 0)
+            score = scored.to(tl.float32)
+            above, near = beside(score, tl.load(theta + latent, mask=wanted, other=0.0), wanted, half)
+            listed = above | near
+            counts, whole = counts_up_to(listed.to(tl.int32))
+            store_pairs(written, place + counts - 1, tl.where(above, score, 0.0), latent, row, listed)
+            place += whole
 
 
 @triton.jit
@@ -169,4 +168,4 @@ class ThresholdEncoder:
         """Set `near_2N`, of the pairs in order of latent; `slope_P` in order of token."""
         n = len(self.theta_N)
         pairs = (offsets_N1, order_P, token_P, slope_P)
-        _near_sums[(n,)](*pairs, self.scores_BN, self.theta_N, self.near_2N, n, self.half, NEAR_TILE, num_warps=4)
+        _near_sums[(n,)](*pairs, self.scores_BN, self.theta_N, self.near_2N, n, self.half, NEAR_TILE, num_warps=2)

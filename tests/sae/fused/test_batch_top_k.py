@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.sae.batch_selection import keep_largest
+from plmsae_cli.sae.fused import residual
 from plmsae_cli.sae.fused.batch_top_k import BatchTopKEncoder
 from plmsae_cli.sae.fused.pairs import ActivePairs
 from plmsae_cli.sae.fused.residual import residuals
@@ -68,8 +69,11 @@ def test_wide_dictionaries(num_latents: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_residuals_of_tokens_of_any_number_of_pairs_are_the_formulas(groups: int) -> None:
+def test_residuals_of_tokens_of_any_number_of_pairs_are_the_formulas(
+    groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One token for each way to go: none, one of every size that is held at once, full ones, and more than are held."""
+    monkeypatch.setattr(residual, "PROGRAMS", 2)  # some of which take several tokens of a list
     generator = torch.Generator().manual_seed(1)
     counts, n, d = [0, 7, 16, 17, 40, 128, 129, 300], 320, 48
     rows = len(counts)
@@ -90,7 +94,10 @@ def test_residuals_of_tokens_of_any_number_of_pairs_are_the_formulas(groups: int
     slope_P, energy_2B = torch.zeros(len(token_P), device=DEVICE), torch.zeros(2, rows, device=DEVICE)
     prefixes_G = torch.tensor(prefixes, dtype=torch.int32, device=DEVICE)
     out = (residual_BGD, slope_P, energy_2B)
-    residuals(x_BD.to(DEVICE), w_ND.to(DEVICE), pairs, prefixes_G, *out, most_held=128, smallest=16)
+    given = (x_BD.to(DEVICE), w_ND.to(DEVICE), pairs, prefixes_G)
+    residuals(*given, *out, most_held=128, smallest=16, void=torch.ones((), dtype=torch.int32, device=DEVICE))
+    assert not any(tensor.any() for tensor in out)
+    residuals(*given, *out, most_held=128, smallest=16)
 
     x, w, z = x_BD.double(), w_ND.double(), z_BN.double()
     own_BGD = torch.stack([x - z[:, :size] @ w[:size] for size in prefixes], 1)

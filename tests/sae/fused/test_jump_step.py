@@ -57,17 +57,24 @@ def closed_form(
     return error_BD.square().sum() / inputs_BD.numel() + 0.2 * penalty, l0, gradients
 
 
-@pytest.mark.parametrize(("places", "target"), [(N, None), (2, 3.0)], ids=["pairs", "all-latents"])
+@pytest.mark.parametrize(
+    ("places", "target", "described"),
+    [(N, None, True), (2, 3.0, True), (2, 3.0, False)],
+    ids=["pairs", "all-latents", "all-latents-by-pointers"],
+)
 def test_a_step_is_the_closed_form_and_the_plain_update(
     places: int,
     target: float | None,
+    described: bool,
     monkeypatch: pytest.MonkeyPatch,
     steps_as_plain: Callable[..., None],
     infinity_changes_nothing: Callable[..., None],
 ) -> None:
     monkeypatch.setattr(jump, "capacity", lambda _: places)
+    may = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    monkeypatch.setattr(dense, "has_descriptors", lambda *_: described and may)
     if DEVICE.type == "cpu":  # several tiles; on a GPU those of training
-        for name, size in (("TILE", 16), ("WIDE", 16), ("STEP", 16), ("PROGRAMS", 4)):
+        for name, size in (("TILE", 32), ("WIDE", 16), ("STEP", 16)):
             monkeypatch.setattr(dense, name, size)
     generator = torch.Generator().manual_seed(1)
     model, plain = jumprelu(generator, target).to(DEVICE), JumpReLU(D, N, bandwidth=BANDWIDTH).to(DEVICE)

@@ -71,7 +71,7 @@ def tile_table(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 @triton.jit
-def _scores(s, scale, cap, CAPPED: tl.constexpr):
+def scores_of(s, scale, cap, CAPPED: tl.constexpr):
     """Scores in units of log 2."""
     if CAPPED:
         # tanh by exp2: libdevice has no place in the interpreter.
@@ -82,12 +82,36 @@ def _scores(s, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _through_cap(d_s, s, cap, CAPPED: tl.constexpr):
+def through_cap(d_s, s, cap, CAPPED: tl.constexpr):
     """The gradient of scores from that of capped ones `s`."""
     if CAPPED:
         share = s / (LOG2_E * cap)
         d_s = d_s * (1.0 - share * share)
     return d_s
+
+
+@triton.jit
+def halves(total, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The first and the second half of the columns: they lie in registers of the same threads."""
+    return tl.split(tl.permute(tl.reshape(total, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def store_gradient(to, stride, d, x, rows, inside, scales, per_row, begin, cos, sin, ROWS: tl.constexpr, DH: tl.constexpr, TURNED: tl.constexpr):
+    """The gradient `d` of queries or keys `x`; or, if those were normed and turned, of what was, times their `scales`."""
+    far = rows[:, None].to(tl.int64) * stride
+    if TURNED:
+        x = x.to(tl.float32)
+        scale = tl.load(scales + rows.to(tl.int64) * per_row, mask=inside, other=0.0)
+        a, b = halves((d - x * (tl.sum(d * x, 1) / DH)[:, None]) * scale[:, None], ROWS, DH)
+        pair = tl.arange(0, DH // 2)[None]
+        angle = (rows - begin)[:, None] * (DH // 2) + pair
+        c = tl.load(cos + angle, mask=inside[:, None], other=0.0)
+        s = tl.load(sin + angle, mask=inside[:, None], other=0.0)
+        tl.store(to + far + pair, (a * c + b * s).to(to.dtype.element_ty), mask=inside[:, None])
+        tl.store(to + far + DH // 2 + pair, (b * c - a * s).to(to.dtype.element_ty), mask=inside[:, None])
+    else:
+        tl.store(to + far + tl.arange(0, DH), d.to(to.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -111,7 +135,7 @@ def _forward(
         near = start + columns
         there = near[:, None] < high
         key = tl.load(k + near[:, None].to(tl.int64) * kt + head * kh + places, mask=there, other=0.0)
-        s = _scores(tl.dot(query, tl.trans(key)), scale, cap, CAPPED)
+        s = scores_of(tl.dot(query, tl.trans(key)), scale, cap, CAPPED)
         if WINDOW:
             s = tl.where((near < high)[None] & (tl.abs(rows[:, None] - near[None]) < window), s, float("-inf"))
         elif start + N > high:
@@ -138,9 +162,10 @@ def _forward(
 
 @triton.jit
 def _backward_queries(
-    q, k, v, out, grad, lse, delta, grad_q, tiles, qt, qh, kt, kh, vt, vh, ot, oh, gt, gh, at, ah,
-    num_tokens, scale, cap, window,
+    q, k, v, out, grad, lse, delta, grad_q, scales, cos, sin, tiles, qt, qh, kt, kh, vt, vh, ot, oh, gt, gh, at, ah,
+    num_tokens, scale, cap, window, heads,
     DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, begin, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
@@ -164,24 +189,26 @@ def _backward_queries(
         there = near[:, None] < high
         key = tl.load(k + near[:, None].to(tl.int64) * kt + head * kh + places, mask=there, other=0.0)
         value = tl.load(v + near[:, None].to(tl.int64) * vt + head * vh + places, mask=there, other=0.0)
-        s = _scores(tl.dot(query, tl.trans(key)), scale, cap, CAPPED)
+        s = scores_of(tl.dot(query, tl.trans(key)), scale, cap, CAPPED)
         p = tl.exp2(s - level[:, None])
         seen = (near < high)[None]
         if WINDOW:
             seen = seen & (tl.abs(rows[:, None] - near[None]) < window)
         p = tl.where(seen, p, 0.0)
-        d_s = _through_cap(p * (tl.dot(d_out, tl.trans(value)) - along[:, None]), s, cap, CAPPED)
+        d_s = through_cap(p * (tl.dot(d_out, tl.trans(value)) - along[:, None]), s, cap, CAPPED)
         d_query = tl.dot(d_s.to(key.dtype), key, d_query)
-    tl.store(
-        grad_q + far * at + head * ah + places, (d_query * scale).to(grad_q.dtype.element_ty), mask=inside[:, None]
-    )
+    store_gradient(
+        grad_q + head * ah, at, d_query * scale, query, rows, inside, scales + head, 2 * heads, begin, cos, sin, M, DH,
+        TURNED,
+    )  # fmt: skip
 
 
 @triton.jit
 def _backward_keys(
-    q, k, v, grad, lse, delta, grad_k, grad_v, tiles, qt, qh, kt, kh, vt, vh, gt, gh, at, ah,
-    num_tokens, scale, cap, window,
+    q, k, v, grad, lse, delta, grad_k, grad_v, scales, norms, cos, sin, tiles,
+    qt, qh, kt, kh, vt, vh, gt, gh, at, ah, num_tokens, scale, cap, window, heads,
     DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, begin, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
@@ -204,22 +231,27 @@ def _backward_keys(
         # Rows that are not there have probability 0; so have columns, whose sums are not stored.
         level = tl.load(lse + head * num_tokens + rows, mask=inside, other=float("inf"))
         along = tl.load(delta + head * num_tokens + rows, mask=inside, other=0.0)
-        s = _scores(tl.dot(key, tl.trans(query)), scale, cap, CAPPED)
+        s = scores_of(tl.dot(key, tl.trans(query)), scale, cap, CAPPED)
         p = tl.exp2(s - level[None])
         if WINDOW:
             p = tl.where(tl.abs(near[:, None] - rows[None]) < window, p, 0.0)
         d_value = tl.dot(p.to(d_out.dtype), d_out, d_value)
-        d_s = _through_cap(p * (tl.dot(value, tl.trans(d_out)) - along[None]), s, cap, CAPPED)
+        d_s = through_cap(p * (tl.dot(value, tl.trans(d_out)) - along[None]), s, cap, CAPPED)
         d_key = tl.dot(d_s.to(query.dtype), query, d_key)
-    tl.store(grad_k + far * at + head * ah + places, (d_key * scale).to(grad_k.dtype.element_ty), mask=there)
+    store_gradient(
+        grad_k + head * ah, at, d_key * scale, key, near, near < end, scales + heads + head, 2 * heads, begin, cos, sin,
+        N, DH, TURNED,
+    )  # fmt: skip
+    if TURNED:
+        d_value *= tl.load(norms + near, mask=near < end, other=0.0)[:, None]
     tl.store(grad_v + far * at + head * ah + places, d_value.to(grad_v.dtype.element_ty), mask=there)
 
 
-def _options(head_dim: int, window: int, cap: float) -> dict[str, Any]:
+def options_of(head_dim: int, window: int, cap: float) -> dict[str, Any]:
     return {"DH": head_dim, "WINDOW": window > 0, "CAPPED": cap > 0}
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def strides(*tensors: Tensor) -> list[int]:
     """Of tokens and heads; places of a head lie side by side."""
     found = []
     for tensor in tensors:
@@ -231,14 +263,18 @@ def _strides(*tensors: Tensor) -> list[int]:
 @torch.library.custom_op("plmsae::packed_attention", mutates_args=())
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, window: int, cap: float) -> tuple[Tensor, Tensor]:
     """(out [T, H, Dh], log2 of the sums of exponentials [H, T], float32). `window`, `cap`: 0 for none."""
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    return forward(*(x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v)), tiles, window, cap)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, window: int, cap: float) -> tuple[Tensor, Tensor]:
+    """As `packed_attention`; places of a head lie side by side."""
     num_tokens, heads, width = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(heads, num_tokens, dtype=torch.float32)
     columns, warps, stages = _shape(_FORWARD, q)
     with torch.cuda.device_of(q):  # Triton launches on the current one
         _forward[len(tiles), heads](
-            q, k, v, out, lse, tiles, *_strides(q, k, v, out), num_tokens, width**-0.5, cap, window,
-            M=TILE, N=columns, num_warps=warps, num_stages=stages, **_options(width, window, cap),
+            q, k, v, out, lse, tiles, *strides(q, k, v, out), num_tokens, width**-0.5, cap, window,
+            M=TILE, N=columns, num_warps=warps, num_stages=stages, **options_of(width, window, cap),
         )  # fmt: skip
     return out, lse
 
@@ -254,22 +290,48 @@ def packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, [T, H, Dh] each."""
     grad, q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (grad, q, k, v))
+    grads = [q.new_empty(q.shape) for _ in range(3)]
+    backward(grad, q, k, v, out, lse, tiles, window, cap, grads)
+    return grads[0], grads[1], grads[2]
+
+
+class Turned(NamedTuple):
+    """How q and k came to be, and what the gradients of that are to be multiplied with."""
+
+    scales_T2H: Tensor
+    norm_T: Tensor
+    """For the gradients of v."""
+    cos: Tensor
+    sin: Tensor
+    """Rotary tables of positions in a document."""
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, window: int, cap: float,
+    grads: list[Tensor], turned: Turned | None = None,
+) -> None:  # fmt: skip
+    """Write the gradients of q, k and v, [T, H, Dh] each with the same strides, into `grads`.
+
+    With `turned`, of what became q and k by a norm and a rotation.
+    """
     num_tokens, heads, width = q.shape
     delta = torch.empty_like(lse)
-    grads = [q.new_empty(q.shape) for _ in range(3)]
-    options = _options(width, window, cap)
+    options = options_of(width, window, cap) | {"TURNED": turned is not None}
+    scales, norms, cos, sin = turned or (lse, lse, lse, lse)
+    numbers = num_tokens, width**-0.5, cap, window, heads
     with torch.cuda.device_of(q):
         columns, warps, stages = _shape(_QUERIES, q)
         _backward_queries[len(tiles), heads](
-            q, k, v, out, grad, lse, delta, grads[0], tiles, *_strides(q, k, v, out, grad, grads[0]),
-            num_tokens, width**-0.5, cap, window, M=TILE, N=columns, num_warps=warps, num_stages=stages, **options,
+            q, k, v, out, grad, lse, delta, grads[0], scales, cos, sin, tiles,
+            *strides(q, k, v, out, grad, grads[0]), *numbers,
+            M=TILE, N=columns, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
         rows, warps, stages = _shape(_KEYS, q)
         _backward_keys[len(tiles), heads](
-            q, k, v, grad, lse, delta, grads[1], grads[2], tiles, *_strides(q, k, v, grad, grads[1]),
-            num_tokens, width**-0.5, cap, window, M=rows, N=TILE, num_warps=warps, num_stages=stages, **options,
+            q, k, v, grad, lse, delta, grads[1], grads[2], scales, norms, cos, sin, tiles,
+            *strides(q, k, v, grad, grads[1]), *numbers,
+            M=rows, N=TILE, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
-    return grads[0], grads[1], grads[2]
 
 
 @packed_attention_backward.register_fake

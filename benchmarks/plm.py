@@ -26,11 +26,13 @@ import torch
 from record import add, cpu, stamp
 
 from plmsae_cli.config.training import Train
+from plmsae_cli.plm import attention
 from plmsae_cli.plm.alphabet import encode, wrap
 from plmsae_cli.runtime.device import peak_flops, training_dtype
 from plmsae_cli.runtime.dist import Gang, gang
 from plmsae_cli.store.fasta import records
 from plmsae_cli.training import plm_model
+from plmsae_cli.training.optimizers import grouped_muon
 from plmsae_cli.training.packs import Packs
 from plmsae_cli.training.plm_objective import PLMObjective
 
@@ -136,6 +138,7 @@ def measure(ranks: Gang) -> None:
     parser.add_argument("--attention-soft-cap", type=float)
     parser.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--mode", help="of torch.compile, such as max-autotune-no-cudagraphs")
+    parser.add_argument("--without", nargs="+", choices=["block", "muon", "whole"], default=[], help="kernels not to use")
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--learn", type=int, default=0, help="train so many steps first and print losses")
@@ -143,6 +146,11 @@ def measure(ranks: Gang) -> None:
     parser.add_argument("--results", type=Path, help="file to add the figures to")
     options = parser.parse_args()
     plm_model.COMPILE_MODE = options.mode
+    attention.BLOCK_OPS, grouped_muon.KERNELS = "block" not in options.without, "muon" not in options.without
+    if "whole" in options.without:
+        from plmsae_cli.plm import block_ops
+
+        block_ops.WHOLE = False
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     packs = training_packs(options.fasta, options.pack_tokens, options.max_length)
     trained = objective(options, packs, device, ranks)

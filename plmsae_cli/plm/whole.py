@@ -36,9 +36,27 @@ LONGEST = 2048
 
 
 @triton.jit
+def _prepare(
+    out, grad, lse, tiles, levels, alongs, num_tokens, heads: tl.constexpr, DH: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """`lse`, and outputs times their gradients summed over a head's places, of each tile; beyond its document infinity, 0."""
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 2)
+    if first >= end:
+        return
+    rows = first + tl.arange(0, N)
+    inside = rows < end
+    where = rows[:, None].to(tl.int64) * (heads * DH) + head * DH + tl.arange(0, DH)
+    a = tl.load(out + where, mask=inside[:, None], other=0.0).to(tl.float32)
+    b = tl.load(grad + where, mask=inside[:, None], other=0.0).to(tl.float32)
+    to = (head * tl.num_programs(0) + tile) * N + tl.arange(0, N)
+    tl.store(alongs + to, tl.sum(a * b, 1))
+    tl.store(levels + to, tl.load(lse + head * num_tokens + rows, mask=inside, other=float("inf")))
+
+
+@triton.jit
 def _backward_documents(
-    keys, queries, grads, out, grad, lse, delta, part, found, scales, norms, cos, sin, tiles,
-    num_tokens, scale, cap, window, heads: tl.constexpr,
+    keys, queries, grads, levels, alongs, part, found, scales, norms, cos, sin, tiles, scale, cap, window, heads: tl.constexpr,
     DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -48,22 +66,13 @@ def _backward_documents(
     places, columns, rows_of = tl.arange(0, DH), tl.arange(0, N), tl.arange(0, M)
     # Gradients of queries in blocks of [DH, M], in places of the document's own.
     part += (head.to(tl.int64) * tl.num_programs(0) + tile) * (N * DH)
-    lse += head.to(tl.int64) * num_tokens
-    delta += head.to(tl.int64) * num_tokens
     found += head * DH
     at: tl.constexpr = 3 * heads * DH
     block = places[:, None] * M + rows_of[None]
-    for start in range(begin, end, N):
-        rows = start + columns
-        inside = rows < end
-        far = rows[:, None].to(tl.int64) * (heads * DH) + head * DH + places
-        made = tl.load(out + far, mask=inside[:, None], other=0.0).to(tl.float32)
-        d_out = tl.load(grad + far, mask=inside[:, None], other=0.0).to(tl.float32)
-        tl.store(delta + rows, tl.sum(made * d_out, 1), mask=inside)
     if WINDOW:
         for start in range(begin, end, M):
             tl.store(part + (start - begin) * DH + block, tl.zeros([DH, M], tl.float32))
-    tl.debug_barrier()
+        tl.debug_barrier()
     for start_near in range(begin, end, N):
         near = start_near + columns
         there = (near < end)[:, None]
@@ -76,16 +85,14 @@ def _backward_documents(
             low = begin + tl.maximum(0, start_near - window + 1 - begin) // M * M
             high = tl.minimum(end, start_near + N - 1 + window)
         for start in range(low, high, M):
-            rows = start + rows_of
-            inside = rows < end
             query = queries.load([start, head * DH])
             d_out = grads.load([start, head * DH])
-            level = tl.load(lse + rows, mask=inside, other=float("inf"))
-            along = tl.load(delta + rows, mask=inside, other=0.0)
+            level = tl.reshape(levels.load([head, tile * N + start - begin]), [M])
+            along = tl.reshape(alongs.load([head, tile * N + start - begin]), [M])
             s = scores_of(tl.dot(key, tl.trans(query)), scale, cap, CAPPED)
             p = tl.where(there, tl.exp2(s - level[None]), 0.0)
             if WINDOW:
-                p = tl.where(tl.abs(near[:, None] - rows[None]) < window, p, 0.0)
+                p = tl.where(tl.abs(near[:, None] - start - rows_of[None]) < window, p, 0.0)
             d_value = tl.dot(p.to(d_out.dtype), d_out, d_value)
             d_s = through_cap(p * (tl.dot(value, tl.trans(d_out)) - along[None]), s, cap, CAPPED).to(query.dtype)
             d_key = tl.dot(d_s, query, d_key)
@@ -121,14 +128,18 @@ def backward_documents(
 ) -> Tensor:  # fmt: skip
     """Gradients [T, 3, H, Dh] of what became q, k and v [T, 3, H, Dh] as `turned` says; all contiguous."""
     num_tokens, _, heads, width = qkv.shape
-    found, delta = torch.empty_like(qkv), torch.empty_like(lse_HT)
-    part = lse_HT.new_empty(heads, len(tiles_N3), width, TILE)
+    found, slots = torch.empty_like(qkv), (heads, len(tiles_N3) * TILE)
+    levels, alongs = lse_HT.new_empty(slots), lse_HT.new_empty(slots)
+    part = lse_HT.new_empty(*slots, width)
+    rows, view = shape.rows, TensorDescriptor.from_tensor
     flat, flat_grad = qkv.view(num_tokens, -1), grad_THD.view(num_tokens, -1)
     with torch.cuda.device_of(qkv):  # Triton launches on the current one
+        _prepare[len(tiles_N3), heads](
+            out_THD, grad_THD, lse_HT, tiles_N3, levels, alongs, num_tokens, heads, width, TILE, num_warps=8
+        )  # fmt: skip
         _backward_documents[len(tiles_N3), heads](
-            TensorDescriptor.from_tensor(flat, [TILE, width]), TensorDescriptor.from_tensor(flat, [shape.rows, width]),
-            TensorDescriptor.from_tensor(flat_grad, [shape.rows, width]), out_THD, grad_THD, lse_HT, delta, part, found,
-            *turned, tiles_N3, num_tokens, width**-0.5, cap, window, heads,
-            M=shape.rows, N=TILE, num_warps=shape.warps, num_stages=shape.stages, **options_of(width, window, cap),
+            view(flat, [TILE, width]), view(flat, [rows, width]), view(flat_grad, [rows, width]),
+            view(levels, [1, rows]), view(alongs, [1, rows]), part, found, *turned, tiles_N3, width**-0.5, cap, window,
+            heads, M=rows, N=TILE, num_warps=shape.warps, num_stages=shape.stages, **options_of(width, window, cap),
         )  # fmt: skip
     return found

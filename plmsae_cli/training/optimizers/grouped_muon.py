@@ -105,7 +105,7 @@ class GroupedMuon(Optimizer):
             m_NRC = stack.momentum_NRC
             if m_NRC.is_cuda:
                 one, skip = torch.ones((), device=m_NRC.device), torch.ones((), dtype=torch.bool, device=m_NRC.device)
-                self._mixed(torch.zeros_like(m_NRC), m_NRC, one, one, skip)
+                orthogonalised(self._mixed(torch.zeros_like(m_NRC), m_NRC, one, one, skip))
 
     def _mixed(self, g_NRC: Tensor, m_NRC: Tensor, mu: Tensor, divisor: Tensor, skip: Tensor) -> Tensor:
         half, mix = (torch.bfloat16, _compiled_mix()) if m_NRC.is_cuda else (torch.float32, nesterov)

@@ -65,12 +65,14 @@ from triton.compiler import ASTSource, compile
 from plmsae_cli.plm import flash
 
 capability = int(sys.argv[1])
-KINDS = {"q k v out grad grad_q grad_k grad_v": "*bf16", "lse delta": "*fp32", "tiles": "*i32", "scale cap": "fp32"}
+KINDS = {"q k v out grad grad_q grad_k grad_v": "*bf16", "lse delta scales norms cos sin": "*fp32", "tiles": "*i32", "scale cap": "fp32"}
 keys = flash._backward_keys
 for kernel, shapes in ((flash._forward, flash._FORWARD), (flash._backward_queries, flash._QUERIES), (keys, flash._KEYS)):
     for width, (block, warps, stages) in (*shapes.items(), (32, flash._LEAN)):
         inner = {"M": block, "N": flash.TILE} if kernel is keys else {"M": flash.TILE, "N": block}
         fixed = {"DH": width, "WINDOW": True, "CAPPED": width == 128, **inner}
+        if kernel is not flash._forward:
+            fixed["TURNED"] = capability == 90 and width == 128
         kinds = {n: next((kind for names, kind in KINDS.items() if n in names.split()), "i32") for n in kernel.arg_names}
         kinds |= dict.fromkeys(fixed, "constexpr")
         source = ASTSource(kernel, kinds, {(kernel.arg_names.index(n),): value for n, value in fixed.items()})

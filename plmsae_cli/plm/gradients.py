@@ -1,4 +1,4 @@
-"""Three small operations whose gradients autograd would compute slowly, or in another order each time.
+"""Small operations whose gradients autograd would compute slowly, or in another order each time.
 
 Shape letters: T tokens, M chosen tokens, V vocabulary, D width.
 """
@@ -35,22 +35,6 @@ class _Lookup(torch.autograd.Function):
         return (hot_TV.mT @ grad_TD)[: ctx.rows], None
 
 
-class _Scaled(torch.autograd.Function):
-    """x times one learned number. Backward sums rows first: that pass then fuses with others over rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight)
-        return (x_TD * weight).to(x_TD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        x_TD, weight = ctx.saved_tensors
-        grad_TD = gradients[0]
-        grad_weight = (grad_TD.float() * x_TD.float()).sum(-1).sum()
-        return (grad_TD * weight).to(grad_TD.dtype), grad_weight.to(weight.dtype)
-
-
 class _Taken(torch.autograd.Function):
     """Rows of x at different places. Backward writes instead of adding."""
 
@@ -74,8 +58,14 @@ def lookup(table_VD: Tensor, tokens_T: Tensor) -> Tensor:
 
 
 def scaled(x_TD: Tensor, weight: Tensor) -> Tensor:
-    """x times a 0-dim weight, in the dtype of x."""
-    return cast(Tensor, _Scaled.apply(x_TD, weight))  # type: ignore[no-untyped-call]
+    """x times a 0-dim weight, in the dtype of x; multiplied, and its gradient summed, in float32 or wider.
+
+    The weight is spread over tokens first, so that its gradient is summed row by row, which fuses with other passes over rows.
+    It is autograd's own, since torch 2.11's compiler drops the gradients of a `Function` that ends in a conversion to the
+    dtype that its result has already.
+    """
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    return (x_TD.to(wide) * weight.to(wide).expand(len(x_TD), 1)).to(x_TD.dtype)
 
 
 def taken(x_TD: Tensor, places_M: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from tests.plm.unet_formulas import written_out
 STEPS, WARMUP, MOMENTUM_WARMUP = 12, 3, 8
 RATES = {"lr_hidden": 0.05, "lr_embed": 0.06, "lr_head": 0.008, "lr_scalar": 0.04}
 BETAS = (0.8, 0.95)
+EPS = 1e-6
+"""Of Adam: gradients that are 0 but for rounding, as those of the stream's factors in the first step, stay without effect."""
 
 
 def rate_of(name: str, parameter: Tensor) -> float:
@@ -54,7 +56,7 @@ class Formulas:
         self.weights = {name: w.double().clone().requires_grad_() for name, w in weights.items()}
         self.muons = {n: torch.zeros_like(w) for n, w in self.weights.items() if n.startswith("layers") and w.ndim > 1}
         adams = [{"params": [w], "peak": rate_of(n, w)} for n, w in self.weights.items() if n not in self.muons]
-        self.adam = torch.optim.Adam(adams, lr=0.0, betas=BETAS, eps=1e-8)
+        self.adam = torch.optim.Adam(adams, lr=0.0, betas=BETAS, eps=EPS)
 
     def loss(self, documents: list[Document], terms: int) -> tuple[Tensor, int]:
         """The weighted cross-entropies summed over `terms`, and how many of the predictions are right."""
@@ -96,7 +98,7 @@ def packs_of(count: int) -> Packs:
 def trained(packs: Packs, **plm: Any) -> PLMObjective:
     options = Train.model_validate(
         {
-            "kind": "plm", "optimizer": "muon", "batch_tokens": 256, "betas": list(BETAS), "eps": 1e-8, "grad_clip": None,
+            "kind": "plm", "optimizer": "muon", "batch_tokens": 256, "betas": list(BETAS), "eps": EPS, "grad_clip": None,
             "lr_warmup_steps": WARMUP, "seed": 1,
             "plm": {
                 "architecture": "unet", "fasta": "none.fasta", "num_layers": 4, "hidden_size": 32, "num_attention_heads": 2,
@@ -125,7 +127,7 @@ def test_losses_of_a_dozen_steps_are_the_formulas(mask_embedding: bool) -> None:
         packed = packs.pack(step)
         inputs_T, targets_T = corrupt(packed.tokens_T, packed.residue_mask_T, 0.2, "mask", 1, step)
         documents = [(inputs_T[a:b], targets_T[a:b], 1.0) for a, b in edges_of(packed)]
-        assert float(one.step(step)["loss"]) == pytest.approx(peer.step(step, documents), rel=1e-4), step
+        assert float(one.step(step)["loss"]) == pytest.approx(peer.step(step, documents), rel=2e-5), step
 
 
 def test_losses_of_masked_diffusion_and_its_warm_up_are_the_formulas() -> None:

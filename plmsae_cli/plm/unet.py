@@ -107,7 +107,6 @@ class Block(nn.Module):
     def by_kernels(self, x_TD: Tensor, x0_TD: Tensor, table_VD: Tensor | None, state: Partway) -> Tensor:
         """As `forward`, by operations that store less between products."""
         from plmsae_cli.plm.block_ops import attend, feed
-        from plmsae_cli.plm.whole import LONGEST
 
         if self.residual_mix_2 is not None:
             l0, l1 = self.residual_mix_2.unbind()
@@ -116,7 +115,7 @@ class Block(nn.Module):
         assert isinstance(own.project, Matrices)
         assert state.position_T is not None
         assert documents.tiles is not None
-        weight_3DD = own.project.qkv_3DD
+        weight_3DD: Tensor = own.project.qkv_3DD
         if own.value_mix_2 is not None:
             assert table_VD is not None
             # Values are mixed in float32 weights: a smaller tensor, and rounded once.
@@ -124,12 +123,11 @@ class Block(nn.Module):
             weight_3DD = torch.cat([weight_3DD[:2], weight_3DD[2:] * l0])
             table_VD = (table_VD * l1).to(dtype)
         near = 0 if window is None or window >= documents.max_len else window
-        mixed_THD = attend(
-            x_TD, weight_3DD.to(dtype), table_VD, state.tokens_T, state.position_T, state.rope, documents.tiles,
-            own.num_heads, near, own.soft_cap or 0.0, documents.max_len <= LONGEST,
+        x_TD, squares_TP = attend(
+            x_TD, weight_3DD.to(dtype), own.out_DD.to(dtype), table_VD, state.tokens_T, state.position_T, state.rope,
+            documents.tiles, own.num_heads, near, own.soft_cap or 0.0,
         )  # fmt: skip
-        x_TD = x_TD + _linear(mixed_THD.flatten(1), own.out_DD)
-        return x_TD + feed(x_TD, self.up_FD.to(dtype), self.down_DF.to(dtype))
+        return feed(x_TD, squares_TP, self.up_FD.to(dtype), self.down_DF.to(dtype))
 
     def forward(
         self,
@@ -249,7 +247,7 @@ class UNet(Layers):
             x_TD = x_TD + scaled(skip_TD, self.skip_weights[i - half])
         if state.position_T is not None:
             table_VD = state.tables[min(i, 2 * half - 1 - i)] if state.tables else None
-            x_TD = self.layers[i].by_kernels(x_TD, x0_TD, table_VD, state)
+            x_TD = cast(Block, self.layers[i]).by_kernels(x_TD, x0_TD, table_VD, state)
             return state._replace(layer=i + 1, x_TD=x_TD, kept=kept)
         # Looked up in each block: that costs nothing inside the kernel that mixes it in, a stored one memory.
         embedded_TD = lookup(state.tables[min(i, 2 * half - 1 - i)], state.tokens_T) if state.tables else None

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from plmsae_cli.plm.products import halves, multiprocessors
+from plmsae_cli.plm.flash_kernels import halves
+from plmsae_cli.plm.products import multiprocessors
 from plmsae_cli.training.optimizers.muon import COEFFICIENTS, ITERATIONS
 
 
@@ -33,7 +34,7 @@ class Shape(NamedTuple):
     """Programs on a multiprocessor."""
 
 
-SYMMETRIC = Shape(128, 128, 64, 4, 3, 1)
+SYMMETRIC = Shape(128, 128, 32, 4, 3, 2)
 GENERAL = Shape(128, 256, 64, 8, 3, 1)
 
 

@@ -64,7 +64,9 @@ def test_products_with_what_follows_them(tile: products.Tile) -> None:
     assert torch.equal(slopes, products.slopes(grad, down, squared, squares, tile))
 
 
-def test_the_feed_forward_layer_and_its_gradients() -> None:
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_feed_forward_layer_and_its_gradients(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_ops, "ADDS", adds)
     x, up = draw(TOKENS, WIDTH, seed=0), draw(HIDDEN, WIDTH, seed=1, scale=0.1)
     down, weights = draw(WIDTH, HIDDEN, seed=2, scale=0.1), draw(TOKENS, WIDTH, seed=3)
     inputs = [t.requires_grad_() for t in (x, up, down)]

@@ -8,6 +8,7 @@ The model of the speed runs by default: 24 layers of 768, 133,065,357 parameters
 packed as `plmsae train` packs them, masked by its threads, and each step is its step. Milliseconds are wall time over all
 timed steps; forward, backward and optimiser are medians of CUDA events over further steps. `--packs N` accumulates N
 micro-batches a step, one update for all: its figure is named by that. `--learn N` trains N steps and prints the loss.
+`--without block` leaves out the kernels of the UNet's blocks, `--without muon` those of Newton-Schulz.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ import torch
 from record import add, cpu, stamp
 
 from plmsae_cli.config.training import Train
+from plmsae_cli.plm import attention
 from plmsae_cli.plm.alphabet import encode, wrap
 from plmsae_cli.runtime.device import peak_flops, training_dtype
 from plmsae_cli.runtime.dist import Gang, gang
 from plmsae_cli.store.fasta import records
 from plmsae_cli.training import plm_model
+from plmsae_cli.training.optimizers import grouped_muon
 from plmsae_cli.training.packs import Packs
 from plmsae_cli.training.plm_objective import PLMObjective
 
@@ -136,6 +139,7 @@ def measure(ranks: Gang) -> None:
     parser.add_argument("--attention-soft-cap", type=float)
     parser.add_argument("--compute", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--mode", help="of torch.compile, such as max-autotune-no-cudagraphs")
+    parser.add_argument("--without", nargs="+", choices=["block", "muon"], default=[], help="kernels not to use")
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--learn", type=int, default=0, help="train so many steps first and print losses")
@@ -143,6 +147,7 @@ def measure(ranks: Gang) -> None:
     parser.add_argument("--results", type=Path, help="file to add the figures to")
     options = parser.parse_args()
     plm_model.COMPILE_MODE = options.mode
+    attention.BLOCK_OPS, grouped_muon.KERNELS = "block" not in options.without, "muon" not in options.without
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     packs = training_packs(options.fasta, options.pack_tokens, options.max_length)
     trained = objective(options, packs, device, ranks)

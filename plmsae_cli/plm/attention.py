@@ -97,6 +97,21 @@ def _kernels(device_type: str, device_index: int | None) -> bool:
     return device_type == "cuda" and _varlen_capable(device_index) and has_kernels()
 
 
+BLOCK_OPS = True
+"""Whether training takes the kernels of `block_ops` where they run; a benchmark measures without."""
+
+
+@constant
+def has_block_ops(device_type: str, device_index: int | None, half: bool, num_heads: int, head_dim: int) -> bool:
+    """Whether the kernels of `block_ops` run there, in such arithmetic and for such heads."""
+    if not (half and BLOCK_OPS and _kernels(device_type, device_index)):
+        return False
+    from plmsae_cli.plm.fused import runs_on
+    from plmsae_cli.plm.products import fits
+
+    return runs_on(torch.device(device_type, device_index or 0)) and fits(num_heads, head_dim)
+
+
 @constant
 def _backend_name(device_type: str, device_index: int | None, half: bool, head_dim: int) -> str:
     if device_type != "cuda" or not half or head_dim % 8 or head_dim > 256:

@@ -1,8 +1,8 @@
 """Attention within the documents of a packed stream as Triton kernels, forward and backward.
 
 softmax(q kᵀ / sqrt(Dh)) v with a running maximum, scores never stored (Dao et al., FlashAttention-2, arXiv 2307.08691). A
-program has one tile of a document and one head. Backward computes the scores twice, once for the gradient of the queries and
-once for those of keys and values, so that no sum is atomic and steps repeat bit for bit.
+program (`flash_kernels`) has one tile of a document, or half of one, and one head. Backward computes the scores twice, once
+for the gradient of the queries and once for those of keys and values, so that no sum is atomic and steps repeat bit for bit.
 
 Shape letters: T tokens of the pack, H heads, Dh width of a head, N tiles.
 """
@@ -10,34 +10,52 @@ Shape letters: T tokens of the pack, H heads, Dh width of a head, N tiles.
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-TILE = 128
-"""Rows of a document that a program has."""
-LOG2_E = tl.constexpr(math.log2(math.e))
+from plmsae_cli.plm import flash_kernels as kernels
+
+TILE: int = kernels.TILE.value
+"""Rows of a document in a row of `tile_table`."""
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """How a kernel runs."""
 
+    own: int
+    """Rows that a program has: `TILE` or half of it."""
     block: int
     """Rows of its inner loop."""
     warps: int
     stages: int
+    halved: bool = False
+    """Forward alone: whether a document's last rows, where they are half of a program's at most, are computed as such."""
+
+
+class Shapes(NamedTuple):
+    """Of the three kernels."""
+
+    forward: Shape
+    queries: Shape
+    keys: Shape
 
 
 # By width of a head, the fastest of some ten each on an H200.
-_FORWARD = {64: _Shape(64, 8, 3), 128: _Shape(64, 4, 2)}
-_QUERIES = {64: _Shape(64, 4, 3), 128: _Shape(64, 8, 3)}
-_KEYS = {64: _Shape(32, 4, 2), 128: _Shape(64, 8, 2)}
-_LEAN = _Shape(32, 8, 2)
+SHAPES = {
+    64: Shapes(Shape(128, 64, 8, 3), Shape(128, 64, 4, 3), Shape(128, 32, 4, 2)),
+    128: Shapes(Shape(128, 64, 4, 2), Shape(128, 64, 8, 3), Shape(128, 64, 8, 2)),
+}
+DESCRIBED = {
+    64: Shapes(Shape(128, 64, 8, 3), Shape(128, 64, 4, 3), Shape(128, 32, 4, 2)),
+    128: Shapes(Shape(128, 64, 4, 2), Shape(64, 64, 4, 2), Shape(64, 64, 4, 2)),
+}
+"""Where inner loops read by descriptors."""
+_LEAN = Shapes(*3 * [Shape(128, 32, 8, 2)])
 """Where a multiprocessor has less shared memory than an A100's, and for other widths."""
 _SHARED_BYTES = 160 << 10
 
@@ -48,9 +66,10 @@ def _ample(device_index: int | None) -> bool:
     return bool(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] >= _SHARED_BYTES)
 
 
-def _shape(table: dict[int, _Shape], like: Tensor) -> _Shape:
+def _shapes(like: Tensor, described: bool) -> Shapes:
     width = like.shape[2]
-    return table.get(width, _LEAN) if width < 128 or not like.is_cuda or _ample(like.device.index) else _LEAN
+    known = (DESCRIBED if described else SHAPES).get(width, _LEAN)
+    return known if width < 128 or not like.is_cuda or _ample(like.device.index) else _LEAN
 
 
 def tile_table(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -70,153 +89,23 @@ def tile_table(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return table_N3[(begin_N - end_N).argsort(stable=True)].int()
 
 
-@triton.jit
-def _scores(s, scale, cap, CAPPED: tl.constexpr):
-    """Scores in units of log 2."""
-    if CAPPED:
-        # tanh by exp2: libdevice has no place in the interpreter, and constants, in triton 3.7, only on the right of a product.
-        z = tl.exp2(tl.abs(s * scale) * (-2.0 * LOG2_E) / cap)
-        bounded = cap * (1.0 - z) / (1.0 + z)
-        return tl.where(s < 0, -bounded, bounded) * LOG2_E
-    return s * (scale * LOG2_E)
+def _options(shape: Shape, like: Tensor, window: int, cap: float, described: bool) -> dict[str, Any]:
+    fixed = {"DH": like.shape[2], "WINDOW": window > 0, "CAPPED": cap > 0, "DESCRIBED": described}
+    return fixed | {"M": shape.own, "N": shape.block, "num_warps": shape.warps, "num_stages": shape.stages}
 
 
-@triton.jit
-def _through_cap(d_s, s, cap, CAPPED: tl.constexpr):
-    """The gradient of scores from that of capped ones `s`."""
-    if CAPPED:
-        share = s / (cap * LOG2_E)
-        d_s = d_s * (1.0 - share * share)
-    return d_s
+def _inner(tensor: Tensor, shape: Shape, described: bool) -> Any:
+    """What an inner loop reads of [T, H, Dh], a head at a time."""
+    if not described:
+        return tensor
+    tokens, heads, width = tensor.shape
+    assert tensor.stride()[1:] == (width, 1)
+    return TensorDescriptor(tensor, [tokens, heads * width], [tensor.stride(0), 1], [shape.block, width])
 
 
-@triton.jit
-def _forward(
-    q, k, v, out, lse, tiles, qt, qh, kt, kh, vt, vh, ot, oh, num_tokens, scale, cap, window,
-    DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first, begin, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    if first >= end:
-        return
-    rows, places, columns = first + tl.arange(0, M), tl.arange(0, DH), tl.arange(0, N)
-    low, high = begin, end
-    if WINDOW:
-        low, high = tl.maximum(begin, first - window + 1), tl.minimum(end, first + M - 1 + window)
-    query = tl.load(q + rows[:, None].to(tl.int64) * qt + head * qh + places, mask=rows[:, None] < end, other=0.0)
-    most = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    mixed = tl.zeros([M, DH], tl.float32)
-    for start in range(low, high, N):
-        near = start + columns
-        there = near[:, None] < high
-        key = tl.load(k + near[:, None].to(tl.int64) * kt + head * kh + places, mask=there, other=0.0)
-        s = _scores(tl.dot(query, tl.trans(key)), scale, cap, CAPPED)
-        if WINDOW:
-            s = tl.where((near < high)[None] & (tl.abs(rows[:, None] - near[None]) < window), s, float("-inf"))
-        elif start + N > high:
-            s = tl.where((near < high)[None], s, float("-inf"))
-        new = tl.maximum(most, tl.max(s, 1))
-        if WINDOW:  # a row may have met nothing yet
-            base = tl.where(new == float("-inf"), 0.0, new)
-        else:
-            base = new
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(most - base)
-        total = total * shrink + tl.sum(p, 1)
-        value = tl.load(v + near[:, None].to(tl.int64) * vt + head * vh + places, mask=there, other=0.0)
-        mixed = tl.dot(p.to(value.dtype), value, mixed * shrink[:, None])
-        most = new
-    inside = rows < end
-    tl.store(
-        out + rows[:, None].to(tl.int64) * ot + head * oh + places,
-        (mixed / total[:, None]).to(out.dtype.element_ty),
-        mask=inside[:, None],
-    )
-    tl.store(lse + head * num_tokens + rows, most + tl.log2(total), mask=inside)
-
-
-@triton.jit
-def _backward_queries(
-    q, k, v, out, grad, lse, delta, grad_q, tiles, qt, qh, kt, kh, vt, vh, ot, oh, gt, gh, at, ah,
-    num_tokens, scale, cap, window,
-    DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first, begin, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    if first >= end:
-        return
-    rows, places, columns = first + tl.arange(0, M), tl.arange(0, DH), tl.arange(0, N)
-    low, high = begin, end
-    if WINDOW:
-        low, high = tl.maximum(begin, first - window + 1), tl.minimum(end, first + M - 1 + window)
-    inside = rows < end
-    far = rows[:, None].to(tl.int64)
-    query = tl.load(q + far * qt + head * qh + places, mask=inside[:, None], other=0.0)
-    d_out = tl.load(grad + far * gt + head * gh + places, mask=inside[:, None], other=0.0)
-    made = tl.load(out + far * ot + head * oh + places, mask=inside[:, None], other=0.0)
-    along = tl.sum(made.to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(delta + head * num_tokens + rows, along, mask=inside)
-    level = tl.load(lse + head * num_tokens + rows, mask=inside, other=float("inf"))
-    d_query = tl.zeros([M, DH], tl.float32)
-    for start in range(low, high, N):
-        near = start + columns
-        there = near[:, None] < high
-        key = tl.load(k + near[:, None].to(tl.int64) * kt + head * kh + places, mask=there, other=0.0)
-        value = tl.load(v + near[:, None].to(tl.int64) * vt + head * vh + places, mask=there, other=0.0)
-        s = _scores(tl.dot(query, tl.trans(key)), scale, cap, CAPPED)
-        p = tl.exp2(s - level[:, None])
-        seen = (near < high)[None]
-        if WINDOW:
-            seen = seen & (tl.abs(rows[:, None] - near[None]) < window)
-        p = tl.where(seen, p, 0.0)
-        d_s = _through_cap(p * (tl.dot(d_out, tl.trans(value)) - along[:, None]), s, cap, CAPPED)
-        d_query = tl.dot(d_s.to(key.dtype), key, d_query)
-    tl.store(
-        grad_q + far * at + head * ah + places, (d_query * scale).to(grad_q.dtype.element_ty), mask=inside[:, None]
-    )
-
-
-@triton.jit
-def _backward_keys(
-    q, k, v, grad, lse, delta, grad_k, grad_v, tiles, qt, qh, kt, kh, vt, vh, gt, gh, at, ah,
-    num_tokens, scale, cap, window,
-    DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first, begin, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    if first >= end:
-        return
-    near, places, rows_of = first + tl.arange(0, N), tl.arange(0, DH), tl.arange(0, M)
-    low, high = begin, end
-    if WINDOW:
-        low, high = tl.maximum(begin, first - window + 1), tl.minimum(end, first + N - 1 + window)
-    there = (near < end)[:, None]
-    far = near[:, None].to(tl.int64)
-    key = tl.load(k + far * kt + head * kh + places, mask=there, other=0.0)
-    value = tl.load(v + far * vt + head * vh + places, mask=there, other=0.0)
-    d_key, d_value = tl.zeros([N, DH], tl.float32), tl.zeros([N, DH], tl.float32)
-    for start in range(low, high, M):
-        rows = start + rows_of
-        inside = rows < high
-        query = tl.load(q + rows[:, None].to(tl.int64) * qt + head * qh + places, mask=inside[:, None], other=0.0)
-        d_out = tl.load(grad + rows[:, None].to(tl.int64) * gt + head * gh + places, mask=inside[:, None], other=0.0)
-        # Rows that are not there have probability 0; so have columns, whose sums are not stored.
-        level = tl.load(lse + head * num_tokens + rows, mask=inside, other=float("inf"))
-        along = tl.load(delta + head * num_tokens + rows, mask=inside, other=0.0)
-        s = _scores(tl.dot(key, tl.trans(query)), scale, cap, CAPPED)
-        p = tl.exp2(s - level[None])
-        if WINDOW:
-            p = tl.where(tl.abs(near[:, None] - rows[None]) < window, p, 0.0)
-        d_value = tl.dot(p.to(d_out.dtype), d_out, d_value)
-        d_s = _through_cap(p * (tl.dot(value, tl.trans(d_out)) - along[None]), s, cap, CAPPED)
-        d_key = tl.dot(d_s.to(query.dtype), query, d_key)
-    tl.store(grad_k + far * at + head * ah + places, (d_key * scale).to(grad_k.dtype.element_ty), mask=there)
-    tl.store(grad_v + far * at + head * ah + places, d_value.to(grad_v.dtype.element_ty), mask=there)
-
-
-def _options(head_dim: int, window: int, cap: float) -> dict[str, Any]:
-    return {"DH": head_dim, "WINDOW": window > 0, "CAPPED": cap > 0}
+def _line(numbers_HT: Tensor, shape: Shape, described: bool) -> Any:
+    """As `_inner`, of a number a token and head."""
+    return TensorDescriptor.from_tensor(numbers_HT, [1, shape.block]) if described else numbers_HT
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -232,13 +121,24 @@ def _strides(*tensors: Tensor) -> list[int]:
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, window: int, cap: float) -> tuple[Tensor, Tensor]:
     """(out [T, H, Dh], log2 of the sums of exponentials [H, T], float32). `window`, `cap`: 0 for none."""
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    return forward(q, k, v, tiles, window, cap)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, window: int, cap: float, described: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `packed_attention`; places of a head lie side by side.
+
+    `described`: inner loops read by descriptors, for GPUs that have them; heads of a token then lie side by side, too, and
+    what is not finite in a document makes so what is before it.
+    """
     num_tokens, heads, width = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(heads, num_tokens, dtype=torch.float32)
-    columns, warps, stages = _shape(_FORWARD, q)
+    shape = _shapes(q, described).forward
     with torch.cuda.device_of(q):  # Triton launches on the current one
-        _forward[len(tiles), heads](
-            q, k, v, out, lse, tiles, *_strides(q, k, v, out), num_tokens, width**-0.5, cap, window,
-            M=TILE, N=columns, num_warps=warps, num_stages=stages, **_options(width, window, cap),
+        kernels.forward_tiles[len(tiles) * (TILE // shape.own), heads](
+            q, _inner(k, shape, described), _inner(v, shape, described), out, lse, tiles, *_strides(q, k, v, out),
+            num_tokens, width**-0.5, cap, window, HALVED=shape.halved, **_options(shape, q, window, cap, described),
         )  # fmt: skip
     return out, lse
 
@@ -254,22 +154,49 @@ def packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, [T, H, Dh] each."""
     grad, q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (grad, q, k, v))
-    num_tokens, heads, width = q.shape
-    delta = torch.empty_like(lse)
     grads = [q.new_empty(q.shape) for _ in range(3)]
-    options = _options(width, window, cap)
-    with torch.cuda.device_of(q):
-        columns, warps, stages = _shape(_QUERIES, q)
-        _backward_queries[len(tiles), heads](
-            q, k, v, out, grad, lse, delta, grads[0], tiles, *_strides(q, k, v, out, grad, grads[0]),
-            num_tokens, width**-0.5, cap, window, M=TILE, N=columns, num_warps=warps, num_stages=stages, **options,
-        )  # fmt: skip
-        rows, warps, stages = _shape(_KEYS, q)
-        _backward_keys[len(tiles), heads](
-            q, k, v, grad, lse, delta, grads[1], grads[2], tiles, *_strides(q, k, v, grad, grads[1]),
-            num_tokens, width**-0.5, cap, window, M=rows, N=TILE, num_warps=warps, num_stages=stages, **options,
-        )  # fmt: skip
+    backward(grad, q, k, v, out, lse, tiles, window, cap, grads)
     return grads[0], grads[1], grads[2]
+
+
+class Turned(NamedTuple):
+    """How q and k came to be, and what the gradients of that are to be multiplied with."""
+
+    scales_T2H: Tensor
+    norm_T: Tensor
+    """For the gradients of v."""
+    cos: Tensor
+    sin: Tensor
+    """Rotary tables of positions in a document."""
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, window: int, cap: float,
+    grads: list[Tensor], turned: Turned | None = None, described: bool = False,
+) -> None:  # fmt: skip
+    """Write the gradients of q, k and v, [T, H, Dh] each with the same strides, into `grads`.
+
+    With `turned`, of what became q and k by a norm and a rotation. `described`: as in `forward`.
+    """
+    num_tokens, heads, width = q.shape
+    delta = lse.new_empty(heads, len(tiles) * TILE) if described else torch.empty_like(lse)
+    levels = torch.empty_like(delta) if described else lse
+    scales, norms, cos, sin = turned or (lse, lse, lse, lse)
+    numbers = num_tokens, width**-0.5, cap, window, heads
+    _, shape, keys = _shapes(q, described)
+    assert keys.block <= shape.own
+    with torch.cuda.device_of(q):
+        kernels.backward_queries[len(tiles) * (TILE // shape.own), heads](
+            q, _inner(k, shape, described), _inner(v, shape, described), out, grad, lse, levels, delta, grads[0], scales,
+            cos, sin, tiles, *_strides(q, k, v, out, grad, grads[0]), *numbers, TURNED=turned is not None,
+            **_options(shape, q, window, cap, described),
+        )  # fmt: skip
+        kernels.backward_keys[len(tiles) * (TILE // keys.own), heads](
+            _inner(q, keys, described), k, v, _inner(grad, keys, described), _line(levels, keys, described),
+            _line(delta, keys, described), grads[1], grads[2], scales, norms, cos, sin, tiles,
+            *_strides(q, k, v, grad, grads[1]), *numbers, TURNED=turned is not None,
+            **_options(keys, q, window, cap, described),
+        )  # fmt: skip
 
 
 @packed_attention_backward.register_fake

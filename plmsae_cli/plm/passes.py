@@ -38,7 +38,9 @@ class Partway(NamedTuple):
     kept: tuple[Tensor, ...] = ()
     """Lower layers that blocks above read, too."""
     tables: tuple[Tensor, ...] = ()
-    """Value tables in the dtype of the arithmetic."""
+    """Value tables; in the dtype of the arithmetic, but for the kernels of training."""
+    position_T: Tensor | None = None
+    """int32, of each token in its document, where the kernels of training run; `rope` is of positions then."""
 
 
 class Layers(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from plmsae_cli.plm.alphabet import MASK
-from plmsae_cli.plm.attention import Documents, attention
+from plmsae_cli.plm.attention import Documents, attention, has_block_ops
 from plmsae_cli.plm.gradients import lookup, rms_norm, scaled
 from plmsae_cli.plm.passes import ESM2Output, Layers, Partway, Splice
 from plmsae_cli.plm.rotary import Rotary, Tables, rotate
@@ -103,6 +103,31 @@ class Block(nn.Module):
         """The stream after the block, from what attention gave."""
         x_TD = x_TD + _linear(mixed_THD.flatten(1), self.attention.out_DD)
         return x_TD + _linear(F.relu(_linear(rms_norm(x_TD), self.up_FD)).square(), self.down_DF)
+
+    def by_kernels(self, x_TD: Tensor, x0_TD: Tensor, table_VD: Tensor | None, state: Partway) -> Tensor:
+        """As `forward`, by operations that store less between products."""
+        from plmsae_cli.plm.block_ops import attend, feed
+
+        if self.residual_mix_2 is not None:
+            l0, l1 = self.residual_mix_2.unbind()
+            x_TD = scaled(x_TD, l0) + scaled(x0_TD, l1)
+        own, documents, window, dtype = self.attention, state.documents, state.window, x_TD.dtype
+        assert isinstance(own.project, Matrices)
+        assert state.position_T is not None
+        assert documents.tiles is not None
+        weight_3DD: Tensor = own.project.qkv_3DD
+        if own.value_mix_2 is not None:
+            assert table_VD is not None
+            # Values are mixed in float32 weights: a smaller tensor, and rounded once.
+            l0, l1 = own.value_mix_2.unbind()
+            weight_3DD = torch.cat([weight_3DD[:2], weight_3DD[2:] * l0])
+            table_VD = (table_VD * l1).to(dtype)
+        near = 0 if window is None or window >= documents.max_len else window
+        x_TD, squares_TP = attend(
+            x_TD, weight_3DD.to(dtype), own.out_DD.to(dtype), table_VD, state.tokens_T, state.position_T, state.rope,
+            documents.tiles, own.num_heads, near, own.soft_cap or 0.0,
+        )  # fmt: skip
+        return feed(x_TD, squares_TP, self.up_FD.to(dtype), self.down_DF.to(dtype))
 
     def forward(
         self,
@@ -189,11 +214,27 @@ class UNet(Layers):
         self, tokens_T: Tensor, documents: Documents, rope: Tables | None = None, window: int | None = None
     ) -> Partway:
         tokens_T, documents = tokens_T.long(), documents.tiled(tokens_T.shape[0])
+        dtype = self.compute or self.embedding_VD.dtype
+        if self._trains_by_kernels(tokens_T.device, dtype) and documents.tiles is not None:
+            position_T = documents.locate(tokens_T.shape[0])[1].int()
+            rope = self.rotary(torch.arange(documents.max_len, device=tokens_T.device))
+            x0_TD = self.embedded(tokens_T, dtype)
+            return Partway(
+                0, x0_TD, tokens_T, documents, rope, window, tables=tuple(self.value_tables), position_T=position_T
+            )
         if rope is None:
             rope = self.rotary(documents.locate(tokens_T.shape[0])[1])
-        dtype = self.compute or self.embedding_VD.dtype
         tables = tuple(table.to(dtype) for table in self.value_tables)
         return Partway(0, self.embedded(tokens_T, dtype), tokens_T, documents, rope, window, tables=tables)
+
+    def _trains_by_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
+        config = self.config
+        half = dtype in (torch.float16, torch.bfloat16)
+        return (
+            torch.is_grad_enabled()
+            and config.num_att_tokens is None
+            and has_block_ops(device.type, device.index, half, config.num_heads, config.head_dim)
+        )
 
     def _next(self, state: Partway) -> Partway:
         i, x_TD, kept = state.layer, state.x_TD, state.kept
@@ -204,6 +245,10 @@ class UNet(Layers):
         if self.skip_weights is not None and i >= half:
             kept, skip_TD = kept[:-1], kept[-1]
             x_TD = x_TD + scaled(skip_TD, self.skip_weights[i - half])
+        if state.position_T is not None:
+            table_VD = state.tables[min(i, 2 * half - 1 - i)] if state.tables else None
+            x_TD = cast(Block, self.layers[i]).by_kernels(x_TD, x0_TD, table_VD, state)
+            return state._replace(layer=i + 1, x_TD=x_TD, kept=kept)
         # Looked up in each block: that costs nothing inside the kernel that mixes it in, a stored one memory.
         embedded_TD = lookup(state.tables[min(i, 2 * half - 1 - i)], state.tokens_T) if state.tables else None
         x_TD = self.layers[i](x_TD, x0_TD, embedded_TD, state.rope, state.documents, state.window)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from plmsae_cli.plm.attention import has_kernels
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.training.optimizers.adam import Adam
 from plmsae_cli.training.optimizers.base import Group, Optimizer
@@ -104,7 +105,7 @@ class GroupedMuon(Optimizer):
             m_NRC = stack.momentum_NRC
             if m_NRC.is_cuda:
                 one, skip = torch.ones((), device=m_NRC.device), torch.ones((), dtype=torch.bool, device=m_NRC.device)
-                self._mixed(torch.zeros_like(m_NRC), m_NRC, one, one, skip)
+                orthogonalised(self._mixed(torch.zeros_like(m_NRC), m_NRC, one, one, skip))
 
     def _mixed(self, g_NRC: Tensor, m_NRC: Tensor, mu: Tensor, divisor: Tensor, skip: Tensor) -> Tensor:
         half, mix = (torch.bfloat16, _compiled_mix()) if m_NRC.is_cuda else (torch.float32, nesterov)
@@ -137,12 +138,30 @@ def _compiled_mix() -> Any:
     return torch.compile(nesterov, dynamic=False)
 
 
+KERNELS = True
+"""Whether Newton-Schulz has kernels of its own where they run; a benchmark measures without."""
+
+
+def _by_kernels(stack_NRC: Tensor) -> bool:
+    if not (KERNELS and stack_NRC.is_cuda and stack_NRC.dtype == torch.bfloat16 and has_kernels()):
+        return False
+    from plmsae_cli.plm.fused import runs_on
+    from plmsae_cli.training.optimizers.newton_schulz import takes
+
+    return runs_on(stack_NRC.device) and takes(stack_NRC)
+
+
 def orthogonalised(m_NRC: Tensor) -> Tensor:
     """`muon.orthogonalise` of each matrix of a stack, by products of all at once."""
     a, b, c = COEFFICIENTS
     tall = m_NRC.shape[1] > m_NRC.shape[2]
     x_NRC = m_NRC.mT.contiguous() if tall else m_NRC
     x_NRC = x_NRC / torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if _by_kernels(x_NRC):
+        from plmsae_cli.training.optimizers.newton_schulz import iterated
+
+        x_NRC = iterated(x_NRC)
+        return x_NRC.mT.contiguous() if tall else x_NRC
     for _ in range(ITERATIONS):
         gram_NRR = x_NRC @ x_NRC.mT
         x_NRC = torch.baddbmm(x_NRC, torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c), x_NRC, beta=a)

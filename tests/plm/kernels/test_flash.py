@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -61,35 +57,3 @@ def test_documents_make_their_tiles_once() -> None:
     assert documents.tiled(sum(LENGTHS)).tiles is None or DEVICE.type == "cuda"
     known = documents._replace(tiles=torch.zeros(1, 3))
     assert known.tiled(7) is known
-
-
-PROGRAM = """
-import sys
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from plmsae_cli.plm import flash
-
-capability = int(sys.argv[1])
-KINDS = {"q k v out grad grad_q grad_k grad_v": "*bf16", "lse delta": "*fp32", "tiles": "*i32", "scale cap": "fp32"}
-keys = flash._backward_keys
-for kernel, shapes in ((flash._forward, flash._FORWARD), (flash._backward_queries, flash._QUERIES), (keys, flash._KEYS)):
-    for width, (block, warps, stages) in (*shapes.items(), (32, flash._LEAN)):
-        inner = {"M": block, "N": flash.TILE} if kernel is keys else {"M": flash.TILE, "N": block}
-        fixed = {"DH": width, "WINDOW": True, "CAPPED": width == 128, **inner}
-        kinds = {n: next((kind for names, kind in KINDS.items() if n in names.split()), "i32") for n in kernel.arg_names}
-        kinds |= dict.fromkeys(fixed, "constexpr")
-        source = ASTSource(kernel, kinds, {(kernel.arg_names.index(n),): value for n, value in fixed.items()})
-        options = {"num_warps": warps, "num_stages": stages}
-        made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        most = flash._SHARED_BYTES if width == 128 else 99 << 10  # what GPUs for desks have
-        assert made.metadata.shared <= most, (kernel.__name__, width, made.metadata.shared)
-"""
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_within_the_shared_memory_of_gpus(capability: int) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(capability)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]

@@ -149,7 +149,8 @@ def forward(
     with torch.cuda.device_of(q):  # Triton launches on the current one
         kernels.forward_tiles[len(tiles) * (TILE // shape.own), heads](
             q, _inner(k, shape, described), _inner(v, shape, described), out, lse, tiles, *_strides(q, k, v, out),
-            num_tokens, width**-0.5, cap, window, width**0.5 * _MARGIN, HALVED=shape.halved, BOUNDED=normed, **_options(shape, q, window, cap, described),
+            num_tokens, width**-0.5, cap, window, width**0.5 * _MARGIN, HALVED=shape.halved, BOUNDED=normed,
+            **_options(shape, q, window, cap, described),
         )  # fmt: skip
     return out, lse
 

@@ -21,6 +21,8 @@ from plmsae_cli.plm.gradients import EPSILON
 
 DESCRIBED = True
 """Whether attention's inner loops read by descriptors."""
+NORMED = True
+"""Whether attention's forward makes use of the norms of q and k."""
 ADDS = True
 """Whether the feed-forward layer's last product adds the stream in its epilogue."""
 _COLUMNS = 64
@@ -102,7 +104,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     qkv, scales_T2H = products.queries(x_TD, squares_TP, weight_3DD, table_VD, tokens_T, position_T, cos, sin, heads)
     q, k, v = qkv.unbind(1)
-    mixed, lse = forward(q, k, v, tiles, window, cap, DESCRIBED)
+    mixed, lse = forward(q, k, v, tiles, window, cap, DESCRIBED, NORMED)
     return *products.added(x_TD, mixed.flatten(1), out_DD), mixed, lse, qkv, scales_T2H
 
 

@@ -10,6 +10,7 @@ Shape letters: T tokens of the pack, H heads, Dh width of a head, N tiles.
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -58,6 +59,8 @@ DESCRIBED = {
 _LEAN = Shapes(*3 * [Shape(128, 32, 8, 2)])
 """Where a multiprocessor has less shared memory than an A100's, and for other widths."""
 _SHARED_BYTES = 160 << 10
+_MARGIN = 1.02 * math.log2(math.e)
+"""Of rounding; scores are in units of log 2."""
 
 
 @cache
@@ -125,12 +128,20 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, window: int
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, window: int, cap: float, described: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tensor,
+    window: int,
+    cap: float,
+    described: bool = False,
+    normed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `packed_attention`; places of a head lie side by side.
 
     `described`: inner loops read by descriptors, for GPUs that have them; heads of a token then lie side by side, too, and
-    what is not finite in a document makes so what is before it.
+    what is not finite in a document makes so what is before it. `normed`: q and k have a mean square of 1 at most, so that no
+    score is above sqrt(Dh), which is subtracted instead of a running maximum.
     """
     num_tokens, heads, width = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(heads, num_tokens, dtype=torch.float32)
@@ -138,7 +149,8 @@ def forward(
     with torch.cuda.device_of(q):  # Triton launches on the current one
         kernels.forward_tiles[len(tiles) * (TILE // shape.own), heads](
             q, _inner(k, shape, described), _inner(v, shape, described), out, lse, tiles, *_strides(q, k, v, out),
-            num_tokens, width**-0.5, cap, window, HALVED=shape.halved, **_options(shape, q, window, cap, described),
+            num_tokens, width**-0.5, cap, window, width**0.5 * _MARGIN, HALVED=shape.halved, BOUNDED=normed,
+            **_options(shape, q, window, cap, described),
         )  # fmt: skip
     return out, lse
 

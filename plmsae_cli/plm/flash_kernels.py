@@ -96,15 +96,15 @@ def rows_at(x, by_token, by_head, first, head, end, ROWS: tl.constexpr, DH: tl.c
 @triton.jit
 def _forward_tile(
     q, k, v, out, lse, first, begin, end, head, qt, qh, kt, kh, vt, vh, ot, oh, num_tokens, scale, cap, window,
-    DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    bound, DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    DESCRIBED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     rows, places, columns = first + tl.arange(0, M), tl.arange(0, DH), tl.arange(0, N)
     low, high = begin, end
     if WINDOW:
         low, high = tl.maximum(begin, first - window + 1), tl.minimum(end, first + M - 1 + window)
     query = rows_at(q, qt, qh, first, head, end, M, DH, False)
-    most = tl.full([M], float("-inf"), tl.float32)
+    most = tl.full([M], float("-inf"), tl.float32) if not BOUNDED else tl.zeros([M], tl.float32) + bound
     total = tl.zeros([M], tl.float32)
     mixed = tl.zeros([M, DH], tl.float32)
     for start in range(low, high, N):
@@ -119,17 +119,21 @@ def _forward_tile(
             s = tl.where((near < high)[None], s, float("-inf"))
         # Scaled after the maximum: with what is subtracted then, in one instruction.
         unit = 1.0 if CAPPED else scale * LOG2_E
-        new = tl.maximum(most, tl.max(s, 1) * unit)
-        if WINDOW:  # a row may have met nothing yet
-            base = tl.where(new == float("-inf"), 0.0, new)
+        if BOUNDED:
+            p = tl.exp2(s * unit - bound)
         else:
-            base = new
-        p = tl.exp2(s * unit - base[:, None])
-        shrink = tl.exp2(most - base)
-        total = total * shrink + tl.sum(p, 1)
+            new = tl.maximum(most, tl.max(s, 1) * unit)
+            if WINDOW:  # a row may have met nothing yet
+                base = tl.where(new == float("-inf"), 0.0, new)
+            else:
+                base = new
+            p = tl.exp2(s * unit - base[:, None])
+            shrink = tl.exp2(most - base)
+            total, mixed = total * shrink, mixed * shrink[:, None]
+            most = new
+        total += tl.sum(p, 1)
         value = rows_at(v, vt, vh, start, head, high, N, DH, DESCRIBED)
-        mixed = tl.dot(p.to(value.dtype), value, mixed * shrink[:, None])
-        most = new
+        mixed = tl.dot(p.to(value.dtype), value, mixed)
     inside = rows < end
     head = head.to(tl.int64)
     tl.store(
@@ -143,8 +147,8 @@ def _forward_tile(
 @triton.jit
 def forward_tiles(
     q, k, v, out, lse, tiles, qt, qh, kt, kh, vt, vh, ot, oh, num_tokens, scale, cap, window,
-    DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    DESCRIBED: tl.constexpr, HALVED: tl.constexpr,
+    bound, DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    DESCRIBED: tl.constexpr, BOUNDED: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     first, begin, end = own_rows(tiles, M)
     head = tl.program_id(1)
@@ -153,12 +157,12 @@ def forward_tiles(
     if HALVED and first + M // 2 >= end:  # a document's last rows, where they are few
         _forward_tile(
             q, k, v, out, lse, first, begin, end, head, qt, qh, kt, kh, vt, vh, ot, oh, num_tokens, scale, cap, window,
-            DH, M // 2, N, WINDOW, CAPPED, DESCRIBED,
+            bound, DH, M // 2, N, WINDOW, CAPPED, DESCRIBED, BOUNDED,
         )  # fmt: skip
     else:
         _forward_tile(
             q, k, v, out, lse, first, begin, end, head, qt, qh, kt, kh, vt, vh, ot, oh, num_tokens, scale, cap, window,
-            DH, M, N, WINDOW, CAPPED, DESCRIBED,
+            bound, DH, M, N, WINDOW, CAPPED, DESCRIBED, BOUNDED,
         )  # fmt: skip
 
 

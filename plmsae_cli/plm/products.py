@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 
 
 UP = Tile(128, 256, 64, 8, 3)
-SLOPES = Tile(128, 256, 64, 8, 3)
+SLOPES = Tile(256, 128, 64, 8, 3)
 ADDED = Tile(128, 256, 64, 8, 3)
 QUERIES = Tile(128, 256, 64, 8, 3)
 AHEAD = True

@@ -92,9 +92,9 @@ def test_attention_and_its_gradients(
 ) -> None:
     monkeypatch.setattr(block_ops, "DESCRIBED", described)
     small = flash.Shape(64, 32, 4, 2, halved=True)
-    for table in (flash.SHAPES, flash.DESCRIBED):
-        monkeypatch.setitem(table, 64, flash.Shapes(small, small, small))
-        monkeypatch.setitem(table, 128, flash.Shapes(small._replace(own=128), small._replace(own=128), small))
+    for known in (flash.SHAPES, flash.DESCRIBED):
+        monkeypatch.setitem(known, 64, flash.Shapes(small, small, small))
+        monkeypatch.setitem(known, 128, flash.Shapes(small._replace(own=128), small._replace(own=128), small))
     documents, position = stream()
     tiles = documents.tiles
     assert tiles is not None
@@ -109,9 +109,9 @@ def test_attention_and_its_gradients(
         x, weight, out, table if mixed else None, token, position, rope, tiles, HEADS, window, cap
     )
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    qkv = torch.einsum("td,ked->tke", rms_norm(exact[0]), exact[1]).unflatten(-1, (HEADS, -1))
+    qkv = torch.einsum("td,ked->tke", rms_norm(exact[0]), exact[1]).view(TOKENS, 3, HEADS, head_dim)
     turns = rope[0].double()[position.long()], rope[1].double()[position.long()]
-    values = qkv[:, 2] + (exact[3][token].unflatten(-1, (HEADS, -1)) if mixed else 0)
+    values = qkv[:, 2] + (exact[3][token].view(TOKENS, HEADS, head_dim) if mixed else 0)
     q, k = (rotate(rms_norm(qkv[:, i]), turns) for i in (0, 1))
     made = _attention_by_document(q, k, values, LENGTHS, window or None, cap or None)
     expected = exact[0] + made.flatten(1) @ exact[2].T
@@ -132,7 +132,7 @@ def test_a_trunk_by_kernels_has_the_gradients_of_the_plain_one(compiled: bool, m
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += (0.1 * torch.randn(parameter.shape, generator=generator)).to(DEVICE)
+            parameter.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(DEVICE))
     tokens = torch.randint(4, 24, (TOKENS,), generator=generator).to(DEVICE)
     weights = draw(TOKENS, WIDTH, seed=3)
     rope = model.rotary(documents.locate(TOKENS)[1])

@@ -63,7 +63,7 @@ for width, window, cap in ((32, 5, 0.0), (64, 5, 0.0), (64, 0, 0.0), (128, 5, 1.
     flash.backward(q, q, k, v, q, lse, tiles, window, cap, grads)
     if capability == 90:
         most_shared = 227 << 10
-        flash.forward(q, k, v, tiles, window, cap, True)
+        flash.forward(q, k, v, tiles, window, cap, True, True)
         flash.backward(q.contiguous(), q, k, v, q, lse, tiles, window, cap, grads, turned, True)
 if capability == 90:
     x, squares, angles = torch.zeros(256, 768, **half), torch.zeros(256, 1), torch.zeros(256, 1, 64)

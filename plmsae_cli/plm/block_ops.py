@@ -19,12 +19,6 @@ from plmsae_cli.plm import products
 from plmsae_cli.plm.flash import Turned, backward, forward
 from plmsae_cli.plm.gradients import EPSILON
 
-DESCRIBED = True
-"""Whether attention's inner loops read by descriptors."""
-NORMED = True
-"""Whether attention's forward makes use of the norms of q and k."""
-ADDS = True
-"""Whether the feed-forward layer's last product adds the stream in its epilogue."""
 _COLUMNS = 64
 """One-hot columns."""
 
@@ -39,25 +33,24 @@ def _norms(squares_TP: Tensor, width: int) -> Tensor:
     return (squares_TP.sum(1) / width + EPSILON).rsqrt()
 
 
-def _through_norm(grad_TD: Tensor | None, d_normed_TD: Tensor, x_TD: Tensor, norm_T: Tensor) -> Tensor:
-    """`grad`, if any, and through rms_norm(x) that of the normed stream, which comes times the norm."""
+def _through_norm(grad_TD: Tensor, d_normed_TD: Tensor, x_TD: Tensor, norm_T: Tensor) -> Tensor:
+    """`grad`, and through rms_norm(x) that of the normed stream, which comes times the norm."""
     d, x = d_normed_TD.float(), x_TD.float()
     share_T = (x * d).sum(-1) * norm_T.square() / x.shape[1]
-    d = d - x * share_T[:, None]
-    return (d if grad_TD is None else grad_TD.float() + d).to(x_TD.dtype)
+    return (grad_TD.float() + d - x * share_T[:, None]).to(x_TD.dtype)
 
 
 # The feed-forward layer
 
 
 @torch.library.custom_op("plmsae::feed", mutates_args=())
-def _feed(x_TD: Tensor, squares_TP: Tensor, up_FD: Tensor, down_DF: Tensor, adds: bool) -> tuple[Tensor, Tensor]:
+def _feed(x_TD: Tensor, squares_TP: Tensor, up_FD: Tensor, down_DF: Tensor) -> tuple[Tensor, Tensor]:
     squared_TF = products.up(x_TD, squares_TP, up_FD)
-    return products.added(x_TD, squared_TF, down_DF)[0] if adds else squared_TF @ down_DF.mT, squared_TF
+    return products.added(x_TD, squared_TF, down_DF)[0], squared_TF
 
 
 @_feed.register_fake
-def _(x_TD: Tensor, squares_TP: Tensor, up_FD: Tensor, down_DF: Tensor, adds: bool) -> tuple[Tensor, Tensor]:
+def _(x_TD: Tensor, squares_TP: Tensor, up_FD: Tensor, down_DF: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_TD), x_TD.new_empty(len(x_TD), len(up_FD))
 
 
@@ -72,17 +65,15 @@ def _(grad_TD: Tensor, down_DF: Tensor, squared_TF: Tensor, squares_TP: Tensor) 
 
 
 def _remember_feed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.adds = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _feed_gradients(ctx: Any, grad_TD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x_TD, squares_TP, up_FD, down_DF, squared_TF = ctx.saved_tensors
     slopes_TF = _feed_slopes(grad_TD, down_DF, squared_TF, squares_TP)
-    through_TD = grad_TD if ctx.adds else None
-    d_x_TD = _through_norm(through_TD, slopes_TF @ up_FD, x_TD, _norms(squares_TP, x_TD.shape[1]))
-    return d_x_TD, None, slopes_TF.mT @ x_TD, grad_TD.mT @ squared_TF, None
+    d_x_TD = _through_norm(grad_TD, slopes_TF @ up_FD, x_TD, _norms(squares_TP, x_TD.shape[1]))
+    return d_x_TD, None, slopes_TF.mT @ x_TD, grad_TD.mT @ squared_TF
 
 
 _feed.register_autograd(_feed_gradients, setup_context=_remember_feed)
@@ -90,8 +81,7 @@ _feed.register_autograd(_feed_gradients, setup_context=_remember_feed)
 
 def feed(x_TD: Tensor, squares_TP: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
     """x + relu(rms_norm(x) upᵀ)^2 downᵀ [T, D], by parts of x's sums of squares; all in one dtype."""
-    found_TD = cast(Tensor, _feed(x_TD, squares_TP, up_FD, down_DF, ADDS)[0])
-    return found_TD if ADDS else x_TD + found_TD
+    return cast(Tensor, _feed(x_TD, squares_TP, up_FD, down_DF)[0])
 
 
 # Attention
@@ -104,7 +94,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     qkv, scales_T2H = products.queries(x_TD, squares_TP, weight_3DD, table_VD, tokens_T, position_T, cos, sin, heads)
     q, k, v = qkv.unbind(1)
-    mixed, lse = forward(q, k, v, tiles, window, cap, DESCRIBED, NORMED)
+    mixed, lse = forward(q, k, v, tiles, window, cap, described=True, normed=True)
     return *products.added(x_TD, mixed.flatten(1), out_DD), mixed, lse, qkv, scales_T2H
 
 
@@ -132,7 +122,7 @@ def _attend_backward(
     found, (q, k, v) = torch.empty_like(qkv), qkv.unbind(1)
     backward(
         grad.contiguous(), q, k, v, mixed, lse, tiles, window, cap, list(found.unbind(1)),
-        Turned(scales_T2H, norm_T, cos, sin), DESCRIBED,
+        Turned(scales_T2H, norm_T, cos, sin), described=True,
     )  # fmt: skip
     return found
 

@@ -34,8 +34,6 @@ class Shape(NamedTuple):
     """Rows of its inner loop."""
     warps: int
     stages: int
-    halved: bool = False
-    """Forward alone: whether a document's last rows, where they are half of a program's at most, are computed as such."""
 
 
 class Shapes(NamedTuple):
@@ -53,7 +51,7 @@ SHAPES = {
 }
 DESCRIBED = {
     64: Shapes(Shape(128, 64, 8, 3), Shape(128, 64, 4, 3), Shape(128, 32, 4, 2)),
-    128: Shapes(Shape(128, 64, 4, 2), Shape(64, 64, 4, 2), Shape(64, 64, 4, 2)),
+    128: Shapes(Shape(64, 32, 4, 3), Shape(64, 32, 4, 2), Shape(64, 32, 4, 3)),
 }
 """Where inner loops read by descriptors."""
 _LEAN = Shapes(*3 * [Shape(128, 32, 8, 2)])
@@ -149,7 +147,7 @@ def forward(
     with torch.cuda.device_of(q):  # Triton launches on the current one
         kernels.forward_tiles[len(tiles) * (TILE // shape.own), heads](
             q, _inner(k, shape, described), _inner(v, shape, described), out, lse, tiles, *_strides(q, k, v, out),
-            num_tokens, width**-0.5, cap, window, width**0.5 * _MARGIN, HALVED=shape.halved, BOUNDED=normed,
+            num_tokens, width**-0.5, cap, window, width**0.5 * _MARGIN, BOUNDED=normed,
             **_options(shape, q, window, cap, described),
         )  # fmt: skip
     return out, lse

@@ -94,11 +94,15 @@ def rows_at(x, by_token, by_head, first, head, end, ROWS: tl.constexpr, DH: tl.c
 
 
 @triton.jit
-def _forward_tile(
-    q, k, v, out, lse, first, begin, end, head, qt, qh, kt, kh, vt, vh, ot, oh, num_tokens, scale, cap, window,
+def forward_tiles(
+    q, k, v, out, lse, tiles, qt, qh, kt, kh, vt, vh, ot, oh, num_tokens, scale, cap, window,
     bound, DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     DESCRIBED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
+    first, begin, end = own_rows(tiles, M)
+    head = tl.program_id(1)
+    if first >= end:
+        return
     rows, places, columns = first + tl.arange(0, M), tl.arange(0, DH), tl.arange(0, N)
     low, high = begin, end
     if WINDOW:
@@ -142,28 +146,6 @@ def _forward_tile(
         mask=inside[:, None],
     )
     tl.store(lse + head * num_tokens + rows, most + tl.log2(total), mask=inside)
-
-
-@triton.jit
-def forward_tiles(
-    q, k, v, out, lse, tiles, qt, qh, kt, kh, vt, vh, ot, oh, num_tokens, scale, cap, window,
-    bound, DH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    DESCRIBED: tl.constexpr, BOUNDED: tl.constexpr, HALVED: tl.constexpr,
-):  # fmt: skip
-    first, begin, end = own_rows(tiles, M)
-    head = tl.program_id(1)
-    if first >= end:
-        return
-    if HALVED and first + M // 2 >= end:  # a document's last rows, where they are few
-        _forward_tile(
-            q, k, v, out, lse, first, begin, end, head, qt, qh, kt, kh, vt, vh, ot, oh, num_tokens, scale, cap, window,
-            bound, DH, M // 2, N, WINDOW, CAPPED, DESCRIBED, BOUNDED,
-        )  # fmt: skip
-    else:
-        _forward_tile(
-            q, k, v, out, lse, first, begin, end, head, qt, qh, kt, kh, vt, vh, ot, oh, num_tokens, scale, cap, window,
-            bound, DH, M, N, WINDOW, CAPPED, DESCRIBED, BOUNDED,
-        )  # fmt: skip
 
 
 @triton.jit

@@ -48,16 +48,6 @@ def up_tiles(
 
 
 @triton.jit
-def _fetch(x, rows, column, width: tl.constexpr, num_rows, COLUMNS: tl.constexpr):
-    """Have a tile of [T, width] brought into the cache of all processors: memory answers while a product is computed."""
-    lines = tl.minimum(column + 64 * tl.arange(0, COLUMNS // 64), width - 1)[None]
-    pointers = x + tl.minimum(rows, num_rows - 1)[:, None].to(tl.int64) * width + lines
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _part(x, rows, places, width: tl.constexpr, num_rows):
     inside = (rows < num_rows)[:, None] & (places < width)[None]
     return tl.load(x + rows[:, None].to(tl.int64) * width + places[None], mask=inside, other=0.0).to(tl.float32)
@@ -66,7 +56,7 @@ def _part(x, rows, places, width: tl.constexpr, num_rows):
 @triton.jit(do_not_specialize=["num_rows"])
 def slopes_tiles(
     grad, weight, squared, squares, out, num_rows, eps, width: tl.constexpr, depth: tl.constexpr,
-    programs: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+    programs: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = COLUMNS // 2
@@ -78,8 +68,6 @@ def slopes_tiles(
         row, column = (first + inside % together) * ROWS, inside // together * COLUMNS
         rows = row + tl.arange(0, ROWS)
         places = column + tl.arange(0, HALF)
-        if AHEAD:
-            _fetch(squared, rows, column, width, num_rows, COLUMNS)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             total = tl.dot(grad.load([row, k]), weight.load([k, column]), total)
@@ -95,7 +83,6 @@ def slopes_tiles(
 @triton.jit(do_not_specialize=["num_rows"])
 def added_tiles(
     a, weight, x, out, squares, num_rows, eps, width: tl.constexpr, depth: tl.constexpr, programs: tl.constexpr,
-    AHEAD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = COLUMNS // 2
@@ -107,8 +94,6 @@ def added_tiles(
         row, column = (first + inside % together) * ROWS, inside // together * COLUMNS
         rows = row + tl.arange(0, ROWS)
         places = column + tl.arange(0, HALF)
-        if AHEAD:
-            _fetch(x, rows, column, width, num_rows, COLUMNS)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             total = tl.dot(a.load([row, k]), weight.load([column, k]).T, total)

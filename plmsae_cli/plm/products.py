@@ -42,8 +42,6 @@ UP = Tile(128, 256, 64, 8, 3)
 SLOPES = Tile(256, 128, 64, 8, 3)
 ADDED = Tile(128, 256, 64, 8, 3)
 QUERIES = Tile(128, 256, 64, 8, 3)
-AHEAD = True
-"""Whether `slopes` and `added` have what their epilogues read brought into the cache before the product."""
 
 
 @cache
@@ -70,11 +68,6 @@ def _parts(squares_TP: Tensor) -> dict[str, int]:
     return {"PARTS": parts, "PARTS_BLOCK": triton.next_power_of_2(parts)}
 
 
-def _ahead(wanted: bool) -> bool:
-    """The interpreter knows no assembly."""
-    return wanted and not triton.knobs.runtime.interpret
-
-
 def _view(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, [rows, columns])
 
@@ -97,7 +90,6 @@ def slopes(
     squared_TF: Tensor,
     squares_TP: Tensor,
     tile: Tile = SLOPES,
-    ahead: bool = AHEAD,
 ) -> Tensor:
     """What `up` gave back through the matrix after it: n 2 sqrt(squared) grad W [T, F]."""
     (num_rows, depth), width = grad_TD.shape, weight_DF.shape[1]
@@ -105,15 +97,12 @@ def slopes(
     _launch(
         kernels.slopes_tiles, tile, num_rows, triton.cdiv(width, tile.columns), grad_TD,
         _view(grad_TD, tile.rows, tile.depth), _view(weight_DF, tile.depth, tile.columns), squared_TF, squares_TP,
-        _view(out_TF, tile.rows, tile.columns // 2), width=width, depth=depth, AHEAD=_ahead(ahead),
-        **_parts(squares_TP),
+        _view(out_TF, tile.rows, tile.columns // 2), width=width, depth=depth, **_parts(squares_TP),
     )  # fmt: skip
     return out_TF
 
 
-def added(
-    x_TD: Tensor, a_TF: Tensor, weight_DF: Tensor, tile: Tile = ADDED, ahead: bool = AHEAD
-) -> tuple[Tensor, Tensor]:
+def added(x_TD: Tensor, a_TF: Tensor, weight_DF: Tensor, tile: Tile = ADDED) -> tuple[Tensor, Tensor]:
     """(x + a Wᵀ [T, D], parts of the sums of its squares over rows, float32 [T, P])."""
     (num_rows, depth), width = a_TF.shape, weight_DF.shape[0]
     out_TD, wide = torch.empty_like(x_TD), triton.cdiv(width, tile.columns)
@@ -121,7 +110,7 @@ def added(
     _launch(
         kernels.added_tiles, tile, num_rows, wide, x_TD,
         _view(a_TF, tile.rows, tile.depth), _view(weight_DF, tile.columns, tile.depth), x_TD,
-        _view(out_TD, tile.rows, tile.columns // 2), squares_TP, width=width, depth=depth, AHEAD=_ahead(ahead),
+        _view(out_TD, tile.rows, tile.columns // 2), squares_TP, width=width, depth=depth,
     )  # fmt: skip
     return out_TD, squares_TP
 

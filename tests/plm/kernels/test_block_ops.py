@@ -64,9 +64,7 @@ def test_products_with_what_follows_them(tile: products.Tile) -> None:
     assert torch.equal(slopes, products.slopes(grad, down, squared, squares, tile))
 
 
-@pytest.mark.parametrize("adds", [True, False])
-def test_the_feed_forward_layer_and_its_gradients(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_ops, "ADDS", adds)
+def test_the_feed_forward_layer_and_its_gradients() -> None:
     x, up = draw(TOKENS, WIDTH, seed=0), draw(HIDDEN, WIDTH, seed=1, scale=0.1)
     down, weights = draw(WIDTH, HIDDEN, seed=2, scale=0.1), draw(TOKENS, WIDTH, seed=3)
     inputs = [t.requires_grad_() for t in (x, up, down)]
@@ -82,19 +80,16 @@ def test_the_feed_forward_layer_and_its_gradients(adds: bool, monkeypatch: pytes
         assert far(mine, right) < CLOSE
 
 
-@pytest.mark.parametrize("described", [True, False])
 @pytest.mark.parametrize(
     ("head_dim", "mixed", "window", "cap"),
     [(64, True, 0, 0.0), (64, True, 20, 0.0), (128, False, 0, 0.0), (128, True, 70, 2.0)],
 )
 def test_attention_and_its_gradients(
-    described: bool, head_dim: int, mixed: bool, window: int, cap: float, monkeypatch: pytest.MonkeyPatch
+    head_dim: int, mixed: bool, window: int, cap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_ops, "DESCRIBED", described)
-    small = flash.Shape(64, 32, 4, 2, halved=True)
-    for known in (flash.SHAPES, flash.DESCRIBED):
-        monkeypatch.setitem(known, 64, flash.Shapes(small, small, small))
-        monkeypatch.setitem(known, 128, flash.Shapes(small._replace(own=128), small._replace(own=128), small))
+    small = flash.Shape(64, 32, 4, 2)
+    monkeypatch.setitem(flash.DESCRIBED, 64, flash.Shapes(small, small, small))
+    monkeypatch.setitem(flash.DESCRIBED, 128, flash.Shapes(small._replace(own=128), small._replace(own=128), small))
     documents, position = stream()
     tiles = documents.tiles
     assert tiles is not None

@@ -1,7 +1,7 @@
 """The two halves of a UNet's block as operations that a compiler leaves as they are, with gradients of their own.
 
 `attend` adds attention of rms_norm(x) to x, `feed` the feed-forward layer of rms_norm(x). Neither the normed stream nor
-anything between is stored that the backward does not read. From sm90 on, in bf16.
+anything between is stored that the backward does not read. For the H100 and H200, in bf16.
 
 Shape letters: T tokens of the pack, D residual width, F feed-forward width, H heads, Dh width of a head, V vocabulary, P parts
 of a sum of squares.
@@ -185,6 +185,7 @@ def attend(
 
     `rope`: tables of positions, fp32 [L, 1, Dh / 2]; `position`: of each token in its document; at most 64 rows in the table.
     """
+    assert table_VD is None or len(table_VD) <= _COLUMNS
     found = _attend(
         x_TD, squares_of(x_TD), weight_3DD, out_DD, table_VD, tokens_T, position_T, *rope, tiles, num_heads, window, cap
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Attention within the documents of a packed stream as Triton kernels, forward and backward.
 
-softmax(q kᵀ / sqrt(Dh)) v with a running maximum, scores never stored (Dao et al., FlashAttention-2, arXiv 2307.08691). A
-program (`flash_kernels`) has one tile of a document, or half of one, and one head. Backward computes the scores twice, once
-for the gradient of the queries and once for those of keys and values, so that no sum is atomic and steps repeat bit for bit.
+softmax(q kᵀ / sqrt(Dh)) v with a running maximum, or a bound where q and k are normed, scores never stored (Dao et al.,
+FlashAttention-2, arXiv 2307.08691). A program (`flash_kernels`) has one tile of a document, or half of one, and one head.
+Backward computes the scores twice, once for the gradient of the queries and once for those of keys and values, so that no sum
+is atomic and steps repeat bit for bit.
 
 Shape letters: T tokens of the pack, H heads, Dh width of a head, N tiles.
 """
@@ -74,7 +75,8 @@ def _shapes(like: Tensor, described: bool) -> Shapes:
 
 
 def tile_table(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Tiles of all documents, those of the longest first: int32 [N, 3] of first row, document's begin and its end.
+    """Tiles of all documents, those of the longest first: int32 [N, 3] of first row, document's begin and its end. A document's
+    lie in a row, in their order.
 
     N is known from shapes alone; rows that are left over are empty.
     """

@@ -229,11 +229,10 @@ class UNet(Layers):
 
     def _trains_by_kernels(self, device: torch.device, dtype: torch.dtype) -> bool:
         config = self.config
-        half = dtype in (torch.float16, torch.bfloat16)
         return (
             torch.is_grad_enabled()
             and config.num_att_tokens is None
-            and has_block_ops(device.type, device.index, half, config.num_heads, config.head_dim)
+            and has_block_ops(device.type, device.index, dtype == torch.bfloat16, config.num_heads, config.head_dim)
         )
 
     def _next(self, state: Partway) -> Partway:

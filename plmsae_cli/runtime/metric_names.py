@@ -52,7 +52,7 @@ METRICS = (
     ),
     Metric("fvu", "share", _SAE, "unexplained variance of the batch, by the whole dictionary"),
     Metric("l0", "latents", _SAE, "active latents a residue, mean over the batch"),
-    Metric("l0_std", "latents", _SAE, "their standard deviation (not with the fused kernels)"),
+    Metric("l0_std", "latents", _SAE, "their standard deviation (not with TopK's fused kernels)"),
     Metric("dead", "share", _SAE, "latents that have not fired for `train.dead_tokens`"),
     Metric("accuracy", "share", _PLM, "predicted residues that are right"),
     Metric("masked", "share", _PLM, "residues to predict; with `masked_diffusion` or a ramp of the mask rate"),

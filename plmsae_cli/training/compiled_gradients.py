@@ -1,13 +1,14 @@
 """Whether what torch's compiler made has the gradients of plain PyTorch.
 
 torch 2.11 compiled a model whose parameters below one operation had gradients of zero, and said nothing: the loss fell, to where
-the last layer alone can bring it. So once a start, where kernels are made and before any step counts, both passes are set side
-by side on a part of the data. Weights are drawn anew for that and put back bit for bit: at the start of a training many
-gradients are zero by right.
+the last layer alone can bring it. So where kernels are made, before the first step that they take, both passes are set side
+by side on a part of the data. Weights are moved for that and put back bit for bit: at the start of a training many gradients
+are zero by right.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -23,7 +24,7 @@ from plmsae_cli.training.masking import Masked
 FEW = 2048
 """Tokens of a pack that the plain pass has: it keeps more in memory than a compiled one."""
 ROUNDING = 2.0**-10
-"""Of bfloat16, on average: a plain pass with weights moved so far, relatively, says how much of a gradient is rounding."""
+"""Of bfloat16, on average: a plain pass with weights moved so far again, relatively, says how much of a gradient is rounding."""
 DRAWS = 3
 """Times that they are: by chance one may move a gradient little."""
 GROSS, MARGIN = 0.5, 10.0
@@ -33,15 +34,20 @@ FEWEST = 64
 ZERO_MARGIN = 2.0
 """A gradient of zeros is wrong where the plain one is so long in units of that rounding; two that are rounding are 1.4 apart."""
 _NAMED = 3
+_WRONG, _ZERO = 1.0, 2.0
 
 Loss = Callable[[], Tensor]
+Agree = Callable[[Tensor], Tensor]
+"""The largest over all ranks of each number of a tensor."""
 
 
-def demand_same_gradients(parameters: Mapping[str, Parameter], compiled: Loss, plain: Loss) -> None:
+def demand_same_gradients(
+    parameters: Mapping[str, Parameter], compiled: Loss, plain: Loss, agree: Agree = lambda alone: alone
+) -> None:
     """Let both compute a loss and its gradients; weights are afterwards what they were. Waits for the device.
 
     A gradient that is mathematically zero, or all rounding, is never held against the compiler, and neither is one that is not
-    finite. Where there is no memory for the plain pass, nothing is looked at.
+    finite. Where there is no memory for the plain pass, nothing is looked at. With `agree`, ranks raise together.
 
     Raises:
         UserError: gradients of the compiled pass are zero, or others, where the plain one's are not.
@@ -51,11 +57,15 @@ def demand_same_gradients(parameters: Mapping[str, Parameter], compiled: Loss, p
     figures = _figures(those, compiled, plain)
     if those[0].is_cuda:
         torch.cuda.empty_cache()  # what is trained next to this finds the memory as it was
-    wrong: dict[str, bool] = {}
-    for (name, parameter), (apart, length, found, rounding) in zip(parameters.items(), figures, strict=False):
+    verdicts_P = torch.zeros(len(those), device=those[0].device)
+    for place, (parameter, (apart, length, found, rounding)) in enumerate(zip(those, figures, strict=False)):
+        if not math.isfinite(apart + length + found + rounding):
+            continue
         gross = parameter.numel() >= FEWEST and apart > max(GROSS * length, MARGIN * rounding)
         if gross or (found == 0.0 and length > ZERO_MARGIN * rounding):
-            wrong[name] = found == 0.0
+            verdicts_P[place] = _ZERO if found == 0.0 else _WRONG
+    found_P = agree(verdicts_P).tolist()
+    wrong = {name: verdict == _ZERO for name, verdict in zip(parameters, found_P, strict=True) if verdict}
     if wrong:
         raise _error(wrong, len(those))
 
@@ -65,6 +75,8 @@ def _figures(parameters: list[Parameter], compiled: Loss, plain: Loss) -> list[l
     moves the plain one. Nothing where there is no memory for it."""
     with _drawn(parameters):
         ours = torch.autograd.grad(compiled(), parameters, materialize_grads=True)
+        if parameters[0].is_cuda:
+            torch.cuda.empty_cache()  # what the plain pass loads besides tensors finds room too
         try:
             theirs = torch.autograd.grad(plain(), parameters, materialize_grads=True)
             rounding_P = torch.zeros(len(parameters), device=parameters[0].device)
@@ -99,7 +111,8 @@ def _error(wrong: Mapping[str, bool], total: int) -> UserError:
 @contextmanager
 def _drawn(parameters: list[Parameter]) -> Iterator[None]:
     """Within, weights are moved so far that a gradient reaches all of them."""
-    kept = [parameter.detach().cpu().clone() for parameter in parameters]  # on the host: a GPU may have no room left
+    # On the host: a GPU may have no room left.
+    kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     try:
         _move(parameters, 0, lambda weight, noise: 0.5 * noise / (weight.shape[-1] ** 0.5 if weight.ndim > 1 else 5.0))
         yield

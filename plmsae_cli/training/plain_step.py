@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -101,12 +101,18 @@ class PlainStep:
         needed = MARGIN * self._model.step_bytes(len(rows_BD)) + 4 * weights  # three gradients, and one passing
         short = torch.full((), float(needed > _free_bytes(rows_BD.device)), device=rows_BD.device)
         # Ranks look together or not at all: some losses are sums over all of them.
-        if not self._parts.gang.maximum(short):
-            demand_same_gradients(
-                dict(self._model.named_parameters()),
-                lambda: self._forward(rows_BD, dead_N).losses.total,
-                lambda: self._eager_forward(rows_BD, dead_N).losses.total,
-            )
+        if self._parts.gang.maximum(short):
+            return
+
+        def term(forward: Callable[..., _Forward], name: str) -> Callable[[], Tensor]:
+            return lambda: cast(Tensor, getattr(forward(rows_BD, dead_N).losses, name))
+
+        parameters, one_row = dict(self._model.named_parameters()), self._eager_forward(rows_BD[:1], dead_N).losses
+        # The penalty by itself too: it weighs little at first, and would be lost in the error.
+        for name in ("total", "aux"):
+            if getattr(one_row, name).requires_grad:
+                compiled, plain = term(self._forward, name), term(self._eager_forward, name)
+                demand_same_gradients(parameters, compiled, plain, self._parts.gang.maximum)
 
     def _eager_forward(self, rows_BD: Tensor, dead_N: Tensor) -> _Forward:
         x_BD = self._parts.standardise(rows_BD)

@@ -185,7 +185,8 @@ def plm_optimizer(groups: Sequence[Group], options: Train, gang: Gang) -> Optimi
         return build_optimizer(options, groups)
     momentum = MUON_MOMENTUM if options.momentum == "auto" else options.momentum
     betas = (options.betas[0], options.betas[1])
-    return GroupedMuon(groups, momentum, options.plm.muon_momentum_warmup_steps, betas, options.eps, gang)
+    warmup = options.plm.muon_momentum_warmup_steps
+    return GroupedMuon(groups, momentum, warmup, betas, options.eps, gang, compiles=options.compile)
 
 
 def optimizer_table(groups: Sequence[Group], options: Train) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plmsae_cli.config.experiment import Train
 from plmsae_cli.config.plm import raced
+from plmsae_cli.plm.attention import without_block_ops
 from plmsae_cli.runtime.dist import Gang
 from plmsae_cli.runtime.masked_scores import MASK_RATE, MaskedScores, mask, masks_of_pack
 from plmsae_cli.training.agreed import Agreed
@@ -140,12 +141,12 @@ class PLMObjective:
         return self._trained.score(pack, near, self._passes)
 
     def _compile(self, packs: list[Masked], near: int | None) -> None:
-        """Have the kernels of such packs made now, off the clock: a pass whose gradients are thrown away, of each window
-        after a look at them.
+        """Have the kernels of such packs made now, off the clock: a pass whose gradients are thrown away, after a look at them
+        where the compiler makes another graph.
 
         Raises UserError where they are not what they are without the compiler.
         """
-        if not self._compiles:
+        if self.device.type != "cuda" and not self._compiles:
             return
         for pack in packs:
             if (near, len(pack.places_M)) in self._compiled:
@@ -153,7 +154,8 @@ class PLMObjective:
             self.clock.pause()
             if not self._compiled and isinstance(self._optimizer, GroupedMuon):
                 self._optimizer.prepare()
-            if near not in {window for window, _ in self._compiled}:
+            # A graph a window; and the head's second serves all numbers of places but the first.
+            if self._compiles and (len(self._compiled) < 2 or near not in {window for window, _ in self._compiled}):
                 self._check(pack, near)
             self._score(pack, near)[0].backward()  # type: ignore[no-untyped-call]
             self._optimizer.zero_grad()
@@ -164,11 +166,13 @@ class PLMObjective:
     def _check(self, pack: Masked, near: int | None) -> None:
         self._optimizer.zero_grad()
         few, whole = few_documents(pack)
-        demand_same_gradients(
-            dict(self.model.named_parameters()),
-            lambda: self._score(whole, near)[0],
-            lambda: self._trained.score(few, near, self._trained.passes)[0],
-        )
+
+        def plain() -> Tensor:
+            with without_block_ops():
+                return self._trained.score(few, near, self._trained.passes)[0]
+
+        parameters = dict(self.model.named_parameters())
+        demand_same_gradients(parameters, lambda: self._score(whole, near)[0], plain, self._gang.maximum)
 
     # Schedules and figures
 

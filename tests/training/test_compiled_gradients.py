@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -198,3 +199,38 @@ def test_a_dictionary_whose_gradients_are_dropped_ends_at_its_first_step(monkeyp
     one._forward = compiled
     with pytest.raises(UserError, match="w_enc_ND"):
         one(rows(0), 0, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "jumprelu_tanh", "gated", "relu_l1"])
+def test_a_penalty_whose_gradients_are_dropped_is_seen_though_it_weighs_little_at_first(kind: str) -> None:
+    one = plain(kind, "cpu", torch.float32)
+    one._parts = replace(one._parts, total_steps=100_000)
+    one._unchecked = True
+    eager = one._eager_forward
+
+    def compiled(*batch: Tensor) -> Any:
+        found = eager(*batch)
+        return found._replace(losses=found.losses._replace(aux=dropped(found.losses.aux)))
+
+    one._forward = compiled
+    with pytest.raises(UserError, match="are zero"):
+        one(rows(0), 0, 1e-3)
+
+
+def test_what_is_not_finite_is_no_alarm() -> None:
+    weight = torch.nn.Parameter(torch.ones(64))
+    demand_same_gradients({"weight": weight}, lambda: (weight * torch.inf).sum(), lambda: weight.sum())
+    demand_same_gradients({"weight": weight}, lambda: (2 * weight).sum(), lambda: (weight * torch.inf).sum())
+
+
+def test_ranks_raise_together() -> None:
+    weights = {name: torch.nn.Parameter(torch.ones(64)) for name in ("one", "other")}
+
+    def loss() -> Tensor:
+        return weights["one"].sum() + weights["other"].sum()
+
+    def elsewhere(verdicts: Tensor) -> Tensor:
+        return torch.maximum(verdicts, torch.tensor([0.0, 1.0]))
+
+    with pytest.raises(UserError, match=r"of 1 of 2 parameters \(other\) are wrong"):
+        demand_same_gradients(weights, loss, loss, elsewhere)

@@ -48,7 +48,7 @@ _SET: dict[str, float] = {
 _FIXED = (
     "data_root", "launch", "storage", "model", "wandb", "limits", "embed.fasta", "embed.imported", "embed.shard",
     "embed.ordered_rows", "embed.compute", "embed.batch_tokens", "embed.compile", "embed.max_length", "shuffle.memory",
-    "optimize.chunk", "train.data", "train.imported", "train.kernels",
+    "optimize.chunk", "train.data", "train.imported", "train.kernels", "train.compile",
     "train.compute", "train.log_every", "train.checkpoint_every", "train.plm.fasta", "train.plm.bin", "train.plm.valid",
     "eval.fidelity.batch_tokens", *(f"eval.steering.{field}" for field in SMALL_STEERING), "eval.structure",
     *(f"eval.{axis}" for axis in (*ANNOTATED, "representations")),

@@ -56,12 +56,14 @@ class GroupedMuon(Optimizer):
         eps: float,
         gang: Gang | None = None,
         arithmetic: torch.dtype | None = None,
+        compiles: bool = True,
     ) -> None:
-        """`arithmetic`: of Newton-Schulz, by default bfloat16 on CUDA and float32 on a CPU."""
+        """`arithmetic`: of Newton-Schulz, by default bfloat16 on CUDA and float32 on a CPU. `compiles`: whether torch's compiler
+        makes one pass of what comes before it on CUDA."""
         super().__init__(groups)
         self.steps_done = 0
         self._momentum, self._warmup, self._arithmetic = momentum, warmup_steps, arithmetic
-        self._gang = gang or Gang()
+        self._gang, self._compiles = gang or Gang(), compiles
         self._adam = Adam([_part(group, matrices=False) for group in groups], betas, eps)
         self._stacks = [stack for group in groups for stack in _stacks(_part(group, matrices=True))]
 
@@ -108,7 +110,8 @@ class GroupedMuon(Optimizer):
                 orthogonalised(self._mixed(torch.zeros_like(m_NRC), m_NRC, one, one, skip))
 
     def _mixed(self, g_NRC: Tensor, m_NRC: Tensor, mu: Tensor, divisor: Tensor, skip: Tensor) -> Tensor:
-        half, mix = (torch.bfloat16, _compiled_mix()) if m_NRC.is_cuda else (torch.float32, nesterov)
+        half = torch.bfloat16 if m_NRC.is_cuda else torch.float32
+        mix = _compiled_mix() if m_NRC.is_cuda and self._compiles else nesterov
         return mix(g_NRC, m_NRC, mu, divisor, skip, self._arithmetic or half)
 
     def _orthogonal(self, m_NRC: Tensor) -> Tensor:

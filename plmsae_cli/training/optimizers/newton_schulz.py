@@ -9,8 +9,6 @@ Shape letters: N matrices of a stack, R rows, C columns, R <= C.
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -18,24 +16,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from plmsae_cli.plm.flash_kernels import halves
-from plmsae_cli.plm.products import multiprocessors
+from plmsae_cli.plm.products import Tile, multiprocessors
 from plmsae_cli.training.optimizers.muon import COEFFICIENTS, ITERATIONS
 
-
-class Shape(NamedTuple):
-    """How a kernel runs."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    resident: int
-    """Programs on a multiprocessor."""
-
-
-SYMMETRIC = Shape(128, 128, 32, 4, 3, 2)
-GENERAL = Shape(128, 256, 64, 8, 3, 1)
+SYMMETRIC = Tile(128, 128, 32, 4, 3, 2)
+GENERAL = Tile(128, 256, 64, 8, 3)
 
 
 def takes(stack_NRC: Tensor) -> bool:
@@ -44,7 +29,7 @@ def takes(stack_NRC: Tensor) -> bool:
     return rows % 128 == 0 and columns % 8 == 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["matrices"])
 def _symmetric(
     x, y, out, added, alpha, beta, matrices, rows: tl.constexpr, depth: tl.constexpr, programs: tl.constexpr,
     ADDS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
@@ -69,7 +54,7 @@ def _symmetric(
         out.store([matrix + column, row], found.T)  # on the diagonal the same once more: products commute bit for bit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["matrices"])
 def _general(
     square, x, out, added, beta, matrices, rows: tl.constexpr, width: tl.constexpr, programs: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -95,7 +80,7 @@ def _view(stack_NRC: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(stack_NRC.flatten(0, 1), [rows, columns])
 
 
-def symmetric(x_NRC: Tensor, alpha: float = 1.0, beta: float = 0.0, shape: Shape = SYMMETRIC) -> Tensor:
+def symmetric(x_NRC: Tensor, alpha: float = 1.0, beta: float = 0.0, shape: Tile = SYMMETRIC) -> Tensor:
     """X Xᵀ [N, R, R]; with `beta`, alpha X X + beta X of symmetric matrices."""
     matrices, rows, depth = x_NRC.shape
     assert rows % shape.rows == 0
@@ -112,9 +97,10 @@ def symmetric(x_NRC: Tensor, alpha: float = 1.0, beta: float = 0.0, shape: Shape
     return out_NRR
 
 
-def general(square_NRR: Tensor, x_NRC: Tensor, beta: float, shape: Shape = GENERAL) -> Tensor:
+def general(square_NRR: Tensor, x_NRC: Tensor, beta: float, shape: Tile = GENERAL) -> Tensor:
     """S X + beta X [N, R, C]."""
     matrices, rows, width = x_NRC.shape
+    assert rows % shape.rows == 0
     out_NRC = torch.empty_like(x_NRC)
     tiles = matrices * (rows // shape.rows) * triton.cdiv(width, shape.columns)
     programs = min(multiprocessors(x_NRC) * shape.resident, tiles)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from plmsae_cli.plm.products import Tile
 from plmsae_cli.training.optimizers import grouped_muon, newton_schulz
 from plmsae_cli.training.optimizers.base import Group
 from plmsae_cli.training.optimizers.grouped_muon import GroupedMuon
-from plmsae_cli.training.optimizers.newton_schulz import Shape, general, symmetric
+from plmsae_cli.training.optimizers.newton_schulz import general, symmetric
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -39,7 +40,7 @@ def test_products_of_stacks(columns: int) -> None:
     assert far(square, 2 * gram.double() @ gram.double() - 3 * gram.double()) < CLOSE
     assert torch.equal(square, square.mT)
     assert far(general(gram, x, 0.5), gram.double() @ exact + 0.5 * exact) < CLOSE
-    small = Shape(64, 128, 32, 4, 2, 1)
+    small = Tile(64, 128, 32, 4, 2)
     assert far(general(gram, x, 0.5, small), gram.double() @ exact + 0.5 * exact) < CLOSE
     assert torch.equal(general(gram, x, 0.5), general(gram, x, 0.5))
 

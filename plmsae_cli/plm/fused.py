@@ -9,8 +9,6 @@ Shape letters: T tokens of the pack, D residual width, F width of a product's re
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -18,22 +16,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from plmsae_cli.plm.product_kernels import place_of
+from plmsae_cli.plm.products import NEIGHBOURS, multiprocessors
 from plmsae_cli.plm.reader import QKV, BlockWeights
 from plmsae_cli.plm.rotary import Tables
 
 _ROWS, _COLUMNS, _DEPTH = 128, 256, 64
 """Tile of a product, and how much of the inner dimension it takes at a time."""
-_NEIGHBOURS = 8
-"""Rows of tiles that run together, so that they find each other's operands in the cache."""
 _ROTATED = 32
 """Tokens that a program rotates."""
 _SHARED_BYTES = 216 << 10
 """What a product with these tiles takes of a multiprocessor."""
-
-
-@cache
-def _multiprocessors(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def runs_on(device: torch.device) -> bool:
@@ -70,10 +63,7 @@ def _linear_gelu(
 ):  # fmt: skip
     high, wide = tl.cdiv(num_rows, ROWS), tl.cdiv(width, COLUMNS)
     for tile in tl.range(tl.program_id(0), high * wide, programs, flatten=True):
-        first = tile // (NEIGHBOURS * wide) * NEIGHBOURS
-        together = tl.minimum(high - first, NEIGHBOURS)
-        inside = tile % (NEIGHBOURS * wide)
-        row, column = (first + inside % together) * ROWS, inside // together * COLUMNS
+        row, column = place_of(tile, high, wide, ROWS, COLUMNS, NEIGHBOURS)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):  # beyond the edges a descriptor reads zeros
             total = tl.dot(x.load([row, k]), weight.load([column, k]).T, total)
@@ -121,7 +111,7 @@ def linear_gelu(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
     (num_rows, depth), width = x_TD.shape, weight_FD.shape[0]
     out_TF = x_TD.new_empty(num_rows, width)
     tiles = triton.cdiv(num_rows, _ROWS) * triton.cdiv(width, _COLUMNS)
-    programs = _multiprocessors(x_TD.device.index) if x_TD.is_cuda else 4
+    programs = multiprocessors(x_TD)
     x, weight, out = (
         TensorDescriptor.from_tensor(tensor, tile)
         for tensor, tile in (
@@ -133,7 +123,7 @@ def linear_gelu(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
     with torch.cuda.device_of(x_TD):  # Triton launches on the current one
         _linear_gelu[(min(programs, tiles),)](
             x, weight, out, bias_F, num_rows, width, depth, programs,
-            _ROWS, _COLUMNS, _DEPTH, _NEIGHBOURS, num_warps=8, num_stages=3,
+            _ROWS, _COLUMNS, _DEPTH, NEIGHBOURS, num_warps=8, num_stages=3,
         )  # fmt: skip
     return out_TF
 

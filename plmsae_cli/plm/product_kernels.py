@@ -15,6 +15,15 @@ from plmsae_cli.plm.flash_kernels import halves
 
 
 @triton.jit
+def place_of(tile, high, wide, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """First row and column of a tile: so many rows of tiles run together, to find each other's operands in the cache."""
+    first = tile // (NEIGHBOURS * wide) * NEIGHBOURS
+    together = tl.minimum(high - first, NEIGHBOURS)
+    inside = tile % (NEIGHBOURS * wide)
+    return (first + inside % together) * ROWS, inside // together * COLUMNS
+
+
+@triton.jit
 def _norm(squares, rows, there, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """1 / sqrt(mean square + eps) of rows, from parts of their sums of squares."""
     part = tl.arange(0, BLOCK)
@@ -34,10 +43,7 @@ def up_tiles(
 ):  # fmt: skip
     high, wide = tl.cdiv(num_rows, ROWS), tl.cdiv(width, COLUMNS)
     for tile in tl.range(tl.program_id(0), high * wide, programs, flatten=True):
-        first = tile // (NEIGHBOURS * wide) * NEIGHBOURS
-        together = tl.minimum(high - first, NEIGHBOURS)
-        inside = tile % (NEIGHBOURS * wide)
-        row, column = (first + inside % together) * ROWS, inside // together * COLUMNS
+        row, column = place_of(tile, high, wide, ROWS, COLUMNS, NEIGHBOURS)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):  # beyond the edges a descriptor reads zeros
             total = tl.dot(x.load([row, k]), weight.load([column, k]).T, total)
@@ -62,10 +68,7 @@ def slopes_tiles(
     HALF: tl.constexpr = COLUMNS // 2
     high, wide = tl.cdiv(num_rows, ROWS), tl.cdiv(width, COLUMNS)
     for tile in tl.range(tl.program_id(0), high * wide, programs, flatten=True):
-        first = tile // (NEIGHBOURS * wide) * NEIGHBOURS
-        together = tl.minimum(high - first, NEIGHBOURS)
-        inside = tile % (NEIGHBOURS * wide)
-        row, column = (first + inside % together) * ROWS, inside // together * COLUMNS
+        row, column = place_of(tile, high, wide, ROWS, COLUMNS, NEIGHBOURS)
         rows = row + tl.arange(0, ROWS)
         places = column + tl.arange(0, HALF)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -88,10 +91,7 @@ def added_tiles(
     HALF: tl.constexpr = COLUMNS // 2
     high, wide = tl.cdiv(num_rows, ROWS), tl.cdiv(width, COLUMNS)
     for tile in tl.range(tl.program_id(0), high * wide, programs, flatten=True):
-        first = tile // (NEIGHBOURS * wide) * NEIGHBOURS
-        together = tl.minimum(high - first, NEIGHBOURS)
-        inside = tile % (NEIGHBOURS * wide)
-        row, column = (first + inside % together) * ROWS, inside // together * COLUMNS
+        row, column = place_of(tile, high, wide, ROWS, COLUMNS, NEIGHBOURS)
         rows = row + tl.arange(0, ROWS)
         places = column + tl.arange(0, HALF)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -127,10 +127,7 @@ def queries_tiles(
     DH: tl.constexpr = 2 * HALF
     high, wide = tl.cdiv(num_rows, ROWS), 2 * heads * DH // COLUMNS
     for tile in tl.range(tl.program_id(0), high * wide, programs, flatten=True):
-        first = tile // (NEIGHBOURS * wide) * NEIGHBOURS
-        together = tl.minimum(high - first, NEIGHBOURS)
-        inside = tile % (NEIGHBOURS * wide)
-        row, column = (first + inside % together) * ROWS, inside // together * COLUMNS
+        row, column = place_of(tile, high, wide, ROWS, COLUMNS, NEIGHBOURS)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             total = tl.dot(x.load([row, k]), weight.load([column, k]).T, total)
@@ -159,10 +156,7 @@ def values_tiles(
     DH: tl.constexpr = 2 * HALF
     high, wide = tl.cdiv(num_rows, ROWS), heads * DH // COLUMNS
     for tile in tl.range(tl.program_id(0), high * wide, programs, flatten=True):
-        first = tile // (NEIGHBOURS * wide) * NEIGHBOURS
-        together = tl.minimum(high - first, NEIGHBOURS)
-        inside = tile % (NEIGHBOURS * wide)
-        row, column = (first + inside % together) * ROWS, inside // together * COLUMNS
+        row, column = place_of(tile, high, wide, ROWS, COLUMNS, NEIGHBOURS)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             total = tl.dot(x.load([row, k]), weight.load([2 * heads * DH + column, k]).T, total)

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from plmsae_cli.plm import product_kernels as kernels
 from plmsae_cli.plm.gradients import EPSILON
 
-_NEIGHBOURS = 8
+NEIGHBOURS = 8
 """Rows of tiles that run together, so that they find each other's operands in the cache."""
 
 
@@ -59,7 +59,7 @@ def _launch(kernel: Any, tile: Tile, num_rows: int, wide: int, like: Tensor, *gi
     with torch.cuda.device_of(like):  # Triton launches on the current one
         kernel[(programs,)](
             *given, num_rows, EPSILON, programs=programs, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            NEIGHBOURS=_NEIGHBOURS, num_warps=tile.warps, num_stages=tile.stages, **fixed,
+            NEIGHBOURS=NEIGHBOURS, num_warps=tile.warps, num_stages=tile.stages, **fixed,
         )  # fmt: skip
 
 

@@ -8,26 +8,16 @@ import sys
 
 import pytest
 
-PROGRAM = """
-import re, subprocess, sys, tempfile
+from tests.offline_gpu import TARGET
+
+PROGRAM = (
+    TARGET
+    + """
+import re, subprocess, tempfile
 from pathlib import Path
 import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-capability = int(sys.argv[1])
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", capability, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_device_capability(self, device): return divmod(capability, 10)
-
-
-driver.set_active(Driver())
 run, most_shared, found = JITFunction.run, 0, {}
 
 
@@ -80,6 +70,7 @@ for name, stack in sorted(found.items()):
     assert stack <= most, (name, stack)
 print(found)
 """
+)
 
 
 @pytest.mark.parametrize(("capability", "spilled"), [(80, 320), (90, 288)])

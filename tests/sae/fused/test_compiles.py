@@ -8,26 +8,15 @@ import sys
 
 import pytest
 
-PROGRAM = """
-import sys
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from tests.offline_gpu import TARGET
 
-capability = int(sys.argv[1])
+PROGRAM = (
+    TARGET
+    + """
+import torch
+
 # Bytes a block may have; what is compiled for 8.0 is to run on 8.6 and 8.9 as well, which have the least.
 most_shared = {80: 101_376, 90: 232_448}[capability]
-
-
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", capability, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_device_capability(self, device): return divmod(capability, 10)
-
-
-driver.set_active(Driver())
 run, names = JITFunction.run, set()
 
 
@@ -93,6 +82,7 @@ for kind, d, n, k, moments, ranks, step_kind in (
     keep_top_(torch.zeros(64, 6000, dtype=torch.bfloat16), 40)
 print(*sorted(names))
 """
+)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
